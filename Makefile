@@ -1,0 +1,41 @@
+# Two commands set everything up, each in a .venv they make: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+SEED ?= 0
+QUICK ?=
+# On Linux the default torch wheel brings CUDA; PIP_ARGS lets a machine without a GPU point pip at CPU wheels.
+PIP_ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help install demo test lint bench clean
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is %d.%d" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	touch $@
+
+install: $(STAMP) ## make .venv and install the package with everything the demo and the tests need
+
+demo: $(STAMP) ## generate data, train DeFlow, evaluate, report: SEED=0, QUICK=1 for three minutes
+	$(BIN)/deflow demo --seed $(SEED) $(if $(QUICK),--quick)
+
+test: $(STAMP) ## run the tests
+	$(BIN)/python -m pytest
+
+lint: $(STAMP) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP) ## milliseconds per update at the paper's sizes
+	$(BIN)/python benchmarks/throughput.py update
+
+clean: ## remove the environment and caches (never data or runs)
+	rm -rf $(VENV) *.egg-info build .mypy_cache .ruff_cache

@@ -1,0 +1,80 @@
+"""What a method hands to the trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor, nn
+from torchrl.objectives.common import LossModule
+from torchrl.objectives.utils import TargetNetUpdater
+
+
+@dataclass(frozen=True)
+class ProblemSpec:
+    """Sizes and task-given settings a method builds its networks from.
+
+    Attributes:
+        observation_dim: O.
+        action_dim: A.
+        hidden_dims: widths of the hidden layers of every network.
+        gamma: the task's discount.
+        q_aggregation: the task's aggregation of target critics.
+        target_divergence: the task's delta.
+        device: where the parameters live.
+    """
+
+    observation_dim: int
+    action_dim: int
+    hidden_dims: Sequence[int]
+    gamma: float
+    q_aggregation: str
+    target_divergence: float
+    device: torch.device
+
+
+@dataclass
+class Learner:
+    """A method, built.
+
+    Attributes:
+        loss: computes every ``loss_*`` of a batch; their sum is minimised.
+        policy: the acting policy.
+        evaluated_policies: name -> policy, everything worth evaluating at the end of a run.
+        param_groups: optimiser groups over the loss's parameters, in ``torch.optim`` form.
+        target_updater: moves the target networks after each optimiser step.
+    """
+
+    loss: LossModule
+    policy: TensorDictModuleBase
+    evaluated_policies: Mapping[str, TensorDictModuleBase]
+    param_groups: Sequence[Mapping[str, Any]]
+    target_updater: TargetNetUpdater
+
+    @property
+    def loss_names(self) -> list[str]:
+        """Names of the summed terms."""
+        return [key for key in self.loss.out_keys if key.startswith("loss_")]
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """A method's name, its settings and how to build it.
+
+    Attributes:
+        name: as in ``algo=NAME``.
+        config: dataclass of its settings, each with a default.
+        build: settings and problem to :class:`Learner`.
+    """
+
+    name: str
+    config: type
+    build: Callable[[Any, ProblemSpec], Learner]
+
+
+def trainable(module: nn.Module) -> list[Tensor]:
+    """The module's parameters that require gradient."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]

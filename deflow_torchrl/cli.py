@@ -1,0 +1,190 @@
+"""``deflow``: the command line. Torch is imported inside the verbs, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shlex
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+from deflow_torchrl import __version__
+from deflow_torchrl.errors import InputError, MissingExtraError, NonFiniteLossError, RunInterrupted
+
+try:
+    import typer
+except ModuleNotFoundError as missing:
+    print(f"deflow: {MissingExtraError(missing.name or 'typer', 'cli')}", file=sys.stderr)
+    raise SystemExit(2) from missing
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+
+app = typer.Typer(
+    name="deflow",
+    help="DeFlow: offline reinforcement learning with a flow prior, a trust-region refinement and a twin critic.",
+    epilog="Start with `deflow demo --quick`. Exit codes: 0 done, 1 failed while running, 2 bad input, 130 interrupted.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+_JSON = Annotated[bool, typer.Option("--json", help="Print one JSON object on the last line.")]
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _verb(function: Callable[..., None]) -> Callable[..., None]:
+    """Turn the errors a user can cause into one line and the exit code that goes with them."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            function(*args, **kwargs)
+        except InputError as error:
+            _fail(error, EXIT_BAD_INPUT)
+        except NonFiniteLossError as error:
+            _fail(error, EXIT_FAILED)
+        except RunInterrupted as error:
+            _fail(error, EXIT_INTERRUPTED)
+        except KeyboardInterrupt:
+            _fail("interrupted; what was finished is kept: the same command goes on from there", EXIT_INTERRUPTED)
+
+    return run
+
+
+@app.command()
+@_verb
+def demo(
+    seed: Annotated[int, typer.Option(help="Seed of networks, batches and noise.")] = 0,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Every phase on less data, under three minutes, no success target.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="Run folder. [default: runs/demo-seedN]")] = None,
+) -> None:
+    """Generate cube-single data, train DeFlow on it, compare it with its prior and write a report.
+
+    About a quarter of an hour on two CPU cores. The data is generated once, into $DEFLOW_HOME (default
+    ~/.cache/deflow_torchrl), and found there by later runs. The last line of output is one JSON object.
+    """
+    from deflow_torchrl.demo import FULL, QUICK, describe, run_demo
+
+    result = run_demo(QUICK if quick else FULL, seed=seed, command=_command(), out=out)
+    print(describe(result))
+    print(json.dumps(result))
+
+
+@app.command()
+@_verb
+def train(
+    settings: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="Settings, as in Hydra.")] = None,
+    json_: _JSON = False,
+) -> None:
+    """Train a method on an OGBench single-task data set: deflow train task=NAME [KEY=VALUE...]
+
+    Settings: task, algo (deflow), seed, offline_steps, batch_size, hidden_dims=[256,256], log_interval, eval_interval,
+    eval_episodes, save_interval, data_root, download, out, device, compile, threads, eval_workers, logger
+    (none, wandb, tensorboard, mlflow).
+
+    Settings of the method: algo.lr, algo.tau, algo.flow_steps, algo.gamma, algo.q_aggregation, algo.target_divergence,
+    algo.normalize_q_loss, algo.divergence_reduction, algo.log_alpha_init, algo.min_alpha, algo.max_alpha,
+    algo.fixed_alpha. Defaults are the paper's; gamma, q_aggregation and target_divergence are the task's.
+
+    Example: deflow train task=cube-single-play-singletask-task2-v0 seed=1 offline_steps=200000 out=runs/cube
+    """
+    from deflow_torchrl.config import compose_config
+
+    config = compose_config(settings or [])
+    from deflow_torchrl.experiment import train as run_training
+
+    _print_record(run_training(config, command=_command()), json_)
+
+
+@app.command()
+@_verb
+def resume(run: Annotated[Path, typer.Argument(help="Run folder.")], json_: _JSON = False) -> None:
+    """Go on with an interrupted run from its last checkpoint; on a CPU the result is that of a run never interrupted."""
+    from deflow_torchrl.experiment import resume as resume_training
+
+    _print_record(resume_training(run, command=_command()), json_)
+
+
+@app.command("eval")
+@_verb
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    episodes: Annotated[int | None, typer.Option(min=1, help="Episodes of each policy. [default: the run's]")] = None,
+    json_: _JSON = False,
+) -> None:
+    """Evaluate the policies of a run's last checkpoint on common starts; the same run gives the same numbers twice."""
+    from deflow_torchrl.experiment import evaluate_run
+
+    result = evaluate_run(run, episodes=episodes)
+    _print_evaluations(result["evaluations"])
+    if json_:
+        summary = {name: outcome["success_rate"] for name, outcome in result["evaluations"].items()}
+        print(json.dumps({"run": str(run), "step": result["step"], "success": summary, **result}))
+
+
+def _print_record(record: dict[str, Any], as_json: bool) -> None:
+    out = record["config"]["out"]
+    _print_evaluations(record["evaluations"])
+    print(f"Report: {Path(out) / 'report.html'}")
+    if as_json:
+        summary = {name: outcome["success_rate"] for name, outcome in record["evaluations"].items()}
+        print(
+            json.dumps(
+                {"out": out, "success": summary, "transitions": record["data"]["transitions"], "time": record["time"]}
+            )
+        )
+
+
+def _print_evaluations(evaluations: dict[str, Any]) -> None:
+    for name, outcome in evaluations.items():
+        print(f"{name}: success {outcome['success_rate']:.2f} over {outcome['episodes']} episodes")
+
+
+def _command() -> str:
+    return shlex.join(["deflow", *sys.argv[1:]])
+
+
+def _fail(message: object, code: int) -> NoReturn:
+    print(f"deflow: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit with its code."""
+    if arguments is not None:
+        sys.argv = ["deflow", *arguments]
+    # A polite kill saves like Ctrl-C does.
+    signal.signal(signal.SIGTERM, _interrupt)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="(torch|tensordict|torchrl)")
+    app(prog_name="deflow")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""The settings of a run: dataclasses as schema, composed with Hydra from ``key=value`` overrides."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from deflow_torchrl.algorithms.settings import DeFlowConfig
+from deflow_torchrl.errors import InputError, MissingExtraError
+
+ALGORITHM_CONFIGS = {"deflow": DeFlowConfig}
+LOGGERS = ("none", "wandb", "tensorboard", "mlflow")
+
+
+@dataclass
+class TrainConfig:
+    """Settings of ``deflow train``, ``key=value``; the defaults are the paper's protocol.
+
+    Attributes:
+        task: OGBench single-task name, for example ``cube-single-play-singletask-task2-v0``.
+        seed: seed of networks, batches and noise.
+        offline_steps: gradient steps on the data set.
+        online_steps: gradient steps with an environment; this version trains offline only, so 0.
+        batch_size: transitions per gradient step.
+        hidden_dims: widths of the hidden layers of every network.
+        log_interval: steps between rows of metrics.
+        eval_interval: steps between evaluations; 0 evaluates at the end only.
+        eval_episodes: episodes of each evaluation.
+        save_interval: steps between checkpoints; 0 saves at the end only.
+        data_root: folder of NAME.npz and NAME-val.npz; ``$DEFLOW_HOME/data`` where None.
+        download: fetch missing data from OGBench's host.
+        out: run folder; ``runs/TASK-ALGO-seedN`` where None.
+        device: learner's device.
+        compile: run the losses through torch.compile (pays on long runs; needs a C++ compiler on a CPU).
+        threads: torch's CPU threads; torch's default where None.
+        eval_workers: processes that step environments; all cores where None.
+        logger: ``none``, ``wandb``, ``tensorboard`` or ``mlflow``, beside the JSONL and CSV that are always written.
+        algo: the method's settings, ``algo=NAME`` and ``algo.<name>=...``.
+    """
+
+    defaults: list[Any] = field(default_factory=lambda: [{"algo": "deflow"}, "_self_"])
+    task: str = "???"
+    seed: int = 0
+    offline_steps: int = 1_000_000
+    online_steps: int = 0
+    batch_size: int = 256
+    hidden_dims: list[int] = field(default_factory=lambda: [512, 512, 512, 512])
+    log_interval: int = 1_000
+    eval_interval: int = 100_000
+    eval_episodes: int = 50
+    save_interval: int = 100_000
+    data_root: str | None = None
+    download: bool = True
+    out: str | None = None
+    device: str = "cpu"
+    compile: bool = False
+    threads: int | None = None
+    eval_workers: int | None = None
+    logger: str = "none"
+    algo: Any = "???"
+
+    def __post_init__(self) -> None:
+        self.defaults = [*self.defaults]
+
+
+def compose_config(overrides: Sequence[str]) -> TrainConfig:
+    """Compose and check the settings of a run.
+
+    Args:
+        overrides: ``key=value`` as in Hydra.
+
+    Raises:
+        InputError: on an unknown setting (with the nearest name), a value of the wrong type or out of range.
+        MissingExtraError: without the ``cli`` extra.
+    """
+    try:
+        from hydra import compose, initialize
+        from hydra.core.config_store import ConfigStore
+        from hydra.core.global_hydra import GlobalHydra
+        from hydra.errors import HydraException
+        from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(error.name or "hydra", "cli") from error
+    store = ConfigStore.instance()
+    store.store(name="deflow_torchrl_train", node=TrainConfig, provider="deflow_torchrl")
+    for name, schema in ALGORITHM_CONFIGS.items():
+        store.store(group="algo", name=name, node=schema, provider="deflow_torchrl")
+    _check_keys(overrides)
+    GlobalHydra.instance().clear()
+    try:
+        with initialize(config_path=None, version_base="1.3"):
+            node = compose("deflow_torchrl_train", overrides=list(overrides))
+        values = cast("dict[str, Any]", OmegaConf.to_container(node, resolve=True, throw_on_missing=False))
+    except (HydraException, OmegaConfBaseException) as error:
+        # Hydra's message names the override, its cause says what is wrong with it.
+        cause = f": {error.__cause__}".splitlines()[0] if error.__cause__ else ""
+        message = " ".join(str(error).split()).split(" See https", 1)[0]
+        raise InputError(f"{message}{cause}") from error
+    return config_from_dict(values)
+
+
+def config_from_dict(values: dict[str, Any]) -> TrainConfig:
+    """Build and check the settings from a plain dictionary, as a run folder keeps them.
+
+    Raises:
+        InputError: on unknown names or values out of range.
+    """
+    values = {key: value for key, value in values.items() if key != "defaults"}
+    algo = dict(values.pop("algo"))
+    try:
+        config = TrainConfig(**values, algo=ALGORITHM_CONFIGS[algo["name"]](**algo))
+    except (TypeError, KeyError) as error:
+        raise InputError(f"settings do not fit this version: {error}") from error
+    _check_values(config)
+    return config
+
+
+def config_to_dict(config: TrainConfig) -> dict[str, Any]:
+    """The settings as a plain dictionary."""
+    return {key: value for key, value in dataclasses.asdict(config).items() if key != "defaults"}
+
+
+def default_out(config: TrainConfig) -> Path:
+    """The run folder where none is given."""
+    return Path("runs") / f"{config.task}-{config.algo.name}-seed{config.seed}"
+
+
+def _check_keys(overrides: Sequence[str]) -> None:
+    known = [item.name for item in dataclasses.fields(TrainConfig) if item.name != "defaults"]
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals:
+            raise InputError(f"{override!r} is not a setting; write key=value, for example seed=1")
+        if key.startswith(("+", "~")) or "@" in key:
+            raise InputError(f"{override!r}: settings cannot be added or removed, only set")
+        names, prefix = (known, "") if not key.startswith("algo.") else (_algo_names(overrides), "algo.")
+        if key.removeprefix(prefix) not in names:
+            near = difflib.get_close_matches(key.removeprefix(prefix), names, n=3)
+            hint = (
+                f"did you mean {', '.join(prefix + name for name in near)}?"
+                if near
+                else f"there are {', '.join(prefix + name for name in names)}"
+            )
+            raise InputError(f"unknown setting {key!r}; {hint}")
+        if key == "algo" and override.partition("=")[2] not in ALGORITHM_CONFIGS:
+            raise InputError(f"unknown method {override.partition('=')[2]!r}; there are {', '.join(ALGORITHM_CONFIGS)}")
+
+
+def _algo_names(overrides: Sequence[str]) -> list[str]:
+    chosen = [override.partition("=")[2] for override in overrides if override.startswith("algo=")]
+    node = ALGORITHM_CONFIGS.get(chosen[-1] if chosen else "deflow", DeFlowConfig)
+    return [item.name for item in dataclasses.fields(node) if item.name != "name"]
+
+
+def _check_values(config: TrainConfig) -> None:
+    algo = config.algo
+
+    def need(condition: bool, name: str, value: Any, expected: str) -> None:
+        if not condition:
+            raise InputError(f"{name}={value} is out of range; expected {expected}")
+
+    if config.task == "???":
+        raise InputError("no task given; name one, for example task=cube-single-play-singletask-task2-v0")
+    if config.online_steps:
+        raise InputError(f"online_steps={config.online_steps}: this version trains offline only; set online_steps=0")
+    for name in ("offline_steps", "batch_size", "eval_episodes", "log_interval"):
+        need(getattr(config, name) >= 1, name, getattr(config, name), "at least 1")
+    for name in ("eval_interval", "save_interval", "seed"):
+        need(getattr(config, name) >= 0, name, getattr(config, name), "at least 0")
+    need(
+        bool(config.hidden_dims) and min(config.hidden_dims) >= 1, "hidden_dims", config.hidden_dims, "positive widths"
+    )
+    for name in ("threads", "eval_workers"):
+        value = getattr(config, name)
+        need(value is None or value >= 1, name, value, "at least 1")
+    need(config.logger in LOGGERS, "logger", config.logger, f"one of {', '.join(LOGGERS)}")
+    need(algo.lr > 0, "algo.lr", algo.lr, "a positive number")
+    need(0 < algo.tau <= 1, "algo.tau", algo.tau, "a number in (0, 1]")
+    need(algo.flow_steps >= 1, "algo.flow_steps", algo.flow_steps, "at least 1")
+    need(algo.gamma is None or 0 <= algo.gamma < 1, "algo.gamma", algo.gamma, "a number in [0, 1)")
+    need(algo.q_aggregation in (None, "mean", "min"), "algo.q_aggregation", algo.q_aggregation, "mean or min")
+    need(
+        algo.divergence_reduction in ("mean", "sum"),
+        "algo.divergence_reduction",
+        algo.divergence_reduction,
+        "mean or sum",
+    )
+    for name in ("target_divergence", "min_alpha", "max_alpha"):
+        value = getattr(algo, name)
+        need(value is None or value > 0, f"algo.{name}", value, "a positive number")
+    if algo.min_alpha is not None and algo.max_alpha is not None:
+        need(
+            algo.min_alpha <= algo.max_alpha,
+            "algo.min_alpha",
+            algo.min_alpha,
+            f"at most algo.max_alpha={algo.max_alpha}",
+        )
+    need(algo.fixed_alpha is None or algo.fixed_alpha >= 0, "algo.fixed_alpha", algo.fixed_alpha, "a number >= 0")

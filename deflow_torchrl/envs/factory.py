@@ -1,0 +1,88 @@
+"""Environments of OGBench single-task names, plain (gymnasium) and as TorchRL environments."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import warnings
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from deflow_torchrl.envs.names import parse_ogbench_name
+from deflow_torchrl.errors import InputError, MissingExtraError
+
+if TYPE_CHECKING:
+    import gymnasium
+    import torch
+    from torchrl.envs import EnvBase
+
+
+@functools.cache
+def import_ogbench() -> ModuleType:
+    """Import ``ogbench`` (which registers its environments), with its import-time warnings about displays silenced.
+
+    Raises:
+        MissingExtraError: if it, gymnasium or mujoco is not installed.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # glfw warns of a missing display; nothing here opens a window
+            import ogbench
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(error.name or "ogbench", "ogbench") from error
+    return ogbench
+
+
+def make_gym_env(task: str, **kwargs: Any) -> gymnasium.Env:
+    """Make the gymnasium environment of an OGBench single-task name; ``info["success"]`` is its outcome.
+
+    ``reset(seed=...)`` fixes the whole episode (see :class:`deflow_torchrl.envs.seeding.SeededReset`).
+
+    Args:
+        task: for example ``cube-single-play-singletask-task2-v0``.
+        **kwargs: forwarded to ``gymnasium.make``.
+
+    Raises:
+        InputError: on a malformed or unknown name.
+        MissingExtraError: if the ``ogbench`` extra is not installed.
+    """
+    return make_env_by_id(parse_ogbench_name(task).environment_id, **kwargs)
+
+
+def make_env_by_id(environment_id: str, **kwargs: Any) -> gymnasium.Env:
+    """Make any environment of ``ogbench`` by its gymnasium id; see :func:`make_gym_env`."""
+    import_ogbench()
+    import gymnasium
+
+    from deflow_torchrl.envs.seeding import SeededReset
+
+    if environment_id not in gymnasium.registry:
+        near = difflib.get_close_matches(environment_id, list(gymnasium.registry), n=3)
+        raise InputError(f"ogbench has no environment {environment_id!r}; the nearest are {', '.join(near) or 'none'}")
+    # The checker would look at the simulator's spaces before SeededReset has put them right.
+    return SeededReset(gymnasium.make(environment_id, disable_env_checker=True, **kwargs))
+
+
+def make_env(task: str, *, device: torch.device | str = "cpu", **kwargs: Any) -> EnvBase:
+    """Make a TorchRL environment of an OGBench single-task name.
+
+    Its step data holds ``observation [O]`` (float32), ``reward [1]``, ``terminated``, ``truncated``, ``done`` (bool ``[1]``)
+    and ``success`` (bool ``[1]``): whether the goal is reached.
+
+    Args:
+        task: for example ``cube-single-play-singletask-task2-v0``.
+
+    Keyword Args:
+        device: device of the tensors.
+        **kwargs: forwarded to ``gymnasium.make``.
+
+    Raises:
+        InputError: on a malformed or unknown name.
+        MissingExtraError: if the ``ogbench`` extra is not installed.
+    """
+    from torchrl.envs import DoubleToFloat, GymWrapper, TransformedEnv
+
+    from deflow_torchrl.envs.info import SuccessReader
+
+    env = GymWrapper(make_gym_env(task, **kwargs), device=device)
+    return TransformedEnv(env.set_info_dict_reader(SuccessReader(device)), DoubleToFloat())

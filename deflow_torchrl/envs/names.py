@@ -1,0 +1,43 @@
+"""OGBench single-task names: ``ENVIRONMENT-DATA-singletask[-taskN]-v0``."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from deflow_torchrl.errors import InputError
+
+_PATTERN = re.compile(
+    r"(?P<environment>[a-z0-9]+(-[a-z0-9]+)*)-(?P<data>[a-z]+)-(?P<task>singletask(-task[1-9])?)-(?P<version>v\d+)"
+)
+
+
+@dataclass(frozen=True)
+class OGBenchName:
+    """The parts of a single-task name.
+
+    Attributes:
+        environment_id: gymnasium id, for example ``cube-single-singletask-task2-v0``.
+        dataset: name of the data files without suffix, for example ``cube-single-play-v0``.
+    """
+
+    environment_id: str
+    dataset: str
+
+
+def parse_ogbench_name(name: str) -> OGBenchName:
+    """Split a single-task name as the ``ogbench`` package does.
+
+    Raises:
+        InputError: if the name has another form (goal-conditioned sets have no reward).
+    """
+    match = _PATTERN.fullmatch(name)
+    if match is None:
+        raise InputError(
+            f"{name!r} is no OGBench single-task name; they look like cube-single-play-singletask-task2-v0"
+        )
+    part = match.groupdict()
+    return OGBenchName(
+        environment_id=f"{part['environment']}-{part['task']}-{part['version']}",
+        dataset=f"{part['environment']}-{part['data']}-{part['version']}",
+    )

@@ -1,0 +1,27 @@
+"""The one exception type the command line turns into one line and exit code 2."""
+
+from __future__ import annotations
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used: the message says what, where and what to do, in one line."""
+
+
+class MissingExtraError(InputError, ImportError):
+    """An optional dependency is not installed.
+
+    Args:
+        module: the module that could not be imported.
+        extra: the extra of ``deflow-torchrl`` that brings it.
+    """
+
+    def __init__(self, module: str, extra: str) -> None:
+        super().__init__(f"{module} is not installed; install it with: pip install 'deflow-torchrl[{extra}]'")
+
+
+class NonFiniteLossError(RuntimeError):
+    """A loss became NaN or infinite: the message names the term and the step."""
+
+
+class RunInterrupted(KeyboardInterrupt):
+    """Ctrl-C or a polite kill during training: a checkpoint was saved, the message says how to go on."""

@@ -1,0 +1,10 @@
+"""LossModules: flow matching, refinement, TD critic, and DeFlow, which is the three together."""
+
+from __future__ import annotations
+
+from deflow_torchrl.objectives.deflow import DeFlowLoss
+from deflow_torchrl.objectives.flow_matching import FlowMatchingLoss
+from deflow_torchrl.objectives.refinement import RefinementLoss
+from deflow_torchrl.objectives.td_critic import TDCriticLoss
+
+__all__ = ["DeFlowLoss", "FlowMatchingLoss", "RefinementLoss", "TDCriticLoss"]

@@ -1,0 +1,296 @@
+"""What the losses of this package share: keys, masks, reductions, random draws and functional critics.
+
+Every loss is written as per-sample terms of shape ``td.shape`` which :meth:`OffPolicyLoss._reduce_term` reduces, so
+masks, priority weights and ``reduction="none"`` mean the same in all of them.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from tensordict import TensorDict, TensorDictBase, TensorDictParams
+from tensordict.nn import TensorDictModule, dispatch
+from tensordict.utils import NestedKey, unravel_key
+from torch import Tensor
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.objectives.common import LossModule
+from torchrl.objectives.utils import _vmap_func
+
+from deflow_torchrl.modules.actor import DeFlowActor
+from deflow_torchrl.modules.flow import FlowMatchingPolicy
+
+Reduction = Literal["mean", "sum", "none"]
+
+
+def next_key(key: NestedKey) -> NestedKey:
+    """Return the key of the same entry one step later: ``("next", *key)``."""
+    return unravel_key(("next", key))
+
+
+class OffPolicyLoss(LossModule):
+    """Base of the losses here: a sum of independent terms, each a public method ``..._loss(td) -> (loss, metadata)``.
+
+    A subclass says which entries it reads (:meth:`_required_keys`, :meth:`_optional_keys`), names its ``out_keys`` and
+    computes all its terms in :meth:`_compute`.
+    """
+
+    @dataclass
+    class _AcceptedKeys:
+        """Maintains default values for all configurable tensordict keys.
+
+        This class defines which tensordict keys can be set using '.set_keys(key_name=key_value)' and their default
+        values. Observation keys are not among them: they are those of the networks.
+
+        Attributes:
+            action (NestedKey): action of the data, and the entry the critics read it from. Defaults to ``"action"``.
+            state_action_value (NestedKey): entry the critics write. Defaults to ``"state_action_value"``.
+            reward (NestedKey): reward under ``"next"``. Defaults to ``"reward"``.
+            done (NestedKey): end of trajectory under ``"next"``. Defaults to ``"done"``.
+            terminated (NestedKey): end without bootstrap under ``"next"``. Defaults to ``"terminated"``.
+            priority (NestedKey): where ``forward`` writes |TD error|, the largest of the ensemble. Defaults to
+                ``"td_error"``.
+            priority_weight (NestedKey): importance weights of a prioritised sampler. Defaults to ``"priority_weight"``.
+            noise (NestedKey): noise z of the sampled actions, optional, at the root for s and under ``"next"`` for s'.
+                Defaults to ``"noise"``.
+            flow_noise (NestedKey): noise z of flow matching, optional. Defaults to ``"flow_noise"``.
+            flow_time (NestedKey): time t of flow matching, ``[..., 1]`` in [0, 1], optional. Defaults to ``"flow_time"``.
+        """
+
+        action: NestedKey = "action"
+        state_action_value: NestedKey = "state_action_value"
+        reward: NestedKey = "reward"
+        done: NestedKey = "done"
+        terminated: NestedKey = "terminated"
+        priority: NestedKey = "td_error"
+        priority_weight: NestedKey = "priority_weight"
+        noise: NestedKey = "noise"
+        flow_noise: NestedKey = "flow_noise"
+        flow_time: NestedKey = "flow_time"
+
+    tensor_keys: _AcceptedKeys
+    default_keys = _AcceptedKeys
+
+    actor_network: DeFlowActor
+    actor_network_params: TensorDictParams
+    target_actor_network_params: TensorDictParams
+    qvalue_network: TensorDictModule
+    qvalue_network_params: TensorDictParams
+    target_qvalue_network_params: TensorDictParams
+
+    reduction: str
+
+    def __init__(self, *, reduction: Reduction | None = None) -> None:
+        self._in_keys: list[NestedKey] | None = None
+        super().__init__()
+        reduction = "mean" if reduction is None else reduction
+        if reduction not in ("mean", "sum", "none"):
+            raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+        self.reduction = reduction
+
+    # -- keys ---------------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _required_keys(self) -> list[NestedKey]:
+        """Entries the loss cannot do without, computed from the current keys."""
+
+    @abstractmethod
+    def _optional_keys(self) -> list[NestedKey]:
+        """Random draws the caller may give."""
+
+    @property
+    def in_keys(self) -> list[NestedKey]:
+        """Required entries of the input, from the current ``set_keys`` and the networks' own keys."""
+        if self._in_keys is not None:
+            return self._in_keys
+        return list(dict.fromkeys(unravel_key(key) for key in self._required_keys()))
+
+    @in_keys.setter
+    def in_keys(self, values: Sequence[NestedKey] | None) -> None:
+        self._in_keys = None if values is None else list(values)
+
+    @property
+    def _dispatch_keys(self) -> list[NestedKey]:
+        """What keyword arguments may name: the required entries, then the random draws and the weights."""
+        optional = [*self._optional_keys(), self.tensor_keys.priority_weight]
+        return list(dict.fromkeys([*self.in_keys, *(unravel_key(key) for key in optional)]))
+
+    # -- forward ------------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _compute(self, tensordict: TensorDictBase) -> dict[str, Tensor]:
+        """Compute every term and its metadata from an input whose masked rows are zero."""
+
+    @dispatch(source="_dispatch_keys")
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Return a TensorDict of all terms (``loss_*``) and the detached metadata named in ``out_keys``.
+
+        The input is left as it is, but for the priority entry that losses with a TD error write.
+        """
+        out = self._compute(self._blank_masked_rows(tensordict))
+        priority = out.pop(self.tensor_keys.priority, None)
+        if priority is not None:
+            tensordict.set(self.tensor_keys.priority, priority)
+        if self.reduction == "none":
+            out = {name: value.expand(tensordict.shape) for name, value in out.items()}
+        td_out = TensorDict(out, batch_size=tensordict.batch_size if self.reduction == "none" else [])
+        self._clear_weakrefs(
+            tensordict,
+            td_out,
+            "actor_network_params",
+            "qvalue_network_params",
+            "target_actor_network_params",
+            "target_qvalue_network_params",
+        )
+        return td_out
+
+    # -- masks and reductions -----------------------------------------------------------------------------------------
+
+    def _mask(self, tensordict: TensorDictBase) -> Tensor | None:
+        """Validity of each row, of shape ``td.shape``, or None where the input carries no mask."""
+        mask = None
+        for key in self._loss_mask_keys():
+            found = tensordict.get(key, None)
+            if found is not None:
+                found = found.reshape(tensordict.shape)
+                mask = found if mask is None else mask & found
+        return mask
+
+    def _blank_masked_rows(self, tensordict: TensorDictBase) -> TensorDictBase:
+        # A NaN in a masked row survives torch.where at the loss: the backward pass multiplies it by zero. Blanking the
+        # inputs is what keeps the gradients finite.
+        mask = self._mask(tensordict)
+        if mask is None:
+            return tensordict
+        invalid = ~mask
+
+        def blank(entry: Tensor) -> Tensor:
+            if not entry.is_floating_point():
+                return entry
+            return entry.masked_fill(invalid.reshape(*invalid.shape, *(1,) * (entry.ndim - invalid.ndim)), 0.0)
+
+        return tensordict.apply(blank)
+
+    def _reduce_term(self, term: Tensor, tensordict: TensorDictBase) -> Tensor:
+        """Reduce a per-sample term of shape ``td.shape``, honouring masks and priority weights."""
+        weights = self._maybe_get_priority_weight(tensordict)
+        if weights is None:
+            return self._reduce_loss(term, tensordict)
+        weights = weights.reshape(term.shape)
+        mask = self._mask(tensordict)
+        if mask is not None and self.reduction == "mean":
+            # TorchRL's weighted mean divides by the sum of the weights left, which may be zero.
+            weights = weights * mask
+            return (torch.where(mask, term, 0.0) * weights).sum() / weights.sum().clamp_min(_tiny(term))
+        return self._reduce_loss(term, tensordict, weights=weights)
+
+    def _batch_mean(self, value: Tensor, tensordict: TensorDictBase) -> Tensor:
+        """Mean of a per-sample value over the rows that are valid, for statistics of the batch (never weighted)."""
+        mask = self._mask(tensordict)
+        if mask is None:
+            return value.mean()
+        return torch.where(mask, value, 0.0).sum() / mask.sum().clamp_min(1)
+
+    # -- actor --------------------------------------------------------------------------------------------------------
+
+    def _set_actor(self, actor_network: DeFlowActor) -> None:
+        self.convert_to_functional(actor_network, "actor_network")
+
+    def _actor_keys(self) -> list[NestedKey]:
+        """Entries the actor needs: its inputs less the optional noise."""
+        actor = self.actor_network
+        return [key for key in actor.in_keys if unravel_key(key) != unravel_key(_noise_key(actor))]
+
+    def _noise(self, tensordict: TensorDictBase, key: NestedKey) -> Tensor:
+        """Noise z given under ``key``, or drawn: shape and type of the data's action."""
+        noise = tensordict.get(key, None)
+        return torch.randn_like(tensordict.get(self.tensor_keys.action)) if noise is None else noise
+
+    def _base_action(self, observations: TensorDictBase, noise: Tensor) -> Tensor:
+        """B = sg(flow(s, z)): the prior's action, no gradient. ``observations`` holds the actor's keys."""
+        actor = self.actor_network
+        with torch.no_grad(), self.actor_network_params.to_module(actor, preserve_module_state=False):
+            prior = actor.flow_policy
+            if isinstance(prior, FlowMatchingPolicy):
+                return prior.module(observations.get(prior.observation_key), noise)
+            # A prior of another kind explores in its own way; under the deterministic mode of losses it would not.
+            with set_exploration_type(ExplorationType.RANDOM):
+                return prior(observations.copy()).get(actor.refinement_policy.base_action_key)
+
+    def _refine(self, observations: TensorDictBase, base_action: Tensor) -> tuple[Tensor, Tensor]:
+        """(d, a) = (f(s, b), clip(b + d)), with gradient to the refinement."""
+        actor = self.actor_network
+        with self.actor_network_params.to_module(actor, preserve_module_state=False):
+            refinement = actor.refinement_policy
+            return refinement.module(observations.get(refinement.observation_key), base_action)
+
+    # -- critics ------------------------------------------------------------------------------------------------------
+
+    def _set_critic(
+        self,
+        qvalue_network: TensorDictModule | Sequence[TensorDictModule],
+        *,
+        num_qvalue_nets: int,
+        create_target_params: bool,
+        deactivate_vmap: bool,
+    ) -> None:
+        critics = _critic_list(qvalue_network, num_qvalue_nets)
+        self.convert_to_functional(
+            critics, "qvalue_network", expand_dim=len(critics), create_target_params=create_target_params
+        )
+        self.num_qvalue_nets = len(critics)
+        self.deactivate_vmap = deactivate_vmap
+        self._make_vmap()
+
+    def _make_vmap(self) -> None:
+        self._vmap_qvalue_network = _vmap_func(
+            self.qvalue_network, (None, 0), randomness=self.vmap_randomness, pseudo_vmap=self.deactivate_vmap
+        )
+
+    def _critic_keys(self) -> list[NestedKey]:
+        """Entries the critics read besides the action."""
+        return [key for key in self.qvalue_network.in_keys if unravel_key(key) != unravel_key(self.tensor_keys.action)]
+
+    def _qvalues(self, observations: TensorDictBase, action: Tensor, params: TensorDictBase) -> Tensor:
+        """Q_j(s, a) of the whole ensemble, ``[N, *td.shape]``."""
+        inputs = observations.select(*self._critic_keys()).set(self.tensor_keys.action, action)
+        return self._vmap_qvalue_network(inputs, params).get(self.tensor_keys.state_action_value).squeeze(-1)
+
+
+def _tiny(tensor: Tensor) -> float:
+    return torch.finfo(tensor.dtype).tiny
+
+
+def _noise_key(actor: DeFlowActor) -> NestedKey:
+    prior = actor.flow_policy
+    key = prior.noise_key if isinstance(prior, FlowMatchingPolicy) else None
+    return "noise" if key is None else key
+
+
+def _critic_list(
+    qvalue_network: TensorDictModule | Sequence[TensorDictModule], num_qvalue_nets: int
+) -> list[TensorDictModule]:
+    """A list of critics as given, or copies of one module: the first as it is, the others re-initialised by their layers."""
+    if not isinstance(qvalue_network, torch.nn.Module) or isinstance(qvalue_network, torch.nn.ModuleList):
+        if len(qvalue_network) == 0:
+            raise ValueError("qvalue_network is an empty list: give at least one critic")
+        return list(qvalue_network)
+    if num_qvalue_nets < 1:
+        raise ValueError(f"num_qvalue_nets must be positive, got {num_qvalue_nets}")
+    copies = [copy.deepcopy(qvalue_network) for _ in range(num_qvalue_nets)]
+    for critic in copies[1:]:
+        reset = [layer for layer in critic.modules() if callable(getattr(layer, "reset_parameters", None))]
+        for layer in reset:
+            layer.reset_parameters()  # type: ignore[operator]
+        if not reset:
+            warnings.warn(
+                "qvalue_network has no layer with reset_parameters: its copies start identical and stay so; "
+                "pass a list of critics instead",
+                stacklevel=2,
+            )
+    return copies

@@ -1,0 +1,15 @@
+"""One progress bar for everything that takes more than a few seconds: on standard error, with an ETA."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from tqdm import tqdm
+
+
+def progress_bar(iterable: Iterable[Any] | None = None, **kwargs: Any) -> tqdm:
+    """``tqdm`` that redraws in a terminal and prints a line's worth every ten seconds into a file."""
+    terminal = sys.stderr.isatty()
+    return tqdm(iterable, dynamic_ncols=terminal, mininterval=0.1 if terminal else 10.0, **kwargs)

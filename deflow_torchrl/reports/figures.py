@@ -1,0 +1,71 @@
+"""Figures of a run, drawn from its rows of metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from deflow_torchrl.errors import MissingExtraError
+from deflow_torchrl.paths import atomic_write
+
+_PANELS = (
+    ("eval/success", "success rate", "fraction of evaluation episodes"),
+    ("train/loss_flow", "flow loss", "mean squared velocity error"),
+    ("train/loss_qvalue", "critic loss", "mean squared TD error"),
+    ("train/divergence", "divergence D against delta", "mean squared shift per dimension"),
+    ("train/alpha", "multiplier alpha", "alpha"),
+)
+
+
+def plot_learning_curve(
+    rows: Sequence[Mapping[str, Any]],
+    path: Path,
+    *,
+    title: str,
+    final: Mapping[str, float],
+    target_divergence: float | None = None,
+) -> Path:
+    """Draw a run's curves as one PNG: success, flow and critic losses, divergence and alpha.
+
+    Args:
+        rows: rows of ``metrics.jsonl``.
+        path: PNG to write, beside and renamed.
+
+    Keyword Args:
+        title: the figure's title.
+        final: policy name -> success rate of the final evaluation, drawn as horizontal lines.
+        target_divergence: delta, drawn as a horizontal line.
+
+    Raises:
+        MissingExtraError: without the ``reports`` extra.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("matplotlib", "reports") from error
+    panels = [panel for panel in _PANELS if panel[0] == "eval/success" or any(panel[0] in row for row in rows)]
+    figure = Figure(figsize=(4.2 * len(panels), 3.6), layout="constrained")
+    figure.suptitle(title)
+    for axis, (name, heading, unit) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        if points:
+            axis.plot(*zip(*points, strict=True), marker="o" if len(points) < 30 else None, markersize=4)
+        axis.set(title=heading, xlabel="gradient steps", ylabel=unit)
+        axis.grid(alpha=0.3)
+        if name == "eval/success":
+            axis.set_ylim(-0.03, 1.03)
+            for number, (policy, rate) in enumerate(final.items()):
+                axis.axhline(rate, linestyle="--", color=f"C{number + 1}", label=f"{policy}: {rate:.2f} at the end")
+            if final:
+                axis.legend(loc="best", fontsize="small")
+        elif name == "train/divergence":
+            axis.set_yscale("log")
+            if target_divergence is not None:
+                axis.axhline(target_divergence, linestyle=":", color="black", label="delta")
+                axis.legend(loc="best", fontsize="small")
+        elif name in ("train/alpha", "train/loss_qvalue"):
+            axis.set_yscale("log")
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+    return path

@@ -1,0 +1,56 @@
+"""A run as one self-contained HTML page."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from deflow_torchrl.errors import MissingExtraError
+from deflow_torchrl.paths import write_text
+
+
+def write_html_report(
+    path: Path, *, title: str, record: Mapping[str, Any], figure: Path, target_divergence: float | None
+) -> Path:
+    """Write the page: success table, curve (embedded), command, numbers, settings, versions. It loads nothing from anywhere.
+
+    Args:
+        path: HTML file to write, beside and renamed.
+
+    Keyword Args:
+        title: heading.
+        record: see :func:`deflow_torchrl.reports.build_record`.
+        figure: PNG to embed.
+        target_divergence: delta, for the explanation.
+
+    Raises:
+        MissingExtraError: without the ``reports`` extra.
+    """
+    try:
+        from jinja2 import Environment, StrictUndefined
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("jinja2", "reports") from error
+    source = resources.files(__package__).joinpath("report.html.j2").read_text(encoding="utf-8")
+    template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(source)
+    page = template.render(
+        title=title,
+        record=record,
+        figure=base64.b64encode(figure.read_bytes()).decode("ascii"),
+        settings=_flatten(record["config"]),
+        target_divergence=target_divergence,
+    )
+    write_text(path, page)
+    return path
+
+
+def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat

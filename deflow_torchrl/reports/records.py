@@ -1,0 +1,101 @@
+"""A run's record: the JSON file behind every number that is quoted from it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+_PACKAGES = ("deflow-torchrl", "torch", "torchrl", "tensordict", "numpy", "gymnasium", "mujoco", "ogbench")
+
+
+def build_record(
+    *,
+    command: str,
+    config: Mapping[str, Any],
+    data: Mapping[str, Any],
+    evaluations: Mapping[str, Any],
+    seconds: Mapping[str, float],
+) -> dict[str, Any]:
+    """Collect what a reader needs to trust and repeat a run.
+
+    Keyword Args:
+        command: the command line that made it.
+        config: all settings.
+        data: description of the data (file, transitions, checksum, provenance).
+        evaluations: policy name -> outcome with per-episode results.
+        seconds: wall time by phase.
+    """
+    settings = dict(config)
+    return {
+        "schema": SCHEMA,
+        "command": command,
+        "config": settings,
+        "config_sha256": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
+        "data": dict(data),
+        "evaluations": dict(evaluations),
+        "time": dict(seconds),
+        "versions": package_versions(),
+        "git_commit": git_commit(),
+        "hardware": hardware(),
+    }
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages a result depends on; absent ones are left out."""
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout this package runs from, with ``+changes`` where it has any; None outside a checkout."""
+    folder = Path(__file__).resolve().parents[2]
+    if not (folder / ".git").exists():
+        return None
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, cores and, where torch sees one, the accelerator."""
+    import torch
+
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [
+            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
+        model = names[0] if names else model
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,7 @@
+"""What differs between tasks, as data: names, data sets and hyperparameters."""
+
+from __future__ import annotations
+
+from deflow_torchrl.tasks.registry import OGBenchTask, ogbench_task, ogbench_task_names
+
+__all__ = ["OGBenchTask", "ogbench_task", "ogbench_task_names"]

@@ -1,0 +1,303 @@
+"""Deterministic, paired evaluation on a batch of environments.
+
+Episode e starts from seed ``seed + e`` and is acted with its own noise stream, so the same policy gives the same
+trajectories twice and two policies meet the same starts and the same noise, however many environments or processes
+share the work. The global random generators are left as they were.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModuleBase
+
+from deflow_torchrl.envs.factory import make_gym_env
+
+DEFAULT_EVALUATION_SEED = 1_000_000
+"""Far from training seeds: evaluation starts are not those of any generated data."""
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Outcome of each episode, in the order of their seeds.
+
+    Attributes:
+        success: ``info["success"]`` of the last step, bool ``[E]``.
+        episode_return: undiscounted sum of rewards, ``[E]``.
+        length: environment steps, ``[E]``.
+        seeds: reset seed of each episode, ``[E]``.
+    """
+
+    success: np.ndarray
+    episode_return: np.ndarray
+    length: np.ndarray
+    seeds: np.ndarray
+
+    @property
+    def success_rate(self) -> float:
+        """Fraction of successful episodes."""
+        return float(self.success.mean())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain lists and numbers, for a record."""
+        return {
+            "success_rate": self.success_rate,
+            "episodes": len(self.success),
+            "success": [int(value) for value in self.success],
+            "episode_return": [float(value) for value in self.episode_return],
+            "length": [int(value) for value in self.length],
+            "seeds": [int(value) for value in self.seeds],
+        }
+
+
+class Evaluator:
+    """Runs policies on a task, one policy call per step for all environments in use.
+
+    Args:
+        task: OGBench single-task name.
+
+    Keyword Args:
+        num_envs: environments stepped together.
+        workers: processes that step them; 1 steps in this process. More than 1 needs a script with the usual
+            ``if __name__ == "__main__"`` guard.
+        device: device of the policies.
+
+    Examples:
+        >>> with Evaluator("cube-single-play-singletask-task2-v0") as evaluator:  # doctest: +SKIP
+        ...     print(evaluator.run(policy, episodes=50).success_rate)
+    """
+
+    def __init__(self, task: str, *, num_envs: int = 10, workers: int = 1, device: torch.device | str = "cpu") -> None:
+        if num_envs < 1 or workers < 1:
+            raise ValueError(f"num_envs and workers must be positive, got {num_envs} and {workers}")
+        self.device = torch.device(device)
+        self.num_envs = num_envs
+        workers = min(workers, num_envs)
+        slots = [list(range(worker, num_envs, workers)) for worker in range(workers)]
+        group = _LocalGroup if workers == 1 else _RemoteGroup
+        self._groups = [group(task, numbers) for numbers in slots]
+
+    def __enter__(self) -> Evaluator:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the processes and close the environments."""
+        for group in self._groups:
+            group.close()
+        self._groups = []
+
+    @torch.no_grad()
+    def run(
+        self,
+        policy: TensorDictModuleBase,
+        *,
+        episodes: int,
+        seed: int = DEFAULT_EVALUATION_SEED,
+        on_episode: Callable[[], None] | None = None,
+        on_step: Callable[[np.ndarray, np.ndarray, np.ndarray], None] | None = None,
+    ) -> EvaluationResult:
+        """Run ``episodes`` episodes of a policy.
+
+        Args:
+            policy: reads ``observation [B, O]`` (and ``noise [B, A]``, if among its in_keys) and writes ``action [B, A]``.
+
+        Keyword Args:
+            episodes: number of episodes E.
+            seed: episode e is reset with ``seed + e``.
+            on_episode: called at the end of each episode, for a progress bar.
+            on_step: called at each step with the running episodes' numbers, observations and actions.
+
+        Returns:
+            The outcome of each episode.
+        """
+        outcome = EvaluationResult(
+            success=np.zeros(episodes, bool),
+            episode_return=np.zeros(episodes),
+            length=np.zeros(episodes, np.int64),
+            seeds=seed + np.arange(episodes),
+        )
+        waiting = iter(range(episodes))
+        # slot -> episode it runs; a slot with nothing left to run keeps its last observation in the batch, so that the
+        # batch, and with it the rounding of every matrix product, has one shape throughout.
+        running: dict[int, int] = {}
+        for slot in range(self.num_envs):
+            episode = next(waiting, None)
+            if episode is not None:
+                running[slot] = episode
+        first = self._reset({slot: int(outcome.seeds[episode]) for slot, episode in running.items()})
+        observations = np.zeros((self.num_envs, *next(iter(first.values())).shape), np.float32)
+        for slot, observation in first.items():
+            observations[slot] = observation
+        noise = _NoiseStreams(seed) if "noise" in policy.in_keys else None
+        with _own_generator(seed):
+            while running:
+                batch = TensorDict({"observation": torch.from_numpy(observations)}, batch_size=[self.num_envs])
+                if noise is not None:
+                    batch["noise"] = noise.draw(self.num_envs, running, outcome.length, self._action_dim)
+                actions = policy(batch.to(self.device))["action"].cpu().numpy()
+                if on_step is not None:
+                    slots = list(running)
+                    on_step(np.array(list(running.values())), observations[slots], actions[slots])
+                resets = {}
+                for slot, (observation, reward, done, success) in self._step({s: actions[s] for s in running}).items():
+                    episode = running[slot]
+                    observations[slot] = observation
+                    outcome.episode_return[episode] += reward
+                    outcome.length[episode] += 1
+                    if done:
+                        outcome.success[episode] = success
+                        del running[slot]
+                        following = next(waiting, None)
+                        if following is not None:
+                            running[slot] = following
+                            resets[slot] = int(outcome.seeds[following])
+                        if on_episode is not None:
+                            on_episode()
+                for slot, observation in self._reset(resets).items():
+                    observations[slot] = observation
+        return outcome
+
+    @property
+    def _action_dim(self) -> int:
+        return self._groups[0].action_dim
+
+    def _reset(self, seeds: dict[int, int]) -> dict[int, np.ndarray]:
+        return self._ask("reset", seeds)
+
+    def _step(self, actions: dict[int, np.ndarray]) -> dict[int, tuple[np.ndarray, float, bool, bool]]:
+        return self._ask("step", actions)
+
+    def _ask(self, command: str, values: dict[int, Any]) -> dict[int, Any]:
+        asked = []
+        for group in self._groups:
+            mine = {slot: values[slot] for slot in group.slots if slot in values}
+            if mine:
+                group.send(command, mine)
+                asked.append(group)
+        return {slot: answer for group in asked for slot, answer in group.receive().items()}
+
+
+class _NoiseStreams:
+    """N(0, I) noise that depends on (seed, episode, step) alone."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self._generators: dict[int, torch.Generator] = {}
+
+    def draw(self, num_envs: int, running: dict[int, int], lengths: np.ndarray, action_dim: int) -> torch.Tensor:
+        noise = torch.zeros(num_envs, action_dim)
+        for slot, episode in running.items():
+            if lengths[episode] == 0:
+                state = np.random.SeedSequence([self.seed, episode]).generate_state(1, np.uint64)[0]
+                self._generators[episode] = torch.Generator().manual_seed(int(state >> 1))
+            noise[slot] = torch.randn(action_dim, generator=self._generators[episode])
+        return noise
+
+
+@contextmanager
+def _own_generator(seed: int) -> Iterator[None]:
+    """Draws of a policy that makes its own come from ``seed``; torch's global generators are put back."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+class _LocalGroup:
+    """Some of the environments, stepped in this process."""
+
+    def __init__(self, task: str, slots: list[int]) -> None:
+        self.slots = slots
+        self._envs = {slot: make_gym_env(task) for slot in slots}
+        self.action_dim = int(np.prod(next(iter(self._envs.values())).action_space.shape or ()))
+        self._answer: dict[int, Any] = {}
+
+    def send(self, command: str, values: dict[int, Any]) -> None:
+        self._answer = {slot: getattr(self, f"_{command}")(self._envs[slot], value) for slot, value in values.items()}
+
+    def receive(self) -> dict[int, Any]:
+        return self._answer
+
+    def _reset(self, env: Any, seed: int) -> np.ndarray:
+        return env.reset(seed=seed)[0]
+
+    def _step(self, env: Any, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool]:
+        observation, reward, terminated, truncated, info = env.step(action)
+        return observation, float(reward), bool(terminated or truncated), bool(info["success"])
+
+    def close(self) -> None:
+        for env in self._envs.values():
+            env.close()
+
+
+class _RemoteGroup:
+    """The same in a process of its own."""
+
+    def __init__(self, task: str, slots: list[int]) -> None:
+        self.slots = slots
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, task, slots), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    @property
+    def action_dim(self) -> int:
+        if not hasattr(self, "_action_dim"):
+            self.send("action_dim", {})
+            self._action_dim = self.receive()
+        return self._action_dim
+
+    def send(self, command: str, values: dict[int, Any]) -> None:
+        self._pipe.send((command, values))
+
+    def receive(self) -> Any:
+        try:
+            answer = self._pipe.recv()
+        except EOFError:
+            raise RuntimeError(f"an evaluation process died (exit code {self._process.exitcode})") from None
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def close(self) -> None:
+        self._pipe.close()
+        self._process.join(timeout=5)
+        if self._process.is_alive():
+            self._process.terminate()
+            self._process.join()
+
+
+def _serve(pipe: Connection, task: str, slots: list[int]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    group: _LocalGroup | None = None
+    try:
+        while True:
+            command, values = pipe.recv()
+            try:
+                if group is None:
+                    group = _LocalGroup(task, slots)
+                if command == "action_dim":
+                    pipe.send(group.action_dim)
+                else:
+                    group.send(command, values)
+                    pipe.send(group.receive())
+            except Exception as error:  # the parent raises it
+                pipe.send(error)
+    except (EOFError, BrokenPipeError):
+        pass
+    finally:
+        if group is not None:
+            group.close()

@@ -1,0 +1,47 @@
+"""TorchRL's loggers, chosen by name, with their missing extras and missing keys said in one line."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+from deflow_torchrl.errors import MissingExtraError
+from deflow_torchrl.trainers.metrics import ScalarLogger
+
+PROJECT = "deflow_torchrl"
+
+
+def make_logger(name: str, folder: Path) -> ScalarLogger | None:
+    """Make the TorchRL logger ``name`` (``none``, ``wandb``, ``tensorboard`` or ``mlflow``), writing under ``folder``.
+
+    wandb without a key runs offline and says so on standard error; ``wandb sync`` uploads such a run later.
+
+    Raises:
+        MissingExtraError: if its package is not installed.
+    """
+    if name == "none":
+        return None
+    if importlib.util.find_spec(name) is None:
+        raise MissingExtraError(name, name)
+    from torchrl.record.loggers import get_logger
+
+    kwargs = {}
+    if name == "wandb":
+        offline = not _wandb_has_key()
+        if offline:
+            print(
+                f"wandb has no key: logging offline under {folder / 'wandb'}; upload it with `wandb sync`",
+                file=sys.stderr,
+            )
+        kwargs["wandb_kwargs"] = {"offline": offline, "project": PROJECT}
+    target = folder if name == "wandb" else folder / name
+    target.mkdir(parents=True, exist_ok=True)
+    return get_logger(name, logger_name=str(target), experiment_name=folder.name, **kwargs)
+
+
+def _wandb_has_key() -> bool:
+    import wandb
+
+    return bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)

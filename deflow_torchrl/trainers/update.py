@@ -1,0 +1,82 @@
+"""One update: sum the losses, one optimiser step over all groups, one step of the targets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from deflow_torchrl.algorithms.base import Learner
+from deflow_torchrl.errors import NonFiniteLossError
+
+
+class UpdateStep:
+    """Callable that trains a learner on a batch.
+
+    The loop stays free of host synchronisation on an accelerator: a non-finite loss is remembered on the device, with
+    its step, and raised by :meth:`check_finite`, which the trainer calls before it logs or saves. On a CPU, where looking
+    costs nothing, every call checks.
+
+    Args:
+        learner: the method. Its loss's parameters live on one device.
+
+    Keyword Args:
+        compile_loss: run the losses through ``torch.compile(fullgraph=True)``.
+
+    Raises:
+        NonFiniteLossError: by calls, on a CPU, as soon as a loss is NaN or infinite.
+    """
+
+    def __init__(self, learner: Learner, *, compile_loss: bool = False) -> None:
+        self.learner = learner
+        self.optimizer = torch.optim.Adam([dict(group) for group in learner.param_groups], fused=True)
+        self.step = 0
+        self._names = learner.loss_names
+        self._device = next(learner.loss.parameters()).device
+        self._first_bad = torch.full((len(self._names),), -1, dtype=torch.int64, device=self._device)
+        self._losses = torch.compile(self._compute, fullgraph=True) if compile_loss else self._compute
+
+    def _compute(self, batch: TensorDictBase) -> TensorDictBase:
+        return self.learner.loss(batch)
+
+    def __call__(self, batch: TensorDictBase) -> TensorDictBase:
+        """Train on ``batch`` (on the loss's device) and return the losses and metadata, detached."""
+        self.step += 1
+        out = self._losses(batch)
+        terms = torch.stack([out.get(name) for name in self._names])
+        self.optimizer.zero_grad()
+        terms.sum().backward()
+        self.optimizer.step()
+        self.learner.target_updater.step()
+        self._remember_bad(terms.detach())
+        if self._device.type == "cpu":
+            self.check_finite()
+        return out.detach()
+
+    def _remember_bad(self, terms: Tensor) -> None:
+        bad = ~terms.isfinite() & (self._first_bad < 0)
+        self._first_bad.masked_fill_(bad, self.step)
+
+    def check_finite(self) -> None:
+        """Raise NonFiniteLossError if any call so far met a NaN or infinite loss, naming the first term and step."""
+        if bool((self._first_bad < 0).all()):
+            return
+        steps = {name: step for name, step in zip(self._names, self._first_bad.tolist(), strict=True) if step >= 0}
+        name = min(steps, key=lambda key: steps[key])
+        raise NonFiniteLossError(f"{name} became NaN or infinite at step {steps[name]}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs to go on as if it had not stopped: step, networks, targets, optimiser."""
+        return {
+            "step": self.step,
+            "loss": self.learner.loss.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` gave."""
+        self.step = state["step"]
+        self.learner.loss.load_state_dict(state["loss"])
+        self.optimizer.load_state_dict(state["optimizer"])

@@ -163,7 +163,8 @@ def _readable(path: Path) -> Iterator[None]:
 
 def _check_archive(path: Path) -> None:
     # numpy names neither the file nor the missing array; allow_pickle=False refuses objects instead of running them.
-    with np.load(path, allow_pickle=False) as archive:
+    # Opened here: numpy leaks the file it opened itself when the archive turns out to be damaged.
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
         missing = [name for name in _ARRAYS if name not in archive.files]
         if missing:
             raise InputError(f"{path} has no array {', '.join(missing)}; it is not an OGBench data set")

@@ -68,6 +68,8 @@ def transitions_from_arrays(
             raise InputError(f"{source}: {name} has type {array.dtype}, expected numbers")
         if len(array) != length:
             raise InputError(f"{source}: {name} has {len(array)} rows, actions {length}")
+        if name in ("rewards", "masks", "trajectory_ends") and array.size != length:
+            raise InputError(f"{source}: {name} has shape {array.shape}, expected one number a row")
     if actions.dtype.kind != "f":
         raise InputError(f"{source}: actions have type {actions.dtype}, expected floating point in [-1, 1]")
 

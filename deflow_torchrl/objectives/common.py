@@ -11,7 +11,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from tensordict import TensorDict, TensorDictBase, TensorDictParams
@@ -131,7 +131,13 @@ class OffPolicyLoss(LossModule):
         """Return a TensorDict of all terms (``loss_*``) and the detached metadata named in ``out_keys``.
 
         The input is left as it is, but for the priority entry that losses with a TD error write.
+
+        Raises:
+            KeyError: naming every required entry that is missing.
         """
+        missing = [key for key in self._required_keys() if tensordict.get(key, None) is None]
+        if missing:
+            raise KeyError(f"{type(self).__name__} needs {missing}, which the input lacks; rename keys with set_keys")
         out = self._compute(self._blank_masked_rows(tensordict))
         priority = out.pop(self.tensor_keys.priority, None)
         if priority is not None:
@@ -209,7 +215,7 @@ class OffPolicyLoss(LossModule):
     def _noise(self, tensordict: TensorDictBase, key: NestedKey) -> Tensor:
         """Noise z given under ``key``, or drawn: shape and type of the data's action."""
         noise = tensordict.get(key, None)
-        return torch.randn_like(tensordict.get(self.tensor_keys.action)) if noise is None else noise
+        return torch.randn_like(tensordict[self.tensor_keys.action]) if noise is None else noise
 
     def _base_action(self, observations: TensorDictBase, noise: Tensor) -> Tensor:
         """B = sg(flow(s, z)): the prior's action, no gradient. ``observations`` holds the actor's keys."""
@@ -217,7 +223,7 @@ class OffPolicyLoss(LossModule):
         with torch.no_grad(), self.actor_network_params.to_module(actor, preserve_module_state=False):
             prior = actor.flow_policy
             if isinstance(prior, FlowMatchingPolicy):
-                return prior.module(observations.get(prior.observation_key), noise)
+                return prior.module(observations[prior.observation_key], noise)
             # A prior of another kind explores in its own way; under the deterministic mode of losses it would not.
             with set_exploration_type(ExplorationType.RANDOM):
                 return prior(observations.copy()).get(actor.refinement_policy.base_action_key)
@@ -227,7 +233,7 @@ class OffPolicyLoss(LossModule):
         actor = self.actor_network
         with self.actor_network_params.to_module(actor, preserve_module_state=False):
             refinement = actor.refinement_policy
-            return refinement.module(observations.get(refinement.observation_key), base_action)
+            return refinement.module(observations[refinement.observation_key], base_action)
 
     # -- critics ------------------------------------------------------------------------------------------------------
 
@@ -251,6 +257,20 @@ class OffPolicyLoss(LossModule):
         self._vmap_qvalue_network = _vmap_func(
             self.qvalue_network, (None, 0), randomness=self.vmap_randomness, pseudo_vmap=self.deactivate_vmap
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The vmapped critic is a closure: it neither pickles nor follows a copy. It is made again instead.
+        return {name: value for name, value in super().__getstate__().items() if name != "_vmap_qvalue_network"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "qvalue_network" in self.__dict__:
+            self._make_vmap()
+
+    def _frozen_critics(self) -> TensorDictBase:
+        """The online critics' parameters without gradient, sharing their storage."""
+        # Not params.detach(): a locked TensorDict remembers its result, which a later .to(dtype) leaves stale.
+        return self.qvalue_network_params.apply(torch.Tensor.detach)
 
     def _critic_keys(self) -> list[NestedKey]:
         """Entries the critics read besides the action."""

@@ -152,10 +152,14 @@ class DeFlowLoss(FlowMatchingLoss, RefinementLoss, TDCriticLoss):
     def _compute(self, tensordict: TensorDictBase) -> dict[str, Tensor]:
         noise = self._noise(tensordict, self.tensor_keys.noise)
         next_noise = self._next_noise(tensordict)
-        # One integration of [s; s'] in 2B rows instead of two: the largest cost of an update, at half the calls.
-        keys = self._actor_keys()
-        both = torch.cat([tensordict.select(*keys), tensordict.get("next").select(*keys)], 0)
-        base_action, next_base_action = self._base_action(both, torch.cat([noise, next_noise], 0)).chunk(2, 0)
+        if tensordict.ndim:
+            # One integration of [s; s'] in 2B rows instead of two: the largest cost of an update, at half the calls.
+            keys = self._actor_keys()
+            both = torch.cat([tensordict.select(*keys), tensordict["next"].select(*keys)], 0)
+            base_action, next_base_action = self._base_action(both, torch.cat([noise, next_noise], 0)).chunk(2, 0)
+        else:
+            base_action = self._base_action(tensordict, noise)
+            next_base_action = self._base_action(tensordict["next"], next_noise)
         return {
             "loss_flow": self._flow_loss(tensordict),
             **self._refinement_terms(tensordict, base_action),

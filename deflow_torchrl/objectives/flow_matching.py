@@ -71,7 +71,7 @@ class FlowMatchingLoss(OffPolicyLoss):
         return {"loss_flow": self._flow_loss(tensordict)}
 
     def _flow_loss(self, tensordict: TensorDictBase) -> Tensor:
-        action = tensordict.get(self.tensor_keys.action)
+        action = tensordict[self.tensor_keys.action]
         noise = tensordict.get(self.tensor_keys.flow_noise, None)
         if noise is None:
             noise = torch.randn_like(action)
@@ -79,7 +79,7 @@ class FlowMatchingLoss(OffPolicyLoss):
         if time is None:
             time = torch.rand_like(action[..., :1])
         x = (1 - time) * noise + time * action
-        velocity = self._velocity(tensordict.get(self._flow_policy.observation_key), x, time)
+        velocity = self._velocity(tensordict[self._flow_policy.observation_key], x, time)
         error = (velocity - (action - noise)).square().mean(-1)
         return self._reduce_term(error, tensordict)
 

@@ -22,6 +22,8 @@ from torch import Tensor
 from deflow_torchrl.modules.actor import DeFlowActor
 from deflow_torchrl.objectives.common import OffPolicyLoss, Reduction, _tiny
 
+_UNBOUNDED = (-math.inf, math.inf)
+
 
 class RefinementLoss(OffPolicyLoss):
     """Move sampled actions towards higher Q inside the trust region E|da|^2 <= delta (DeFlow Eq. 10-12).
@@ -127,8 +129,8 @@ class RefinementLoss(OffPolicyLoss):
             raise ValueError(f"divergence_reduction must be 'mean' or 'sum', got {divergence_reduction!r}")
         if fixed_alpha is not None and not fixed_alpha >= 0:
             raise ValueError(f"fixed_alpha must not be negative, got {fixed_alpha}")
-        low = -math.inf if min_alpha is None else _log(min_alpha, "min_alpha")
-        high = math.inf if max_alpha is None else _log(max_alpha, "max_alpha")
+        low = _UNBOUNDED[0] if min_alpha is None else _log(min_alpha, "min_alpha")
+        high = _UNBOUNDED[1] if max_alpha is None else _log(max_alpha, "max_alpha")
         if low > high:
             raise ValueError(f"min_alpha must not exceed max_alpha, got {min_alpha} and {max_alpha}")
         example = next(iter(self.actor_network_params.values(True, True)))
@@ -137,7 +139,7 @@ class RefinementLoss(OffPolicyLoss):
         self.divergence_reduction = divergence_reduction
         self.register_coeff_buffer("target_divergence", float(target_divergence), device=device, dtype=dtype)
         self.fixed_alpha = fixed_alpha is not None
-        self._log_alpha_bounds = (low, high)
+        self._log_alpha_bounds = _UNBOUNDED if fixed_alpha is not None else (low, high)
         if fixed_alpha is not None:
             log_alpha = -math.inf if fixed_alpha == 0 else math.log(fixed_alpha)
             self.register_buffer("log_alpha", torch.tensor(log_alpha, device=device, dtype=dtype))
@@ -152,12 +154,8 @@ class RefinementLoss(OffPolicyLoss):
 
     @property
     def alpha(self) -> Tensor:
-        """The multiplier alpha, detached scalar."""
-        low, high = self._log_alpha_bounds
-        with torch.no_grad():
-            if not self.fixed_alpha and (low, high) != (-math.inf, math.inf):
-                self.log_alpha.clamp_(low, high)
-            return self.log_alpha.exp()
+        """The multiplier alpha inside its bounds, detached scalar."""
+        return self.log_alpha.detach().clamp(*self._log_alpha_bounds).exp()
 
     def _divergence(self, shift: Tensor) -> Tensor:
         """D of each sample from the unclipped shift ``[..., A]``."""
@@ -169,7 +167,7 @@ class RefinementLoss(OffPolicyLoss):
         shift, action = self._refine(tensordict, base_action)
         divergence = self._divergence(shift)
         # Eq. 11: critics fixed. Their gradients would be thrown away, so their parameters enter detached.
-        qvalue = self._qvalues(tensordict, action, self.qvalue_network_params.detach()).mean(0)
+        qvalue = self._qvalues(tensordict, action, self._frozen_critics()).mean(0)
         scale: Tensor | float = 1.0
         if self.normalize_q_loss:
             scale = 1 / self._batch_mean(qvalue.detach().abs(), tensordict).clamp_min(_tiny(qvalue))
@@ -180,6 +178,10 @@ class RefinementLoss(OffPolicyLoss):
         """Eq. 12 in log alpha; ``divergence`` is detached: the constraint drives the multiplier, never the refinement."""
         if self.fixed_alpha:
             return self._reduce_term(torch.zeros_like(divergence), tensordict)
+        if self._log_alpha_bounds != _UNBOUNDED:
+            # Projection: without it the parameter itself would run on behind a bound that only its exponential obeys.
+            with torch.no_grad():
+                self.log_alpha.clamp_(*self._log_alpha_bounds)
         return self._reduce_term(-self.log_alpha * (divergence - self.target_divergence), tensordict)
 
     def _refinement_terms(self, tensordict: TensorDictBase, base_action: Tensor) -> dict[str, Tensor]:

@@ -3,7 +3,9 @@
 Where the released code and the paper differ:
   1. The loss is averaged over the critics (and the batch), where TorchRL and others sum it over the critics.
      Default here: the average.
-  2. The code moves the targets towards the critics of *before* the optimiser step. Here SoftUpdate runs after it.
+  2. The code moves the targets towards the critics of *before* the optimiser step, TorchRL's scripts towards those of
+     after it. The choice is the caller's: SoftUpdate.step() before optimizer.step() is the code's order, and the one of
+     deflow_torchrl.trainers.UpdateStep.
 """
 
 from __future__ import annotations
@@ -134,15 +136,18 @@ class TDCriticLoss(OffPolicyLoss):
     def _qvalue_loss(self, tensordict: TensorDictBase, next_base_action: Tensor) -> tuple[Tensor, Tensor]:
         """Return (loss_qvalue, |TD error| of each sample, the largest of the ensemble)."""
         with torch.no_grad():
-            following = tensordict.get("next")
+            following = tensordict["next"]
             next_action = self._refine(following, next_base_action)[1]
             next_qvalues = self._qvalues(following, next_action, self.target_qvalue_network_params)
             next_qvalue = next_qvalues.mean(0) if self.q_aggregation == "mean" else next_qvalues.amin(0)
             target = self.value_estimator.value_estimate(tensordict, next_value=next_qvalue.unsqueeze(-1)).squeeze(-1)
-        qvalues = self._qvalues(tensordict, tensordict.get(self.tensor_keys.action), self.qvalue_network_params)
+        qvalues = self._qvalues(tensordict, tensordict[self.tensor_keys.action], self.qvalue_network_params)
         error = qvalues - target
         loss = self._reduce_term(error.square().mean(0), tensordict)
-        return loss, error.detach().abs().amax(0)
+        td_error = error.detach().abs().amax(0)
+        mask = self._mask(tensordict)
+        # A masked row has no error: a prioritised sampler must not come back for padding.
+        return loss, td_error if mask is None else torch.where(mask, td_error, 0.0)
 
     def _critic_terms(self, tensordict: TensorDictBase, next_base_action: Tensor) -> dict[str, Tensor]:
         loss, td_error = self._qvalue_loss(tensordict, next_base_action)
@@ -152,7 +157,7 @@ class TDCriticLoss(OffPolicyLoss):
         return self._noise(tensordict, next_key(self.tensor_keys.noise))
 
     def _compute(self, tensordict: TensorDictBase) -> dict[str, Tensor]:
-        next_base_action = self._base_action(tensordict.get("next"), self._next_noise(tensordict))
+        next_base_action = self._base_action(tensordict["next"], self._next_noise(tensordict))
         return self._critic_terms(tensordict, next_base_action)
 
     def qvalue_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
@@ -166,6 +171,6 @@ class TDCriticLoss(OffPolicyLoss):
             The loss and metadata ``td_error [...]``, detached.
         """
         tensordict = self._blank_masked_rows(tensordict)
-        next_base_action = self._base_action(tensordict.get("next"), self._next_noise(tensordict))
+        next_base_action = self._base_action(tensordict["next"], self._next_noise(tensordict))
         loss, td_error = self._qvalue_loss(tensordict, next_base_action)
         return loss, {"td_error": td_error}

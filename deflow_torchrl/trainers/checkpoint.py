@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ def load_checkpoint(path: Path, *, device: torch.device | str = "cpu") -> dict[s
     Raises:
         InputError: if the file is missing, damaged, of another format or holds anything but data.
     """
+    if path.exists() and not zipfile.is_zipfile(path):
+        raise InputError(f"{path} is damaged or not a checkpoint of this program; it was not loaded")
     try:
         state = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError as error:

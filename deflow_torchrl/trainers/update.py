@@ -1,4 +1,4 @@
-"""One update: sum the losses, one optimiser step over all groups, one step of the targets."""
+"""One update: sum the losses, one step of the targets, one optimiser step over all groups."""
 
 from __future__ import annotations
 
@@ -48,8 +48,10 @@ class UpdateStep:
         terms = torch.stack([out.get(name) for name in self._names])
         self.optimizer.zero_grad()
         terms.sum().backward()
-        self.optimizer.step()
+        # The order of the authors' code: targets move towards the critics of before this step (one step's lag). In the
+        # other order the losses leave the reference's by some 1e-3 within eight updates at the paper's sizes.
         self.learner.target_updater.step()
+        self.optimizer.step()
         self._remember_bad(terms.detach())
         if self._device.type == "cpu":
             self.check_finite()

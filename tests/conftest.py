@@ -1,0 +1,106 @@
+"""Shared parts: small networks, batches and a generated data set made once."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torchrl.objectives import SoftUpdate, ValueEstimators
+
+from deflow_torchrl.modules import (
+    DeFlowActor,
+    FlowMatchingPolicy,
+    RefinementPolicy,
+    make_qvalue_networks,
+    make_refinement_network,
+    make_velocity_network,
+)
+from deflow_torchrl.objectives import DeFlowLoss
+
+OBSERVATION_DIM, ACTION_DIM, HIDDEN = 4, 3, (16, 16)
+TASK = "cube-single-play-singletask-task2-v0"
+DATASET = "cube-single-play-v0"
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def make_actor(observation_dim=OBSERVATION_DIM, action_dim=ACTION_DIM, hidden=HIDDEN) -> DeFlowActor:
+    flow = FlowMatchingPolicy(
+        make_velocity_network(observation_dim, action_dim, hidden), action_dim, out_keys=("base_action",)
+    )
+    refinement = make_refinement_network(observation_dim, action_dim, hidden)
+    return DeFlowActor(flow, RefinementPolicy(refinement, action_dim, low=-1.0, high=1.0))
+
+
+def make_critics(observation_dim=OBSERVATION_DIM, action_dim=ACTION_DIM, hidden=HIDDEN):
+    return make_qvalue_networks(observation_dim, action_dim, hidden)
+
+
+def make_loss(**kwargs) -> DeFlowLoss:
+    gamma = kwargs.pop("gamma", 0.9)
+    loss = DeFlowLoss(make_actor(), make_critics(), **kwargs)
+    loss.make_value_estimator(ValueEstimators.TD0, gamma=gamma)
+    SoftUpdate(loss, tau=0.005)
+    return loss
+
+
+def make_batch(*shape, noise=True, observation_dim=OBSERVATION_DIM, action_dim=ACTION_DIM) -> TensorDict:
+    shape = shape or (8,)
+    terminated = torch.rand(*shape, 1) < 0.25
+    truncated = (torch.rand(*shape, 1) < 0.25) & ~terminated
+    batch = TensorDict(
+        observation=torch.randn(*shape, observation_dim),
+        action=torch.rand(*shape, action_dim) * 2 - 1,
+        next=TensorDict(
+            observation=torch.randn(*shape, observation_dim),
+            reward=torch.randn(*shape, 1),
+            terminated=terminated,
+            truncated=truncated,
+            done=terminated | truncated,
+            batch_size=shape,
+        ),
+        batch_size=shape,
+    )
+    if noise:
+        batch["noise"] = torch.randn(*shape, action_dim)
+        batch["next", "noise"] = torch.randn(*shape, action_dim)
+        batch["flow_noise"] = torch.randn(*shape, action_dim)
+        batch["flow_time"] = torch.rand(*shape, 1)
+    return batch
+
+
+def total(out: TensorDict) -> torch.Tensor:
+    return sum(value for name, value in out.items() if name.startswith("loss_"))
+
+
+@pytest.fixture(scope="session")
+def short_episodes():
+    """Episodes of 61 rows instead of 1001, for the whole session's generated data."""
+    from deflow_torchrl.data import generation
+
+    saved = dict(generation.GENERATED_DATASETS)
+    for name, settings in saved.items():
+        generation.GENERATED_DATASETS[name] = dataclasses.replace(settings, episode_steps=61)
+    yield 61
+    generation.GENERATED_DATASETS.update(saved)
+
+
+@pytest.fixture(scope="session")
+def generated(tmp_path_factory, short_episodes) -> Path:
+    """A folder with a small cube-single-play set made by the real oracle in the real simulator."""
+    import numpy as np
+
+    from deflow_torchrl.data.generation import generate_episode
+
+    folder = tmp_path_factory.mktemp("data")
+    for suffix, split, number in (("", "train", 3), ("-val", "val", 1)):
+        episodes = [generate_episode(DATASET, seed=0, split=split, episode=episode) for episode in range(number)]
+        arrays = {name: np.concatenate([episode[name] for episode in episodes]) for name in episodes[0]}
+        np.savez(folder / f"{DATASET}{suffix}.npz", **arrays)
+    return folder

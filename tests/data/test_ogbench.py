@@ -1,0 +1,159 @@
+import shutil
+import urllib.error
+
+import numpy as np
+import pytest
+import torch
+
+ogbench = pytest.importorskip("ogbench", reason="needs the extra ogbench")
+
+from deflow_torchrl.data import OGBenchExperienceReplay, load_ogbench_transitions  # noqa: E402
+from deflow_torchrl.errors import InputError  # noqa: E402
+from tests.conftest import DATASET, TASK  # noqa: E402
+
+
+def tamper(generated, tmp_path, **changes):
+    """A copy of the data folder in which arrays of the training file are changed (None drops one)."""
+    folder = tmp_path / "data"
+    shutil.copytree(generated, folder)
+    path = folder / f"{DATASET}.npz"
+    with np.load(path) as file:
+        content = {name: file[name].copy() for name in file.files}
+    for name, change in changes.items():
+        if change is None:
+            del content[name]
+        else:
+            content[name] = change(content[name])
+    np.savez(path, **content)
+    return folder
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_every_value_equals_what_the_ogbench_package_loads(generated, split):
+    _, *sets = ogbench.make_env_and_datasets(TASK, dataset_dir=str(generated))
+    expected = sets[("train", "val").index(split)]
+    td = OGBenchExperienceReplay(TASK, root=generated, split=split)[:]
+    assert len(td) == len(expected["actions"]) == (180 if split == "train" else 60)
+    np.testing.assert_array_equal(td["observation"], expected["observations"])
+    np.testing.assert_array_equal(td["next", "observation"], expected["next_observations"])
+    np.testing.assert_array_equal(td["action"], np.clip(expected["actions"], -1 + 1e-5, 1 - 1e-5))
+    np.testing.assert_array_equal(td["next", "reward"].squeeze(-1), expected["rewards"])
+    np.testing.assert_array_equal(td["next", "terminated"].squeeze(-1), expected["masks"] == 0)
+
+
+def test_trajectory_ends_are_truncated_unless_terminated(generated):
+    td = OGBenchExperienceReplay(TASK, root=generated)[:]
+    ends = torch.arange(len(td)) % 60 == 59
+    assert torch.equal(td["next", "done"].squeeze(-1), ends | td["next", "terminated"].squeeze(-1))
+    assert not (td["next", "terminated"] & td["next", "truncated"]).any()
+    # Within a trajectory s' is the next row's s; across a trajectory's end it is not.
+    same = (td["next", "observation"][:-1] == td["observation"][1:]).all(-1)
+    assert torch.equal(same, ~ends[:-1])
+
+
+def test_sampling_gives_batches_of_the_whole_set(generated):
+    rb = OGBenchExperienceReplay(TASK, root=generated, batch_size=512)
+    batch = rb.sample()
+    assert batch["action"].shape == (512, 5)
+    assert batch["index"].unique().numel() > 150
+    assert torch.equal(batch["observation"], rb[:]["observation"][batch["index"]])
+
+
+def test_memory_mapped_storage_holds_the_same(generated, tmp_path):
+    plain = OGBenchExperienceReplay(TASK, root=generated)
+    mapped = OGBenchExperienceReplay(TASK, root=generated, memmap_dir=tmp_path / "map")
+    assert mapped[:].is_memmap()
+    torch.testing.assert_close(mapped[:].to_dict(), plain[:].to_dict())
+    with pytest.raises(InputError, match="not both"):
+        OGBenchExperienceReplay(TASK, root=generated, memmap_dir=tmp_path / "map", device="cpu")
+
+
+def test_the_buffer_cannot_be_written(generated):
+    rb = OGBenchExperienceReplay(TASK, root=generated)
+    with pytest.raises(RuntimeError):
+        rb.extend(rb[:2])
+
+
+def test_another_task_of_the_same_data_gets_its_own_rewards(generated, tmp_path):
+    # The cube is put where task 1 wants it: solved for task 1, not for task 2.
+    def at_goal(qpos):
+        qpos[:, 14:17] = (0.425, -0.1, 0.02)
+        return qpos
+
+    folder = tamper(generated, tmp_path, qpos=at_goal)
+    first = load_ogbench_transitions("cube-single-play-singletask-task1-v0", root=folder)
+    second = load_ogbench_transitions("cube-single-play-singletask-task2-v0", root=folder)
+    assert (first["next", "reward"] == 0).all()
+    assert first["next", "terminated"].all()
+    assert (second["next", "reward"] == -1).all()
+    assert not second["next", "terminated"].any()
+    default = load_ogbench_transitions("cube-single-play-singletask-v0", root=folder)
+    torch.testing.assert_close(default.to_dict(), second.to_dict())
+
+
+def one_bad(value, row=7):
+    def change(array):
+        array[row] = value
+        return array
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"observations": one_bad(np.nan)}, "NaN or infinite value in row"),
+        ({"actions": one_bad(np.inf)}, "NaN or infinite value in row"),
+        ({"actions": one_bad(2.0)}, r"leave \[-1, 1\]"),
+        ({"actions": lambda a: (a * 100).astype(np.int64)}, "type int64"),
+        ({"actions": lambda a: a[:, 0]}, "dimensions"),
+        ({"actions": lambda a: a[:50]}, "differ in length"),
+        ({"terminals": None}, "no array terminals"),
+        ({"terminals": np.zeros_like}, "last row does not end"),
+        ({"qpos": None}, "does not fit"),
+        (
+            {name: (lambda a: a[:0]) for name in ("observations", "actions", "terminals", "qpos", "qvel")},
+            "no transition",
+        ),
+        ({"observations": lambda o: o.astype(object)}, "cannot be read"),
+    ],
+)
+def test_damaged_data_is_refused_in_one_line_naming_the_file(generated, tmp_path, changes, message):
+    folder = tamper(generated, tmp_path, **changes)
+    with pytest.raises(InputError, match=message) as error:
+        load_ogbench_transitions(TASK, root=folder)
+    assert "\n" not in str(error.value)
+    assert f"{DATASET}.npz" in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a zip", None])
+def test_empty_foreign_and_truncated_files_are_refused(generated, tmp_path, content):
+    folder = tamper(generated, tmp_path)
+    path = folder / f"{DATASET}.npz"
+    path.write_bytes(path.read_bytes()[:5000] if content is None else content)
+    with pytest.raises(InputError, match="cannot be read"):
+        load_ogbench_transitions(TASK, root=folder)
+
+
+def test_a_missing_validation_file_is_named(generated, tmp_path):
+    folder = tamper(generated, tmp_path)
+    (folder / f"{DATASET}-val.npz").unlink()
+    load_ogbench_transitions(TASK, root=folder, download=False)
+    with pytest.raises(InputError, match=f"{DATASET}-val.npz"):
+        load_ogbench_transitions(TASK, root=folder, split="val", download=False)
+
+
+def test_without_network_the_error_names_the_other_ways_and_leaves_nothing(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    with pytest.raises(InputError, match=r"data_root=.*no route to host"):
+        load_ogbench_transitions(TASK, root=tmp_path / "empty")
+    assert list((tmp_path / "empty").iterdir()) == []
+
+
+def test_unknown_names_are_refused(generated):
+    for name in ("cube-single-play-v0", "nonsense", "cube-septuple-play-singletask-task1-v0"):
+        with pytest.raises(InputError):
+            load_ogbench_transitions(name, root=generated, download=False)

@@ -1,0 +1,177 @@
+import pytest
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from torch import nn
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+
+from deflow_torchrl.modules import DeFlowActor, FlowMatchingPolicy, RefinementPolicy, make_velocity_network
+from tests.conftest import ACTION_DIM, OBSERVATION_DIM, make_actor
+
+
+class ConstantVelocity(nn.Module):
+    """v = c + t: the Euler sum of M steps is c + (M - 1) / (2 M), by hand."""
+
+    def __init__(self, action_dim, constant):
+        super().__init__()
+        self.action_dim, self.constant = action_dim, constant
+        self.times = []
+
+    def forward(self, inputs):
+        self.times.append(inputs[..., -1:].unique().item())
+        return torch.full((*inputs.shape[:-1], self.action_dim), self.constant) + inputs[..., -1:]
+
+
+@pytest.mark.parametrize("steps", [1, 4, 10])
+def test_euler_integration_visits_i_over_m_and_sums_the_velocities(steps):
+    network = ConstantVelocity(2, 0.1)
+    noise = torch.tensor([[0.05, -0.2]])
+    action = FlowMatchingPolicy(network, 2, steps)(
+        TensorDict(observation=torch.zeros(1, 3), noise=noise, batch_size=[1])
+    )
+    assert network.times == pytest.approx([step / steps for step in range(steps)])
+    torch.testing.assert_close(action["action"], noise + 0.1 + (steps - 1) / (2 * steps))
+
+
+def test_the_network_is_called_with_observation_x_and_time_in_this_order():
+    seen = []
+
+    class Spy(nn.Module):
+        def forward(self, inputs):
+            seen.append(inputs.clone())
+            return torch.zeros(*inputs.shape[:-1], 2)
+
+    observation, noise = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[0.4, 0.5]])
+    FlowMatchingPolicy(Spy(), 2, 1)(TensorDict(observation=observation, noise=noise, batch_size=[1]))
+    torch.testing.assert_close(seen[0], torch.tensor([[1.0, 2.0, 3.0, 0.4, 0.5, 0.0]]))
+
+
+def test_clipping_happens_after_the_last_step_only():
+    class Boomerang(nn.Module):
+        # Out to 3 in the first half, back by 2.5 in the second: a clip on the way would end at -1.
+        def forward(self, inputs):
+            time = inputs[..., -1:]
+            return torch.where(time < 0.5, 6.0, -5.0)
+
+    policy = FlowMatchingPolicy(Boomerang(), 1, 2)
+    action = policy(TensorDict(observation=torch.zeros(1, 1), noise=torch.zeros(1, 1), batch_size=[1]))["action"]
+    torch.testing.assert_close(action, torch.tensor([[0.5]]))
+    far = policy(TensorDict(observation=torch.zeros(1, 1), noise=torch.full((1, 1), 9.0), batch_size=[1]))["action"]
+    torch.testing.assert_close(far, torch.tensor([[1.0]]))
+
+
+@pytest.mark.parametrize("mode", [ExplorationType.RANDOM, ExplorationType.DETERMINISTIC])
+def test_missing_noise_is_drawn_also_under_deterministic_exploration(mode):
+    policy = FlowMatchingPolicy(make_velocity_network(OBSERVATION_DIM, ACTION_DIM, (8,)), ACTION_DIM)
+    td = TensorDict(observation=torch.zeros(5, OBSERVATION_DIM), batch_size=[5])
+    with set_exploration_type(mode):
+        drawn = policy(td.clone())["action"]
+    assert len(drawn.unique(dim=0)) == 5
+
+
+def test_noise_drawn_equals_noise_given_with_the_same_seed():
+    actor = make_actor()
+    td = TensorDict(observation=torch.randn(6, OBSERVATION_DIM), batch_size=[6])
+    torch.manual_seed(3)
+    drawn = actor(td.clone())["action"]
+    torch.manual_seed(3)
+    td["noise"] = torch.randn(6, ACTION_DIM)
+    torch.testing.assert_close(actor(td)["action"], drawn, rtol=0, atol=0)
+
+
+def test_bounds_may_be_tensors_and_move_with_the_module():
+    low, high = torch.tensor([-1.0, 0.0]), torch.tensor([0.0, 2.0])
+    policy = FlowMatchingPolicy(ConstantVelocity(2, 50.0), 2, low=low, high=high)
+    action = policy(TensorDict(observation=torch.zeros(1, 1), batch_size=[1]))["action"]
+    torch.testing.assert_close(action[0], high)
+    assert policy.to(torch.float64).module.low.dtype == torch.float64
+    assert "module.low" in policy.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"action_dim": 0}, "must be positive"),
+        ({"num_steps": 0}, "must be positive"),
+        ({"low": 1.0, "high": 1.0}, "strictly less"),
+        ({"low": float("nan")}, "strictly less"),
+        ({"in_keys": ("a", "b", "c")}, "in_keys"),
+        ({"out_keys": ("a", "b")}, "out_keys"),
+    ],
+)
+def test_wrong_arguments_of_the_prior_are_refused(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        FlowMatchingPolicy(nn.Linear(3, 1), **{"action_dim": 1, **kwargs})
+
+
+def test_refinement_adds_its_shift_and_clips_the_action_but_not_the_shift():
+    network = nn.Linear(2, 1)
+    nn.init.zeros_(network.weight)
+    nn.init.constant_(network.bias, 0.7)
+    policy = RefinementPolicy(network, 1, low=-1.0, high=1.0)
+    td = policy(TensorDict(observation=torch.zeros(2, 1), base_action=torch.tensor([[0.1], [0.9]]), batch_size=[2]))
+    torch.testing.assert_close(td["refinement"], torch.full((2, 1), 0.7))
+    torch.testing.assert_close(td["action"], torch.tensor([[0.8], [1.0]]))
+
+
+def test_refinement_is_per_sampled_action_not_per_state():
+    # Instance-level: at one state, two base actions get different shifts.
+    actor = make_actor()
+    observation = torch.randn(1, OBSERVATION_DIM).expand(2, -1)
+    noise = torch.tensor([[1.0] * ACTION_DIM, [-1.0] * ACTION_DIM])
+    td = actor(TensorDict(observation=observation, noise=noise, batch_size=[2]))
+    assert not torch.allclose(td["refinement"][0], td["refinement"][1])
+
+
+def test_the_prior_policy_acts_with_the_base_action_and_shares_its_weights():
+    actor = make_actor()
+    prior = actor.prior_policy()
+    td = TensorDict(observation=torch.randn(6, OBSERVATION_DIM), noise=torch.randn(6, ACTION_DIM), batch_size=[6])
+    torch.testing.assert_close(prior(td.clone())["action"], actor(td.clone())["base_action"])
+    shared = {id(parameter) for parameter in actor.flow_policy.parameters()}
+    assert {id(parameter) for parameter in prior.parameters()} == shared
+
+
+def test_an_actor_takes_any_prior_that_writes_the_base_action():
+    prior = TensorDictModule(nn.Linear(OBSERVATION_DIM, ACTION_DIM), in_keys=["observation"], out_keys=["base_action"])
+    actor = DeFlowActor(
+        prior, RefinementPolicy(nn.Linear(OBSERVATION_DIM + ACTION_DIM, ACTION_DIM), ACTION_DIM, low=-1.0, high=1.0)
+    )
+    assert actor(TensorDict(observation=torch.zeros(2, OBSERVATION_DIM), batch_size=[2]))["action"].shape == (
+        2,
+        ACTION_DIM,
+    )
+    with pytest.raises(TypeError, match="FlowMatchingPolicy"):
+        actor.prior_policy()
+
+
+def test_an_actor_whose_parts_do_not_fit_is_refused():
+    flow = FlowMatchingPolicy(nn.Linear(OBSERVATION_DIM + ACTION_DIM + 1, ACTION_DIM), ACTION_DIM)
+    with pytest.raises(ValueError, match="base_action"):
+        DeFlowActor(
+            flow, RefinementPolicy(nn.Linear(OBSERVATION_DIM + ACTION_DIM, ACTION_DIM), ACTION_DIM, low=-1.0, high=1.0)
+        )
+
+
+def test_the_actor_drives_a_torchrl_collector():
+    from tensordict.nn import TensorDictSequential
+    from torchrl.collectors import Collector
+    from torchrl.envs import PendulumEnv  # pure torch, no simulator needed
+
+    actor = make_actor(observation_dim=3, action_dim=1)
+    stack = TensorDictModule(
+        lambda th, thdot: torch.stack([th.cos(), th.sin(), thdot], -1),
+        in_keys=["th", "thdot"],
+        out_keys=["observation"],
+    )
+    collector = Collector(
+        PendulumEnv(),
+        TensorDictSequential(stack, actor),
+        frames_per_batch=10,
+        total_frames=10,
+        auto_register_policy_transforms=True,
+    )
+    (data,) = list(collector)
+    assert data["action"].shape == (10, 1)
+    assert data["action"].abs().max() <= 1
+    collector.shutdown()

@@ -1,0 +1,165 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from deflow_torchrl.config import compose_config, config_from_dict, config_to_dict
+from deflow_torchrl.errors import InputError
+from tests.conftest import DATASET, TASK
+
+
+def deflow(*arguments, cwd=None, env=None, **kwargs):
+    return subprocess.run(
+        [sys.executable, "-m", "deflow_torchrl.cli", *arguments],
+        capture_output=True, text=True, cwd=cwd, env={**os.environ, **(env or {})}, check=False, **kwargs,
+    )  # fmt: skip
+
+
+def settings(generated, out, *more):
+    return [
+        f"task={TASK}", f"data_root={generated}", f"out={out}", "hidden_dims=[16,16]", "batch_size=16", "offline_steps=6",
+        "log_interval=2", "eval_interval=3", "save_interval=3", "eval_episodes=1", "eval_workers=1", "threads=1", *more,
+    ]  # fmt: skip
+
+
+def assert_one_line(result, *parts):
+    assert result.returncode == 2, result.stderr
+    line = result.stderr.strip()
+    assert "\n" not in line, line
+    assert line.startswith("deflow: ")
+    for part in parts:
+        assert part in line
+
+
+def test_help_lists_the_verbs_without_importing_torch():
+    result = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "deflow_torchrl.cli", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for verb in ("demo", "train", "resume", "eval"):
+        assert verb in result.stdout
+    imported = {line.rsplit("|", 1)[-1].strip() for line in result.stderr.splitlines()}
+    assert not imported & {"torch", "numpy", "torchrl", "ogbench", "hydra"}
+
+
+def test_train_then_eval_then_resume(generated, tmp_path):
+    out = tmp_path / "run"
+    trained = deflow("train", *settings(generated, out), "--json")
+    assert trained.returncode == 0, trained.stderr
+    summary = json.loads(trained.stdout.splitlines()[-1])
+    assert set(summary["success"]) == {"prior", "deflow"}
+    assert {path.name for path in out.iterdir()} == {
+        "config.yaml", "metrics.jsonl", "metrics.csv", "checkpoints", "record.json", "report.html", "learning_curve.png",
+    }  # fmt: skip
+    record = json.loads((out / "record.json").read_text())
+    assert record["config"]["seed"] == 0
+    assert record["data"]["transitions"] == 180
+    assert len(record["evaluations"]["deflow"]["success"]) == 1
+    assert record["versions"]["torchrl"]
+    again = [deflow("eval", str(out), "--json") for _ in range(2)]
+    assert again[0].returncode == 0, again[0].stderr
+    first, second = (json.loads(result.stdout.splitlines()[-1]) for result in again)
+    assert first == second
+    assert first["evaluations"]["deflow"] == record["evaluations"]["deflow"], "eval repeats the run's own numbers"
+    assert_one_line(deflow("train", *settings(generated, out)), "already holds a run", "deflow resume")
+    assert deflow("resume", str(out)).returncode == 0
+
+
+def test_ctrl_c_saves_says_how_to_go_on_and_the_resumed_run_equals_the_uninterrupted(generated, tmp_path):
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    more = ("offline_steps=400", "eval_interval=0", "save_interval=0", "log_interval=1")
+    assert deflow("train", *settings(generated, straight, *more)).returncode == 0
+    process = subprocess.Popen(
+        [sys.executable, "-m", "deflow_torchrl.cli", "train", *settings(generated, stopped, *more)],
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (stopped / "metrics.jsonl").exists() or len((stopped / "metrics.jsonl").read_text().splitlines()) < 5:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert f"go on with: deflow resume {stopped}" in errors.splitlines()[-1]
+    assert "Traceback" not in errors
+    assert deflow("resume", str(stopped)).returncode == 0
+
+    def rows(folder):
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines]
+
+    assert rows(stopped) == rows(straight)
+    assert len(rows(straight)) == 400
+
+
+def test_a_damaged_checkpoint_and_a_folder_that_is_no_run_are_refused(generated, tmp_path):
+    out = tmp_path / "run"
+    assert deflow("train", *settings(generated, out)).returncode == 0
+    for path in (out / "checkpoints").iterdir():
+        path.write_bytes(b"nonsense")
+    assert_one_line(deflow("eval", str(out)), "damaged")
+    assert_one_line(deflow("resume", str(out)), "damaged")
+    assert_one_line(deflow("eval", str(tmp_path / "nowhere")), "not a run folder")
+    (out / "config.yaml").write_text("a: [")
+    assert_one_line(deflow("resume", str(out)), "config.yaml is damaged")
+
+
+def test_bad_input_is_one_line_and_leaves_nothing_behind(generated, tmp_path):
+    out = tmp_path / "run"
+    bad = {
+        "task=cube-single-play-singletask-task9-v0": "did you mean cube-single-play-singletask",
+        "devise=cpu": "did you mean device",
+        "data_root=/nonexistent": f"/nonexistent/{DATASET}.npz",
+        "device=warp": "device=warp cannot be used",
+        "algo.gamma=1.5": "expected a number in [0, 1)",
+        "logger=mlflow": "deflow-torchrl[mlflow]",
+    }
+    for setting, message in bad.items():
+        assert_one_line(deflow("train", *settings(generated, out, "download=false", setting)), message)
+        assert not out.exists(), setting
+
+
+def test_a_read_only_cache_folder_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("in the way of a folder")
+    result = deflow("demo", "--quick", cwd=tmp_path, env={"DEFLOW_HOME": str(tmp_path / "file")})
+    assert_one_line(result, "cannot write in", "DEFLOW_HOME")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([], "no task given"),
+        (["task=x", "algo.lrr=1"], "did you mean algo.lr"),
+        (["task=x", "algo=sac"], "unknown method 'sac'"),
+        (["task=x", "+new=1"], "only set"),
+        (["task=x", "seed"], "write key=value"),
+        (["task=x", "seed=abc"], "seed"),
+        (["task=x", "seed=-1"], "at least 0"),
+        (["task=x", "hidden_dims=[]"], "positive widths"),
+        (["task=x", "hidden_dims=[a"], "hidden_dims"),
+        (["task=x", "offline_steps=0"], "at least 1"),
+        (["task=x", "online_steps=5"], "offline only"),
+        (["task=x", "algo.tau=0"], r"\(0, 1\]"),
+        (["task=x", "algo.min_alpha=2", "algo.max_alpha=1"], "at most algo.max_alpha"),
+        (["task=x", "algo.q_aggregation=max"], "mean or min"),
+        (["task=x", "logger=stdout"], "one of none, wandb"),
+    ],
+)
+def test_wrong_settings_are_refused_with_a_hint(overrides, message):
+    with pytest.raises(InputError, match=message) as error:
+        compose_config(overrides)
+    assert "\n" not in str(error.value)
+
+
+def test_settings_survive_the_run_folder():
+    config = compose_config(["task=x", "hidden_dims=[8,8]", "algo.fixed_alpha=0.5", "device=cpu"])
+    assert config.hidden_dims == [8, 8]
+    assert config_to_dict(config_from_dict(config_to_dict(config))) == config_to_dict(config)

@@ -1,0 +1,132 @@
+import itertools
+import json
+
+import pytest
+import torch
+from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+
+from deflow_torchrl.errors import InputError, NonFiniteLossError
+from deflow_torchrl.trainers import MetricsLog, OfflineTrainer, TrainerSchedule
+from deflow_torchrl.trainers.checkpoint import list_checkpoints
+from tests.conftest import make_batch
+from tests.trainers.test_update import make_update
+
+
+def make_buffer(rows=64, batch_size=8):
+    torch.manual_seed(7)
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(rows), batch_size=batch_size)
+    buffer.extend(make_batch(rows, noise=False))
+    return buffer
+
+
+def make_trainer(folder, *, steps=12, buffer=None, evaluate=None, save_interval=4, eval_interval=6, validation=None):
+    folder.mkdir(exist_ok=True)
+    buffer = buffer or make_buffer()
+    update = make_update()
+    torch.manual_seed(3)
+    schedule = TrainerSchedule(steps=steps, log_interval=3, eval_interval=eval_interval, save_interval=save_interval)
+    return OfflineTrainer(
+        update,
+        buffer,
+        schedule=schedule,
+        metrics=MetricsLog(folder),
+        checkpoints=folder / "checkpoints",
+        validation=validation,
+        evaluate=evaluate,
+        show_progress=False,
+    )
+
+
+def without_time(rows):
+    return [{name: value for name, value in row.items() if not name.startswith("time/")} for row in rows]
+
+
+def test_rows_checkpoints_and_evaluations_come_when_they_are_due(tmp_path):
+    evaluated = []
+    trainer = make_trainer(tmp_path, evaluate=lambda: evaluated.append(trainer.update.step) or {"eval/success": 0.5})
+    trainer.run()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [3, 6, 9, 12]
+    assert evaluated == [6, 12]
+    assert [row["step"] for row in rows if "eval/success" in row] == [6, 12]
+    assert [int(path.stem[5:]) for path in list_checkpoints(tmp_path / "checkpoints")] == [4, 8, 12]
+    assert {"train/loss_flow", "train/loss_actor", "train/loss_alpha", "train/loss_qvalue", "train/alpha"} <= set(
+        rows[0]
+    )
+
+
+def test_a_run_with_evaluations_ends_with_the_weights_of_one_without(tmp_path):
+    plain = make_trainer(tmp_path / "a", eval_interval=0)
+    plain.run()
+    other = make_trainer(tmp_path / "b", eval_interval=2, validation=make_buffer(16))
+    other.run()
+    assert any("val/loss_flow" in row for row in other.metrics.rows)
+    torch.testing.assert_close(
+        dict(other.update.learner.loss.state_dict()), dict(plain.update.learner.loss.state_dict()), rtol=0, atol=0
+    )
+
+
+class Interrupted:
+    """A buffer at whose n-th sample the user presses Ctrl-C."""
+
+    def __init__(self, buffer, at):
+        self.buffer, self.count, self.at = buffer, itertools.count(1), at
+
+    def sample(self):
+        if next(self.count) == self.at:
+            raise KeyboardInterrupt
+        return self.buffer.sample()
+
+
+@pytest.mark.parametrize("at", [1, 5, 6, 12])
+def test_ctrl_c_saves_and_the_resumed_run_is_bit_for_bit_the_uninterrupted_one(tmp_path, at):
+    straight = make_trainer(tmp_path / "straight")
+    straight.run()
+    stopped = make_trainer(tmp_path / "stopped", buffer=Interrupted(make_buffer(), at))
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run()
+    checkpoints = list_checkpoints(tmp_path / "stopped" / "checkpoints")
+    assert [int(path.stem[5:]) for path in checkpoints][-1:] == ([at - 1] if at > 1 else [])
+    resumed = make_trainer(tmp_path / "stopped")
+    if checkpoints:
+        resumed.restore(checkpoints[-1])
+        resumed.metrics = MetricsLog(tmp_path / "stopped", resume_step=resumed.update.step)
+    resumed.run()
+    torch.testing.assert_close(
+        dict(resumed.update.learner.loss.state_dict()), dict(straight.update.learner.loss.state_dict()), rtol=0, atol=0
+    )
+    assert without_time(resumed.metrics.rows) == without_time(straight.metrics.rows)
+
+
+def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
+    buffer = make_buffer()
+
+    class Poisoned(Interrupted):
+        def sample(self):
+            batch = self.buffer.sample()
+            if next(self.count) == self.at:
+                batch["next", "reward"][0] = float("inf")
+            return batch
+
+    trainer = make_trainer(tmp_path, buffer=Poisoned(buffer, 7))
+    with pytest.raises(NonFiniteLossError, match="loss_qvalue became NaN or infinite at step 7"):
+        trainer.run()
+    (checkpoint,) = list_checkpoints(tmp_path / "checkpoints")
+    assert checkpoint.name == "step_000000004.pt"
+    fresh = make_trainer(tmp_path)
+    fresh.restore(checkpoint)
+    assert all(value.isfinite().all() for value in fresh.update.learner.loss.parameters())
+    with pytest.raises(NonFiniteLossError):
+        trainer.save()
+
+
+def test_a_checkpoint_of_other_networks_is_refused(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.run()
+    path = list_checkpoints(tmp_path / "checkpoints")[-1]
+    state = torch.load(path, weights_only=True)
+    key = next(name for name in state["update"]["loss"] if "weight" in name)
+    state["update"]["loss"][key] = torch.zeros(3, 3)
+    torch.save(state, path)
+    with pytest.raises(InputError, match="does not fit"):
+        make_trainer(tmp_path).restore(path)

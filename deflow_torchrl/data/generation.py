@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -172,7 +173,9 @@ def _run_jobs(dataset: str, seed: int, jobs: list[tuple[str, int]], parts: Path,
     if not jobs:
         return
     # spawn: a forked child would inherit torch's threads and the parent's simulator state.
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    pool = ProcessPoolExecutor(
+        workers, mp_context=multiprocessing.get_context("spawn"), initializer=_leave_ctrl_c_to_the_parent
+    )
     try:
         futures = [pool.submit(_write_episode, dataset, seed, split, episode, parts) for split, episode in jobs]
         for future in as_completed(futures):
@@ -180,6 +183,10 @@ def _run_jobs(dataset: str, seed: int, jobs: list[tuple[str, int]], parts: Path,
             yield
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _leave_ctrl_c_to_the_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _write_episode(dataset: str, seed: int, split: str, episode: int, parts: Path) -> None:

@@ -15,6 +15,7 @@ from torchrl.data import ReplayBuffer
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.progress import progress_bar
 from deflow_torchrl.trainers.checkpoint import load_checkpoint, save_checkpoint
+from deflow_torchrl.trainers.interrupts import Interrupts
 from deflow_torchrl.trainers.metrics import MetricsLog
 from deflow_torchrl.trainers.update import UpdateStep
 
@@ -43,7 +44,8 @@ class TrainerSchedule:
 class OfflineTrainer:
     """Trains a learner on a replay buffer.
 
-    A checkpoint is written at every ``save_interval``, at the end and on Ctrl-C, never after a non-finite loss. A run
+    A checkpoint is written at every ``save_interval``, at the end and on Ctrl-C (once the step is whole), never after a
+    non-finite loss. A run
     resumed from one continues bit for bit on a CPU.
 
     Args:
@@ -86,6 +88,10 @@ class OfflineTrainer:
         self.evaluate = evaluate
         self.show_progress = show_progress
         self.trained_seconds = 0.0
+        # The row of a step that is trained but not yet evaluated and written. It goes into a checkpoint made meanwhile, so
+        # that the resumed run finishes that step first.
+        self._row: dict[str, Any] | None = None
+        self._saved_step = 0
 
     def run(self) -> None:
         """Train from the current step to ``schedule.steps``."""
@@ -96,35 +102,46 @@ class OfflineTrainer:
             unit="step",
             disable=not self.show_progress,
         )
-        saved = self.update.step
-        try:
-            with bar:
-                while self.update.step < self.schedule.steps:
-                    began = time.perf_counter()
-                    out = self.update(self.buffer.sample())
-                    self.trained_seconds += time.perf_counter() - began
-                    step = self.update.step
-                    bar.update()
-                    row: dict[str, Any] = {}
-                    if self.schedule.due(self.schedule.log_interval, step):
-                        self.update.check_finite()
-                        row |= {f"train/{name}": float(value) for name, value in out.items()}
-                        bar.set_postfix(
-                            {"loss_qvalue": f"{row['train/loss_qvalue']:.3g}"} if "train/loss_qvalue" in row else {}
-                        )
-                    if self.schedule.due(self.schedule.eval_interval, step):
-                        self.update.check_finite()
-                        row |= self._validation_losses() | ({} if self.evaluate is None else self.evaluate())
-                    if row:
-                        seconds = {"time/trained_seconds": round(self.trained_seconds, 3)}
-                        self.metrics.write({"step": step, "phase": "offline", **row, **seconds})
-                    if self.schedule.due(self.schedule.save_interval, step):
+        with bar, Interrupts() as interrupts:
+            try:
+                while self._row is not None or self.update.step < self.schedule.steps:
+                    if self._row is None:
+                        with interrupts.deferred():
+                            self._row = self._train_step()
+                            bar.update()
+                    self._evaluate_if_due(self._row)
+                    with interrupts.deferred():
+                        self._finish_step(self._row)
+                        self._row = None
+            except KeyboardInterrupt:
+                with interrupts.deferred():
+                    if self._saved_step != self.update.step or self._row is not None:
                         self.save()
-                        saved = step
-        except KeyboardInterrupt:
-            if self.update.step > saved:
-                self.save()
-            raise
+                raise
+
+    def _train_step(self) -> dict[str, Any]:
+        """Update once and return the step's row of metrics, empty where no row is due."""
+        began = time.perf_counter()
+        out = self.update(self.buffer.sample())
+        self.trained_seconds += time.perf_counter() - began
+        if not self.schedule.due(self.schedule.log_interval, self.update.step):
+            return {}
+        self.update.check_finite()
+        return {f"train/{name}": float(value) for name, value in out.items()}
+
+    def _evaluate_if_due(self, row: dict[str, Any]) -> None:
+        if self.schedule.due(self.schedule.eval_interval, self.update.step):
+            self.update.check_finite()
+            row.update(self._validation_losses() | ({} if self.evaluate is None else self.evaluate()))
+
+    def _finish_step(self, row: dict[str, Any]) -> None:
+        step = self.update.step
+        if row:
+            seconds = {"time/trained_seconds": round(self.trained_seconds, 3)}
+            self.metrics.write({"step": step, "phase": "offline", **row, **seconds})
+        if self.schedule.due(self.schedule.save_interval, step):
+            self._row = None
+            self.save()
 
     def _validation_losses(self) -> dict[str, float]:
         if self.validation is None:
@@ -157,8 +174,11 @@ class OfflineTrainer:
             "update": self.update.state_dict(),
             "generators": generators,
             "trained_seconds": self.trained_seconds,
+            "unfinished_row": self._row,
         }
-        return save_checkpoint(self.checkpoints, self.update.step, state)
+        path = save_checkpoint(self.checkpoints, self.update.step, state)
+        self._saved_step = self.update.step
+        return path
 
     def restore(self, path: Path) -> None:
         """Go on from a checkpoint of an equal run.
@@ -169,6 +189,8 @@ class OfflineTrainer:
         state = load_checkpoint(path, device="cpu")
         restore_learner(self.update, state, path)
         self.trained_seconds = state["trained_seconds"]
+        self._row = state["unfinished_row"]
+        self._saved_step = self.update.step
         torch.random.set_rng_state(state["generators"]["torch"])
         if "cuda" in state["generators"] and torch.cuda.is_available():
             torch.cuda.set_rng_state_all(state["generators"]["cuda"])

@@ -1,5 +1,6 @@
 import itertools
 import json
+import signal
 
 import pytest
 import torch
@@ -91,6 +92,44 @@ def test_ctrl_c_saves_and_the_resumed_run_is_bit_for_bit_the_uninterrupted_one(t
     if checkpoints:
         resumed.restore(checkpoints[-1])
         resumed.metrics = MetricsLog(tmp_path / "stopped", resume_step=resumed.update.step)
+    resumed.run()
+    torch.testing.assert_close(
+        dict(resumed.update.learner.loss.state_dict()), dict(straight.update.learner.loss.state_dict()), rtol=0, atol=0
+    )
+    assert without_time(resumed.metrics.rows) == without_time(straight.metrics.rows)
+
+
+@pytest.mark.parametrize("moment", ["update", "evaluation"])
+def test_a_signal_in_mid_step_waits_for_the_step_and_one_in_an_evaluation_is_made_good(tmp_path, moment):
+    def evaluations(raise_at):
+        count = itertools.count(1)
+
+        def evaluate():
+            if next(count) == raise_at:
+                signal.raise_signal(signal.SIGINT)
+            return {"eval/success": 0.5}
+
+        return evaluate
+
+    straight = make_trainer(tmp_path / "straight", evaluate=evaluations(None))
+    straight.run()
+    stopped = make_trainer(tmp_path / "stopped", evaluate=evaluations(1 if moment == "evaluation" else None))
+    if moment == "update":
+        optimizer_step = stopped.update.optimizer.step
+
+        def step():
+            if stopped.update.step == 6:
+                signal.raise_signal(signal.SIGTERM)
+            optimizer_step()
+
+        stopped.update.optimizer.step = step
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run()
+    (*_, checkpoint) = list_checkpoints(tmp_path / "stopped" / "checkpoints")
+    assert checkpoint.name == "step_000000006.pt"
+    resumed = make_trainer(tmp_path / "stopped", evaluate=evaluations(None))
+    resumed.restore(checkpoint)
+    resumed.metrics = MetricsLog(tmp_path / "stopped", resume_step=6)
     resumed.run()
     torch.testing.assert_close(
         dict(resumed.update.learner.loss.state_dict()), dict(straight.update.learner.loss.state_dict()), rtol=0, atol=0

@@ -1,8 +1,24 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
 """DeFlow for TorchRL: a flow prior, a trust-region refinement and a twin critic as LossModules and TensorDictModules."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from deflow_torchrl._lazy import lazy_exports
+
+if TYPE_CHECKING:  # what type checkers and editors see
+    from deflow_torchrl.data import OGBenchExperienceReplay as OGBenchExperienceReplay
+    from deflow_torchrl.modules import DeFlowActor as DeFlowActor
+    from deflow_torchrl.modules import FlowMatchingPolicy as FlowMatchingPolicy
+    from deflow_torchrl.modules import RefinementPolicy as RefinementPolicy
+    from deflow_torchrl.modules import make_qvalue_networks as make_qvalue_networks
+    from deflow_torchrl.modules import make_refinement_network as make_refinement_network
+    from deflow_torchrl.modules import make_velocity_network as make_velocity_network
+    from deflow_torchrl.objectives import DeFlowLoss as DeFlowLoss
+    from deflow_torchrl.objectives import FlowMatchingLoss as FlowMatchingLoss
+    from deflow_torchrl.objectives import RefinementLoss as RefinementLoss
+    from deflow_torchrl.objectives import TDCriticLoss as TDCriticLoss
 
 __version__ = "0.1.0"
 

@@ -1,3 +1,4 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
 """Lazy package exports, so that ``deflow --help`` never waits for torch."""
 
 from __future__ import annotations

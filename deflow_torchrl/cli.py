@@ -1,3 +1,4 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
 """``deflow``: the command line. Torch is imported inside the verbs, so that ``--help`` answers at once."""
 
 from __future__ import annotations
@@ -80,6 +81,7 @@ def demo(
         bool, typer.Option("--quick", help="Every phase on less data, under three minutes, no success target.")
     ] = False,
     out: Annotated[Path | None, typer.Option(help="Run folder. [default: runs/demo-seedN]")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print nothing but the JSON object.")] = False,
 ) -> None:
     """Generate cube-single data, train DeFlow on it, compare it with its prior and write a report.
 
@@ -89,7 +91,8 @@ def demo(
     from deflow_torchrl.demo import FULL, QUICK, describe, run_demo
 
     result = run_demo(QUICK if quick else FULL, seed=seed, command=_command(), out=out)
-    print(describe(result))
+    if not json_:
+        print(describe(result))
     print(json.dumps(result))
 
 
@@ -133,12 +136,13 @@ def resume(run: Annotated[Path, typer.Argument(help="Run folder.")], json_: _JSO
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
     episodes: Annotated[int | None, typer.Option(min=1, help="Episodes of each policy. [default: the run's]")] = None,
+    device: Annotated[str | None, typer.Option(help="Device of the policies. [default: the run's]")] = None,
     json_: _JSON = False,
 ) -> None:
     """Evaluate the policies of a run's last checkpoint on common starts; the same run gives the same numbers twice."""
     from deflow_torchrl.experiment import evaluate_run
 
-    result = evaluate_run(run, episodes=episodes)
+    result = evaluate_run(run, episodes=episodes, device=device)
     _print_evaluations(result["evaluations"])
     if json_:
         summary = {name: outcome["success_rate"] for name, outcome in result["evaluations"].items()}

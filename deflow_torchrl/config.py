@@ -1,9 +1,11 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
 """The settings of a run: dataclasses as schema, composed with Hydra from ``key=value`` overrides."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,6 +83,7 @@ def compose_config(overrides: Sequence[str]) -> TrainConfig:
         from hydra import compose, initialize
         from hydra.core.config_store import ConfigStore
         from hydra.core.global_hydra import GlobalHydra
+        from hydra.core.override_parser.overrides_parser import OverridesParser
         from hydra.errors import HydraException
         from omegaconf import OmegaConf
         from omegaconf.errors import OmegaConfBaseException
@@ -91,6 +94,12 @@ def compose_config(overrides: Sequence[str]) -> TrainConfig:
     for name, schema in ALGORITHM_CONFIGS.items():
         store.store(group="algo", name=name, node=schema, provider="deflow_torchrl")
     _check_keys(overrides)
+    for override in overrides:
+        try:
+            OverridesParser.create().parse_override(override)
+        except HydraException as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"cannot read {override!r}: {reason}; write key=value as in Hydra") from error
     GlobalHydra.instance().clear()
     try:
         with initialize(config_path=None, version_base="1.3"):
@@ -110,13 +119,15 @@ def config_from_dict(values: dict[str, Any]) -> TrainConfig:
     Raises:
         InputError: on unknown names or values out of range.
     """
-    values = {key: value for key, value in values.items() if key != "defaults"}
-    algo = dict(values.pop("algo"))
     try:
+        values = {key: value for key, value in values.items() if key != "defaults"}
+        algo = dict(values.pop("algo"))
         config = TrainConfig(**values, algo=ALGORITHM_CONFIGS[algo["name"]](**algo))
-    except (TypeError, KeyError) as error:
-        raise InputError(f"settings do not fit this version: {error}") from error
-    _check_values(config)
+        _check_values(config)
+    except InputError:
+        raise
+    except (AttributeError, TypeError, KeyError, ValueError) as error:
+        raise InputError(f"settings do not fit this version: {type(error).__name__} {error}") from error
     return config
 
 
@@ -175,6 +186,12 @@ def _check_values(config: TrainConfig) -> None:
     need(
         bool(config.hidden_dims) and min(config.hidden_dims) >= 1, "hidden_dims", config.hidden_dims, "positive widths"
     )
+    need(config.seed < 2**63, "seed", config.seed, "a number below 2**63")
+    for name in ("out", "data_root"):
+        need(getattr(config, name) != "", name, "''", "a folder")
+    for item in dataclasses.fields(algo):
+        value = getattr(algo, item.name)
+        need(not isinstance(value, float) or math.isfinite(value), f"algo.{item.name}", value, "a finite number")
     for name in ("threads", "eval_workers"):
         value = getattr(config, name)
         need(value is None or value >= 1, name, value, "at least 1")
@@ -201,3 +218,7 @@ def _check_values(config: TrainConfig) -> None:
             f"at most algo.max_alpha={algo.max_alpha}",
         )
     need(algo.fixed_alpha is None or algo.fixed_alpha >= 0, "algo.fixed_alpha", algo.fixed_alpha, "a number >= 0")
+    bounded = algo.min_alpha is not None or algo.max_alpha is not None
+    need(
+        algo.fixed_alpha is None or not bounded, "algo.fixed_alpha", algo.fixed_alpha, "no bounds beside a fixed alpha"
+    )

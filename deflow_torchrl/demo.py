@@ -1,3 +1,4 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
 """The main job: generate real simulator data, train DeFlow on it, compare it with its own prior, leave a report."""
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from deflow_torchrl.config import TrainConfig
 from deflow_torchrl.data.generation import generate_ogbench_dataset
 from deflow_torchrl.envs.names import parse_ogbench_name
 from deflow_torchrl.errors import InputError
-from deflow_torchrl.experiment import CONFIG_FILE, train
+from deflow_torchrl.experiment import CONFIG_FILE, check_free, train
 from deflow_torchrl.paths import cache_home, dataset_path
 from deflow_torchrl.progress import progress_bar
+from deflow_torchrl.reports import check_report_extra
 
 TASK = "cube-single-noisy-singletask-task2-v0"
 
@@ -84,11 +86,15 @@ def run_demo(
         MissingExtraError: without the extras ``ogbench``, ``cli`` and ``reports``.
     """
     began = time.perf_counter()
-    if seed < 0:
-        raise InputError(f"seed must be at least 0, got {seed}")
+    if not 0 <= seed < 2**63:
+        raise InputError(f"seed must be at least 0 and below 2**63, got {seed}")
+    check_report_extra()
+    out = _free_folder(Path("runs") / f"demo-seed{seed}") if out is None else out
+    check_free(out)
     dataset = parse_ogbench_name(TASK).dataset
     root = cache_home() / "demo" / f"{dataset}-{scale.episodes}-episodes"
-    if not all(dataset_path(dataset, root, split).is_file() for split in ("train", "val")):
+    needed = [root / f"{dataset}.json", *(dataset_path(dataset, root, split) for split in ("train", "val"))]
+    if not all(path.is_file() for path in needed):
 
         def progress(finished: Iterator[None], total: int) -> Iterator[None]:
             return progress_bar(finished, total=total, desc="generate", unit="episode", disable=not show_progress)
@@ -97,7 +103,6 @@ def run_demo(
             dataset, root, episodes=scale.episodes, val_episodes=scale.val_episodes, seed=0, progress=progress
         )
     generated = time.perf_counter() - began
-    out = _free_folder(Path("runs") / f"demo-seed{seed}") if out is None else out
     record = train(
         demo_config(scale, seed=seed, root=root, out=out),
         command=command,

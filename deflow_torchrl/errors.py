@@ -1,3 +1,4 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
 """The one exception type the command line turns into one line and exit code 2."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
 """A run from settings to report: data, networks, training, evaluation, record, curve and page in one folder."""
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -17,17 +18,17 @@ from deflow_torchrl.algorithms import Learner, get_algorithm
 from deflow_torchrl.algorithms.base import ProblemSpec
 from deflow_torchrl.config import TrainConfig, config_from_dict, config_to_dict, default_out
 from deflow_torchrl.data import OGBenchExperienceReplay
-from deflow_torchrl.data.generation import available_cores
 from deflow_torchrl.envs.names import parse_ogbench_name
 from deflow_torchrl.errors import InputError, NonFiniteLossError, RunInterrupted
 from deflow_torchrl.paths import cache_home, data_root, dataset_path, make_writable_folder, write_text
+from deflow_torchrl.processes import available_cores
 from deflow_torchrl.progress import progress_bar
-from deflow_torchrl.reports import build_record, plot_learning_curve, write_html_report
+from deflow_torchrl.reports import build_record, check_report_extra, plot_learning_curve, write_html_report
 from deflow_torchrl.reports.records import file_sha256
 from deflow_torchrl.tasks import ogbench_task
 from deflow_torchrl.trainers import EvaluationResult, Evaluator, MetricsLog, OfflineTrainer, TrainerSchedule, UpdateStep
-from deflow_torchrl.trainers.checkpoint import list_checkpoints, load_checkpoint
-from deflow_torchrl.trainers.loggers import make_logger
+from deflow_torchrl.trainers.checkpoint import list_checkpoints, load_checkpoint, step_of
+from deflow_torchrl.trainers.loggers import check_logger, make_logger
 from deflow_torchrl.trainers.trainer import restore_learner
 
 CONFIG_FILE = "config.yaml"
@@ -74,6 +75,14 @@ def train(
     return run.go(resume=False, extra_seconds=dict(extra_seconds or {}))
 
 
+def check_free(out: Path) -> None:
+    """Raise InputError if ``out`` already holds a run."""
+    if (out / CONFIG_FILE).exists():
+        raise InputError(
+            f"{out} already holds a run; go on with `deflow resume {out}` or choose another folder with out="
+        )
+
+
 def resume(out: Path, *, command: str, show_progress: bool = True) -> dict[str, Any]:
     """Go on with an interrupted run from its last checkpoint (from the start, if it has none); arguments as in :func:`train`.
 
@@ -86,7 +95,9 @@ def resume(out: Path, *, command: str, show_progress: bool = True) -> dict[str, 
     return run.go(resume=True, extra_seconds={})
 
 
-def evaluate_run(out: Path, *, episodes: int | None, show_progress: bool = True) -> dict[str, Any]:
+def evaluate_run(
+    out: Path, *, episodes: int | None, device: str | None = None, show_progress: bool = True
+) -> dict[str, Any]:
     """Evaluate the policies of a run's last checkpoint, each on the same starts.
 
     Args:
@@ -94,6 +105,7 @@ def evaluate_run(out: Path, *, episodes: int | None, show_progress: bool = True)
 
     Keyword Args:
         episodes: episodes of each policy; the run's own number by default.
+        device: device of the policies; the run's own by default.
         show_progress: show progress bars on standard error.
 
     Returns:
@@ -108,10 +120,12 @@ def evaluate_run(out: Path, *, episodes: int | None, show_progress: bool = True)
     if not checkpoints:
         raise InputError(f"{out} has no checkpoint yet; train it with `deflow resume {out}`")
     state = load_checkpoint(checkpoints[-1])
-    device = _device(config.device)
-    learner = _build(config, state["observation_dim"], state["action_dim"], device)
+    where = _device(device or config.device)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)  # the number of threads can move the last digits of a matrix product
+    learner = _build(config, state["observation_dim"], state["action_dim"], where)
     restore_learner(UpdateStep(learner), state, checkpoints[-1])
-    with _evaluator(config, device) as evaluator:
+    with _evaluator(config, where) as evaluator:
         outcomes = _evaluate_all(
             evaluator, learner, episodes or settings["final_episodes"] or config.eval_episodes, show_progress
         )
@@ -135,8 +149,8 @@ def read_run_settings(out: Path) -> dict[str, Any]:
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
         return {"config": settings["config"], "final_episodes": settings["final_episodes"]}
-    except (yaml.YAMLError, TypeError, KeyError) as error:
-        raise InputError(f"{path} is damaged: {error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError) as error:
+        raise InputError(f"{path} is damaged: {' '.join(str(error).split())}") from error
 
 
 class _Run:
@@ -153,11 +167,14 @@ class _Run:
         self.outcomes: dict[str, EvaluationResult] = {}
         self.seconds: dict[str, float] = {}
         ogbench_task(config.task)
+        check_logger(config.logger)
+        check_report_extra()
         self.device = _device(config.device)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         with self._timed("load_data"):
             self.buffer, self.validation = self._load_data()
+            self.data = self._describe_data()
         sample = self.buffer[:1]
         torch.manual_seed(config.seed)
         self.learner = _build(config, sample["observation"].shape[-1], sample["action"].shape[-1], self.device)
@@ -170,42 +187,47 @@ class _Run:
         write_text(self.out / CONFIG_FILE, yaml.safe_dump(settings, sort_keys=False))
 
     def go(self, *, resume: bool, extra_seconds: dict[str, float]) -> dict[str, Any]:
-        checkpoints = list_checkpoints(self.out / "checkpoints")
+        folder = self.out / "checkpoints"
+        try:
+            return self._go(folder, resume=resume, extra_seconds=extra_seconds)
+        except KeyboardInterrupt as error:
+            kept = list_checkpoints(folder)
+            state = f"saved at step {step_of(kept[-1])}" if kept else "before anything was trained"
+            raise RunInterrupted(
+                f"interrupted, {state} of {self.config.offline_steps}; go on with: deflow resume {shlex.quote(str(self.out))}"
+            ) from error
+        except NonFiniteLossError as error:
+            kept = list_checkpoints(folder)
+            where = f"the last good checkpoint is {kept[-1]}" if kept else "there was no checkpoint yet"
+            raise NonFiniteLossError(f"{error}; {where}") from error
+
+    def _go(self, folder: Path, *, resume: bool, extra_seconds: dict[str, float]) -> dict[str, Any]:
+        trainer = OfflineTrainer(
+            self.update,
+            self.buffer,
+            schedule=TrainerSchedule(
+                steps=self.config.offline_steps,
+                log_interval=self.config.log_interval,
+                eval_interval=self.config.eval_interval,
+                save_interval=self.config.save_interval,
+            ),
+            checkpoints=folder,
+            extra_state=self.learner_sizes,
+            validation=self.validation,
+            show_progress=self.show_progress,
+        )
+        checkpoints = list_checkpoints(folder) if resume else []
+        if checkpoints:
+            trainer.restore(checkpoints[-1])
+        trainer.metrics = MetricsLog(
+            self.out,
+            logger=make_logger(self.config.logger, self.out),
+            resume_step=trainer.written_step if resume else None,
+        )
         with _evaluator(self.config, self.device) as evaluator:
-            trainer = OfflineTrainer(
-                self.update,
-                self.buffer,
-                schedule=TrainerSchedule(
-                    steps=self.config.offline_steps,
-                    log_interval=self.config.log_interval,
-                    eval_interval=self.config.eval_interval,
-                    save_interval=self.config.save_interval,
-                ),
-                metrics=MetricsLog(
-                    self.out,
-                    logger=make_logger(self.config.logger, self.out),
-                    resume_step=_step_of(checkpoints) if resume else None,
-                ),
-                checkpoints=self.out / "checkpoints",
-                extra_state=self.learner_sizes,
-                validation=self.validation,
-                evaluate=lambda: self._evaluate(evaluator),
-                show_progress=self.show_progress,
-            )
-            if resume and checkpoints:
-                trainer.restore(checkpoints[-1])
-            try:
-                with self._timed("train_and_evaluate"):
-                    trainer.run()
-            except KeyboardInterrupt as error:
-                raise RunInterrupted(
-                    f"interrupted at step {self.update.step} of {self.config.offline_steps}, saved; "
-                    f"go on with: deflow resume {shlex.quote(str(self.out))}"
-                ) from error
-            except NonFiniteLossError as error:
-                kept = list_checkpoints(self.out / "checkpoints")
-                where = f"the last good checkpoint is {kept[-1]}" if kept else "there was no checkpoint yet"
-                raise NonFiniteLossError(f"{error}; {where}") from error
+            trainer.evaluate = lambda: self._evaluate(evaluator)
+            with self._timed("train_and_evaluate"):
+                trainer.run()
             if not self.outcomes:  # the run had been killed between its last checkpoint and its record
                 self._evaluate(evaluator)
         return self._report(trainer, extra_seconds)
@@ -218,7 +240,7 @@ class _Run:
     def _load_data(self) -> tuple[OGBenchExperienceReplay, OGBenchExperienceReplay]:
         config = self.config
 
-        def load(split: str) -> OGBenchExperienceReplay:
+        def load(split: Literal["train", "val"]) -> OGBenchExperienceReplay:
             return OGBenchExperienceReplay(
                 config.task,
                 batch_size=config.batch_size,
@@ -232,6 +254,16 @@ class _Run:
             return load("train"), load("val")
         except InputError as error:
             raise _with_hint(error, config) from error
+
+    def _describe_data(self) -> dict[str, Any]:
+        path = dataset_path(parse_ogbench_name(self.config.task).dataset, data_root(self.config.data_root), "train")
+        about = path.with_suffix(".json")
+        return {
+            "file": path.name,
+            "sha256": file_sha256(path),
+            "transitions": len(self.buffer),
+            "provenance": json.loads(about.read_text(encoding="utf-8"))["provenance"] if about.is_file() else None,
+        }
 
     def _evaluate(self, evaluator: Evaluator) -> dict[str, float]:
         if self.update.step < self.config.offline_steps:
@@ -247,17 +279,10 @@ class _Run:
 
     def _report(self, trainer: OfflineTrainer, extra_seconds: dict[str, float]) -> dict[str, Any]:
         delta = getattr(self.learner.loss, "target_divergence", None)
-        path = dataset_path(parse_ogbench_name(self.config.task).dataset, data_root(self.config.data_root), "train")
-        about = path.with_suffix(".json")
         record = build_record(
             command=self.command,
             config=config_to_dict(self.config),
-            data={
-                "file": path.name,
-                "sha256": file_sha256(path),
-                "transitions": len(self.buffer),
-                "provenance": json.loads(about.read_text(encoding="utf-8"))["provenance"] if about.is_file() else None,
-            },
+            data=self.data,
             evaluations={name: result.as_dict() for name, result in self.outcomes.items()},
             seconds={**extra_seconds, **self.seconds, "updates": trainer.trained_seconds},
         )
@@ -336,10 +361,6 @@ def _metrics(prefix: str, result: EvaluationResult) -> dict[str, float]:
         f"{prefix}/length": float(result.length.mean()),
         f"{prefix}/episodes": len(result.success),
     }
-
-
-def _step_of(checkpoints: list[Path]) -> int:
-    return int(checkpoints[-1].stem.removeprefix("step_")) if checkpoints else 0
 
 
 def _with_hint(error: InputError, config: TrainConfig) -> InputError:

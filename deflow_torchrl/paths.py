@@ -1,3 +1,4 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
 """Where the package keeps what it downloads and generates, and how it writes files so that a kill leaves none half-written."""
 
 from __future__ import annotations

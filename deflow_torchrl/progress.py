@@ -1,3 +1,4 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
 """One progress bar for everything that takes more than a few seconds: on standard error, with an ETA."""
 
 from __future__ import annotations

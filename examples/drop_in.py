@@ -65,8 +65,8 @@ def main() -> float:
         losses = loss(buffer.sample())
         optimizer.zero_grad()
         sum(value for name, value in losses.items() if name.startswith("loss_")).backward()
+        target_updater.step()  # before the optimiser: the authors' order
         optimizer.step()
-        target_updater.step()
         if step % max(arguments.steps // 5, 1) == 0:
             print(step, {name: round(value.item(), 4) for name, value in losses.detach().items()})
 

@@ -143,6 +143,11 @@ def test_a_read_only_cache_folder_is_one_line(tmp_path):
         (["task=x", "seed"], "write key=value"),
         (["task=x", "seed=abc"], "seed"),
         (["task=x", "seed=-1"], "at least 0"),
+        (["task=x", "seed=99999999999999999999999"], "below 2\\*\\*63"),
+        (["task=x", "algo.log_alpha_init=nan"], "finite"),
+        (["task=x", "algo.lr=inf"], "finite"),
+        (["task=x", "out=''"], "a folder"),
+        (["task=x", "algo.fixed_alpha=1", "algo.min_alpha=0.1"], "no bounds beside"),
         (["task=x", "hidden_dims=[]"], "positive widths"),
         (["task=x", "hidden_dims=[a"], "hidden_dims"),
         (["task=x", "offline_steps=0"], "at least 1"),
@@ -157,6 +162,16 @@ def test_wrong_settings_are_refused_with_a_hint(overrides, message):
     with pytest.raises(InputError, match=message) as error:
         compose_config(overrides)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{}, {"algo": None}, {"task": "x", "algo": {"name": "deflow"}, "batch_size": "abc"}, {"task": "x", "algo": {"name": "y"}},
+     {"task": "x", "algo": {"name": "deflow", "lr": "fast"}}, None],
+)  # fmt: skip
+def test_edited_run_settings_are_refused(values):
+    with pytest.raises(InputError, match="do not fit"):
+        config_from_dict(values)
 
 
 def test_settings_survive_the_run_folder():

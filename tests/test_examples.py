@@ -19,9 +19,12 @@ def run(monkeypatch):
     return call
 
 
-def test_the_drop_in_script_is_short_and_learns(run):
+def test_the_drop_in_script_is_short_and_runs_to_its_evaluation(run, capsys):
     assert len((EXAMPLES / "drop_in.py").read_text().splitlines()) < 100
-    assert run("drop_in.py", "--steps", "10", "--episodes", "2") < 0
+    learned = run("drop_in.py", "--steps", "10", "--episodes", "2")
+    out = capsys.readouterr().out
+    assert f"DeFlow {learned:.0f}" in out
+    assert out.count("loss_qvalue") == 5
 
 
 def test_torchrls_trainer_drives_the_loss(run):

@@ -1,8 +1,18 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
 """Method name -> networks, loss and optimiser groups."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from deflow_torchrl._lazy import lazy_exports
+
+if TYPE_CHECKING:  # what type checkers and editors see
+    from deflow_torchrl.algorithms.base import Algorithm as Algorithm
+    from deflow_torchrl.algorithms.base import Learner as Learner
+    from deflow_torchrl.algorithms.registry import ALGORITHMS as ALGORITHMS
+    from deflow_torchrl.algorithms.registry import get_algorithm as get_algorithm
+    from deflow_torchrl.algorithms.settings import DeFlowConfig as DeFlowConfig
 
 _EXPORTS = {
     "Algorithm": ".base",

@@ -1,3 +1,4 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
 """What a method hands to the trainer."""
 
 from __future__ import annotations

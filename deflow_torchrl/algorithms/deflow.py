@@ -1,3 +1,4 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
 """DeFlow, assembled: the paper's networks, DeFlowLoss, one Adam, soft targets."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
 """Settings of the methods, free of torch so that the command line can check them at once."""
 
 from __future__ import annotations

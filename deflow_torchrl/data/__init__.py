@@ -1,8 +1,19 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
 """Transitions in TorchRL's TED layout: validation, OGBench data sets and their generation."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from deflow_torchrl._lazy import lazy_exports
+
+if TYPE_CHECKING:  # what type checkers and editors see
+    from deflow_torchrl.data.generation import GENERATED_DATASETS as GENERATED_DATASETS
+    from deflow_torchrl.data.generation import generate_ogbench_dataset as generate_ogbench_dataset
+    from deflow_torchrl.data.ogbench import OGBenchExperienceReplay as OGBenchExperienceReplay
+    from deflow_torchrl.data.ogbench import load_ogbench_transitions as load_ogbench_transitions
+    from deflow_torchrl.data.schema import transitions_from_arrays as transitions_from_arrays
+    from deflow_torchrl.data.schema import validate_transitions as validate_transitions
 
 _EXPORTS = {
     "OGBenchExperienceReplay": ".ogbench",

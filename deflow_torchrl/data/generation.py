@@ -1,3 +1,4 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
 """Local generation of OGBench data sets with the scripted oracles of the ``ogbench`` wheel, by OGBench's own protocol.
 
 Every episode has its own random stream, derived from (seed, split, episode): a set does not depend on how many processes
@@ -6,15 +7,16 @@ made it, a shorter set is the beginning of a longer one, and finished episodes s
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import json
 import multiprocessing
 import os
 import shutil
-import signal
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ import numpy as np
 from deflow_torchrl.envs.factory import import_ogbench, make_env_by_id
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.paths import atomic_write, dataset_path, make_writable_folder, write_text
+from deflow_torchrl.processes import available_cores, children_ignore_ctrl_c
 
 _SPLITS = ("train", "val")
 _DTYPES = {"terminals": np.dtype(bool)}
@@ -117,34 +120,40 @@ def generate_ogbench_dataset(
     versions = _versions()
     folder = make_writable_folder(Path(root).expanduser())
     about = {"dataset": dataset, "seed": seed, "settings": asdict(settings), "versions": versions}
-    parts = _parts_folder(folder / f".{dataset}.parts", about)
-    jobs = [
-        (split, episode)
-        for split, number in zip(_SPLITS, (episodes, val_episodes), strict=True)
-        for episode in range(number)
-    ]
-    open_jobs = [job for job in jobs if not _part_path(parts, *job).is_file()]
-    finished = _run_jobs(dataset, seed, open_jobs, parts, min(workers, max(len(open_jobs), 1)))
-    for _ in finished if progress is None else progress(finished, len(open_jobs)):
-        pass
-    rows = {}
-    for split, number in zip(_SPLITS, (episodes, val_episodes), strict=True):
-        rows[split] = _join_parts(
-            [_part_path(parts, split, episode) for episode in range(number)], dataset_path(dataset, folder, split)
-        )
-    about |= {
-        "provenance": "regenerated locally with the ogbench package's oracle; not the published set",
-        "episodes": {"train": episodes, "val": val_episodes},
-        "transitions": {"train": rows["train"] - episodes, "val": rows["val"] - val_episodes},
-    }
-    write_text(folder / f"{dataset}.json", json.dumps(about, indent=2) + "\n")
-    shutil.rmtree(parts)
+    with _only_one(folder / f".{dataset}.lock", dataset):
+        parts = _parts_folder(folder / f".{dataset}.parts", about)
+        numbers = dict(zip(_SPLITS, (episodes, val_episodes), strict=True))
+        jobs = [(split, episode) for split, number in numbers.items() for episode in range(number)]
+        open_jobs = [job for job in jobs if not _part_path(parts, *job).is_file()]
+        finished = _run_jobs(dataset, seed, open_jobs, parts, min(workers, max(len(open_jobs), 1)))
+        for _ in finished if progress is None else progress(finished, len(open_jobs)):
+            pass
+        about |= {
+            "provenance": "regenerated locally with the ogbench package's oracle; not the published set",
+            "episodes": numbers,
+            "transitions": {split: number * (settings.episode_steps - 1) for split, number in numbers.items()},
+        }
+        # The description first: a set without one would pass for published data.
+        write_text(folder / f"{dataset}.json", json.dumps(about, indent=2) + "\n")
+        for split, number in numbers.items():
+            parts_of_split = [_part_path(parts, split, episode) for episode in range(number)]
+            _join_parts(parts_of_split, dataset_path(dataset, folder, split))
+        shutil.rmtree(parts)
     return dataset_path(dataset, folder, "train")
 
 
-def available_cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+@contextmanager
+def _only_one(lock: Path, dataset: str) -> Iterator[None]:
+    """Hold ``lock`` against another process that generates the same set; the system frees it if this one is killed."""
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"another process is generating {dataset} in {lock.parent}; wait for it") from error
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def _versions() -> dict[str, str]:
@@ -173,11 +182,10 @@ def _run_jobs(dataset: str, seed: int, jobs: list[tuple[str, int]], parts: Path,
     if not jobs:
         return
     # spawn: a forked child would inherit torch's threads and the parent's simulator state.
-    pool = ProcessPoolExecutor(
-        workers, mp_context=multiprocessing.get_context("spawn"), initializer=_leave_ctrl_c_to_the_parent
-    )
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
     try:
-        futures = [pool.submit(_write_episode, dataset, seed, split, episode, parts) for split, episode in jobs]
+        with children_ignore_ctrl_c():
+            futures = [pool.submit(_write_episode, dataset, seed, split, episode, parts) for split, episode in jobs]
         for future in as_completed(futures):
             future.result()
             yield
@@ -185,14 +193,10 @@ def _run_jobs(dataset: str, seed: int, jobs: list[tuple[str, int]], parts: Path,
         pool.shutdown(cancel_futures=True)
 
 
-def _leave_ctrl_c_to_the_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 def _write_episode(dataset: str, seed: int, split: str, episode: int, parts: Path) -> None:
     arrays = generate_episode(dataset, seed=seed, split=split, episode=episode)
     with atomic_write(_part_path(parts, split, episode)) as temporary, temporary.open("wb") as file:
-        np.savez(file, allow_pickle=False, **arrays)
+        np.savez(file, **arrays)  # type: ignore[arg-type] # numpy's stub takes any keyword for its option
 
 
 _ENVIRONMENTS: dict[str, tuple[Any, Any]] = {}
@@ -249,8 +253,8 @@ def generate_episode(dataset: str, *, seed: int, split: str, episode: int) -> di
     return {name: np.asarray(values, dtype=_DTYPES.get(name, np.float32)) for name, values in rows.items()}
 
 
-def _join_parts(paths: list[Path], target: Path) -> int:
-    """Write the episodes one after another into ``target`` and return the number of rows."""
+def _join_parts(paths: list[Path], target: Path) -> None:
+    """Write the episodes one after another into ``target``."""
     episodes = []
     for path in paths:
         with np.load(path, allow_pickle=False) as part:
@@ -261,4 +265,3 @@ def _join_parts(paths: list[Path], target: Path) -> int:
             # np.savez stamps the time of day into the archive; a fixed entry makes equal sets equal files.
             with archive.open(zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0)), "w", force_zip64=True) as file:
                 np.lib.format.write_array(file, np.ascontiguousarray(array), allow_pickle=False)
-    return len(arrays["actions"])

@@ -1,7 +1,9 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
 """OGBench single-task data sets as a TorchRL replay buffer, read and relabelled by the ``ogbench`` package itself."""
 
 from __future__ import annotations
 
+import http.client
 import os
 import socket
 import urllib.error
@@ -15,6 +17,7 @@ import numpy as np
 import torch
 from tensordict import TensorDict
 from torchrl.data import TensorDictReplayBuffer, TensorStorage
+from torchrl.data.datasets import register_dataset
 from torchrl.data.replay_buffers.samplers import RandomSampler, Sampler
 from torchrl.data.replay_buffers.writers import ImmutableDatasetWriter
 
@@ -24,7 +27,8 @@ from deflow_torchrl.envs.names import parse_ogbench_name
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.paths import data_root, dataset_path, make_writable_folder
 
-_ARRAYS = ("observations", "actions", "terminals")
+_REQUIRED = ("observations", "actions", "terminals")
+_SIMULATOR_STATE = ("qpos", "qvel", "button_states")
 _CONNECT_TIMEOUT_S = 20.0
 
 
@@ -64,15 +68,16 @@ def load_ogbench_transitions(
         _check_archive(path)
         # add_info: the qpos (and button states) that rewards are computed from.
         dataset = ogbench.load_dataset(str(path), add_info=True)
-    if len(dataset["actions"]) == 0:
-        raise InputError(f"{path} holds no transition")
     environment = make_gym_env(dataset_id)
     try:
+        _check_fits(dataset, environment, path)
         from ogbench.relabel_utils import relabel_dataset
 
         relabel_dataset(name.environment_id, environment, dataset)
-    except (KeyError, IndexError) as error:
-        raise InputError(f"{path} does not fit {name.environment_id}: {error!r}") from error
+    except (KeyError, IndexError, ValueError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} does not fit {name.environment_id}: {' '.join(str(error).split())}") from error
     finally:
         environment.close()
     return transitions_from_arrays(
@@ -143,6 +148,10 @@ class OGBenchExperienceReplay(TensorDictReplayBuffer):
         )
 
 
+# After an import of this class, TorchRL's own load_dataset("ogbench:NAME") finds it.
+register_dataset("ogbench", OGBenchExperienceReplay)
+
+
 def _missing(path: Path, dataset: str) -> str:
     return (
         f"no data file {path}; put the published {path.name} there, name its folder with data_root=, "
@@ -162,25 +171,49 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def _check_archive(path: Path) -> None:
-    # numpy names neither the file nor the missing array; allow_pickle=False refuses objects instead of running them.
-    # Opened here: numpy leaks the file it opened itself when the archive turns out to be damaged.
+    """Check what the ``ogbench`` loader would cast or broadcast without a word: types, lengths, finiteness."""
     with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-        missing = [name for name in _ARRAYS if name not in archive.files]
+        missing = [name for name in _REQUIRED if name not in archive.files]
         if missing:
             raise InputError(f"{path} has no array {', '.join(missing)}; it is not an OGBench data set")
-        rows = {name: len(archive[name]) for name in archive.files}
-        if min(rows.values()) == 0:
-            raise InputError(f"{path} holds no transition")
-        if len(set(rows.values())) != 1:
-            raise InputError(f"{path}: arrays differ in length: {rows}")
-        shapes = {name: archive[name].ndim for name in ("observations", "actions")}
-        if archive["actions"].dtype.kind != "f" or shapes["actions"] != 2:
+        rows = None
+        for name in (name for name in (*_REQUIRED, *_SIMULATOR_STATE) if name in archive.files):
+            array = archive[name]
+            if array.dtype.kind not in ("f" if name == "actions" else "fiub"):
+                expected = "floating point in [-1, 1]" if name == "actions" else "real numbers"
+                raise InputError(f"{path}: {name} has type {array.dtype}, expected {expected}")
+            dimensions = {"actions": (2,), "terminals": (1,), "observations": (2, 4)}.get(name, (2,))
+            if array.ndim not in dimensions:
+                raise InputError(f"{path}: {name} has shape {array.shape}, expected {dimensions[0]} dimensions")
+            if len(array) == 0:
+                raise InputError(f"{path} holds no transition")
+            rows = len(array) if rows is None else rows
+            if len(array) != rows:
+                raise InputError(f"{path}: {name} has {len(array)} rows, {_REQUIRED[0]} {rows}")
+            finite = np.isfinite(array).reshape(rows, -1).all(1)
+            if not finite.all():
+                raise InputError(
+                    f"{path}: {name} has a NaN or infinite value in row {int(finite.argmin())} of the file; "
+                    "repair or drop that trajectory"
+                )
+            if name == "terminals" and not array[-1]:
+                raise InputError(f"{path}: the last row does not end a trajectory (terminals); the file is cut short")
+
+
+def _check_fits(dataset: dict[str, np.ndarray], environment: Any, path: Path) -> None:
+    """Compare widths with the environment the policy will act in."""
+    for name, space in (("observations", environment.observation_space), ("actions", environment.action_space)):
+        if dataset[name].shape[1:] != space.shape:
             raise InputError(
-                f"{path}: actions have type {archive['actions'].dtype} and {shapes['actions']} dimensions, "
-                "expected floating point [N, A]"
+                f"{path}: {name} have shape {dataset[name].shape[1:]}, the environment's are {space.shape}; "
+                "the data belong to another environment"
             )
-        if not bool(archive["terminals"][-1]):
-            raise InputError(f"{path}: the last row does not end a trajectory (terminals); the file is cut short")
+    if len(dataset["actions"]) == 0:
+        raise InputError(f"{path} holds no transition: every row ends a trajectory")
+    base = environment.unwrapped  # manipulation keeps the simulator's state as _data, locomotion as data
+    state = (base._data if hasattr(base, "_data") else base.data).qpos.shape
+    if "qpos" in dataset and dataset["qpos"].shape[1:] != state:
+        raise InputError(f"{path}: qpos has {dataset['qpos'].shape[1]} columns, the environment's has {state[0]}")
 
 
 def _download(dataset: str, path: Path) -> None:
@@ -190,7 +223,7 @@ def _download(dataset: str, path: Path) -> None:
     socket.setdefaulttimeout(_CONNECT_TIMEOUT_S)  # the package's own download has none
     try:
         ogbench.download_datasets([dataset], str(folder))
-    except (urllib.error.URLError, OSError) as error:
+    except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
         reason = getattr(error, "reason", error)
         raise InputError(f"{_missing(path, dataset)} (download failed: {reason})") from error
     finally:

@@ -1,3 +1,4 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
 """One transition, one layout: TorchRL's TED, float32, checked once when loaded.
 
 ==============================  ==========  =======================================================================

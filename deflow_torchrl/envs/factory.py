@@ -1,3 +1,4 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
 """Environments of OGBench single-task names, plain (gymnasium) and as TorchRL environments."""
 
 from __future__ import annotations
@@ -59,8 +60,10 @@ def make_env_by_id(environment_id: str, **kwargs: Any) -> gymnasium.Env:
     if environment_id not in gymnasium.registry:
         near = difflib.get_close_matches(environment_id, list(gymnasium.registry), n=3)
         raise InputError(f"ogbench has no environment {environment_id!r}; the nearest are {', '.join(near) or 'none'}")
-    # The checker would look at the simulator's spaces before SeededReset has put them right.
-    return SeededReset(gymnasium.make(environment_id, disable_env_checker=True, **kwargs))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="glfw")  # a missing display, once more: the simulator is imported here
+        # The checker would look at the simulator's spaces before SeededReset has put them right.
+        return SeededReset(gymnasium.make(environment_id, disable_env_checker=True, **kwargs))
 
 
 def make_env(task: str, *, device: torch.device | str = "cpu", **kwargs: Any) -> EnvBase:

@@ -1,3 +1,4 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
 """``info["success"]`` as an entry of TorchRL's step data."""
 
 from __future__ import annotations

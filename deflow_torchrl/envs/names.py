@@ -1,3 +1,4 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
 """OGBench single-task names: ``ENVIRONMENT-DATA-singletask[-taskN]-v0``."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
 """Networks and policies: the flow prior, the refinement and the actor that chains them."""
 
 from __future__ import annotations

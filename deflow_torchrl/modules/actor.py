@@ -1,3 +1,4 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
 """The acting policy of DeFlow: prior, then refinement (Algorithm 1, SAMPLE_ACTION)."""
 
 from __future__ import annotations

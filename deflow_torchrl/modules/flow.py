@@ -1,3 +1,4 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
 """The flow prior: actions sampled by Euler integration of a learned velocity field (DeFlow Eq. 4-6, Algorithm 1)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
 """The paper's networks: one MLP shape for the velocity, the refinement and the critics.
 
 Each hidden layer is ``Linear -> tanh-GELU`` (critics add ``LayerNorm`` with eps 1e-6 *after* the activation), the output is
@@ -96,14 +97,14 @@ def make_qvalue_networks(
     action_dim: int,
     hidden_dims: Sequence[int] = PAPER_HIDDEN_DIMS,
     *,
-    num_networks: int = 2,
+    num_qvalue_nets: int = 2,
     observation_key: NestedKey = "observation",
     action_key: NestedKey = "action",
 ) -> list[TensorDictModule]:
     """Independent critics, as the list the losses take (a list keeps each critic's own initialisation).
 
     Returns:
-        ``num_networks`` modules reading (``observation_key``, ``action_key``) and writing ``state_action_value [..., 1]``.
+        ``num_qvalue_nets`` modules reading (``observation_key``, ``action_key``) and writing ``state_action_value [..., 1]``.
     """
     return [
         TensorDictModule(
@@ -111,5 +112,5 @@ def make_qvalue_networks(
             in_keys=[observation_key, action_key],
             out_keys=["state_action_value"],
         )
-        for _ in range(num_networks)
+        for _ in range(num_qvalue_nets)
     ]

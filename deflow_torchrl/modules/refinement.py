@@ -1,3 +1,4 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
 """The refinement f_phi(s, a_base): one MLP that shifts the *sampled* action (DeFlow Eq. 7 and the instance-level remark)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
 """LossModules: flow matching, refinement, TD critic, and DeFlow, which is the three together."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
 """What the losses of this package share: keys, masks, reductions, random draws and functional critics.
 
 Every loss is written as per-sample terms of shape ``td.shape`` which :meth:`OffPolicyLoss._reduce_term` reduces, so
@@ -11,7 +12,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from tensordict import TensorDict, TensorDictBase, TensorDictParams
@@ -26,6 +27,9 @@ from deflow_torchrl.modules.actor import DeFlowActor
 from deflow_torchrl.modules.flow import FlowMatchingPolicy
 
 Reduction = Literal["mean", "sum", "none"]
+
+
+Critics: TypeAlias = TensorDictModule | Sequence[TensorDictModule] | LossModule
 
 
 def next_key(key: NestedKey) -> NestedKey:
@@ -84,6 +88,7 @@ class OffPolicyLoss(LossModule):
     target_qvalue_network_params: TensorDictParams
 
     reduction: str
+    num_qvalue_nets: int
 
     def __init__(self, *, reduction: Reduction | None = None) -> None:
         self._in_keys: list[NestedKey] | None = None
@@ -135,9 +140,12 @@ class OffPolicyLoss(LossModule):
         Raises:
             KeyError: naming every required entry that is missing.
         """
-        missing = [key for key in self._required_keys() if tensordict.get(key, None) is None]
+        missing = [key for key in dict.fromkeys(self._required_keys()) if tensordict.get(key, None) is None]
         if missing:
-            raise KeyError(f"{type(self).__name__} needs {missing}, which the input lacks; rename keys with set_keys")
+            raise KeyError(
+                f"{type(self).__name__} needs {missing}, which the input lacks; rename keys with set_keys, and observation "
+                "and action keys in the networks too"
+            )
         out = self._compute(self._blank_masked_rows(tensordict))
         priority = out.pop(self.tensor_keys.priority, None)
         if priority is not None:
@@ -189,10 +197,11 @@ class OffPolicyLoss(LossModule):
             return self._reduce_loss(term, tensordict)
         weights = weights.reshape(term.shape)
         mask = self._mask(tensordict)
-        if mask is not None and self.reduction == "mean":
+        if self.reduction == "mean":
             # TorchRL's weighted mean divides by the sum of the weights left, which may be zero.
-            weights = weights * mask
-            return (torch.where(mask, term, 0.0) * weights).sum() / weights.sum().clamp_min(_tiny(term))
+            if mask is not None:
+                term, weights = torch.where(mask, term, 0.0), weights * mask
+            return (term * weights).sum() / weights.sum().clamp_min(tiny(term))
         return self._reduce_loss(term, tensordict, weights=weights)
 
     def _batch_mean(self, value: Tensor, tensordict: TensorDictBase) -> Tensor:
@@ -205,6 +214,8 @@ class OffPolicyLoss(LossModule):
     # -- actor --------------------------------------------------------------------------------------------------------
 
     def _set_actor(self, actor_network: DeFlowActor) -> None:
+        if not (hasattr(actor_network, "flow_policy") and hasattr(actor_network, "refinement_policy")):
+            raise TypeError(f"actor_network must be a DeFlowActor, got {type(actor_network).__name__}")
         self.convert_to_functional(actor_network, "actor_network")
 
     def _actor_keys(self) -> list[NestedKey]:
@@ -239,12 +250,20 @@ class OffPolicyLoss(LossModule):
 
     def _set_critic(
         self,
-        qvalue_network: TensorDictModule | Sequence[TensorDictModule],
+        qvalue_network: Critics,
         *,
         num_qvalue_nets: int,
         create_target_params: bool,
         deactivate_vmap: bool,
     ) -> None:
+        if isinstance(qvalue_network, OffPolicyLoss):
+            # The critics another loss trains: the same parameters, not a copy that nothing would ever move.
+            self.__dict__["qvalue_network"] = qvalue_network.qvalue_network
+            self.qvalue_network_params = qvalue_network.qvalue_network_params
+            self.num_qvalue_nets = qvalue_network.num_qvalue_nets
+            self.deactivate_vmap = deactivate_vmap
+            self._make_vmap()
+            return
         critics = _critic_list(qvalue_network, num_qvalue_nets)
         self.convert_to_functional(
             critics, "qvalue_network", expand_dim=len(critics), create_target_params=create_target_params
@@ -282,7 +301,8 @@ class OffPolicyLoss(LossModule):
         return self._vmap_qvalue_network(inputs, params).get(self.tensor_keys.state_action_value).squeeze(-1)
 
 
-def _tiny(tensor: Tensor) -> float:
+def tiny(tensor: Tensor) -> float:
+    """Smallest normal number of the tensor's type, a divisor's lower bound that changes no quotient worth having."""
     return torch.finfo(tensor.dtype).tiny
 
 

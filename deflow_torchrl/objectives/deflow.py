@@ -1,3 +1,4 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
 """DeFlow: flow prior, trust-region refinement and twin critic, trained side by side (Algorithm 1).
 
 The three parts are the three losses of :mod:`flow_matching`, :mod:`refinement` and :mod:`td_critic`, whose files list where
@@ -29,8 +30,9 @@ class DeFlowLoss(FlowMatchingLoss, RefinementLoss, TDCriticLoss):
     """The four losses of DeFlow (https://muzhancun.github.io/preprints/deflow), each with gradients to its own part only.
 
     ``loss_flow`` trains the prior (:class:`FlowMatchingLoss`), ``loss_actor`` the refinement and ``loss_alpha`` the
-    multiplier (:class:`RefinementLoss`), ``loss_qvalue`` the critics (:class:`TDCriticLoss`). Sum them, step one optimiser,
-    then ``SoftUpdate``. Each is also a method: ``flow_loss``, ``actor_loss``, ``alpha_loss``, ``qvalue_loss``.
+    multiplier (:class:`RefinementLoss`), ``loss_qvalue`` the critics (:class:`TDCriticLoss`). Each is also a method:
+    ``flow_loss``, ``actor_loss``, ``alpha_loss``, ``qvalue_loss``. Sum them, go back, step ``SoftUpdate`` and one optimiser
+    (in this order, if the numbers are to be those of the authors' code to the last digits).
 
     Args:
         actor_network (DeFlowActor): the acting policy, prior and refinement.

@@ -1,3 +1,4 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
 """Flow-matching loss of the prior (DeFlow Eq. 5, FQL's BC flow).
 
 Where the released code and the paper differ:

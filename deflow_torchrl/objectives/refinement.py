@@ -1,3 +1,4 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
 """Refinement and multiplier losses (DeFlow Eq. 10-12).
 
 Where the released code and the paper differ:
@@ -11,16 +12,14 @@ Where the released code and the paper differ:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModule
 from tensordict.utils import NestedKey
 from torch import Tensor
 
 from deflow_torchrl.modules.actor import DeFlowActor
-from deflow_torchrl.objectives.common import OffPolicyLoss, Reduction, _tiny
+from deflow_torchrl.objectives.common import Critics, OffPolicyLoss, Reduction, tiny
 
 _UNBOUNDED = (-math.inf, math.inf)
 
@@ -36,9 +35,11 @@ class RefinementLoss(OffPolicyLoss):
 
     Args:
         actor_network (DeFlowActor): the acting policy. Only its refinement receives gradient from this loss.
-        qvalue_network (list of TensorDictModule, or TensorDictModule): critics reading the observation and ``action`` and
-            writing ``state_action_value [..., 1]``. A list keeps its initialisation; one module is copied
-            ``num_qvalue_nets`` times, all but the first copy re-initialised by their own layers.
+        qvalue_network (list of TensorDictModule, TensorDictModule or TDCriticLoss): critics reading the observation and
+            ``action`` and writing ``state_action_value [..., 1]``. A list is stacked into a copy that keeps its
+            initialisation; one module is copied ``num_qvalue_nets`` times, all but the first copy re-initialised by their
+            own layers. To follow critics that are trained elsewhere give the :class:`TDCriticLoss` that trains them, whose
+            parameters are then shared.
 
     Keyword Args:
         target_divergence (float): delta, the mean-square shift per action dimension (in squared action units).
@@ -80,7 +81,7 @@ class RefinementLoss(OffPolicyLoss):
     def __init__(
         self,
         actor_network: DeFlowActor,
-        qvalue_network: TensorDictModule | Sequence[TensorDictModule],
+        qvalue_network: Critics,
         *,
         target_divergence: float,
         normalize_q_loss: bool = True,
@@ -170,7 +171,7 @@ class RefinementLoss(OffPolicyLoss):
         qvalue = self._qvalues(tensordict, action, self._frozen_critics()).mean(0)
         scale: Tensor | float = 1.0
         if self.normalize_q_loss:
-            scale = 1 / self._batch_mean(qvalue.detach().abs(), tensordict).clamp_min(_tiny(qvalue))
+            scale = 1 / self._batch_mean(qvalue.detach().abs(), tensordict).clamp_min(tiny(qvalue))
         loss = -scale * qvalue + self.alpha * divergence
         return self._reduce_term(loss, tensordict), divergence.detach()
 

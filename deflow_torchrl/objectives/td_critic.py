@@ -1,3 +1,4 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
 """TD(0) loss of the twin critics, evaluated on refined actions (DeFlow Eq. 2, Algorithm 1).
 
 Where the released code and the paper differ:

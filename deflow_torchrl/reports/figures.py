@@ -1,3 +1,4 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
 """Figures of a run, drawn from its rows of metrics."""
 
 from __future__ import annotations
@@ -6,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from deflow_torchrl.errors import MissingExtraError
 from deflow_torchrl.paths import atomic_write
+from deflow_torchrl.reports.extra import check_report_extra
 
 _PANELS = (
     ("eval/success", "success rate", "fraction of evaluation episodes"),
@@ -40,10 +41,9 @@ def plot_learning_curve(
     Raises:
         MissingExtraError: without the ``reports`` extra.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("matplotlib", "reports") from error
+    check_report_extra()
+    from matplotlib.figure import Figure
+
     panels = [panel for panel in _PANELS if panel[0] == "eval/success" or any(panel[0] in row for row in rows)]
     figure = Figure(figsize=(4.2 * len(panels), 3.6), layout="constrained")
     figure.suptitle(title)

@@ -1,3 +1,4 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
 """A run as one self-contained HTML page."""
 
 from __future__ import annotations
@@ -8,8 +9,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from deflow_torchrl.errors import MissingExtraError
 from deflow_torchrl.paths import write_text
+from deflow_torchrl.reports.extra import check_report_extra
 
 
 def write_html_report(
@@ -29,10 +30,9 @@ def write_html_report(
     Raises:
         MissingExtraError: without the ``reports`` extra.
     """
-    try:
-        from jinja2 import Environment, StrictUndefined
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("jinja2", "reports") from error
+    check_report_extra()
+    from jinja2 import Environment, StrictUndefined
+
     source = resources.files(__package__).joinpath("report.html.j2").read_text(encoding="utf-8")
     template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(source)
     page = template.render(

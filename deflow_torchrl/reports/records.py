@@ -1,3 +1,4 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
 """A run's record: the JSON file behind every number that is quoted from it."""
 
 from __future__ import annotations

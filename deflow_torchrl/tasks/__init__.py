@@ -1,3 +1,4 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
 """What differs between tasks, as data: names, data sets and hyperparameters."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
 """The OGBench single-task problems and what a method takes from them, read from ``ogbench.json``."""
 
 from __future__ import annotations

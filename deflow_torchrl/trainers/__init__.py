@@ -1,8 +1,21 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
 """The update, evaluation, checkpoints and the training loop."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from deflow_torchrl._lazy import lazy_exports
+
+if TYPE_CHECKING:  # what type checkers and editors see
+    from deflow_torchrl.trainers.checkpoint import load_checkpoint as load_checkpoint
+    from deflow_torchrl.trainers.checkpoint import save_checkpoint as save_checkpoint
+    from deflow_torchrl.trainers.evaluation import EvaluationResult as EvaluationResult
+    from deflow_torchrl.trainers.evaluation import Evaluator as Evaluator
+    from deflow_torchrl.trainers.metrics import MetricsLog as MetricsLog
+    from deflow_torchrl.trainers.trainer import OfflineTrainer as OfflineTrainer
+    from deflow_torchrl.trainers.trainer import TrainerSchedule as TrainerSchedule
+    from deflow_torchrl.trainers.update import UpdateStep as UpdateStep
 
 _EXPORTS = {
     "Evaluator": ".evaluation",

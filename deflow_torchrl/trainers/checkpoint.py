@@ -1,3 +1,4 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
 """Checkpoints: plain tensors and numbers in one file, written beside and renamed, loaded without running anybody's code."""
 
 from __future__ import annotations
@@ -36,6 +37,11 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
     return sorted(folder.glob("step_*.pt"))
+
+
+def step_of(path: Path) -> int:
+    """Gradient steps done when a checkpoint was written."""
+    return int(path.stem.removeprefix("step_"))
 
 
 def load_checkpoint(path: Path, *, device: torch.device | str = "cpu") -> dict[str, Any]:

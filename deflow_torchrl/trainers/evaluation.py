@@ -1,14 +1,15 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
 """Deterministic, paired evaluation on a batch of environments.
 
 Episode e starts from seed ``seed + e`` and is acted with its own noise stream, so the same policy gives the same
-trajectories twice and two policies meet the same starts and the same noise, however many environments or processes
-share the work. The global random generators are left as they were.
+trajectories twice and two policies meet the same starts and the same noise, however many processes share the work. (The
+number of environments sets the batch of the policy call, and with it the rounding of its last digits.) The global random
+generators are left as they were.
 """
 
 from __future__ import annotations
 
 import multiprocessing
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModuleBase
 
 from deflow_torchrl.envs.factory import make_gym_env
+from deflow_torchrl.processes import children_ignore_ctrl_c
 
 DEFAULT_EVALUATION_SEED = 1_000_000
 """Far from training seeds: evaluation starts are not those of any generated data."""
@@ -250,7 +252,8 @@ class _RemoteGroup:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, task, slots), daemon=True)
-        self._process.start()
+        with children_ignore_ctrl_c():
+            self._process.start()
         theirs.close()
 
     @property
@@ -281,7 +284,6 @@ class _RemoteGroup:
 
 
 def _serve(pipe: Connection, task: str, slots: list[int]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     group: _LocalGroup | None = None
     try:
         while True:

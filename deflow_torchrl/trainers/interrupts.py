@@ -1,3 +1,4 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
 """Ctrl-C and polite kills, held back while a step is half done."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
 """TorchRL's loggers, chosen by name, with their missing extras and missing keys said in one line."""
 
 from __future__ import annotations
@@ -21,10 +22,9 @@ def make_logger(name: str, folder: Path) -> ScalarLogger | None:
     Raises:
         MissingExtraError: if its package is not installed.
     """
+    check_logger(name)
     if name == "none":
         return None
-    if importlib.util.find_spec(name) is None:
-        raise MissingExtraError(name, name)
     from torchrl.record.loggers import get_logger
 
     kwargs = {}
@@ -39,6 +39,12 @@ def make_logger(name: str, folder: Path) -> ScalarLogger | None:
     target = folder if name == "wandb" else folder / name
     target.mkdir(parents=True, exist_ok=True)
     return get_logger(name, logger_name=str(target), experiment_name=folder.name, **kwargs)
+
+
+def check_logger(name: str) -> None:
+    """Raise MissingExtraError if the logger's package is not installed."""
+    if name != "none" and importlib.util.find_spec(name) is None:
+        raise MissingExtraError(name, name)
 
 
 def _wandb_has_key() -> bool:

@@ -1,3 +1,4 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
 """A run's metrics: one row per log step, as JSONL and CSV, and to a TorchRL logger where one is asked for."""
 
 from __future__ import annotations

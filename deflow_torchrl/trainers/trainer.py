@@ -1,3 +1,4 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
 """The offline training loop: sample, update, log, evaluate, save."""
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from tensordict import TensorDictBase
 from torchrl.data import ReplayBuffer
 
-from deflow_torchrl.errors import InputError
+from deflow_torchrl.errors import InputError, NonFiniteLossError
 from deflow_torchrl.progress import progress_bar
 from deflow_torchrl.trainers.checkpoint import load_checkpoint, save_checkpoint
 from deflow_torchrl.trainers.interrupts import Interrupts
@@ -54,8 +55,8 @@ class OfflineTrainer:
 
     Keyword Args:
         schedule: when to log, evaluate and save.
-        metrics: where rows go.
         checkpoints: folder of checkpoints.
+        metrics: where rows go; nowhere, if None.
         extra_state: plain values to keep in each checkpoint beside the training state.
         validation: samples batches for ``val/`` losses at evaluations.
         evaluate: returns metrics of an evaluation; called every ``eval_interval`` steps.
@@ -71,8 +72,8 @@ class OfflineTrainer:
         buffer: ReplayBuffer,
         *,
         schedule: TrainerSchedule,
-        metrics: MetricsLog,
         checkpoints: Path,
+        metrics: MetricsLog | None = None,
         extra_state: Mapping[str, Any] | None = None,
         validation: ReplayBuffer | None = None,
         evaluate: Callable[[], dict[str, float]] | None = None,
@@ -113,7 +114,10 @@ class OfflineTrainer:
                     with interrupts.deferred():
                         self._finish_step(self._row)
                         self._row = None
-            except KeyboardInterrupt:
+            except NonFiniteLossError:
+                raise
+            except (KeyboardInterrupt, Exception):
+                # A failed evaluation costs its own time, never the steps before it.
                 with interrupts.deferred():
                     if self._saved_step != self.update.step or self._row is not None:
                         self.save()
@@ -136,7 +140,7 @@ class OfflineTrainer:
 
     def _finish_step(self, row: dict[str, Any]) -> None:
         step = self.update.step
-        if row:
+        if row and self.metrics is not None:
             seconds = {"time/trained_seconds": round(self.trained_seconds, 3)}
             self.metrics.write({"step": step, "phase": "offline", **row, **seconds})
         if self.schedule.due(self.schedule.save_interval, step):
@@ -179,6 +183,11 @@ class OfflineTrainer:
         path = save_checkpoint(self.checkpoints, self.update.step, state)
         self._saved_step = self.update.step
         return path
+
+    @property
+    def written_step(self) -> int:
+        """The last step whose row of metrics is final: the current one, or the one before while its row is unfinished."""
+        return self.update.step if self._row is None else self.update.step - 1
 
     def restore(self, path: Path) -> None:
         """Go on from a checkpoint of an equal run.

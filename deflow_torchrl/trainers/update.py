@@ -1,3 +1,4 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
 """One update: sum the losses, one step of the targets, one optimiser step over all groups."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+import dataclasses
+import fcntl
 import json
 
 import numpy as np
@@ -39,11 +41,16 @@ def test_an_episode_is_what_ogbench_publishes(dataset, short_episodes):
     )
 
 
-def test_the_oracle_handles_the_cube():
+def test_the_oracle_handles_the_cube(monkeypatch):
     # A full-length episode of the real oracle moves the cube: this is what the demo's success rests on.
+    settings = dataclasses.replace(GENERATED_DATASETS["cube-single-play-v0"], episode_steps=1001)
+    monkeypatch.setitem(GENERATED_DATASETS, "cube-single-play-v0", settings)
+    monkeypatch.setattr(generation, "_ENVIRONMENTS", {})
     episode = generate_episode("cube-single-play-v0", seed=0, split="train", episode=0)
+    assert len(episode["actions"]) == 1001
     cube = episode["qpos"][:, 14:17]
-    assert np.linalg.norm(cube[-1, :2] - cube[0, :2]) > 0.02 or cube[:, 2].max() > 0.06
+    assert cube[:, 2].max() > 0.06, "lifted"
+    assert np.linalg.norm(cube[-1, :2] - cube[0, :2]) > 0.05, "and put down elsewhere"
 
 
 def test_two_processes_and_one_make_equal_files_which_ogbench_loads(tmp_path):
@@ -89,6 +96,13 @@ def test_finished_episodes_survive_an_interruption(tmp_path, short_episodes, mon
     generate_ogbench_dataset("cube-single-play-v0", tmp_path, **arguments)
     assert made == [("train", 0), ("train", 1), ("train", 2), ("train", 2), ("val", 0)]
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
+
+
+def test_two_processes_cannot_generate_the_same_set(tmp_path, short_episodes):
+    with (tmp_path / ".cube-single-play-v0.lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="another process is generating"):
+            generate_ogbench_dataset("cube-single-play-v0", tmp_path, episodes=1, val_episodes=1)
 
 
 def test_episodes_of_other_settings_are_not_taken_over(tmp_path, short_episodes):

@@ -107,7 +107,14 @@ def one_bad(value, row=7):
         ({"actions": one_bad(2.0)}, r"leave \[-1, 1\]"),
         ({"actions": lambda a: (a * 100).astype(np.int64)}, "type int64"),
         ({"actions": lambda a: a[:, 0]}, "dimensions"),
-        ({"actions": lambda a: a[:50]}, "differ in length"),
+        ({"actions": lambda a: a[:, :3]}, "belong to another environment"),
+        ({"observations": lambda o: o[:, :3]}, "belong to another environment"),
+        ({"observations": lambda o: o.astype("U8")}, "expected real numbers"),
+        ({"observations": lambda o: o.astype(complex)}, "expected real numbers"),
+        ({"actions": lambda a: a[:50]}, "has 50 rows"),
+        ({"qpos": one_bad(np.nan)}, "qpos has a NaN"),
+        ({"qpos": lambda q: q[:, :9]}, "qpos has 9 columns"),
+        ({"terminals": np.ones_like}, "every row ends a trajectory"),
         ({"terminals": None}, "no array terminals"),
         ({"terminals": np.zeros_like}, "last row does not end"),
         ({"qpos": None}, "does not fit"),
@@ -124,6 +131,21 @@ def test_damaged_data_is_refused_in_one_line_naming_the_file(generated, tmp_path
         load_ogbench_transitions(TASK, root=folder)
     assert "\n" not in str(error.value)
     assert f"{DATASET}.npz" in str(error.value)
+
+
+def test_arrays_the_package_does_not_know_are_ignored(generated, tmp_path):
+    folder = tamper(generated, tmp_path)
+    with np.load(folder / f"{DATASET}.npz") as file:
+        np.savez(folder / f"{DATASET}.npz", version=np.array(1), **{name: file[name] for name in file.files})
+    assert len(load_ogbench_transitions(TASK, root=folder)) == 180
+
+
+def test_torchrls_load_dataset_finds_the_sets(generated):
+    from torchrl.data.datasets import load_dataset
+
+    rb = load_dataset(f"ogbench:{TASK}", root=generated, batch_size=4)
+    assert isinstance(rb, OGBenchExperienceReplay)
+    assert rb.sample().batch_size == (4,)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a zip", None])

@@ -56,6 +56,18 @@ def test_the_torchrl_environment_has_success_in_its_step_data(task):
     assert step["reward"].shape == (3, 1)
 
 
+@pytest.mark.parametrize("task", [TASK, "pointmaze-medium-navigate-singletask-v0"])
+def test_set_seed_fixes_the_resets_that_follow(task):
+    starts = []
+    for _ in range(2):
+        env = make_env(task)
+        env.reset()
+        env.set_seed(3)
+        starts.append(torch.stack([env.reset()["observation"] for _ in range(3)]))
+    assert torch.equal(*starts)
+    assert len(starts[0].unique(dim=0)) == 3
+
+
 def test_success_is_reported_when_the_goal_is_reached():
     env = make_env(TASK)
     env.set_seed(0)

@@ -182,6 +182,8 @@ def test_priority_weights_give_the_weighted_mean(kind, shape):
     out = build(kind)(batch)
     for name in TERMS[kind]:
         torch.testing.assert_close(out[name], (terms[name] * weights).sum() / weights.sum())
+    batch["priority_weight"].zero_()
+    assert all(build(kind)(batch)[name].isfinite() for name in TERMS[kind])
 
 
 @ALL

@@ -10,7 +10,7 @@ from torch import nn
 
 from deflow_torchrl.modules import DeFlowActor, FlowMatchingPolicy, RefinementPolicy, make_refinement_network
 from deflow_torchrl.objectives import DeFlowLoss, FlowMatchingLoss, RefinementLoss
-from tests.conftest import ACTION_DIM, OBSERVATION_DIM, make_actor, make_batch, make_critics, make_loss
+from tests.conftest import make_actor, make_batch, make_critics, make_loss
 
 
 def qvalues(critics, observation, action):
@@ -307,5 +307,34 @@ def test_soft_update_moves_the_targets_by_tau():
     assert all(torch.allclose(value, torch.full_like(value, 0.25), atol=1e-6) for value in moved.values(True, True))
 
 
-def test_observation_and_action_dims_of_the_fixture_are_distinct():
-    assert OBSERVATION_DIM != ACTION_DIM, "a swapped concatenation must not pass unnoticed"
+def test_the_separate_losses_together_are_deflow_when_the_critics_are_shared():
+    from torchrl.objectives import SoftUpdate
+
+    from deflow_torchrl.objectives import TDCriticLoss
+
+    batches = [make_batch(16) for _ in range(4)]
+    torch.manual_seed(0)
+    whole = make_loss(target_divergence=1e-3)
+    torch.manual_seed(0)
+    actor = make_actor()
+    critic = TDCriticLoss(actor, make_critics())
+    critic.make_value_estimator(gamma=0.9)
+    parts = [FlowMatchingLoss(actor.flow_policy), RefinementLoss(actor, critic, target_divergence=1e-3), critic]
+    updaters = [SoftUpdate(whole, tau=0.1), SoftUpdate(critic, tau=0.1)]
+    together = list(dict.fromkeys(parameter for part in parts for parameter in part.parameters()))
+    optimizers = [torch.optim.Adam(whole.parameters(), lr=1e-2), torch.optim.Adam(together, lr=1e-2)]
+    for batch in batches:
+        expected = whole(batch.clone())
+        out = {name: value for part in parts for name, value in part(batch.clone()).items()}
+        for name in expected.keys():  # noqa: SIM118 - a TensorDict
+            torch.testing.assert_close(out[name], expected[name])
+        for losses, optimizer, updater in zip((expected, out), optimizers, updaters, strict=True):
+            optimizer.zero_grad()
+            sum(value for name, value in losses.items() if name.startswith("loss_")).backward()
+            updater.step()
+            optimizer.step()
+
+
+def test_something_that_is_no_actor_is_refused():
+    with pytest.raises(TypeError, match="must be a DeFlowActor"):
+        RefinementLoss(make_actor().flow_policy, make_critics(), target_divergence=1e-3)

@@ -30,8 +30,8 @@ def make_trainer(folder, *, steps=12, buffer=None, evaluate=None, save_interval=
         update,
         buffer,
         schedule=schedule,
-        metrics=MetricsLog(folder),
         checkpoints=folder / "checkpoints",
+        metrics=MetricsLog(folder),
         validation=validation,
         evaluate=evaluate,
         show_progress=False,
@@ -135,6 +135,22 @@ def test_a_signal_in_mid_step_waits_for_the_step_and_one_in_an_evaluation_is_mad
         dict(resumed.update.learner.loss.state_dict()), dict(straight.update.learner.loss.state_dict()), rtol=0, atol=0
     )
     assert without_time(resumed.metrics.rows) == without_time(straight.metrics.rows)
+    # Killed for good before its next checkpoint and resumed once more: no row twice.
+    again = make_trainer(tmp_path / "stopped", evaluate=evaluations(None))
+    again.restore(checkpoint)
+    again.metrics = MetricsLog(tmp_path / "stopped", resume_step=again.written_step)
+    again.run()
+    assert without_time(again.metrics.rows) == without_time(straight.metrics.rows)
+
+
+def test_a_failing_evaluation_costs_no_steps(tmp_path):
+    def evaluate():
+        raise RuntimeError("an evaluation process died")
+
+    trainer = make_trainer(tmp_path, evaluate=evaluate)
+    with pytest.raises(RuntimeError, match="died"):
+        trainer.run()
+    assert list_checkpoints(tmp_path / "checkpoints")[-1].name == "step_000000006.pt"
 
 
 def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):

@@ -219,7 +219,7 @@ class _Run:
         checkpoints = list_checkpoints(folder) if resume else []
         if checkpoints:
             trainer.restore(checkpoints[-1])
-        trainer.metrics = MetricsLog(
+        metrics = trainer.metrics = MetricsLog(
             self.out,
             logger=make_logger(self.config.logger, self.out),
             resume_step=trainer.written_step if resume else None,
@@ -230,7 +230,7 @@ class _Run:
                 trainer.run()
             if not self.outcomes:  # the run had been killed between its last checkpoint and its record
                 self._evaluate(evaluator)
-        return self._report(trainer, extra_seconds)
+        return self._report(trainer, metrics, extra_seconds)
 
     @property
     def learner_sizes(self) -> dict[str, int]:
@@ -277,7 +277,7 @@ class _Run:
             )
         return row
 
-    def _report(self, trainer: OfflineTrainer, extra_seconds: dict[str, float]) -> dict[str, Any]:
+    def _report(self, trainer: OfflineTrainer, metrics: MetricsLog, extra_seconds: dict[str, float]) -> dict[str, Any]:
         delta = getattr(self.learner.loss, "target_divergence", None)
         record = build_record(
             command=self.command,
@@ -289,7 +289,7 @@ class _Run:
         write_text(self.out / RECORD_FILE, json.dumps(record, indent=2) + "\n")
         title = f"{self.config.algo.name} on {self.config.task}, seed {self.config.seed}"
         figure = plot_learning_curve(
-            trainer.metrics.rows,
+            metrics.rows,
             self.out / "learning_curve.png",
             title=title,
             final={name: result.success_rate for name, result in self.outcomes.items()},

@@ -53,10 +53,12 @@ def test_the_oracle_handles_the_cube(monkeypatch):
     assert np.linalg.norm(cube[-1, :2] - cube[0, :2]) > 0.05, "and put down elsewhere"
 
 
-def test_two_processes_and_one_make_equal_files_which_ogbench_loads(tmp_path):
-    # Full episodes: the processes import the real settings.
+def test_two_processes_and_one_make_equal_files_which_ogbench_loads(tmp_path, monkeypatch):
     import ogbench
 
+    # Full episodes, here as in the processes, which import the real settings.
+    settings = dataclasses.replace(GENERATED_DATASETS["cube-single-play-v0"], episode_steps=1001)
+    monkeypatch.setitem(GENERATED_DATASETS, "cube-single-play-v0", settings)
     files = {}
     for workers in (1, 2):
         folder = tmp_path / str(workers)

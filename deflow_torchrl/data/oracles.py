@@ -204,13 +204,13 @@ class PointMazeCollector(EpisodeCollector):
             settings.environment_id, terminate_at_goal=False, max_episode_steps=settings.episode_steps
         )
         self.maze: Any = self.env.unwrapped
-        self.free_cells = [(int(i), int(j)) for i, j in np.argwhere(self.maze.maze_map == 0)]
+        self.walls: np.ndarray = self.env.unwrapped.maze_map
+        self.free_cells = [(int(i), int(j)) for i, j in np.argwhere(self.walls == 0)]
         self.goal_cells = [cell for cell in self.free_cells if not self._in_hallway(cell)]
 
     def _in_hallway(self, cell: tuple[int, int]) -> bool:
         """Whether the way leads straight on: free on two opposite sides, walls on the others."""
-        i, j = cell
-        walls = self.maze.maze_map
+        (i, j), walls = cell, self.walls
         sides = [int(walls[i - 1, j]), int(walls[i + 1, j]), int(walls[i, j - 1]), int(walls[i, j + 1])]
         return sides in ([0, 0, 1, 1], [1, 1, 0, 0])
 

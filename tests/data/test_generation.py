@@ -58,7 +58,13 @@ def test_every_manipulation_set_of_the_paper_and_the_point_mazes_can_be_generate
     }
 
 
-@pytest.mark.parametrize("dataset", list(GENERATED_DATASETS))
+# Sets that differ from a tested one in numbers of the table only; their simulators take seconds to compile.
+ALIKE = {"cube-double-noisy-v0", "cube-triple-noisy-v0", "puzzle-4x4-noisy-v0"}
+
+
+@pytest.mark.parametrize(
+    "dataset", [pytest.param(name, marks=[pytest.mark.slow] * (name in ALIKE)) for name in GENERATED_DATASETS]
+)
 def test_an_episode_is_what_ogbench_publishes_and_depends_on_seed_split_and_number_alone(dataset, short_episodes):
     def run(**changes):
         return generate_episode(dataset, **{"seed": 0, "split": "train", "episode": 1, **changes})

@@ -42,7 +42,7 @@ def generated_dataset_name(name: str) -> str:
     for candidate in (name, f"{name}-v0"):
         if candidate in GENERATED_DATASETS:
             return candidate
-    near = difflib.get_close_matches(name, GENERATED_DATASETS, n=2, cutoff=0.8)
+    near = difflib.get_close_matches(f"{name.removesuffix('-v0')}-v0", GENERATED_DATASETS, n=2, cutoff=0.94)
     hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(GENERATED_DATASETS)}"
     raise InputError(f"no generator for {name!r}; {hint}")
 

@@ -15,7 +15,7 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -203,8 +203,8 @@ class PointMazeCollector(EpisodeCollector):
         self.env: Any = make_env_by_id(
             settings.environment_id, terminate_at_goal=False, max_episode_steps=settings.episode_steps
         )
-        self.maze: Any = self.env.unwrapped
-        self.walls: np.ndarray = self.env.unwrapped.maze_map
+        self.maze = cast("Any", self.env.unwrapped)
+        self.walls: np.ndarray = self.maze.maze_map
         self.free_cells = [(int(i), int(j)) for i, j in np.argwhere(self.walls == 0)]
         self.goal_cells = [cell for cell in self.free_cells if not self._in_hallway(cell)]
 

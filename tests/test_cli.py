@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,13 +16,21 @@ from deflow_torchrl.errors import InputError
 from tests.conftest import DATASET, TASK
 
 
-def deflow(*arguments):
+def deflow(*arguments, cwd=None, env=None):
     """Run the command line in this process: a fresh one would spend most of its time importing torch."""
     out, err = io.StringIO(), io.StringIO()
     saved, handler = sys.argv, signal.getsignal(signal.SIGTERM)
     code = 0
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+        ):
+            for name, value in (env or {}).items():
+                patch.setenv(name, value)
+            if cwd is not None:
+                patch.chdir(cwd)
             main(arguments)
     except SystemExit as end:
         code = end.code or 0
@@ -54,7 +63,7 @@ def test_help_lists_the_verbs_without_importing_torch():
         text=True,
         check=True,
     )
-    for verb in ("demo", "train", "resume", "eval"):
+    for verb in ("demo", "train", "resume", "eval", "data"):
         assert verb in result.stdout
     imported = {line.rsplit("|", 1)[-1].strip() for line in result.stderr.splitlines()}
     assert not imported & {"torch", "numpy", "torchrl", "ogbench", "hydra"}
@@ -136,6 +145,56 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(generated, tmp_path):
     for setting, message in bad.items():
         assert_one_line(deflow("train", *settings(generated, out, "download=false", setting)), message)
         assert not out.exists(), setting
+
+
+def test_generated_data_is_the_same_for_any_workers_and_trains_with_the_printed_command(tmp_path):
+    # A set of few and cheap episodes; the demo's tests generate with the arm.
+    sets = []
+    for workers in ("1", "2"):
+        result = deflow(
+            "data", "generate", "pointmaze-medium-stitch", "--episodes", "3", "--seed", "5", "--workers", workers, "--json",
+            env={"DEFLOW_HOME": str(tmp_path / workers)},
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        *_, line, summary = result.stdout.splitlines()
+        summary = json.loads(summary)
+        assert summary["transitions"] == {"train": 600, "val": 200}
+        folder = tmp_path / workers / "generated" / "pointmaze-medium-stitch-v0-3-1-seed5"
+        assert [Path(file).parent for file in summary["files"]] == [folder, folder]
+        assert all(file in line for file in summary["files"])
+        assert line.endswith(summary["train"])
+        sets.append({path.name: path.read_bytes() for path in folder.iterdir()})
+    assert sets[0] == sets[1]
+    home = {"DEFLOW_HOME": str(tmp_path / "2")}
+    verb, *printed = summary["train"].split()[1:]
+    small = [
+        setting for setting in settings(folder, tmp_path / "run") if not setting.startswith(("task=", "data_root="))
+    ]
+    assert deflow(verb, *printed, *small, env=home).returncode == 0
+    elsewhere = deflow(verb, printed[0], *small[:-1], f"out={tmp_path / 'other'}", "download=false", env=home)
+    assert_one_line(elsewhere, "no data file", f"data_root={folder}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["cube-sinle-play"], "did you mean cube-single-play-v0"),
+        (["antmaze-large-navigate"], "there are cube-single-play-v0"),
+        (["scene-play", "--episodes", "0"], "at least 1"),
+        (["scene-play", "--workers", "0"], "at least 1"),
+        (["scene-play", "--seed", "-1"], "at least 0"),
+        (["scene-play", "--out", "FILE/data"], "cannot write in"),
+        (["scene-play", "--out", "TAKEN"], "was not generated here"),
+    ],
+)
+def test_generate_refuses_in_one_line_and_writes_nothing(arguments, message, tmp_path):
+    (tmp_path / "FILE").touch()
+    (tmp_path / "TAKEN").mkdir()
+    (tmp_path / "TAKEN" / "scene-play-v0.npz").write_text("published")
+    before = sorted(tmp_path.rglob("*"))
+    result = deflow("data", "generate", *arguments, cwd=tmp_path, env={"DEFLOW_HOME": str(tmp_path / "home")})
+    assert_one_line(result, message)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_read_only_cache_folder_is_one_line(tmp_path, monkeypatch):

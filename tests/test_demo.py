@@ -23,7 +23,7 @@ TINY = DemoScale(
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory):
+def demo(tmp_path_factory, short_episodes):
     folder = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DEFLOW_HOME", str(folder / "home"))
@@ -32,9 +32,9 @@ def demo(tmp_path_factory):
         yield folder, result
 
 
-def test_the_pipeline_runs_from_generation_to_the_report(demo):
+def test_the_pipeline_runs_from_generation_to_the_report(demo, short_episodes):
     folder, result = demo
-    assert result["transitions"] == 1000
+    assert result["transitions"] == short_episodes - 1
     assert result["steps"] == 8
     assert 0 <= result["prior_success"] <= 1
     assert 0 <= result["deflow_success"] <= 1

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 from deflow_torchrl._lazy import lazy_exports
 
 if TYPE_CHECKING:  # what type checkers and editors see
-    from deflow_torchrl.data.generation import GENERATED_DATASETS as GENERATED_DATASETS
     from deflow_torchrl.data.generation import generate_ogbench_dataset as generate_ogbench_dataset
     from deflow_torchrl.data.ogbench import OGBenchExperienceReplay as OGBenchExperienceReplay
     from deflow_torchrl.data.ogbench import load_ogbench_transitions as load_ogbench_transitions
+    from deflow_torchrl.data.oracles import GENERATED_DATASETS as GENERATED_DATASETS
     from deflow_torchrl.data.schema import transitions_from_arrays as transitions_from_arrays
     from deflow_torchrl.data.schema import validate_transitions as validate_transitions
 
@@ -21,7 +21,7 @@ _EXPORTS = {
     "transitions_from_arrays": ".schema",
     "validate_transitions": ".schema",
     "generate_ogbench_dataset": ".generation",
-    "GENERATED_DATASETS": ".generation",
+    "GENERATED_DATASETS": ".oracles",
 }
 __all__ = list(_EXPORTS)
 __getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""Local generation of OGBench data sets with the scripted oracles of the ``ogbench`` wheel, by OGBench's own protocol.
+"""Local generation of OGBench data sets by OGBench's own protocol (:mod:`deflow_torchrl.data.oracles`).
 
 Every episode has its own random stream, derived from (seed, split, episode): a set does not depend on how many processes
 made it, a shorter set is the beginning of a longer one, and finished episodes survive a kill.
@@ -7,73 +7,49 @@ made it, a shorter set is the beginning of a longer one, and finished episodes s
 
 from __future__ import annotations
 
+import difflib
 import fcntl
-import importlib
+import itertools
 import json
 import multiprocessing
 import os
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from deflow_torchrl.envs.factory import import_ogbench, make_env_by_id
+from deflow_torchrl.data.oracles import GENERATED_DATASETS, EpisodeCollector, EpisodeSettings
+from deflow_torchrl.envs.factory import import_ogbench
 from deflow_torchrl.errors import InputError
-from deflow_torchrl.paths import atomic_write, dataset_path, make_writable_folder, write_text
+from deflow_torchrl.paths import atomic_write, cache_home, dataset_path, make_writable_folder, write_text
 from deflow_torchrl.processes import available_cores, children_ignore_ctrl_c
 
 _SPLITS = ("train", "val")
-_DTYPES = {"terminals": np.dtype(bool)}
 
 
-@dataclass(frozen=True)
-class GenerationSettings:
-    """How one data set is generated; the values are OGBench's.
+def generated_dataset_name(name: str) -> str:
+    """The name of a set that can be generated, given with or without its ending ``-v0``.
 
-    Attributes:
-        environment_id: goal-conditioned environment, run in its data-collection mode.
-        oracle: ``module:class`` of the scripted policy.
-        oracle_options: its options.
-        markovian: closed-loop oracle with Gaussian action noise of a per-episode level (``noisy`` sets), else the
-            open-loop plan oracle, whose plan carries smoothed noise (``play`` sets).
-        max_noise: upper end of that level.
-        random_action_probability: share of uniformly random actions.
-        episode_steps: steps of an episode; its last row has no successor, so it yields one transition less.
+    Raises:
+        InputError: if there is no generator for it, with the nearest names.
     """
-
-    environment_id: str
-    oracle: str
-    oracle_options: dict[str, float]
-    markovian: bool = False
-    max_noise: float = 0.1
-    random_action_probability: float = 0.0
-    episode_steps: int = 1001
+    for candidate in (name, f"{name}-v0"):
+        if candidate in GENERATED_DATASETS:
+            return candidate
+    near = difflib.get_close_matches(f"{name.removesuffix('-v0')}-v0", GENERATED_DATASETS, n=2, cutoff=0.94)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(GENERATED_DATASETS)}"
+    raise InputError(f"no generator for {name!r}; {hint}")
 
 
-GENERATED_DATASETS: dict[str, GenerationSettings] = {
-    "cube-single-play-v0": GenerationSettings(
-        environment_id="cube-single-v0",
-        oracle="ogbench.manipspace.oracles.plan.cube_plan:CubePlanOracle",
-        oracle_options={"noise": 0.1, "noise_smoothing": 0.5},
-    ),
-    "cube-single-noisy-v0": GenerationSettings(
-        environment_id="cube-single-v0",
-        oracle="ogbench.manipspace.oracles.markov.cube_markov:CubeMarkovOracle",
-        oracle_options={"min_norm": 0.4},
-        markovian=True,
-        random_action_probability=0.1,
-    ),
-}
-"""Data sets that can be generated here, by the name of their file."""
-
-# Noise of the Markov oracle relative to its level: x, y, z, yaw, gripper.
-_MARKOV_NOISE_SCALE = np.array([1.0, 1.0, 1.0, 3.0, 10.0])
+def generated_root(dataset: str, *, episodes: int, val_episodes: int, seed: int) -> Path:
+    """Default folder of a generated set; apart from downloaded data, so that it is never taken for the published set."""
+    return cache_home() / "generated" / f"{dataset}-{episodes}-{val_episodes}-seed{seed}"
 
 
 def generate_ogbench_dataset(
@@ -88,14 +64,15 @@ def generate_ogbench_dataset(
 ) -> Path:
     """Generate ``root/NAME.npz`` and ``root/NAME-val.npz``, which plain ``ogbench`` loads, and ``NAME.json`` about them.
 
-    Finished episodes are kept in ``root/.NAME.parts`` until both files stand; a repeated call goes on from there.
+    Finished episodes are kept in ``root/.NAME.parts`` until both files stand; a repeated call goes on from there. A set
+    that was made with the same settings is left as it is, anything else of the name is refused.
 
     Args:
-        dataset: a key of :data:`GENERATED_DATASETS`.
+        dataset: a key of :data:`GENERATED_DATASETS`, with or without its ``-v0``.
         root: folder to write in.
 
     Keyword Args:
-        episodes: training episodes, each of 1000 transitions for the sets here.
+        episodes: training episodes, each one transition shorter than its ``episode_steps``.
         val_episodes: validation episodes.
         seed: seed of the set.
         workers: processes; all cores by default.
@@ -105,41 +82,83 @@ def generate_ogbench_dataset(
         Path of the training file.
 
     Raises:
-        InputError: on an unknown set, a number below 1 or a read-only folder.
+        InputError: on an unknown set, a number below 1, a read-only folder, a full disk, other data of this name in the
+            folder, or where another process is generating it there.
         MissingExtraError: if the ``ogbench`` extra is not installed.
     """
-    settings = GENERATED_DATASETS.get(dataset)
-    if settings is None:
-        raise InputError(f"no generator for {dataset!r}; there are {', '.join(GENERATED_DATASETS)}")
+    dataset = generated_dataset_name(dataset)
+    settings = GENERATED_DATASETS[dataset]
     workers = available_cores() if workers is None else workers
     if min(episodes, val_episodes, workers) < 1 or seed < 0:
         raise InputError(
             f"episodes, val_episodes and workers must be at least 1 and seed at least 0, "
             f"got {episodes}, {val_episodes}, {workers} and {seed}"
         )
-    versions = _versions()
+    about = {"dataset": dataset, "seed": seed, "settings": asdict(settings), "versions": _versions()}
     folder = make_writable_folder(Path(root).expanduser())
-    about = {"dataset": dataset, "seed": seed, "settings": asdict(settings), "versions": versions}
-    with _only_one(folder / f".{dataset}.lock", dataset):
-        parts = _parts_folder(folder / f".{dataset}.parts", about)
-        numbers = dict(zip(_SPLITS, (episodes, val_episodes), strict=True))
-        jobs = [(split, episode) for split, number in numbers.items() for episode in range(number)]
-        open_jobs = [job for job in jobs if not _part_path(parts, *job).is_file()]
-        finished = _run_jobs(dataset, seed, open_jobs, parts, min(workers, max(len(open_jobs), 1)))
-        for _ in finished if progress is None else progress(finished, len(open_jobs)):
-            pass
-        about |= {
-            "provenance": "regenerated locally with the ogbench package's oracle; not the published set",
-            "episodes": numbers,
-            "transitions": {split: number * (settings.episode_steps - 1) for split, number in numbers.items()},
-        }
-        # The description first: a set without one would pass for published data.
-        write_text(folder / f"{dataset}.json", json.dumps(about, indent=2) + "\n")
-        for split, number in numbers.items():
-            parts_of_split = [_part_path(parts, split, episode) for episode in range(number)]
-            _join_parts(parts_of_split, dataset_path(dataset, folder, split))
-        shutil.rmtree(parts)
-    return dataset_path(dataset, folder, "train")
+    numbers = dict(zip(_SPLITS, (episodes, val_episodes), strict=True))
+    files = {split: dataset_path(dataset, folder, split) for split in _SPLITS}
+    parts = folder / f".{dataset}.parts"
+    with _only_one(folder / f".{dataset}.lock", dataset), _one_line_for_failures(folder):
+        if any(path.is_file() for path in files.values()):
+            _check_same(folder / f"{dataset}.json", {**about, "episodes": numbers})
+        if not all(path.is_file() for path in files.values()):
+            _parts_folder(parts, about)
+            jobs = [(split, episode) for split, number in numbers.items() for episode in range(number)]
+            open_jobs = [job for job in jobs if not _part_path(parts, *job).is_file()]
+            finished = _run_jobs(dataset, seed, open_jobs, parts, min(workers, max(len(open_jobs), 1)))
+            for _ in finished if progress is None else progress(finished, len(open_jobs)):
+                pass
+            about |= {
+                "provenance": "regenerated locally with the ogbench package's oracle; not the published set",
+                "episodes": numbers,
+                "transitions": {split: number * (settings.episode_steps - 1) for split, number in numbers.items()},
+            }
+            # The description first: a set without one would pass for published data.
+            write_text(folder / f"{dataset}.json", json.dumps(about, indent=2) + "\n")
+            for split, number in numbers.items():
+                _join_parts([_part_path(parts, split, episode) for episode in range(number)], files[split])
+        shutil.rmtree(parts, ignore_errors=True)
+    return files["train"]
+
+
+@contextmanager
+def _one_line_for_failures(folder: Path) -> Iterator[None]:
+    """Turn a full disk and a killed worker into one line; what is finished stays either way."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"cannot write in {folder} ({error.strerror or error}); finished episodes are kept: the same command goes on"
+        ) from error
+    except BrokenExecutor as error:
+        raise InputError(
+            "a worker process was killed, perhaps for memory; finished episodes are kept: repeat with fewer workers"
+        ) from error
+
+
+def _check_same(description: Path, wanted: dict[str, Any]) -> None:
+    """Refuse to touch files of this name that are described otherwise or not at all."""
+    try:
+        found = json.loads(description.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict):
+        raise InputError(
+            f"{description.with_suffix('.npz')} is in the way and was not generated here (no {description.name} describes "
+            "it); choose another folder"
+        )
+    wanted = json.loads(json.dumps(wanted))  # tuples become lists
+    other = [
+        f"{name} ({json.dumps(found.get(name))} there)" if name in ("seed", "episodes") else name
+        for name in wanted
+        if found.get(name) != wanted[name]
+    ]
+    if other:
+        raise InputError(
+            f"{description.with_suffix('.npz')} is in the way: made with other {', '.join(other)}; "
+            "choose another folder or delete it"
+        )
 
 
 @contextmanager
@@ -182,7 +201,12 @@ def _run_jobs(dataset: str, seed: int, jobs: list[tuple[str, int]], parts: Path,
     if not jobs:
         return
     # spawn: a forked child would inherit torch's threads and the parent's simulator state.
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    pool = ProcessPoolExecutor(
+        workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_use_settings,
+        initargs=(dataset, GENERATED_DATASETS[dataset]),
+    )
     try:
         with children_ignore_ctrl_c():
             futures = [pool.submit(_write_episode, dataset, seed, split, episode, parts) for split, episode in jobs]
@@ -193,17 +217,22 @@ def _run_jobs(dataset: str, seed: int, jobs: list[tuple[str, int]], parts: Path,
         pool.shutdown(cancel_futures=True)
 
 
+def _use_settings(dataset: str, settings: EpisodeSettings) -> None:
+    """Let a worker do what the parent's description of the files says, also where a caller has changed the table."""
+    GENERATED_DATASETS[dataset] = settings
+
+
 def _write_episode(dataset: str, seed: int, split: str, episode: int, parts: Path) -> None:
     arrays = generate_episode(dataset, seed=seed, split=split, episode=episode)
     with atomic_write(_part_path(parts, split, episode)) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type] # numpy's stub takes any keyword for its option
 
 
-_ENVIRONMENTS: dict[str, tuple[Any, Any]] = {}
+_COLLECTORS: dict[str, tuple[EpisodeSettings, EpisodeCollector]] = {}
 
 
 def generate_episode(dataset: str, *, seed: int, split: str, episode: int) -> dict[str, np.ndarray]:
-    """Run one episode of a data set in this process.
+    """Run one episode of a data set in this process; numpy's global generator is reseeded.
 
     Args:
         dataset: a key of :data:`GENERATED_DATASETS`.
@@ -214,54 +243,43 @@ def generate_episode(dataset: str, *, seed: int, split: str, episode: int) -> di
         episode: number of the episode in its split.
 
     Returns:
-        ``observations [T, O]``, ``actions [T, A]``, ``terminals [T]``, ``qpos`` and ``qvel``, T the episode's steps.
+        ``observations [T, O]``, ``actions [T, A]``, ``terminals [T]``, ``qpos``, ``qvel`` and, where the environment has
+        buttons, ``button_states``; T is the episode's steps.
     """
     settings = GENERATED_DATASETS[dataset]
-    if dataset not in _ENVIRONMENTS:
-        env = make_env_by_id(
-            settings.environment_id,
-            terminate_at_goal=False,
-            mode="data_collection",
-            max_episode_steps=settings.episode_steps,
-        )
-        module, name = settings.oracle.split(":")
-        oracle = getattr(importlib.import_module(module), name)(env=env, **settings.oracle_options)
-        _ENVIRONMENTS[dataset] = env, oracle
-    env, oracle = _ENVIRONMENTS[dataset]
-    stream = np.random.SeedSequence([seed, _SPLITS.index(split), episode]).generate_state(2)
-    np.random.seed(stream[0])  # the oracles draw from numpy's global generator
-    observation, info = env.reset(seed=int(stream[1]))
-    noise = np.random.uniform(0, settings.max_noise) * _MARKOV_NOISE_SCALE if settings.markovian else None
-    oracle.reset(observation, info)
-    rows: dict[str, list[Any]] = {name: [] for name in ("observations", "actions", "terminals", "qpos", "qvel")}
-    done = False
-    while not done:
-        if np.random.rand() < settings.random_action_probability:
-            action = env.action_space.sample()
-        else:
-            action = np.array(oracle.select_action(observation, info))
-            if noise is not None:
-                action = action + np.random.normal(0, noise, action.shape)
-        action = np.clip(action, -1, 1)
-        following, _, terminated, truncated, info = env.step(action)
-        done = terminated or truncated
-        if oracle.done:
-            oracle.reset(*env.unwrapped.set_new_target(p_stack=0.0))
-        for name, value in zip(rows, (observation, action, done, info["prev_qpos"], info["prev_qvel"]), strict=True):
-            rows[name].append(value)
-        observation = following
-    return {name: np.asarray(values, dtype=_DTYPES.get(name, np.float32)) for name, values in rows.items()}
+    if dataset not in _COLLECTORS or _COLLECTORS[dataset][0] is not settings:
+        _COLLECTORS[dataset] = settings, settings.collector()
+    collector = _COLLECTORS[dataset][1]
+    for attempt in itertools.count():
+        spawn_key = (attempt,) if attempt else ()
+        stream = np.random.SeedSequence([seed, _SPLITS.index(split), episode], spawn_key=spawn_key).generate_state(2)
+        np.random.seed(stream[0])  # the oracles draw from numpy's global generator
+        arrays = collector.run(int(stream[1]))
+        if arrays is not None:
+            return arrays
+    raise AssertionError("unreachable")
 
 
 def _join_parts(paths: list[Path], target: Path) -> None:
-    """Write the episodes one after another into ``target``."""
-    episodes = []
+    """Write the episodes one after another into ``target``, one in memory at a time."""
+    with np.load(paths[0], allow_pickle=False) as first:
+        layout = {name: (first[name].dtype, first[name].shape[1:]) for name in first.files}
+    lengths = []
     for path in paths:
         with np.load(path, allow_pickle=False) as part:
-            episodes.append({name: part[name] for name in part.files})
-    arrays = {name: np.concatenate([episode[name] for episode in episodes]) for name in episodes[0]}
+            lengths.append(len(part["terminals"]))
     with atomic_write(target) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, array in arrays.items():
+        for name, (dtype, shape) in layout.items():
+            header = {
+                "descr": np.lib.format.dtype_to_descr(dtype),
+                "fortran_order": False,
+                "shape": (sum(lengths), *shape),
+            }
             # np.savez stamps the time of day into the archive; a fixed entry makes equal sets equal files.
-            with archive.open(zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0)), "w", force_zip64=True) as file:
-                np.lib.format.write_array(file, np.ascontiguousarray(array), allow_pickle=False)
+            entry = zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0))
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            with archive.open(entry, "w", force_zip64=True) as file:
+                np.lib.format.write_array_header_1_0(file, header)
+                for path in paths:
+                    with np.load(path, allow_pickle=False) as part:
+                        file.write(part[name].tobytes())

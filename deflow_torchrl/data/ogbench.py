@@ -21,6 +21,7 @@ from torchrl.data.datasets import register_dataset
 from torchrl.data.replay_buffers.samplers import RandomSampler, Sampler
 from torchrl.data.replay_buffers.writers import ImmutableDatasetWriter
 
+from deflow_torchrl.data.oracles import GENERATED_DATASETS
 from deflow_torchrl.data.schema import transitions_from_arrays
 from deflow_torchrl.envs.factory import import_ogbench, make_gym_env
 from deflow_torchrl.envs.names import parse_ogbench_name
@@ -153,10 +154,8 @@ register_dataset("ogbench", OGBenchExperienceReplay)
 
 
 def _missing(path: Path, dataset: str) -> str:
-    return (
-        f"no data file {path}; put the published {path.name} there, name its folder with data_root=, "
-        f"or run `deflow demo` to generate a small {dataset} set"
-    )
+    generate = f", or make it with `deflow data generate {dataset}`" if dataset in GENERATED_DATASETS else ""
+    return f"no data file {path}; put the published {path.name} there, or name its folder with data_root={generate}"
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 import dataclasses
+import errno
 import fcntl
+import itertools
 import json
 
 import numpy as np
@@ -9,15 +11,79 @@ pytest.importorskip("ogbench", reason="needs the extra ogbench")
 
 from deflow_torchrl.data import generation
 from deflow_torchrl.data.generation import GENERATED_DATASETS, generate_episode, generate_ogbench_dataset
+from deflow_torchrl.data.oracles import VisibleCube
 from deflow_torchrl.errors import InputError
 
+# Widths of observations, actions and button states in the published files.
+WIDTHS = {
+    "cube-single": (28, 5, None),
+    "cube-double": (37, 5, None),
+    "cube-triple": (46, 5, None),
+    "scene": (40, 5, 2),
+    "puzzle-3x3": (55, 5, 9),
+    "puzzle-4x4": (83, 5, 16),
+    "pointmaze-medium": (2, 2, None),
+    "pointmaze-large": (2, 2, None),
+}
 
-@pytest.mark.parametrize("dataset", list(GENERATED_DATASETS))
-def test_an_episode_depends_on_seed_split_and_number_alone(dataset, short_episodes):
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Episodes are made in this process, with its settings."""
+
+    def run(dataset, seed, jobs, parts, workers):
+        for split, episode in jobs:
+            generation._write_episode(dataset, seed, split, episode, parts)
+            yield
+
+    monkeypatch.setattr(generation, "_run_jobs", run)
+
+
+def full_length(dataset, **kwargs):
+    settings = generation.GENERATED_DATASETS[dataset]
+    steps = 201 if dataset.endswith("stitch-v0") else 1001
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(GENERATED_DATASETS, dataset, dataclasses.replace(settings, episode_steps=steps))
+        patch.setattr(generation, "_COLLECTORS", {})
+        episode = generate_episode(dataset, **kwargs)
+        (_, collector), *_ = generation._COLLECTORS.values()
+    assert len(episode["actions"]) == steps
+    return episode, collector
+
+
+def test_every_manipulation_set_of_the_paper_and_the_point_mazes_can_be_generated():
+    assert set(GENERATED_DATASETS) == {
+        *(f"{env}-{data}-v0" for env in list(WIDTHS)[:6] for data in ("play", "noisy")),
+        *(f"{env}-{data}-v0" for env in list(WIDTHS)[6:] for data in ("navigate", "stitch")),
+    }
+
+
+# Sets that differ from a tested one in numbers of the table only; their simulators take seconds to compile.
+ALIKE = {"cube-double-noisy-v0", "cube-triple-noisy-v0", "puzzle-4x4-noisy-v0"}
+
+
+@pytest.mark.parametrize(
+    "dataset", [pytest.param(name, marks=[pytest.mark.slow] * (name in ALIKE)) for name in GENERATED_DATASETS]
+)
+def test_an_episode_is_what_ogbench_publishes_and_depends_on_seed_split_and_number_alone(dataset, short_episodes):
     def run(**changes):
         return generate_episode(dataset, **{"seed": 0, "split": "train", "episode": 1, **changes})
 
     first = run()
+    observation, action, buttons = WIDTHS[dataset.rsplit("-", 2)[0]]
+    types = {name: array.dtype for name, array in first.items()}
+    assert types == {
+        "observations": np.float32, "actions": np.float32, "terminals": bool, "qpos": np.float32, "qvel": np.float32,
+        **({} if buttons is None else {"button_states": np.int64}),
+    }  # fmt: skip
+    assert first["observations"].shape == (short_episodes, observation)
+    assert first["actions"].shape == (short_episodes, action)
+    assert buttons is None or first["button_states"].shape == (short_episodes, buttons)
+    assert np.abs(first["actions"]).max() <= 1
+    assert first["terminals"].tolist() == [False] * (short_episodes - 1) + [True]
+    # qpos belongs to the same instant as the observation: the arm's joints, or the point's position.
+    shared = 6 if action == 5 else 2
+    np.testing.assert_array_equal(first["observations"][:, :shared], first["qpos"][:, :shared])
     others = [run(episode=2), run(split="val"), run(seed=1)]
     again = run()
     for name, array in first.items():
@@ -25,56 +91,124 @@ def test_an_episode_depends_on_seed_split_and_number_alone(dataset, short_episod
     assert not any(np.array_equal(first["actions"], other["actions"]) for other in others)
 
 
-@pytest.mark.parametrize("dataset", list(GENERATED_DATASETS))
-def test_an_episode_is_what_ogbench_publishes(dataset, short_episodes):
-    episode = generate_episode(dataset, seed=0, split="train", episode=0)
-    assert {name: array.dtype for name, array in episode.items()} == {
-        "observations": np.float32, "actions": np.float32, "terminals": bool, "qpos": np.float32, "qvel": np.float32,
-    }  # fmt: skip
-    assert episode["observations"].shape == (short_episodes, 28)
-    assert episode["actions"].shape == (short_episodes, 5)
-    assert np.abs(episode["actions"]).max() <= 1
-    assert episode["terminals"].tolist() == [False] * (short_episodes - 1) + [True]
-    # qpos belongs to the same instant as the observation: the cube's position, scaled and centred.
-    np.testing.assert_allclose(
-        episode["observations"][:, 19:22], (episode["qpos"][:, 14:17] - (0.425, 0, 0)) * 10, atol=1e-4
-    )
+@pytest.mark.parametrize(
+    "dataset", ["cube-double-play-v0", "scene-noisy-v0", "puzzle-3x3-play-v0", "pointmaze-medium-stitch-v0"]
+)
+def test_ogbench_and_our_loader_read_the_same_values(dataset, short_episodes, tmp_path, in_process):
+    import ogbench
+
+    from deflow_torchrl.data import load_ogbench_transitions
+
+    generate_ogbench_dataset(dataset, tmp_path, episodes=2, val_episodes=1, seed=4)
+    task = dataset.replace("-v0", "-singletask-task1-v0")
+    env, *splits = ogbench.make_env_and_datasets(task, dataset_dir=str(tmp_path))
+    env.close()
+    for split, theirs in zip(("train", "val"), splits, strict=True):
+        ours = load_ogbench_transitions(task, root=tmp_path, split=split, download=False)
+        assert len(ours) == (short_episodes - 1) * {"train": 2, "val": 1}[split]
+        np.testing.assert_array_equal(ours["observation"], theirs["observations"])
+        np.testing.assert_array_equal(ours["next", "observation"], theirs["next_observations"])
+        np.testing.assert_allclose(ours["action"], theirs["actions"], atol=2e-5)  # ours are clipped into the bounds
+        np.testing.assert_array_equal(ours["next", "reward"][:, 0], theirs["rewards"])
+        np.testing.assert_array_equal(ours["next", "terminated"][:, 0], theirs["masks"] == 0)
 
 
-def test_the_oracle_handles_the_cube(monkeypatch):
+def test_the_oracle_handles_the_cube():
     # A full-length episode of the real oracle moves the cube: this is what the demo's success rests on.
-    settings = dataclasses.replace(GENERATED_DATASETS["cube-single-play-v0"], episode_steps=1001)
-    monkeypatch.setitem(GENERATED_DATASETS, "cube-single-play-v0", settings)
-    monkeypatch.setattr(generation, "_ENVIRONMENTS", {})
-    episode = generate_episode("cube-single-play-v0", seed=0, split="train", episode=0)
-    assert len(episode["actions"]) == 1001
+    episode, _ = full_length("cube-single-play-v0", seed=0, split="train", episode=0)
     cube = episode["qpos"][:, 14:17]
     assert cube[:, 2].max() > 0.06, "lifted"
     assert np.linalg.norm(cube[-1, :2] - cube[0, :2]) > 0.05, "and put down elsewhere"
 
 
-def test_two_processes_and_one_make_equal_files_which_ogbench_loads(tmp_path, monkeypatch):
+def test_the_oracles_handle_the_scene():
+    episode, _ = full_length("scene-play-v0", seed=0, split="train", episode=0)
+    assert (np.diff(episode["button_states"], axis=0) != 0).any(), "a button was pressed"
+    drawer, window = episode["qpos"][:, 23], episode["qpos"][:, 24]
+    assert max(np.ptp(drawer), np.ptp(window)) > 0.1, "the drawer or the window was moved"
+    assert VisibleCube().holds(episode["qpos"][:, 14:17])
+
+
+def cells(collector, positions):
+    return [collector.maze.xy_to_ij(position) for position in positions]
+
+
+def test_the_point_navigates_from_goal_to_goal_through_free_cells():
+    episode, collector = full_length("pointmaze-large-navigate-v0", seed=0, split="train", episode=0)
+    visited = cells(collector, episode["qpos"])
+    assert set(visited) <= set(collector.free_cells)
+    assert len(set(visited)) > 15
+    assert all(abs(a[0] - b[0]) + abs(a[1] - b[1]) <= 1 for a, b in itertools.pairwise(visited))
+    assert np.isfinite(collector.maze.model.geom("target").pos).all()
+    # Of the 46 free cells of this maze, those where the way only leads straight on are no goals.
+    assert (1, 1) in collector.goal_cells
+    assert (1, 2) not in collector.goal_cells
+    assert (2, 1) not in collector.goal_cells
+
+
+def test_a_stitch_episode_goes_to_a_cell_four_steps_away_and_stays_there():
+    episode, collector = full_length("pointmaze-medium-stitch-v0", seed=0, split="train", episode=1)
+    start, *_ = cells(collector, episode["qpos"])
+    distances = {cell: distance for distance in range(30) for cell in collector.cells_at(start, distance)}
+    assert distances[start] == 0
+    assert all(
+        any(distances.get((i + a, j + b)) == distance - 1 for a, b in ((0, 1), (1, 0), (0, -1), (-1, 0)))
+        for (i, j), distance in distances.items()
+        if distance
+    )
+    goal = collector.maze.xy_to_ij(collector.maze.cur_goal_xy)
+    assert distances[goal] == 4
+    reached = np.linalg.norm(episode["qpos"] - collector.maze.cur_goal_xy, axis=1) < 3
+    assert reached[-20:].all()
+    assert not reached[:10].any()
+
+
+@pytest.mark.parametrize(
+    ("position", "healthy"),
+    [((0.4, 0.1, 0.02), True), ((0.4, 0.29, 0.02), False), ((0.33, -0.356, 0.066), True), ((0.33, -0.356, 0.02), False),
+     ((0.33, -0.356, 0.09), False), ((0.4, -0.2, 0.3), True)],
+)  # fmt: skip
+def test_the_cube_may_be_hidden_in_the_drawer_only(position, healthy):
+    assert VisibleCube().holds(np.array([(0.4, 0.0, 0.02), position])) is healthy
+
+
+def test_an_unhealthy_scene_episode_is_made_anew_from_a_stream_of_its_own(short_episodes, monkeypatch):
+    def run(*verdicts):
+        remaining = list(verdicts)
+        monkeypatch.setattr(VisibleCube, "holds", lambda self, cube: remaining.pop(0))
+        episode = generate_episode("scene-noisy-v0", seed=0, split="train", episode=1)
+        assert not remaining
+        return episode["actions"]
+
+    attempts = [run(True), run(False, True), run(False, False, True)]
+    np.testing.assert_array_equal(attempts[1], run(False, True))
+    np.testing.assert_array_equal(attempts[0], run(True))
+    for one, other in itertools.combinations(attempts, 2):
+        assert not np.array_equal(one, other)
+
+
+def test_two_processes_and_one_make_equal_files_which_ogbench_loads(tmp_path, short_episodes):
     import ogbench
 
-    # Full episodes, here as in the processes, which import the real settings.
-    settings = dataclasses.replace(GENERATED_DATASETS["cube-single-play-v0"], episode_steps=1001)
-    monkeypatch.setitem(GENERATED_DATASETS, "cube-single-play-v0", settings)
     files = {}
     for workers in (1, 2):
         folder = tmp_path / str(workers)
-        generate_ogbench_dataset("cube-single-play-v0", folder, episodes=2, val_episodes=1, seed=3, workers=workers)
+        generate_ogbench_dataset("cube-single-play-v0", folder, episodes=3, val_episodes=1, seed=3, workers=workers)
         files[workers] = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert files[1] == files[2]
     assert set(files[1]) == {"cube-single-play-v0.npz", "cube-single-play-v0-val.npz", "cube-single-play-v0.json"}
     about = json.loads(files[1]["cube-single-play-v0.json"])
-    assert about["transitions"] == {"train": 2000, "val": 1000}
+    assert about["transitions"] == {"train": 180, "val": 60}
+    assert about["settings"]["episode_steps"] == short_episodes
     assert "regenerated" in about["provenance"]
     _, train, val = ogbench.make_env_and_datasets("cube-single-play-v0", dataset_dir=str(tmp_path / "1"))
-    assert train["observations"].shape == (2000, 28)
-    assert val["actions"].shape == (1000, 5)
+    assert train["observations"].shape == (180, 28)
+    assert val["actions"].shape == (60, 5)
+    third = generate_episode("cube-single-play-v0", seed=3, split="train", episode=2)
+    np.testing.assert_array_equal(train["actions"][120:], third["actions"][:-1])
 
 
-def test_finished_episodes_survive_an_interruption(tmp_path, short_episodes, monkeypatch):
+def test_finished_episodes_survive_an_interruption(tmp_path, short_episodes, in_process, monkeypatch):
     made = []
     real = generation.generate_episode
 
@@ -84,13 +218,7 @@ def test_finished_episodes_survive_an_interruption(tmp_path, short_episodes, mon
             raise KeyboardInterrupt
         return real(dataset, **kwargs)
 
-    def in_process(dataset, seed, jobs, parts, workers):
-        for split, episode in jobs:
-            generation._write_episode(dataset, seed, split, episode, parts)
-            yield
-
     monkeypatch.setattr(generation, "generate_episode", count)
-    monkeypatch.setattr(generation, "_run_jobs", in_process)
     arguments = {"episodes": 3, "val_episodes": 1, "seed": 0}
     with pytest.raises(KeyboardInterrupt):
         generate_ogbench_dataset("cube-single-play-v0", tmp_path, **arguments)
@@ -98,6 +226,38 @@ def test_finished_episodes_survive_an_interruption(tmp_path, short_episodes, mon
     generate_ogbench_dataset("cube-single-play-v0", tmp_path, **arguments)
     assert made == [("train", 0), ("train", 1), ("train", 2), ("train", 2), ("val", 0)]
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
+    generate_ogbench_dataset("cube-single-play-v0", tmp_path, **arguments)
+    assert len(made) == 5, "a set that stands is left as it is"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 1}, r"made with other seed \(0 there\)"),
+        ({"episodes": 2}, r'made with other episodes \(\{"train": 1, "val": 1\} there\)'),
+    ],
+)
+def test_a_set_made_otherwise_is_never_overwritten(changes, message, tmp_path, short_episodes, in_process):
+    arguments = {"episodes": 1, "val_episodes": 1, "seed": 0}
+    path = generate_ogbench_dataset("pointmaze-medium-stitch-v0", tmp_path, **arguments)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(InputError, match=message):
+        generate_ogbench_dataset("pointmaze-medium-stitch-v0", tmp_path, **{**arguments, **changes})
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    path.with_suffix(".json").unlink()
+    with pytest.raises(InputError, match="was not generated here"):
+        generate_ogbench_dataset("pointmaze-medium-stitch-v0", tmp_path, **arguments)
+    assert path.read_bytes() == before[path.name]
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_set(tmp_path, short_episodes, in_process, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(generation, "_join_parts", full)
+    with pytest.raises(InputError, match=r"No space left on device.*finished episodes are kept"):
+        generate_ogbench_dataset("pointmaze-medium-stitch", tmp_path, episodes=1, val_episodes=1)
+    assert not list(tmp_path.glob("*.npz"))
 
 
 def test_two_processes_cannot_generate_the_same_set(tmp_path, short_episodes):

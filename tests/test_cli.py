@@ -12,6 +12,7 @@ import pytest
 
 from deflow_torchrl.cli import main
 from deflow_torchrl.config import compose_config, config_from_dict, config_to_dict
+from deflow_torchrl.data.oracles import GENERATED_DATASETS
 from deflow_torchrl.errors import InputError
 from tests.conftest import DATASET, TASK
 
@@ -158,7 +159,8 @@ def test_generated_data_is_the_same_for_any_workers_and_trains_with_the_printed_
         assert result.returncode == 0, result.stderr
         *_, line, summary = result.stdout.splitlines()
         summary = json.loads(summary)
-        assert summary["transitions"] == {"train": 600, "val": 200}
+        length = GENERATED_DATASETS["pointmaze-medium-stitch-v0"].episode_steps - 1  # other tests may have shortened it
+        assert summary["transitions"] == {"train": 3 * length, "val": length}
         folder = tmp_path / workers / "generated" / "pointmaze-medium-stitch-v0-3-1-seed5"
         assert [Path(file).parent for file in summary["files"]] == [folder, folder]
         assert all(file in line for file in summary["files"])

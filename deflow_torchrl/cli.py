@@ -221,7 +221,8 @@ def iav(
         print(f"  {domain}: {value:.2g} ({how})")
     print("copied from the paper, not measured here:")
     print("  action variance: " + ", ".join(f"{data} {value}" for data, value in paper["action_variance"].items()))
-    print("  target_divergence (Table 6): " + _families_by_value(paper["target_divergence"]))
+    for value, families in _families_by_value(paper["target_divergence"]).items():
+        print(f"  target_divergence {value} (Table 6): {', '.join(families)}")
     if task is not None:
         print(
             f"deflow train uses target_divergence {task.target_divergence} for this task, "
@@ -240,11 +241,11 @@ def iav(
         print(json.dumps(summary))
 
 
-def _families_by_value(divergences: dict[str, float]) -> str:
+def _families_by_value(divergences: dict[str, float]) -> dict[float, list[str]]:
     families: dict[float, list[str]] = {}
     for family, value in divergences.items():
         families.setdefault(value, []).append(family)
-    return "; ".join(f"{', '.join(names)} {value}" for value, names in families.items())
+    return families
 
 
 def _print_record(record: dict[str, Any], as_json: bool) -> None:

@@ -23,7 +23,9 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -106,8 +108,8 @@ def intrinsic_action_variance(
         unbiased: divide by k - 1 instead of k.
         bootstrap: resamples of the queried states behind the interval.
         seed: seed of the queried states and of the resamples; torch's global generator is not used.
-        chunk_size: transitions compared with 256 states at a time, 8 MiB of distances by default; memory beyond that
-            does not grow with N.
+        chunk_size: transitions that each of torch's threads compares with 256 states at a time, 8 MiB of distances by
+            default; memory beyond that does not grow with N.
         progress: wraps the iterator of finished blocks of states (iterator, total), for a progress bar.
 
     Raises:
@@ -137,11 +139,14 @@ def intrinsic_action_variance(
 
     def blocks() -> Iterator[torch.Tensor]:
         shift, scale = _standardisation(observations, normalize, chunk_size)
-        for block in queried.to(observations.device).split(_QUERY_BLOCK):
+
+        def variance(block: torch.Tensor) -> torch.Tensor:
             neighbours = _nearest(
                 observations, block, k=k, include_self=include_self, shift=shift, scale=scale, chunk_size=chunk_size
             )
-            yield actions[neighbours].double().var(dim=1, correction=int(unbiased)).cpu()
+            return actions[neighbours].double().var(dim=1, correction=int(unbiased)).cpu()
+
+        return _map_on_threads(variance, queried.to(observations.device).split(_QUERY_BLOCK))
 
     total = -(-len(queried) // _QUERY_BLOCK)
     variances = torch.cat(list(blocks() if progress is None else progress(blocks(), total)))
@@ -215,6 +220,29 @@ def _standardisation(observations: torch.Tensor, normalize: bool, chunk_size: in
     return mean, (squares / len(observations)).sqrt().masked_fill(constant, 1.0)
 
 
+@contextmanager
+def _one_thread_an_operation() -> Iterator[int]:
+    """Yield torch's number of threads and set it to one: inside small operations, threads wait for one another on busy cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _map_on_threads(
+    function: Callable[[torch.Tensor], torch.Tensor], blocks: Sequence[torch.Tensor]
+) -> Iterator[torch.Tensor]:
+    """Map in order, a block a thread."""
+    with _one_thread_an_operation() as threads:
+        pool = ThreadPoolExecutor(threads)
+        try:
+            yield from pool.map(function, blocks)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
 def _nearest(
     observations: torch.Tensor,
     block: torch.Tensor,
@@ -262,9 +290,11 @@ def _nearest(
 
 
 def _bootstrap_interval(values: torch.Tensor, resamples: int, generator: torch.Generator) -> tuple[float, float]:
-    means = torch.stack(
-        [values[torch.randint(len(values), (len(values),), generator=generator)].mean() for _ in range(resamples)]
-    )
+    size = len(values)
+    with _one_thread_an_operation():
+        means = torch.stack(
+            [values[torch.randint(size, (size,), generator=generator)].mean() for _ in range(resamples)]
+        )
     tail = (1 - _CONFIDENCE) / 2
     low, high = means.quantile(torch.tensor([tail, 1 - tail], dtype=means.dtype)).tolist()
     return low, high

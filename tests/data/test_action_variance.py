@@ -197,6 +197,24 @@ def test_progress_sees_every_block():
     assert seen == [(256, 3), (256, 3), (88, 3)]
 
 
+def test_the_number_of_torch_threads_changes_nothing_and_is_put_back():
+    before = torch.get_num_threads()
+    try:
+        means = set()
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            means.add(intrinsic_action_variance(draw(900, 2), draw(900, 2, seed=3)).mean)
+            assert torch.get_num_threads() == threads
+            with pytest.raises(ZeroDivisionError):
+                intrinsic_action_variance(
+                    draw(900, 2), draw(900, 2), progress=lambda blocks, _: [1 / 0 for _ in blocks]
+                )
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert len(means) == 1
+
+
 def broken(values, row, value):
     values = values.clone()
     values[row, 0] = value
@@ -275,13 +293,13 @@ def test_deltas_are_those_of_the_papers_table_6():
         pytest.skip("DEFLOW_TEST_DATA does not lie beside the paper's tables")
     deltas = paper_values()["target_divergence"]
     first = {
-        "D4RL antmaze": "antmaze-umaze-v2", "D4RL pen": "pen-human-v1", "D4RL door, hammer, relocate": "door-human-v1",
-        "visual cube, scene": "visual-cube-single", "visual puzzle": "visual-puzzle-3x3",
+        "D4RL antmaze": "antmaze-umaze-v2", "D4RL pen": "pen-human-v1", "D4RL door/hammer/relocate": "door-human-v1",
+        "visual cube/scene": "visual-cube-single", "visual puzzle": "visual-puzzle-3x3",
     }  # fmt: skip
     with path.open() as file:
         rows = list(csv.DictReader(file))
     for family, delta in deltas.items():
-        matching = {
-            float(row["deflow_delta_paper"]) for row in rows if row["task"].startswith(first.get(family, family))
-        }
+        start, d4rl = first.get(family, f"{family}-"), family.startswith("D4RL")
+        of_family = [r for r in rows if r["task"].startswith(start) and r["benchmark"].startswith("d4rl") == d4rl]
+        matching = {float(row["deflow_delta_paper"]) for row in of_family}
         assert matching == {delta}, family

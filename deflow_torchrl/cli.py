@@ -213,6 +213,105 @@ def generate_data(
         print(json.dumps(result))
 
 
+@app.command()
+@_verb
+def iav(
+    name: Annotated[str, typer.Argument(help="OGBench single-task name, or an .npz file in OGBench's layout.")],
+    *,
+    k: Annotated[int, typer.Option("--k", help="Neighbours of a state.")] = 5,
+    queries: Annotated[int, typer.Option(help="States to average over.")] = 20_000,
+    include_self: Annotated[
+        bool, typer.Option("--include-self", help="Count a state among its own k neighbours.")
+    ] = False,
+    normalize: Annotated[
+        bool, typer.Option("--normalize", help="Divide observations by their standard deviation.")
+    ] = False,
+    domain: Annotated[
+        str | None, typer.Option(help="Rule for a file: manipulation, navigation or d4rl. [default: the task's; all]")
+    ] = None,
+    data_root: Annotated[Path | None, typer.Option(help="Folder of NAME.npz. [default: $DEFLOW_HOME/data]")] = None,
+    download: Annotated[bool, typer.Option(help="Fetch a missing data set from OGBench's host.")] = True,
+    seed: Annotated[int, typer.Option(help="Seed of the states and of the interval.")] = 0,
+    json_: _JSON = False,
+) -> None:
+    """Measure a data set's intrinsic action variance and suggest target_divergence (delta) by the paper's rule.
+
+    The variance of the actions of each state's k nearest neighbours, per action dimension, averaged over states. Under
+    half a minute for 100,000 transitions on two CPU cores.
+
+    Example: deflow iav cube-single-play-singletask-task2-v0
+    """
+    from deflow_torchrl.data.action_variance import (
+        intrinsic_action_variance,
+        paper_values,
+        suggest_target_divergence,
+    )
+    from deflow_torchrl.data.ogbench import load_ogbench_transitions, load_states_and_actions
+    from deflow_torchrl.progress import progress_bar
+    from deflow_torchrl.tasks import ogbench_task
+
+    task = None if name.endswith(".npz") else ogbench_task(name)
+    domain = task.domain if task is not None and domain is None else domain
+    paper = paper_values()
+    domains = list(paper["rule"]) if domain is None else [domain]
+    suggest_target_divergence(0.0, domain=domains[0])  # an unknown domain is refused before the work
+    if task is None:
+        observations, actions = load_states_and_actions(name)
+    else:
+        transitions = load_ogbench_transitions(name, root=data_root, download=download)
+        observations, actions = transitions["observation"], transitions["action"]
+    variance = intrinsic_action_variance(
+        observations, actions, k=k, queries=queries, include_self=include_self, normalize=normalize, seed=seed,
+        progress=lambda blocks, total: progress_bar(blocks, total=total, desc="neighbours", unit="block"),
+    )  # fmt: skip
+    suggested = {domain: suggest_target_divergence(variance, domain=domain) for domain in domains}
+
+    print(
+        f"{name}: {variance.transitions} transitions, {observations.shape[1]} observations, {actions.shape[1]} actions"
+    )
+    print(
+        f"variance of the actions of the {k} nearest neighbours (the state itself {'counted' if include_self else 'left out'}, "
+        f"observations {'divided by their standard deviation' if normalize else 'as they are'}, divisor k - 1), "
+        f"averaged over {variance.queries} states:"
+    )
+    for dimension, value in enumerate(variance.per_dimension.tolist()):
+        print(f"  action {dimension}: {value:.3g}")
+    low, high = variance.interval
+    print(f"  mean: {variance.mean:.3g} (95% bootstrap interval over states: {low:.3g} to {high:.3g})")
+    print("target_divergence by the paper's rule, a rough start; deflow train takes it as algo.target_divergence=:")
+    for domain, value in suggested.items():
+        rule = paper["rule"][domain]
+        how = "whatever the variance" if "constant" in rule else f"{rule['times_variance']} x the mean"
+        print(f"  {domain}: {value:.2g} ({how})")
+    print("copied from the paper, not measured here:")
+    print("  action variance: " + ", ".join(f"{data} {value}" for data, value in paper["action_variance"].items()))
+    for value, families in _families_by_value(paper["target_divergence"]).items():
+        print(f"  target_divergence {value} (Table 6): {', '.join(families)}")
+    if task is not None:
+        print(
+            f"deflow train uses target_divergence {task.target_divergence} for this task, "
+            f"{'the paper' if task.in_paper else 'this package'}'s choice"
+        )
+    if json_:
+        summary = {
+            field: value for field, value in vars(variance).items() if field != "per_dimension"
+        } | {
+            "name": name,
+            "per_dimension": variance.per_dimension.tolist(),
+            "suggested_target_divergence": suggested,
+            "task_target_divergence": None if task is None else task.target_divergence,
+            "paper": paper,
+        }  # fmt: skip
+        print(json.dumps(summary))
+
+
+def _families_by_value(divergences: dict[str, float]) -> dict[float, list[str]]:
+    families: dict[float, list[str]] = {}
+    for family, value in divergences.items():
+        families.setdefault(value, []).append(family)
+    return families
+
+
 def _print_record(record: dict[str, Any], as_json: bool) -> None:
     out = record["config"]["out"]
     _print_evaluations(record["evaluations"])

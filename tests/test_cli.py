@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from deflow_torchrl.cli import main
+from deflow_torchrl.cli import app, main
 from deflow_torchrl.config import compose_config, config_from_dict, config_to_dict
 from deflow_torchrl.data.oracles import GENERATED_DATASETS
 from deflow_torchrl.errors import InputError
@@ -64,7 +64,7 @@ def test_help_lists_the_verbs_without_importing_torch():
         text=True,
         check=True,
     )
-    for verb in ("demo", "train", "resume", "eval", "data"):
+    for verb in ("demo", "train", "resume", "eval", "data", "iav"):
         assert verb in result.stdout
     imported = {line.rsplit("|", 1)[-1].strip() for line in result.stderr.splitlines()}
     assert not imported & {"torch", "numpy", "torchrl", "ogbench", "hydra"}
@@ -205,6 +205,58 @@ def test_a_read_only_cache_folder_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("DEFLOW_HOME", str(tmp_path / "file"))
     assert_one_line(deflow("demo", "--quick"), "cannot write in", "DEFLOW_HOME")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def run_iav(capsys, *arguments):
+    """The verb in this process, to import torch once: exit code, standard output and standard error."""
+    with pytest.raises(SystemExit) as done:
+        app(["iav", *map(str, arguments)], prog_name="deflow")
+    return SimpleNamespace(
+        returncode=done.value.code, **dict(zip(("stdout", "stderr"), capsys.readouterr(), strict=True))
+    )
+
+
+def test_iav_prints_values_suggestion_and_the_papers_and_one_json_object(generated, capsys):
+    result = run_iav(capsys, TASK, "--data-root", str(generated), "--queries", "100", "--seed", "1", "--json")
+    assert result.returncode == 0, result.stderr
+    assert "neighbours: 100%" in result.stderr
+    *text, last = result.stdout.splitlines()
+    summary = json.loads(last)
+    assert len(summary["per_dimension"]) == 5
+    assert summary["mean"] == pytest.approx(sum(summary["per_dimension"]) / 5)
+    assert (summary["k"], summary["queries"], summary["transitions"], summary["seed"]) == (5, 100, 180, 1)
+    assert summary["suggested_target_divergence"] == {"manipulation": pytest.approx(0.1 * summary["mean"])}
+    assert summary["paper"]["action_variance"]["cube-double"] == 0.013
+    text = "\n".join(text)
+    assert f"mean: {summary['mean']:.3g} (95%" in text
+    assert "action 4: " in text
+    assert f"manipulation: {summary['suggested_target_divergence']['manipulation']:.2g} (0.1 x the mean)" in text
+    assert "copied from the paper" in text
+    assert "antmaze-large 0.018" in text
+    assert "deflow train uses target_divergence 0.001" in text
+
+
+def test_iav_of_a_file_equals_that_of_the_task_and_options_reach_it(generated, capsys):
+    from deflow_torchrl.data import intrinsic_action_variance, load_ogbench_transitions
+
+    path = generated / f"{DATASET}.npz"
+    result = run_iav(capsys, str(path), "--k", "3", "--include-self", "--normalize", "--json")
+    assert result.returncode == 0, result.stderr
+    summary = json.loads(result.stdout.splitlines()[-1])
+    transitions = load_ogbench_transitions(TASK, root=generated)
+    expected = intrinsic_action_variance(
+        transitions["observation"], transitions["action"], k=3, include_self=True, normalize=True
+    )
+    assert summary["mean"] == pytest.approx(expected.mean, rel=1e-4), "up to the loader's clipping of the actions"
+    assert set(summary["suggested_target_divergence"]) == {"manipulation", "navigation", "d4rl"}
+
+
+def test_iav_refuses_bad_input_in_one_line(generated, tmp_path, capsys):
+    path = str(generated / f"{DATASET}.npz")
+    assert_one_line(run_iav(capsys, "cube-single-play-singletask-task9-v0"), "did you mean cube-single-play-singletask")
+    assert_one_line(run_iav(capsys, TASK, "--data-root", str(tmp_path), "--no-download"), f"{tmp_path}/{DATASET}.npz")
+    assert_one_line(run_iav(capsys, path, "--k", "180"), "180 transitions are too few for k=180")
+    assert_one_line(run_iav(capsys, path, "--domain", "cooking"), "unknown domain 'cooking'")
 
 
 @pytest.mark.parametrize(

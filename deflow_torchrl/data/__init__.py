@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""Transitions in TorchRL's TED layout: validation, OGBench data sets and their generation."""
+"""Transitions in TorchRL's TED layout: validation, OGBench data sets, their generation and their action variance."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 from deflow_torchrl._lazy import lazy_exports
 
 if TYPE_CHECKING:  # what type checkers and editors see
+    from deflow_torchrl.data.action_variance import ActionVariance as ActionVariance
+    from deflow_torchrl.data.action_variance import intrinsic_action_variance as intrinsic_action_variance
+    from deflow_torchrl.data.action_variance import suggest_target_divergence as suggest_target_divergence
     from deflow_torchrl.data.generation import generate_ogbench_dataset as generate_ogbench_dataset
     from deflow_torchrl.data.ogbench import OGBenchExperienceReplay as OGBenchExperienceReplay
     from deflow_torchrl.data.ogbench import load_ogbench_transitions as load_ogbench_transitions
@@ -22,6 +25,9 @@ _EXPORTS = {
     "validate_transitions": ".schema",
     "generate_ogbench_dataset": ".generation",
     "GENERATED_DATASETS": ".oracles",
+    "ActionVariance": ".action_variance",
+    "intrinsic_action_variance": ".action_variance",
+    "suggest_target_divergence": ".action_variance",
 }
 __all__ = list(_EXPORTS)
 __getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)

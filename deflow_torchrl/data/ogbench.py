@@ -22,7 +22,7 @@ from torchrl.data.replay_buffers.samplers import RandomSampler, Sampler
 from torchrl.data.replay_buffers.writers import ImmutableDatasetWriter
 
 from deflow_torchrl.data.oracles import GENERATED_DATASETS
-from deflow_torchrl.data.schema import transitions_from_arrays
+from deflow_torchrl.data.schema import ROUNDING, transitions_from_arrays
 from deflow_torchrl.envs.factory import import_ogbench, make_gym_env
 from deflow_torchrl.envs.names import parse_ogbench_name
 from deflow_torchrl.errors import InputError
@@ -90,6 +90,34 @@ def load_ogbench_transitions(
         trajectory_ends=dataset["terminals"],
         source=str(path),
     )
+
+
+def load_states_and_actions(path: str | os.PathLike[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Read s ``[N, O]`` and a ``[N, A]`` of a file in OGBench's layout, without simulator, rewards or task.
+
+    Rows that end a trajectory (``terminals``) are dropped as the ``ogbench`` package does: they have no successor.
+
+    Raises:
+        InputError: on a missing or damaged file, wrong types or shapes, NaN, or actions outside [-1, 1].
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise InputError(f"no data file {path}")
+    with _readable(path):
+        _check_archive(path)
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            keep = np.asarray(archive["terminals"]) == 0
+            observations, actions = archive["observations"], archive["actions"]
+    if observations.ndim != 2:
+        raise InputError(f"{path}: observations have shape {observations.shape}, expected one row of numbers a state")
+    if not keep.any():
+        raise InputError(f"{path} holds no transition: every row ends a trajectory")
+    largest = float(np.abs(actions).max())
+    if largest > 1 + ROUNDING:
+        raise InputError(f"{path}: actions reach {largest:g}, outside [-1, 1]; rescale the actions to [-1, 1]")
+    if observations.dtype.kind != "f":
+        observations = observations.astype(np.float32)
+    return torch.from_numpy(observations[keep]), torch.from_numpy(actions[keep])
 
 
 class OGBenchExperienceReplay(TensorDictReplayBuffer):

@@ -25,7 +25,8 @@ from deflow_torchrl.errors import InputError
 ACTION_LIMIT = 1.0 - 1e-5
 """The reference clips the data's actions to +-(1 - 1e-5)."""
 
-_ROUNDING = 1e-6
+ROUNDING = 1e-6
+"""How far rounding may take an action beyond its bound before it counts as outside."""
 
 
 def transitions_from_arrays(
@@ -142,7 +143,7 @@ def validate_transitions(transitions: TensorDictBase, *, source: str) -> None:
             )
     if transitions["observation"].shape != transitions["next", "observation"].shape:
         raise InputError(f"{source}: observation and next.observation differ in shape")
-    outside = transitions["action"].abs().amax(-1) > 1 + _ROUNDING
+    outside = transitions["action"].abs().amax(-1) > 1 + ROUNDING
     if bool(outside.any()):
         row = int(outside.nonzero()[0])
         raise InputError(

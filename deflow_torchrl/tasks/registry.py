@@ -24,6 +24,7 @@ class OGBenchTask:
         q_aggregation: how the target critics are aggregated.
         target_divergence: delta of DeFlow.
         in_paper: whether the three values before are the paper's (Table 6) or the package's own choice.
+        domain: which of the paper's rules from action variance to delta applies: ``manipulation`` or ``navigation``.
     """
 
     name: str
@@ -32,6 +33,7 @@ class OGBenchTask:
     q_aggregation: str
     target_divergence: float
     in_paper: bool
+    domain: str
 
 
 @functools.cache
@@ -50,6 +52,7 @@ def _tasks() -> Mapping[str, OGBenchTask]:
                         q_aggregation=group["q_aggregation"],
                         target_divergence=group["target_divergence"],
                         in_paper=group["in_paper"] and data == group["data"][0],
+                        domain=group["domain"],
                     )
     return tasks
 

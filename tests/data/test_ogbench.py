@@ -8,6 +8,7 @@ import torch
 ogbench = pytest.importorskip("ogbench", reason="needs the extra ogbench")
 
 from deflow_torchrl.data import OGBenchExperienceReplay, load_ogbench_transitions  # noqa: E402
+from deflow_torchrl.data.ogbench import load_states_and_actions  # noqa: E402
 from deflow_torchrl.errors import InputError  # noqa: E402
 from tests.conftest import DATASET, TASK  # noqa: E402
 
@@ -179,3 +180,31 @@ def test_unknown_names_are_refused(generated):
     for name in ("cube-single-play-v0", "nonsense", "cube-septuple-play-singletask-task1-v0"):
         with pytest.raises(InputError):
             load_ogbench_transitions(name, root=generated, download=False)
+
+
+def test_states_and_actions_of_a_file_are_the_rows_the_ogbench_package_keeps(generated):
+    observations, actions = load_states_and_actions(generated / f"{DATASET}.npz")
+    td = load_ogbench_transitions(TASK, root=generated)
+    assert torch.equal(observations, td["observation"])
+    torch.testing.assert_close(actions, td["action"], rtol=0, atol=1.1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"actions": lambda a: a * 3}, "outside \\[-1, 1\\]; rescale"),
+        ({"actions": lambda a: a.astype(np.int64)}, "actions has type int64"),
+        ({"observations": lambda s: s.reshape(len(s), 1, 1, -1)}, "observations have shape"),
+        ({"observations": lambda s: s * np.nan}, "NaN or infinite"),
+        ({"terminals": np.ones_like}, "every row ends a trajectory"),
+        ({"terminals": None}, "no array terminals"),
+        ({"observations": lambda s: s.astype(object)}, "cannot be read"),
+    ],
+)
+def test_a_file_without_usable_states_and_actions_is_refused(generated, tmp_path, changes, message):
+    path = tamper(generated, tmp_path, **changes) / f"{DATASET}.npz"
+    with pytest.raises(InputError, match=message) as error:
+        load_states_and_actions(path)
+    assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match="no data file"):
+        load_states_and_actions(tmp_path / "nowhere.npz")

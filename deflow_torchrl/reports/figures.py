@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,9 +46,14 @@ def plot_learning_curve(
     from matplotlib.figure import Figure
 
     panels = [panel for panel in _PANELS if panel[0] == "eval/success" or any(panel[0] in row for row in rows)]
-    figure = Figure(figsize=(4.2 * len(panels), 3.6), layout="constrained")
+    columns = min(len(panels), 3)
+    rows_of_panels = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(4.2 * columns, 3.6 * rows_of_panels), layout="constrained")
     figure.suptitle(title)
-    for axis, (name, heading, unit) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    axes = figure.subplots(rows_of_panels, columns, squeeze=False).flatten()
+    for spare in axes[len(panels) :]:
+        spare.set_axis_off()
+    for axis, (name, heading, unit) in zip(axes, panels, strict=False):
         points = [(row["step"], row[name]) for row in rows if name in row]
         if points:
             axis.plot(*zip(*points, strict=True), marker="o" if len(points) < 30 else None, markersize=4)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 import sys
 from pathlib import Path
@@ -27,15 +28,14 @@ def make_logger(name: str, folder: Path) -> ScalarLogger | None:
         return None
     from torchrl.record.loggers import get_logger
 
-    kwargs = {}
+    kwargs: dict[str, dict[str, str]] = {}
     if name == "wandb":
-        offline = not _wandb_has_key()
-        if offline:
-            print(
-                f"wandb has no key: logging offline under {folder / 'wandb'}; upload it with `wandb sync`",
-                file=sys.stderr,
-            )
-        kwargs["wandb_kwargs"] = {"offline": offline, "project": PROJECT}
+        kwargs["wandb_kwargs"] = {"project": PROJECT}
+        if "WANDB_MODE" not in os.environ and not _wandb_has_key():
+            where = folder / "wandb"
+            print(f"wandb has no key: logging offline under {where}; upload it with `wandb sync`", file=sys.stderr)
+            # TorchRL's own offline=True asks for the mode "dryrun", which wandb no longer knows.
+            kwargs["wandb_kwargs"]["mode"] = "offline"
     target = folder if name == "wandb" else folder / name
     target.mkdir(parents=True, exist_ok=True)
     return get_logger(name, logger_name=str(target), experiment_name=folder.name, **kwargs)
@@ -48,6 +48,10 @@ def check_logger(name: str) -> None:
 
 
 def _wandb_has_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
     import wandb
 
-    return bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
+    if "prompt" in inspect.signature(wandb.login).parameters:
+        return bool(wandb.login(prompt=False))
+    return bool(wandb.api.api_key)

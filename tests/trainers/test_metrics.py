@@ -58,6 +58,20 @@ def test_torchrls_tensorboard_logger_takes_them(tmp_path):
     assert list((tmp_path / "tensorboard").rglob("events*"))
 
 
+def test_wandb_without_a_key_logs_offline_and_says_so(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("wandb", reason="needs the extra wandb")
+    from deflow_torchrl.trainers import loggers
+
+    for variable in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(loggers, "_wandb_has_key", lambda: False)
+    logger = loggers.make_logger("wandb", tmp_path)
+    MetricsLog(tmp_path, logger=logger).write({"step": 1, "phase": "x", "train/a": 0.5})
+    logger.experiment.finish()
+    assert "wandb has no key: logging offline" in capsys.readouterr().err
+    assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+
+
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
 def test_a_logger_that_is_not_installed_names_its_extra(name, tmp_path, monkeypatch):
     from deflow_torchrl.errors import MissingExtraError

@@ -97,14 +97,14 @@ def test_an_episode_is_what_ogbench_publishes_and_depends_on_seed_split_and_numb
 def test_ogbench_and_our_loader_read_the_same_values(dataset, short_episodes, tmp_path, in_process):
     import ogbench
 
-    from deflow_torchrl.data import load_ogbench_transitions
+    from deflow_torchrl.data import load_ogbench_dataset
 
     generate_ogbench_dataset(dataset, tmp_path, episodes=2, val_episodes=1, seed=4)
     task = dataset.replace("-v0", "-singletask-task1-v0")
     env, *splits = ogbench.make_env_and_datasets(task, dataset_dir=str(tmp_path))
     env.close()
     for split, theirs in zip(("train", "val"), splits, strict=True):
-        ours = load_ogbench_transitions(task, root=tmp_path, split=split, download=False)
+        ours = load_ogbench_dataset(task, root=tmp_path, split=split, download=False)
         assert len(ours) == (short_episodes - 1) * {"train": 2, "val": 1}[split]
         np.testing.assert_array_equal(ours["observation"], theirs["observations"])
         np.testing.assert_array_equal(ours["next", "observation"], theirs["next_observations"])

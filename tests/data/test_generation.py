@@ -263,7 +263,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_set(tmp_path, short_episodes, in_
 def test_two_processes_cannot_generate_the_same_set(tmp_path, short_episodes):
     with (tmp_path / ".cube-single-play-v0.lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(InputError, match="another process is generating"):
+        with pytest.raises(InputError, match="another process is preparing"):
             generate_ogbench_dataset("cube-single-play-v0", tmp_path, episodes=1, val_episodes=1)
 
 

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""Transitions in TorchRL's TED layout: validation, OGBench data sets, their generation and their action variance."""
+"""Transitions in TorchRL's TED layout: validation, OGBench data sets, their download, generation and their action variance."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from deflow_torchrl.data.action_variance import ActionVariance as ActionVariance
     from deflow_torchrl.data.action_variance import intrinsic_action_variance as intrinsic_action_variance
     from deflow_torchrl.data.action_variance import suggest_target_divergence as suggest_target_divergence
+    from deflow_torchrl.data.download import download_ogbench_dataset as download_ogbench_dataset
     from deflow_torchrl.data.generation import generate_ogbench_dataset as generate_ogbench_dataset
     from deflow_torchrl.data.ogbench import OGBenchExperienceReplay as OGBenchExperienceReplay
     from deflow_torchrl.data.ogbench import load_ogbench_transitions as load_ogbench_transitions
@@ -23,6 +24,7 @@ _EXPORTS = {
     "load_ogbench_transitions": ".ogbench",
     "transitions_from_arrays": ".schema",
     "validate_transitions": ".schema",
+    "download_ogbench_dataset": ".download",
     "generate_ogbench_dataset": ".generation",
     "GENERATED_DATASETS": ".oracles",
     "ActionVariance": ".action_variance",

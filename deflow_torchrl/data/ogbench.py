@@ -3,10 +3,7 @@
 
 from __future__ import annotations
 
-import http.client
 import os
-import socket
-import urllib.error
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +18,7 @@ from torchrl.data.datasets import register_dataset
 from torchrl.data.replay_buffers.samplers import RandomSampler, Sampler
 from torchrl.data.replay_buffers.writers import ImmutableDatasetWriter
 
-from deflow_torchrl.data.oracles import GENERATED_DATASETS
+from deflow_torchrl.data.download import download_ogbench_dataset, missing_file
 from deflow_torchrl.data.schema import ROUNDING, transitions_from_arrays
 from deflow_torchrl.envs.factory import import_ogbench, make_gym_env
 from deflow_torchrl.envs.names import parse_ogbench_name
@@ -30,7 +27,6 @@ from deflow_torchrl.paths import data_root, dataset_path, make_writable_folder
 
 _REQUIRED = ("observations", "actions", "terminals")
 _SIMULATOR_STATE = ("qpos", "qvel", "button_states")
-_CONNECT_TIMEOUT_S = 20.0
 
 
 def load_ogbench_transitions(
@@ -51,7 +47,7 @@ def load_ogbench_transitions(
     Keyword Args:
         root: folder of NAME.npz and NAME-val.npz. Defaults to ``$DEFLOW_HOME/data``.
         split: ``"train"`` or ``"val"``.
-        download: fetch missing files from OGBench's host.
+        download: fetch missing files from OGBench's host or a mirror.
 
     Raises:
         InputError: on an unknown name, a missing or damaged file, no network, or data that fails validation.
@@ -63,8 +59,8 @@ def load_ogbench_transitions(
     path = dataset_path(name.dataset, data_root(root), split)
     if not path.is_file():
         if not download:
-            raise InputError(_missing(path, name.dataset))
-        _download(name.dataset, path)
+            raise InputError(missing_file(path, name.dataset))
+        download_ogbench_dataset(name.dataset, path.parent)
     with _readable(path):
         _check_archive(path)
         # add_info: the qpos (and button states) that rewards are computed from.
@@ -131,7 +127,7 @@ class OGBenchExperienceReplay(TensorDictReplayBuffer):
         root (path, optional): folder of NAME.npz and NAME-val.npz as the ``ogbench`` package writes and reads them.
             Defaults to ``$DEFLOW_HOME/data``.
         split (str, optional): ``"train"`` (default) or ``"val"``.
-        download (bool, optional): fetch missing files from OGBench's host. Defaults to ``True``.
+        download (bool, optional): fetch missing files from OGBench's host or a mirror. Defaults to ``True``.
         device (device, optional): where the transitions are kept, the learner's device. Defaults to ``"cpu"``.
         memmap_dir (path, optional): keep the transitions in memory-mapped files in this folder instead; excludes ``device``.
         sampler (Sampler, optional): defaults to uniform with replacement, as in the paper.
@@ -179,11 +175,6 @@ class OGBenchExperienceReplay(TensorDictReplayBuffer):
 
 # After an import of this class, TorchRL's own load_dataset("ogbench:NAME") finds it.
 register_dataset("ogbench", OGBenchExperienceReplay)
-
-
-def _missing(path: Path, dataset: str) -> str:
-    generate = f", or make it with `deflow data generate {dataset}`" if dataset in GENERATED_DATASETS else ""
-    return f"no data file {path}; put the published {path.name} there, or name its folder with data_root={generate}"
 
 
 @contextmanager
@@ -241,19 +232,3 @@ def _check_fits(dataset: dict[str, np.ndarray], environment: Any, path: Path) ->
     state = (base._data if hasattr(base, "_data") else base.data).qpos.shape
     if "qpos" in dataset and dataset["qpos"].shape[1:] != state:
         raise InputError(f"{path}: qpos has {dataset['qpos'].shape[1]} columns, the environment's has {state[0]}")
-
-
-def _download(dataset: str, path: Path) -> None:
-    folder = make_writable_folder(path.parent)
-    ogbench = import_ogbench()
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(_CONNECT_TIMEOUT_S)  # the package's own download has none
-    try:
-        ogbench.download_datasets([dataset], str(folder))
-    except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
-        reason = getattr(error, "reason", error)
-        raise InputError(f"{_missing(path, dataset)} (download failed: {reason})") from error
-    finally:
-        socket.setdefaulttimeout(timeout)
-        for leftover in folder.glob(f"{dataset}*.npz.tmp"):
-            leftover.unlink()

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 
+from deflow_torchrl.envs.names import parse_ogbench_name
 from deflow_torchrl.errors import InputError
 
 
@@ -74,3 +75,26 @@ def ogbench_task(name: str) -> OGBenchTask:
         hint = f"did you mean {', '.join(near)}?" if near else "names look like cube-single-play-singletask-task2-v0"
         raise InputError(f"unknown task {name!r}; {hint}")
     return task
+
+
+def ogbench_dataset_name(name: str) -> str:
+    """The data set of a data-set name or a task name, either with or without its ending ``-v0``.
+
+    Raises:
+        InputError: on an unknown name, with the nearest ones.
+
+    Examples:
+        >>> ogbench_dataset_name("cube-single-play-singletask-task2-v0")
+        'cube-single-play-v0'
+        >>> ogbench_dataset_name("scene-noisy")
+        'scene-noisy-v0'
+    """
+    datasets = list(dict.fromkeys(parse_ogbench_name(task).dataset for task in _tasks()))
+    full = f"{name.removesuffix('-v0')}-v0"
+    if full in datasets:
+        return full
+    if full in _tasks():
+        return parse_ogbench_name(full).dataset
+    near = difflib.get_close_matches(full, _tasks() if "singletask" in name else datasets, n=3, cutoff=0.6)
+    hint = f"did you mean {', '.join(near)}?" if near else "names look like cube-single-play-v0"
+    raise InputError(f"unknown data set {name!r}; {hint}")

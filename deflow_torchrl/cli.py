@@ -178,7 +178,7 @@ def download_data(
     out: Annotated[Path | None, typer.Option(help="Folder. [default: $DEFLOW_HOME/data]")] = None,
     json_: _JSON = False,
 ) -> None:
-    """Download a published OGBench data set, or install its files which you have.
+    """Download a published OGBench data set, or install files of it that you have.
 
     NAME.npz and NAME-val.npz come from OGBench's host or, where that fails, from the mirrors in their order. After a broken
     connection, Ctrl-C or a kill the same command goes on where it ended. The first complete download of a file enters its

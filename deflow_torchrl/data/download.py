@@ -579,7 +579,8 @@ def _digest_of_npz(path: Path, expected: str | None, show_progress: bool) -> str
 
 def _sha256(path: Path, show_progress: bool = False) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file, byte_bar(f"SHA-256 {path.name}", path.stat().st_size, show=show_progress) as bar:
+    size = path.stat().st_size
+    with path.open("rb") as file, byte_bar(f"SHA-256 {path.name}", size, show=show_progress, delay=1.0) as bar:
         while block := file.read(_READ_BYTES):
             digest.update(block)
             bar.update(len(block))
@@ -594,7 +595,7 @@ def _check_archive(path: Path, show_progress: bool) -> None:
             if absent:
                 raise _Unusable(f"has no {', '.join(absent)}: it is not an OGBench data set")
             total = sum(member.file_size for member in archive.infolist())
-            with byte_bar(f"check {path.name}", total, show=show_progress) as bar:
+            with byte_bar(f"check {path.name}", total, show=show_progress, delay=1.0) as bar:
                 for member in archive.infolist():
                     with archive.open(member) as file:
                         while block := file.read(_READ_BYTES):

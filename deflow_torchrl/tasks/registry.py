@@ -12,6 +12,7 @@ from importlib import resources
 from typing import Literal
 
 from deflow_torchrl.envs.d4rl import d4rl_task
+from deflow_torchrl.envs.names import parse_ogbench_name
 from deflow_torchrl.errors import InputError
 
 
@@ -142,3 +143,26 @@ def ogbench_task_names() -> list[str]:
 def d4rl_task_names() -> list[str]:
     """The paper's D4RL names, in the table's order."""
     return [name for name, task in _d4rl_tasks().items() if name != task.dataset]
+
+
+def ogbench_dataset_name(name: str) -> str:
+    """The data set of a data-set name or a task name, either with or without its ending ``-v0``.
+
+    Raises:
+        InputError: on an unknown name, with the nearest ones.
+
+    Examples:
+        >>> ogbench_dataset_name("cube-single-play-singletask-task2-v0")
+        'cube-single-play-v0'
+        >>> ogbench_dataset_name("scene-noisy")
+        'scene-noisy-v0'
+    """
+    datasets = list(dict.fromkeys(parse_ogbench_name(task).dataset for task in _ogbench_tasks()))
+    full = f"{name.removesuffix('-v0')}-v0"
+    if full in datasets:
+        return full
+    if full in _ogbench_tasks():
+        return parse_ogbench_name(full).dataset
+    near = difflib.get_close_matches(full, _ogbench_tasks() if "singletask" in name else datasets, n=3, cutoff=0.6)
+    hint = f"did you mean {', '.join(near)}?" if near else "names look like cube-single-play-v0"
+    raise InputError(f"unknown data set {name!r}; {hint}")

@@ -85,7 +85,7 @@ def ogbench_provenance(path: Path) -> dict[str, Any]:
     """Where a file in OGBench's layout is from, by what lies beside it.
 
     Returns:
-        ``provenance``: ``official`` (downloaded by this package, and unchanged in size since), what the description of a
+        ``provenance``: ``official`` (downloaded by this package, and unchanged since), what the description of a
         generated set says, or ``unknown``; ``made_by`` or ``url`` and ``sha256`` where they are known.
     """
     about = path.with_name(f"{path.stem.removesuffix('-val')}.json")
@@ -99,7 +99,7 @@ def ogbench_provenance(path: Path) -> dict[str, Any]:
         except (ValueError, KeyError, TypeError):
             return {"provenance": "unknown"}
     entry = manifest_entry(path)
-    if entry is not None and entry["bytes"] == path.stat().st_size:
+    if entry is not None:
         return {"provenance": "official", "url": entry["url"], "sha256": entry["sha256"]}
     return {"provenance": "unknown"}
 

@@ -246,7 +246,7 @@ def iav(
         paper_values,
         suggest_target_divergence,
     )
-    from deflow_torchrl.data.ogbench import load_ogbench_transitions, load_states_and_actions
+    from deflow_torchrl.data.ogbench import load_ogbench_dataset, load_states_and_actions
     from deflow_torchrl.progress import progress_bar
     from deflow_torchrl.tasks import ogbench_task
 
@@ -258,7 +258,7 @@ def iav(
     if task is None:
         observations, actions = load_states_and_actions(name)
     else:
-        transitions = load_ogbench_transitions(name, root=data_root, download=download)
+        transitions = load_ogbench_dataset(name, root=data_root, download=download)[:]
         observations, actions = transitions["observation"], transitions["action"]
     variance = intrinsic_action_variance(
         observations, actions, k=k, queries=queries, include_self=include_self, normalize=normalize, seed=seed,

@@ -237,13 +237,13 @@ def test_iav_prints_values_suggestion_and_the_papers_and_one_json_object(generat
 
 
 def test_iav_of_a_file_equals_that_of_the_task_and_options_reach_it(generated, capsys):
-    from deflow_torchrl.data import intrinsic_action_variance, load_ogbench_transitions
+    from deflow_torchrl.data import intrinsic_action_variance, load_ogbench_dataset
 
     path = generated / f"{DATASET}.npz"
     result = run_iav(capsys, str(path), "--k", "3", "--include-self", "--normalize", "--json")
     assert result.returncode == 0, result.stderr
     summary = json.loads(result.stdout.splitlines()[-1])
-    transitions = load_ogbench_transitions(TASK, root=generated)
+    transitions = load_ogbench_dataset(TASK, root=generated)
     expected = intrinsic_action_variance(
         transitions["observation"], transitions["action"], k=3, include_self=True, normalize=True
     )

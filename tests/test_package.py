@@ -26,6 +26,7 @@ OPTIONAL = (
     "jinja2",
     "ray",
     "yaml",
+    "requests",
 )
 
 
@@ -79,7 +80,7 @@ ALLOWED = {
     "trainers": {"algorithms", "objectives", "modules", "data", "envs"},
     "reports": set(),
 }
-SHARED = {"errors", "paths", "processes", "progress", "_lazy", "__version__"}
+SHARED = {"errors", "locks", "paths", "processes", "progress", "_lazy", "__version__"}
 
 
 @pytest.mark.parametrize("room", list(ALLOWED))

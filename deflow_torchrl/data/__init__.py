@@ -11,18 +11,22 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from deflow_torchrl.data.action_variance import ActionVariance as ActionVariance
     from deflow_torchrl.data.action_variance import intrinsic_action_variance as intrinsic_action_variance
     from deflow_torchrl.data.action_variance import suggest_target_divergence as suggest_target_divergence
+    from deflow_torchrl.data.builder import TransitionBuilder as TransitionBuilder
+    from deflow_torchrl.data.dataset import TransitionDataset as TransitionDataset
+    from deflow_torchrl.data.dataset import TransitionReplayBuffer as TransitionReplayBuffer
+    from deflow_torchrl.data.dataset import ValidationReport as ValidationReport
     from deflow_torchrl.data.generation import generate_ogbench_dataset as generate_ogbench_dataset
     from deflow_torchrl.data.ogbench import OGBenchExperienceReplay as OGBenchExperienceReplay
-    from deflow_torchrl.data.ogbench import load_ogbench_transitions as load_ogbench_transitions
+    from deflow_torchrl.data.ogbench import load_ogbench_dataset as load_ogbench_dataset
     from deflow_torchrl.data.oracles import GENERATED_DATASETS as GENERATED_DATASETS
-    from deflow_torchrl.data.schema import transitions_from_arrays as transitions_from_arrays
-    from deflow_torchrl.data.schema import validate_transitions as validate_transitions
 
 _EXPORTS = {
     "OGBenchExperienceReplay": ".ogbench",
-    "load_ogbench_transitions": ".ogbench",
-    "transitions_from_arrays": ".schema",
-    "validate_transitions": ".schema",
+    "load_ogbench_dataset": ".ogbench",
+    "TransitionDataset": ".dataset",
+    "TransitionReplayBuffer": ".dataset",
+    "TransitionBuilder": ".builder",
+    "ValidationReport": ".dataset",
     "generate_ogbench_dataset": ".generation",
     "GENERATED_DATASETS": ".oracles",
     "ActionVariance": ".action_variance",

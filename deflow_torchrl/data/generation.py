@@ -8,7 +8,6 @@ made it, a shorter set is the beginning of a longer one, and finished episodes s
 from __future__ import annotations
 
 import difflib
-import fcntl
 import itertools
 import json
 import multiprocessing
@@ -27,6 +26,7 @@ import numpy as np
 from deflow_torchrl.data.oracles import GENERATED_DATASETS, EpisodeCollector, EpisodeSettings
 from deflow_torchrl.envs.factory import import_ogbench
 from deflow_torchrl.errors import InputError
+from deflow_torchrl.locks import only_one_prepares
 from deflow_torchrl.paths import atomic_write, cache_home, dataset_path, make_writable_folder, write_text
 from deflow_torchrl.processes import available_cores, children_ignore_ctrl_c
 
@@ -83,7 +83,7 @@ def generate_ogbench_dataset(
 
     Raises:
         InputError: on an unknown set, a number below 1, a read-only folder, a full disk, other data of this name in the
-            folder, or where another process is generating it there.
+            folder, or where another process is writing it there.
         MissingExtraError: if the ``ogbench`` extra is not installed.
     """
     dataset = generated_dataset_name(dataset)
@@ -99,7 +99,7 @@ def generate_ogbench_dataset(
     numbers = dict(zip(_SPLITS, (episodes, val_episodes), strict=True))
     files = {split: dataset_path(dataset, folder, split) for split in _SPLITS}
     parts = folder / f".{dataset}.parts"
-    with _only_one(folder / f".{dataset}.lock", dataset), _one_line_for_failures(folder):
+    with only_one_prepares(dataset, folder), _one_line_for_failures(folder):
         if any(path.is_file() for path in files.values()):
             _check_same(folder / f"{dataset}.json", {**about, "episodes": numbers})
         if not all(path.is_file() for path in files.values()):
@@ -159,20 +159,6 @@ def _check_same(description: Path, wanted: dict[str, Any]) -> None:
             f"{description.with_suffix('.npz')} is in the way: made with other {', '.join(other)}; "
             "choose another folder or delete it"
         )
-
-
-@contextmanager
-def _only_one(lock: Path, dataset: str) -> Iterator[None]:
-    """Hold ``lock`` against another process that generates the same set; the system frees it if this one is killed."""
-    with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(f"another process is generating {dataset} in {lock.parent}; wait for it") from error
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
 
 
 def _versions() -> dict[str, str]:

@@ -35,7 +35,7 @@ _LOG = logging.getLogger(__name__)
 _CONNECT_TIMEOUT_S = 10.0
 _EPISODES_MEASURED = 20  # enough to tell a convention, little beside reading the set
 _OTHER_WAYS = (
-    "record your own with minari.DataCollector, as examples/adroit_demonstrations.py does, or copy the set's folder into "
+    "record your own (minari.DataCollector, or as examples/adroit_demonstrations.py does), or copy the set's folder into "
     "$MINARI_DATASETS_PATH from a machine that has it"
 )
 

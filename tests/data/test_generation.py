@@ -97,14 +97,14 @@ def test_an_episode_is_what_ogbench_publishes_and_depends_on_seed_split_and_numb
 def test_ogbench_and_our_loader_read_the_same_values(dataset, short_episodes, tmp_path, in_process):
     import ogbench
 
-    from deflow_torchrl.data import load_ogbench_transitions
+    from deflow_torchrl.data import load_ogbench_dataset
 
     generate_ogbench_dataset(dataset, tmp_path, episodes=2, val_episodes=1, seed=4)
     task = dataset.replace("-v0", "-singletask-task1-v0")
     env, *splits = ogbench.make_env_and_datasets(task, dataset_dir=str(tmp_path))
     env.close()
     for split, theirs in zip(("train", "val"), splits, strict=True):
-        ours = load_ogbench_transitions(task, root=tmp_path, split=split, download=False)
+        ours = load_ogbench_dataset(task, root=tmp_path, split=split, download=False)
         assert len(ours) == (short_episodes - 1) * {"train": 2, "val": 1}[split]
         np.testing.assert_array_equal(ours["observation"], theirs["observations"])
         np.testing.assert_array_equal(ours["next", "observation"], theirs["next_observations"])
@@ -263,7 +263,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_set(tmp_path, short_episodes, in_
 def test_two_processes_cannot_generate_the_same_set(tmp_path, short_episodes):
     with (tmp_path / ".cube-single-play-v0.lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(InputError, match="another process is generating"):
+        with pytest.raises(InputError, match="another process is preparing"):
             generate_ogbench_dataset("cube-single-play-v0", tmp_path, episodes=1, val_episodes=1)
 
 

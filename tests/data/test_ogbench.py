@@ -7,7 +7,7 @@ import torch
 
 ogbench = pytest.importorskip("ogbench", reason="needs the extra ogbench")
 
-from deflow_torchrl.data import OGBenchExperienceReplay, load_ogbench_transitions  # noqa: E402
+from deflow_torchrl.data import OGBenchExperienceReplay, load_ogbench_dataset  # noqa: E402
 from deflow_torchrl.data.ogbench import load_states_and_actions  # noqa: E402
 from deflow_torchrl.errors import InputError  # noqa: E402
 from tests.conftest import DATASET, TASK  # noqa: E402
@@ -63,10 +63,10 @@ def test_sampling_gives_batches_of_the_whole_set(generated):
 def test_memory_mapped_storage_holds_the_same(generated, tmp_path):
     plain = OGBenchExperienceReplay(TASK, root=generated)
     mapped = OGBenchExperienceReplay(TASK, root=generated, memmap_dir=tmp_path / "map")
-    assert mapped[:].is_memmap()
+    assert mapped.dataset.folder == tmp_path / "map" / f"{TASK}-train"
     torch.testing.assert_close(mapped[:].to_dict(), plain[:].to_dict())
     with pytest.raises(InputError, match="not both"):
-        OGBenchExperienceReplay(TASK, root=generated, memmap_dir=tmp_path / "map", device="cpu")
+        OGBenchExperienceReplay(TASK, root=generated, memmap_dir=tmp_path / "map", device="meta")
 
 
 def test_the_buffer_cannot_be_written(generated):
@@ -82,13 +82,13 @@ def test_another_task_of_the_same_data_gets_its_own_rewards(generated, tmp_path)
         return qpos
 
     folder = tamper(generated, tmp_path, qpos=at_goal)
-    first = load_ogbench_transitions("cube-single-play-singletask-task1-v0", root=folder)
-    second = load_ogbench_transitions("cube-single-play-singletask-task2-v0", root=folder)
+    first = load_ogbench_dataset("cube-single-play-singletask-task1-v0", root=folder)[:]
+    second = load_ogbench_dataset("cube-single-play-singletask-task2-v0", root=folder)[:]
     assert (first["next", "reward"] == 0).all()
     assert first["next", "terminated"].all()
     assert (second["next", "reward"] == -1).all()
     assert not second["next", "terminated"].any()
-    default = load_ogbench_transitions("cube-single-play-singletask-v0", root=folder)
+    default = load_ogbench_dataset("cube-single-play-singletask-v0", root=folder)[:]
     torch.testing.assert_close(default.to_dict(), second.to_dict())
 
 
@@ -129,7 +129,7 @@ def one_bad(value, row=7):
 def test_damaged_data_is_refused_in_one_line_naming_the_file(generated, tmp_path, changes, message):
     folder = tamper(generated, tmp_path, **changes)
     with pytest.raises(InputError, match=message) as error:
-        load_ogbench_transitions(TASK, root=folder)
+        load_ogbench_dataset(TASK, root=folder)
     assert "\n" not in str(error.value)
     assert f"{DATASET}.npz" in str(error.value)
 
@@ -138,7 +138,7 @@ def test_arrays_the_package_does_not_know_are_ignored(generated, tmp_path):
     folder = tamper(generated, tmp_path)
     with np.load(folder / f"{DATASET}.npz") as file:
         np.savez(folder / f"{DATASET}.npz", version=np.array(1), **{name: file[name] for name in file.files})
-    assert len(load_ogbench_transitions(TASK, root=folder)) == 180
+    assert len(load_ogbench_dataset(TASK, root=folder)) == 180
 
 
 def test_torchrls_load_dataset_finds_the_sets(generated):
@@ -155,15 +155,15 @@ def test_empty_foreign_and_truncated_files_are_refused(generated, tmp_path, cont
     path = folder / f"{DATASET}.npz"
     path.write_bytes(path.read_bytes()[:5000] if content is None else content)
     with pytest.raises(InputError, match="cannot be read"):
-        load_ogbench_transitions(TASK, root=folder)
+        load_ogbench_dataset(TASK, root=folder)
 
 
 def test_a_missing_validation_file_is_named(generated, tmp_path):
     folder = tamper(generated, tmp_path)
     (folder / f"{DATASET}-val.npz").unlink()
-    load_ogbench_transitions(TASK, root=folder, download=False)
+    load_ogbench_dataset(TASK, root=folder, download=False)
     with pytest.raises(InputError, match=f"{DATASET}-val.npz"):
-        load_ogbench_transitions(TASK, root=folder, split="val", download=False)
+        load_ogbench_dataset(TASK, root=folder, split="val", download=False)
 
 
 def test_without_network_the_error_names_the_other_ways_and_leaves_nothing(tmp_path, monkeypatch):
@@ -172,19 +172,19 @@ def test_without_network_the_error_names_the_other_ways_and_leaves_nothing(tmp_p
 
     monkeypatch.setattr("urllib.request.urlopen", refuse)
     with pytest.raises(InputError, match=r"data_root=.*no route to host"):
-        load_ogbench_transitions(TASK, root=tmp_path / "empty")
+        load_ogbench_dataset(TASK, root=tmp_path / "empty")
     assert list((tmp_path / "empty").iterdir()) == []
 
 
 def test_unknown_names_are_refused(generated):
     for name in ("cube-single-play-v0", "nonsense", "cube-septuple-play-singletask-task1-v0"):
         with pytest.raises(InputError):
-            load_ogbench_transitions(name, root=generated, download=False)
+            load_ogbench_dataset(name, root=generated, download=False)
 
 
 def test_states_and_actions_of_a_file_are_the_rows_the_ogbench_package_keeps(generated):
     observations, actions = load_states_and_actions(generated / f"{DATASET}.npz")
-    td = load_ogbench_transitions(TASK, root=generated)
+    td = load_ogbench_dataset(TASK, root=generated)[:]
     assert torch.equal(observations, td["observation"])
     torch.testing.assert_close(actions, td["action"], rtol=0, atol=1.1e-5)
 
@@ -192,9 +192,9 @@ def test_states_and_actions_of_a_file_are_the_rows_the_ogbench_package_keeps(gen
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"actions": lambda a: a * 3}, "outside \\[-1, 1\\]; rescale"),
+        ({"actions": lambda a: a * 3}, r"leave \[-1, 1\] .*; rescale"),
         ({"actions": lambda a: a.astype(np.int64)}, "actions has type int64"),
-        ({"observations": lambda s: s.reshape(len(s), 1, 1, -1)}, "observations have shape"),
+        ({"observations": lambda s: s.reshape(len(s), 1, 1, -1)}, "images must be uint8"),
         ({"observations": lambda s: s * np.nan}, "NaN or infinite"),
         ({"terminals": np.ones_like}, "every row ends a trajectory"),
         ({"terminals": None}, "no array terminals"),

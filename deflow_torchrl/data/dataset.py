@@ -1,0 +1,456 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
+"""Transitions stored once: the next observation is the following row, not a second copy.
+
+An episode of T transitions is T + 1 consecutive *frames* (observations, the last one final) and T rows of action, reward and
+``terminated``. Transition i of episode e therefore has s in frame i + e and s' in frame i + e + 1; ``truncated`` is the last
+transition of an episode that does not terminate. Nothing else is stored but the number of each episode's first transition.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tensordict import TensorDict
+from torchrl.data import TensorDictReplayBuffer
+from torchrl.data.replay_buffers.samplers import RandomSampler, Sampler
+from torchrl.data.replay_buffers.storages import Storage
+from torchrl.data.replay_buffers.writers import ImmutableDatasetWriter
+
+from deflow_torchrl.data.columns import map_column, release_pages
+from deflow_torchrl.data.continuity import Jump
+from deflow_torchrl.errors import InputError
+from deflow_torchrl.locks import only_one_prepares
+from deflow_torchrl.paths import make_writable_folder, write_text
+
+_COLUMNS = ("observation", "action", "reward", "terminated", "episode_starts")
+_ABOUT_FILE = "dataset.json"
+_FORMAT = 1
+# Rows drawn between two releases of mapped pages: each may bring 64 KB of every column into the process.
+_ROWS_BETWEEN_RELEASES = 1 << 10
+
+
+@dataclass(frozen=True)
+class ValidationReport:
+    """What the check at load found; what cannot be used is refused, the rest is counted here.
+
+    Attributes:
+        transitions: N.
+        episodes: episodes with at least one transition.
+        shortest_episode: transitions of the shortest episode.
+        longest_episode: transitions of the longest episode.
+        reward_min: smallest reward.
+        reward_max: largest reward.
+        terminated: transitions without a bootstrap behind them.
+        clipped_actions: numbers moved to +-(1 - 1e-5).
+        duplicated_transitions: transitions whose s and a equal an earlier one's.
+        jump: the largest jump of the observation inside an episode, if there is any.
+    """
+
+    transitions: int
+    episodes: int
+    shortest_episode: int
+    longest_episode: int
+    reward_min: float
+    reward_max: float
+    terminated: int
+    clipped_actions: int
+    duplicated_transitions: int
+    jump: Jump | None = None
+
+
+class TransitionDataset:
+    """A validated, immutable set of transitions; ``dataset[index]`` is a TensorDict in TED (:mod:`deflow_torchrl.data.schema`).
+
+    Made by :meth:`from_arrays`, :class:`deflow_torchrl.data.builder.TransitionBuilder` or a loader, never by hand.
+
+    Args:
+        observation: frames ``[F, ...]``, float32 or uint8.
+        action: ``[N, A]`` float32.
+        reward: ``[N]`` float32.
+        terminated: ``[N]`` bool.
+        episode_starts: number of each episode's first transition, ascending, int64 ``[E]``; F = N + E.
+        folder: where the columns are memory-mapped; ``None`` in memory.
+        source: what the data are, for messages.
+        about: what is known of the source.
+        report: what validation found.
+
+    Examples:
+        >>> dataset = TransitionDataset.from_arrays(
+        ...     observations=np.arange(8.0).reshape(4, 2), actions=np.zeros((4, 1)), rewards=np.ones(4),
+        ...     terminals=np.array([0, 1, 0, 0]), timeouts=np.array([0, 0, 0, 1]),
+        ... )
+        >>> len(dataset), dataset.num_episodes
+        (3, 2)
+        >>> dataset[0]["next", "observation"]
+        tensor([2., 3.])
+    """
+
+    def __init__(
+        self,
+        *,
+        observation: torch.Tensor,
+        action: torch.Tensor,
+        reward: torch.Tensor,
+        terminated: torch.Tensor,
+        episode_starts: torch.Tensor,
+        folder: Path | None = None,
+        source: str = "data",
+        about: dict[str, Any] | None = None,
+        report: ValidationReport | None = None,
+    ) -> None:
+        self.observation = observation
+        self.action = action
+        self.reward = reward
+        self.terminated = terminated
+        self.episode_starts = episode_starts
+        self.folder = folder
+        self.source = source
+        self.about = dict(about or {})
+        self.report = report
+        self._rows_drawn = 0
+        self._bounds = torch.cat([episode_starts, episode_starts.new_tensor([len(action)])])
+
+    @classmethod
+    def from_arrays(cls, **arrays: Any) -> TransitionDataset:
+        """Build and validate a set from arrays; see :func:`deflow_torchrl.data.assembly.dataset_from_arrays`."""
+        from deflow_torchrl.data.assembly import dataset_from_arrays
+
+        return dataset_from_arrays(**arrays)
+
+    def __len__(self) -> int:
+        """N, the number of transitions."""
+        return len(self.action)
+
+    def __getitem__(self, index: Any) -> TensorDict:
+        """Transitions in TED.
+
+        Args:
+            index: an integer, slice, list, range, array or tensor of integers of any shape, or a mask ``[N]``.
+        """
+        rows = self._rows(index)
+        episode = torch.searchsorted(self.episode_starts, rows, right=True)  # one more than the episode's number
+        frame = rows + episode - 1
+        terminated = self.terminated[rows].unsqueeze(-1)
+        done = (rows + 1 == self._bounds[episode]).unsqueeze(-1) | terminated
+        transitions = TensorDict(
+            {
+                "observation": self.observation[frame],
+                "action": self.action[rows],
+                "next": TensorDict(
+                    {
+                        "observation": self.observation[frame + 1],
+                        "reward": self.reward[rows].unsqueeze(-1),
+                        "terminated": terminated,
+                        "truncated": done & ~terminated,
+                        "done": done,
+                    },
+                    batch_size=rows.shape,
+                ),
+            },
+            batch_size=rows.shape,
+        )
+        if self.folder is not None:
+            self._rows_drawn += rows.numel()
+            if self._rows_drawn >= _ROWS_BETWEEN_RELEASES:
+                self.release()
+        return transitions
+
+    def chunks(self, rows: int) -> Iterator[tuple[int, TensorDict]]:
+        """Yield (number of the first transition, transitions) over the set."""
+        for begin in range(0, len(self), rows):
+            yield begin, self[begin : begin + rows]
+
+    @property
+    def num_episodes(self) -> int:
+        """E; an episode without a transition (a lone observation) counts."""
+        return len(self.episode_starts)
+
+    @property
+    def episode_lengths(self) -> torch.Tensor:
+        """Transitions of each episode, ``[E]``."""
+        return self._bounds.diff()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the transitions are kept."""
+        return self.action.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all columns, wherever they are kept."""
+        return sum(getattr(self, name).nbytes for name in _COLUMNS)
+
+    def to(self, device: torch.device | str) -> TransitionDataset:
+        """The same set with every column on ``device``; itself if it is there already."""
+        if self.device == torch.device(device):
+            return self
+        columns = {name: getattr(self, name).to(device) for name in _COLUMNS}
+        return TransitionDataset(**columns, source=self.source, about=self.about, report=self.report)
+
+    def release(self) -> None:
+        """Give the pages of memory-mapped columns back to the system's cache."""
+        self._rows_drawn = 0
+        for name in ("observation", "action", "reward", "terminated"):
+            release_pages(getattr(self, name), self.folder)
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the set into ``folder``, beside and renamed; :meth:`load` maps it.
+
+        Raises:
+            InputError: if the folder exists, cannot be written, or the disk is full.
+        """
+        folder = Path(folder).expanduser()
+        if folder.exists():
+            raise InputError(f"{folder} is in the way; choose another folder or delete it")
+        make_writable_folder(folder.parent)
+        part = _fresh_part(folder)
+        try:
+            for name in _COLUMNS[:-1]:
+                column = getattr(self, name)
+                with (part / f"{name}.bin").open("wb") as file:
+                    for begin in range(0, len(column), 1 << 16):
+                        file.write(column[begin : begin + (1 << 16)].cpu().numpy().tobytes())
+            self._write_about(part)
+            part.rename(folder)
+        except OSError as error:
+            raise InputError(f"cannot write in {folder.parent} ({error.strerror}); choose another folder") from error
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> TransitionDataset:
+        """Map a set written by :meth:`save`; it was validated when it was written.
+
+        Raises:
+            InputError: if the folder holds no such set or a damaged one.
+        """
+        folder = Path(folder).expanduser()
+        path = folder / _ABOUT_FILE
+        if not path.is_file():
+            raise InputError(f"{folder} holds no data set: it has no {_ABOUT_FILE}")
+        try:
+            written = json.loads(path.read_text(encoding="utf-8"))
+            if written["format"] != _FORMAT:
+                raise InputError(f"{path} has format {written['format']}, this version reads {_FORMAT}; make it again")
+            columns = {
+                name: map_column(folder / f"{name}.bin", tuple(shape), getattr(torch, dtype))
+                for name, (shape, dtype) in written["columns"].items()
+            }
+            starts = torch.from_numpy(np.load(folder / "episode_starts.npy", allow_pickle=False))
+            report = written["report"]
+            jump = None if report is None or report["jump"] is None else Jump(**report["jump"])
+            return cls(
+                **columns,
+                episode_starts=starts,
+                folder=folder,
+                source=written["source"],
+                about=written["about"],
+                report=None if report is None else ValidationReport(**{**report, "jump": jump}),
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(
+                f"{folder} is damaged ({' '.join(str(error).split())}); delete it and make it again"
+            ) from error
+
+    def _write_about(self, folder: Path) -> None:
+        """Everything beside the four columns."""
+        np.save(folder / "episode_starts.npy", self.episode_starts.cpu().numpy())
+        written = {
+            "format": _FORMAT,
+            "source": self.source,
+            "about": self.about,
+            "report": None if self.report is None else asdict(self.report),
+            "columns": {
+                name: (list(getattr(self, name).shape), str(getattr(self, name).dtype).removeprefix("torch."))
+                for name in _COLUMNS[:-1]
+            },
+        }
+        write_text(folder / _ABOUT_FILE, json.dumps(written, indent=2) + "\n")
+
+    def _rows(self, index: Any) -> torch.Tensor:
+        if isinstance(index, slice):
+            return torch.arange(*index.indices(len(self)), device=self.device)
+        if isinstance(index, tuple) and len(index) == 1:
+            (index,) = index
+        rows = torch.as_tensor(index, device=self.device)
+        if rows.dtype == torch.bool:
+            if rows.shape != (len(self),):
+                raise IndexError(f"a mask of shape {tuple(rows.shape)} for {len(self)} transitions")
+            return rows.nonzero().squeeze(-1)
+        return torch.where(rows < 0, rows + len(self), rows)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A mapped set travels to another process as its folder's name."""
+        return {"folder": self.folder} if self.folder is not None else self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """See :meth:`__getstate__`."""
+        self.__dict__.update(self.load(state["folder"]).__dict__ if state.keys() == {"folder"} else state)
+
+    def __repr__(self) -> str:
+        where = f"mapped from {self.folder}" if self.folder else f"on {self.device}"
+        return (
+            f"TransitionDataset({len(self)} transitions, {self.num_episodes} episodes, {where}, source={self.source!r})"
+        )
+
+
+def prepared(
+    folder: Path, fingerprint: dict[str, Any], build: Callable[[Path], TransitionDataset]
+) -> TransitionDataset:
+    """Map the set in ``folder`` if it was made from what ``fingerprint`` says, else make it there.
+
+    Args:
+        folder: the set's own folder; made anew if it holds a set of another fingerprint.
+        fingerprint: what the set depends on (file, size, time, task, versions), as JSON.
+        build: makes the set with its columns in the folder it is given.
+
+    Raises:
+        InputError: if another process makes it at this moment, the folder holds something else or cannot be written, or the
+            disk is full.
+    """
+    fingerprint = json.loads(json.dumps(fingerprint))  # tuples become lists
+    make_writable_folder(folder.parent)
+    with only_one_prepares(folder.name, folder.parent):
+        if (folder / _ABOUT_FILE).is_file():
+            found = TransitionDataset.load(folder)
+            if found.about.get("fingerprint") == fingerprint:
+                return found
+            shutil.rmtree(folder)
+        elif folder.exists() and any(folder.iterdir()):
+            raise InputError(f"{folder} is in the way and holds no prepared data set; choose another folder")
+        part = _fresh_part(folder)
+        try:
+            dataset = build(part)
+            dataset.about["fingerprint"] = fingerprint
+            dataset._write_about(part)
+            if folder.exists():
+                folder.rmdir()
+            part.rename(folder)
+        except OSError as error:
+            raise InputError(f"cannot write in {folder.parent} ({error.strerror}); choose another folder") from error
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    return TransitionDataset.load(folder)
+
+
+def _fresh_part(folder: Path) -> Path:
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    return part
+
+
+class TransitionStorage(Storage):
+    """A :class:`TransitionDataset` as the storage of any TorchRL replay buffer; it cannot be written."""
+
+    def __init__(self, dataset: TransitionDataset) -> None:
+        super().__init__(len(dataset))
+        self.dataset = dataset
+
+    @property
+    def device(self) -> torch.device:
+        """Where indices are drawn and transitions are read."""
+        return self.dataset.device
+
+    def get(self, index: Any) -> TensorDict:
+        """Transitions in TED."""
+        return self.dataset[index]
+
+    def set(self, cursor: Any, data: Any, *, set_cursor: bool = True) -> None:
+        """Refused: the set is immutable."""
+        raise RuntimeError("an offline data set cannot be written; keep new transitions in a buffer of their own")
+
+    def _empty(self) -> None:
+        self.set(None, None)
+
+    def __len__(self) -> int:
+        """Number of transitions."""
+        return len(self.dataset)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing changes, so only the size, to notice another set on loading."""
+        return {"transitions": len(self.dataset)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Check that the state is of a set of this size.
+
+        Raises:
+            InputError: if it is not.
+        """
+        if state_dict["transitions"] != len(self):
+            raise InputError(
+                f"the state is of a set of {state_dict['transitions']} transitions, this one has {len(self)}"
+            )
+
+
+class TransitionReplayBuffer(TensorDictReplayBuffer):
+    """An immutable TorchRL replay buffer over a :class:`TransitionDataset`; ``buffer[:]`` is the whole set in TED.
+
+    Args:
+        dataset: the transitions.
+
+    Keyword Args:
+        batch_size (int, optional): transitions per :meth:`sample`.
+        sampler (Sampler, optional): defaults to uniform with replacement, as in the paper.
+        **kwargs: forwarded to :class:`torchrl.data.TensorDictReplayBuffer` (``transform``, ``prefetch``, ``pin_memory``...).
+    """
+
+    def __init__(
+        self,
+        dataset: TransitionDataset,
+        *,
+        batch_size: int | None = None,
+        sampler: Sampler | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.dataset = dataset
+        super().__init__(
+            storage=TransitionStorage(dataset),
+            sampler=RandomSampler() if sampler is None else sampler,
+            writer=ImmutableDatasetWriter(),
+            collate_fn=_as_it_is,
+            batch_size=batch_size,
+            **kwargs,
+        )
+
+
+def _as_it_is(transitions: TensorDict) -> TensorDict:
+    return transitions
+
+
+def to_storage(
+    build: Callable[[Path | None], TransitionDataset],
+    *,
+    fingerprint: dict[str, Any],
+    device: torch.device | str | None,
+    memmap_dir: str | os.PathLike[str] | None,
+) -> TransitionDataset:
+    """Build a set in memory, on a device, or in memory-mapped files that a later call finds again.
+
+    Args:
+        build: makes the set, in memory or with its columns in a folder.
+
+    Keyword Args:
+        fingerprint: as in :func:`prepared`.
+        device: where the transitions are kept; the CPU by default.
+        memmap_dir: folder of the memory-mapped set, instead of a device.
+
+    Raises:
+        InputError: if both are given, and as ``build`` and :func:`prepared`.
+    """
+    if memmap_dir is None:
+        return build(None).to("cpu" if device is None else device)
+    if device is not None and torch.device(device).type != "cpu":
+        raise InputError("give device or memmap_dir, not both: memory-mapped transitions live on the CPU")
+    return prepared(Path(memmap_dir).expanduser(), fingerprint, build)

@@ -1,0 +1,179 @@
+import numpy as np
+import pytest
+import torch
+
+from deflow_torchrl.data import TransitionDataset
+from deflow_torchrl.errors import InputError
+
+
+def walk(length=12, seed=0):
+    """A random walk: positions that move slowly, so that a jump shows."""
+    rng = np.random.default_rng(seed)
+    return np.cumsum(rng.normal(size=(length, 3)) * 0.1, axis=0)
+
+
+def arrays(length=12, ends=(5, 11), terminal=(5,), **changes):
+    rng = np.random.default_rng(1)
+    terminals, timeouts = np.zeros(length), np.zeros(length)
+    terminals[list(terminal)] = 1
+    timeouts[[end for end in ends if end not in terminal]] = 1
+    base = {
+        "observations": walk(length),
+        "actions": rng.uniform(-0.9, 0.9, (length, 2)),
+        "rewards": rng.normal(size=length),
+        "terminals": terminals,
+        "timeouts": timeouts,
+    }
+    return {**base, **changes}
+
+
+def with_successors(**changes):
+    given = arrays(**changes)
+    following = np.roll(given["observations"], -1, axis=0)
+    following[[5, 11]] = [[7.0, 8, 9], [1, 2, 3]]
+    return {**given, "next_observations": following}
+
+
+def build(given, **kwargs):
+    return TransitionDataset.from_arrays(**given, source="x", **kwargs)
+
+
+def test_without_next_observations_a_row_follows_the_other_and_the_last_of_a_cut_episode_is_left_out():
+    given = arrays()
+    td = build(given)[:]
+    kept = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10]  # row 11 is a timeout: nothing follows it
+    np.testing.assert_array_equal(td["observation"], np.float32(given["observations"][kept]))
+    np.testing.assert_array_equal(td["action"], np.float32(given["actions"][kept]))
+    following = given["observations"][[1, 2, 3, 4, 5, 5, 7, 8, 9, 10, 11]]  # s stands in behind a terminal row
+    np.testing.assert_array_equal(td["next", "observation"], np.float32(following))
+    assert td["next", "terminated"].flatten().nonzero().flatten().tolist() == [5]
+    assert td["next", "truncated"].flatten().nonzero().flatten().tolist() == [10]
+    assert build(given).about["rows_without_successor_left_out"] == 1
+
+
+def test_with_next_observations_every_row_is_a_transition_and_final_observations_are_kept():
+    given = with_successors()
+    td = build(given)[:]
+    assert len(td) == 12
+    np.testing.assert_array_equal(td["next", "observation"], np.float32(given["next_observations"]))
+    assert td["next", "done"].flatten().nonzero().flatten().tolist() == [5, 11]
+    assert td["next", "terminated"].flatten().nonzero().flatten().tolist() == [5]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 100])
+@pytest.mark.parametrize("maker", [arrays, with_successors])
+def test_the_size_of_a_chunk_changes_nothing(rows, maker, monkeypatch):
+    given = maker()
+    whole = build(given)[:]
+    monkeypatch.setattr("deflow_torchrl.data.assembly.rows_a_chunk", lambda column: rows)
+    monkeypatch.setattr("deflow_torchrl.data.columns.rows_a_chunk", lambda column: rows)
+    torch.testing.assert_close(build(given)[:].to_dict(), whole.to_dict())
+
+
+@pytest.mark.parametrize("rows", [1, 5, 100])
+def test_ends_are_inferred_in_each_way_one_can_tell(rows, monkeypatch):
+    monkeypatch.setattr("deflow_torchrl.data.assembly.rows_a_chunk", lambda column: rows)
+    expected = build(with_successors())[:]
+    unmarked = {**with_successors(), "timeouts": None}
+    for told in ("discontinuity", 6, np.repeat([3, 9], 6)):
+        torch.testing.assert_close(build(unmarked, episode_ends=told)[:].to_dict(), expected.to_dict())
+    with pytest.raises(InputError, match="the last row ends no episode"):
+        build(unmarked)
+
+
+def test_a_terminal_row_inside_a_told_episode_only_cuts_the_bootstrap():
+    given = arrays(terminal=(), ends=(11,))
+    given["terminals"][3] = 1
+    td = build({**given, "timeouts": None}, episode_ends=12)[:]
+    assert td["next", "terminated"].flatten().nonzero().flatten().tolist() == [3]
+    np.testing.assert_array_equal(td["next", "observation"][3], np.float32(given["observations"][4]))
+
+
+@pytest.mark.parametrize("name", ["observations", "actions", "next_observations", "rewards"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_nan_and_infinity_are_refused_with_their_row(name, value):
+    bad = with_successors()
+    bad[name][5] = value
+    with pytest.raises(InputError, match=r"x: .*NaN or infinite value in row 5"):
+        build(bad)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"actions": np.full((12, 2), 2.0)}, r"11 of 11 actions leave \[-1, 1\] \(largest 2\), first in row 0"),
+        ({"actions": np.zeros((12, 2), np.int64)}, "actions has type int64"),
+        ({"actions": np.zeros(12)}, "actions has shape"),
+        ({"actions": np.zeros((12, 0))}, "actions has shape"),
+        ({"observations": np.zeros((12, 3, 2))}, "observations has shape"),
+        ({"observations": np.zeros((12, 3, 2, 1))}, "images must be uint8"),
+        ({"next_observations": np.zeros((12, 4))}, "differ in shape"),
+        ({"rewards": np.zeros(5)}, "rewards has shape"),
+        ({"rewards": np.zeros((12, 2))}, "one number for each of 12 rows"),
+        ({"terminals": np.full(12, 2)}, "expected 0 or 1"),
+        ({"timeouts": np.zeros(7)}, "timeouts has shape"),
+        ({"timeouts": np.zeros(12)}, "the last row ends no episode"),
+        ({"timeouts": np.eye(12)[5] + np.eye(12)[11]}, "row 5 is flagged both as terminal and as timeout"),
+        ({"observations": np.array([["a"] * 3] * 12)}, "expected real numbers"),
+        ({"observations": np.array([[None] * 3] * 12)}, "expected real numbers"),
+        ({"rewards": np.array([None] * 12)}, "expected real numbers"),
+        ({"episode_ends": 5}, "not whole episodes of 5"),
+        ({"episode_ends": 4, "timeouts": np.eye(12)[6]}, "row 6 is a timeout, but its episode goes on"),
+        ({"episode_ends": "discontinuity"}, "only where next_observations"),
+        ({"episode_ends": "sometimes"}, "unknown"),
+        ({"episode_ends": np.zeros(3)}, "numbers for 3 rows"),
+    ],
+)
+def test_wrong_shapes_types_and_flags_are_refused(changes, message):
+    with pytest.raises(InputError, match=message) as error:
+        build({**arrays(), **changes})
+    assert "\n" not in str(error.value)
+
+
+def test_the_user_may_say_what_a_row_with_both_flags_is():
+    given = arrays()
+    given["timeouts"][5] = 1
+    assert build(given, both="terminal")[5]["next", "terminated"].item()
+    cut = build(given, both="timeout")
+    assert not cut[:]["next", "terminated"].any()
+    assert len(cut) == 10
+
+
+@pytest.mark.parametrize("length", [0, 1])
+def test_an_empty_set_and_a_single_transition_are_refused(length):
+    given = {name: value[:length] for name, value in arrays(terminal=(0,)).items()}
+    with pytest.raises(InputError, match=r"holds no transition|holds 1 transition"):
+        build(given)
+
+
+def test_a_jump_inside_an_episode_is_refused_when_the_successors_show_it():
+    given = with_successors()
+    given["next_observations"][8] += 0.5
+    with pytest.raises(InputError, match="next_observations of row 8 is not the observation of row 9"):
+        build(given)
+
+
+def test_two_trajectories_joined_without_an_end_are_refused_unless_jumps_are_allowed():
+    first, second = walk(400), walk(400, seed=7) + 5
+    ends = np.zeros(800)
+    ends[799] = 1
+    given = {
+        "observations": np.concatenate([first, second]), "actions": np.zeros((800, 1)), "rewards": np.zeros(800),
+        "terminals": np.zeros(800), "timeouts": ends,
+    }  # fmt: skip
+    with pytest.raises(InputError, match=r"jumps inside episode 0, after its step 399 \(row 399\)"):
+        build(given)
+    assert build(given, allow_jumps=True).report.jump.transition == 399
+    given["timeouts"][399] = 1
+    assert build(given).report.jump is None
+
+
+def test_columns_may_be_hdf5_data_sets(tmp_path):
+    h5py = pytest.importorskip("h5py", reason="needs h5py")
+    given = with_successors()
+    with h5py.File(tmp_path / "set.hdf5", "w") as file:
+        for name, value in given.items():
+            file[name] = value
+    with h5py.File(tmp_path / "set.hdf5") as file:
+        read = build({name: file[name] for name in given})
+    torch.testing.assert_close(read[:].to_dict(), build(given)[:].to_dict())

@@ -1,0 +1,181 @@
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torchrl.data import SamplerWithoutReplacement
+
+from deflow_torchrl.data import TransitionBuilder, TransitionDataset, TransitionReplayBuffer
+from deflow_torchrl.data.dataset import prepared
+from deflow_torchrl.data.schema import ACTION_LIMIT
+from deflow_torchrl.errors import InputError
+
+LENGTHS = (4, 1, 7)  # transitions of each episode
+
+
+def episodes(lengths=LENGTHS, *, images=False, seed=0):
+    """Episodes as (s with the final one, a, r, terminated); the second terminates."""
+    rng = np.random.default_rng(seed)
+    out = []
+    for number, length in enumerate(lengths):
+        shape = (length + 1, 3, 3, 1) if images else (length + 1, 2)
+        observations = rng.integers(256, size=shape, dtype=np.uint8) if images else rng.normal(size=shape)
+        terminated = np.zeros(length, bool)
+        terminated[-1] = number == 1
+        out.append((observations, rng.uniform(-1, 1, (length, 2)), rng.normal(size=length), terminated))
+    return out
+
+
+def build(parts, folder=None, **kwargs) -> TransitionDataset:
+    first = parts[0][0]
+    total = sum(len(part[1]) for part in parts)
+    builder = TransitionBuilder(
+        total, frames=total + len(parts), observation_shape=first.shape[1:], action_dim=2, source="test", folder=folder,
+        observation_dtype=torch.uint8 if first.dtype == np.uint8 else torch.float32, **kwargs,
+    )  # fmt: skip
+    for observations, actions, rewards, terminated in parts:
+        builder.add_episode(observations=observations, actions=actions, rewards=rewards, terminated=terminated)
+    return builder.finish()
+
+
+@pytest.mark.parametrize("images", [False, True])
+@pytest.mark.parametrize("mapped", [False, True])
+def test_every_transition_is_put_together_from_the_episodes(images, mapped, tmp_path):
+    parts = episodes(images=images)
+    dataset = build(parts, tmp_path if mapped else None)
+    td = dataset[:]
+    assert len(dataset) == sum(LENGTHS)
+    cast = (lambda x: x) if images else np.float32
+    np.testing.assert_array_equal(td["observation"], cast(np.concatenate([s[:-1] for s, *_ in parts])))
+    np.testing.assert_array_equal(td["next", "observation"], cast(np.concatenate([s[1:] for s, *_ in parts])))
+    np.testing.assert_array_equal(td["action"], np.float32(np.concatenate([a for _, a, *_ in parts])))
+    np.testing.assert_array_equal(td["next", "reward"][:, 0], np.float32(np.concatenate([r for *_, r, _ in parts])))
+    assert td["observation"].dtype == (torch.uint8 if images else torch.float32)
+    assert td["next", "reward"].dtype == torch.float32
+    ends = [3, 4, 11]
+    assert td["next", "done"].flatten().nonzero().flatten().tolist() == ends
+    assert td["next", "terminated"].flatten().nonzero().flatten().tolist() == [4]
+    assert td["next", "truncated"].flatten().nonzero().flatten().tolist() == [3, 11]
+
+
+def test_observations_are_stored_once():
+    dataset = build(episodes((1000,), images=True))
+    assert dataset.observation.nbytes == 1001 * 9
+    assert dataset.nbytes < 1001 * 9 + 1000 * (2 * 4 + 4 + 1) + 100
+
+
+@pytest.mark.parametrize(
+    "index",
+    [3, -1, slice(2, 9, 3), [0, 5, 11], range(3), torch.tensor([[0, 1], [11, -2]]), np.array([4, 4]),
+     torch.arange(12) % 2 == 0, (torch.tensor([1, 2]),)],
+)  # fmt: skip
+def test_any_index_gives_the_rows_of_the_whole(index):
+    dataset = build(episodes())
+    whole = dataset[:]
+    key = index[0] if isinstance(index, tuple) else torch.tensor(index) if isinstance(index, range) else index
+    torch.testing.assert_close(dataset[index].to_dict(), whole[key].to_dict())
+    with pytest.raises(IndexError):
+        dataset[99]
+
+
+def test_a_buffer_samples_whole_transitions_with_any_sampler():
+    dataset = build(episodes())
+    rb = TransitionReplayBuffer(dataset, batch_size=12, sampler=SamplerWithoutReplacement())
+    batch = rb.sample()
+    assert sorted(batch["index"].tolist()) == list(range(12))
+    assert torch.equal(batch["next", "observation"], dataset[:]["next", "observation"][batch["index"]])
+    with pytest.raises(RuntimeError):
+        rb.extend(dataset[:2])
+    with pytest.raises(RuntimeError):
+        rb.empty()
+
+
+def test_saved_sets_are_mapped_and_travel_by_name(tmp_path):
+    dataset = build(episodes())
+    dataset.about["provenance"] = "test"
+    mapped = TransitionDataset.load(dataset.save(tmp_path / "set"))
+    assert mapped.report == dataset.report
+    assert mapped.about == {"provenance": "test"}
+    torch.testing.assert_close(mapped[:].to_dict(), dataset[:].to_dict())
+    content = pickle.dumps(mapped)
+    assert len(content) < 1000
+    torch.testing.assert_close(pickle.loads(content)[:].to_dict(), dataset[:].to_dict())
+    torch.testing.assert_close(pickle.loads(pickle.dumps(dataset))[:].to_dict(), dataset[:].to_dict())
+    with pytest.raises(InputError, match="in the way"):
+        dataset.save(tmp_path / "set")
+
+
+def test_damaged_folders_are_refused(tmp_path):
+    with pytest.raises(InputError, match="holds no data set"):
+        TransitionDataset.load(tmp_path)
+    for name, content in (("reward.bin", b"x"), ("episode_starts.npy", b"x"), ("dataset.json", b"{}")):
+        folder = build(episodes()).save(tmp_path / name)
+        (folder / name).write_bytes(content)
+        with pytest.raises(InputError, match="damaged") as error:
+            TransitionDataset.load(folder)
+        assert "\n" not in str(error.value)
+
+
+def test_a_prepared_set_is_made_once_and_again_for_another_source(tmp_path):
+    made = []
+
+    def make(folder):
+        made.append(folder)
+        return build(episodes(), folder)
+
+    first = prepared(tmp_path / "set", {"file": 1}, make)
+    second = prepared(tmp_path / "set", {"file": 1}, make)
+    assert len(made) == 1
+    torch.testing.assert_close(first[:].to_dict(), second[:].to_dict())
+    prepared(tmp_path / "set", {"file": 2}, make)
+    assert len(made) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["set"], "nothing half-written is left"
+
+    def fail(folder):
+        build(episodes(), folder)
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(InputError, match="No space left"):
+        prepared(tmp_path / "other", {}, fail)
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.tex").touch()
+    with pytest.raises(InputError, match="in the way"):
+        prepared(tmp_path / "taken", {}, make)
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(InputError, match=r"cannot write .* MB in .*No space left"):
+        build(episodes(), tmp_path)
+
+
+def test_the_report_counts_what_was_found():
+    parts = episodes()
+    parts[0][1][0] = (1.0, -1.0)
+    parts[2][0][1], parts[2][1][1] = parts[2][0][0], parts[2][1][0]
+    report = build(parts).report
+    assert (report.transitions, report.episodes, report.shortest_episode, report.longest_episode) == (12, 3, 1, 7)
+    assert report.clipped_actions == 2
+    assert report.duplicated_transitions == 1
+    assert report.terminated == 1
+    rewards = np.concatenate([r for *_, r, _ in parts]).astype(np.float32)
+    assert (report.reward_min, report.reward_max) == (rewards.min(), rewards.max())
+
+
+def test_actions_are_clipped_just_inside_their_bounds():
+    parts = episodes()
+    parts[0][1][0] = (1.0, -1.0)
+    torch.testing.assert_close(build(parts)[0]["action"], torch.tensor([ACTION_LIMIT, -ACTION_LIMIT]))
+
+
+def test_an_episode_whose_lengths_disagree_is_refused():
+    observations, actions, rewards, terminated = episodes()[0]
+    with pytest.raises(InputError, match="5 observations for 3 actions"):
+        build([(observations, actions[1:], rewards, terminated)])
+    builder = TransitionBuilder(4, frames=5, observation_shape=(2,), action_dim=2, source="test")
+    with pytest.raises(InputError, match="expected 5, 4 and 4"):
+        builder.finish()

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""Transitions in TorchRL's TED layout: validation, OGBench data sets, their generation and their action variance."""
+"""Transitions in TorchRL's TED layout: validation, OGBench and Minari sets, their generation and their action variance."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from deflow_torchrl.data.dataset import TransitionReplayBuffer as TransitionReplayBuffer
     from deflow_torchrl.data.dataset import ValidationReport as ValidationReport
     from deflow_torchrl.data.generation import generate_ogbench_dataset as generate_ogbench_dataset
+    from deflow_torchrl.data.minari import MinariExperienceReplay as MinariExperienceReplay
+    from deflow_torchrl.data.minari import load_minari_dataset as load_minari_dataset
     from deflow_torchrl.data.ogbench import OGBenchExperienceReplay as OGBenchExperienceReplay
     from deflow_torchrl.data.ogbench import load_ogbench_dataset as load_ogbench_dataset
     from deflow_torchrl.data.oracles import GENERATED_DATASETS as GENERATED_DATASETS
@@ -23,6 +25,8 @@ if TYPE_CHECKING:  # what type checkers and editors see
 _EXPORTS = {
     "OGBenchExperienceReplay": ".ogbench",
     "load_ogbench_dataset": ".ogbench",
+    "MinariExperienceReplay": ".minari",
+    "load_minari_dataset": ".minari",
     "TransitionDataset": ".dataset",
     "TransitionReplayBuffer": ".dataset",
     "TransitionBuilder": ".builder",

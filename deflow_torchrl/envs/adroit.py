@@ -211,7 +211,7 @@ def environment_sign(env: gymnasium.Env) -> int | None:
     return hand_to_object_sign(task, [(np.stack(observations), np.array(rewards, dtype=np.float64))])
 
 
-class D4RLAdroitReward(gymnasium.Wrapper):
+class D4RLAdroitReward(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArgs):
     """Give door, hammer or relocate D4RL's sign of the hand-to-object term: -0.1 |palm - object| instead of +0.1.
 
     The distance is read from the simulator, where the environment itself reads it.
@@ -224,7 +224,8 @@ class D4RLAdroitReward(gymnasium.Wrapper):
     """
 
     def __init__(self, env: gymnasium.Env) -> None:
-        super().__init__(env)
+        gymnasium.utils.RecordConstructorArgs.__init__(self)  # sets recorded with it name it in their metadata
+        gymnasium.Wrapper.__init__(self, env)
         task = adroit_task(env.spec.name if env.spec else None)
         if task is None or not task.has_hand_term or getattr(env.unwrapped, "sparse_reward", False):
             raise InputError(
@@ -245,7 +246,7 @@ class D4RLAdroitReward(gymnasium.Wrapper):
         return observation, float(reward) - 2 * HAND_WEIGHT * distance, terminated, truncated, info
 
 
-class PenDrop(gymnasium.Wrapper):
+class PenDrop(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArgs):
     """End an episode of the pen task (``terminated``) when the pen is dropped, as D4RL does.
 
     The reward of that step, with its penalty of 5, is the environment's own.
@@ -258,7 +259,8 @@ class PenDrop(gymnasium.Wrapper):
     """
 
     def __init__(self, env: gymnasium.Env) -> None:
-        super().__init__(env)
+        gymnasium.utils.RecordConstructorArgs.__init__(self)  # sets recorded with it name it in their metadata
+        gymnasium.Wrapper.__init__(self, env)
         name = env.spec.name if env.spec else ""
         if not name.startswith(ADROIT_TASKS["pen"].environment):
             raise InputError(f"{env.spec.id if env.spec else env} has no pen; PenDrop is for AdroitHandPen")

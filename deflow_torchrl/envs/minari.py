@@ -8,14 +8,16 @@ import difflib
 import functools
 import io
 import itertools
+import json
 import logging
 import os
+import re
 import socket
 import sys
 import urllib.parse
 import urllib.request
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 _CONNECT_TIMEOUT_S = 10.0
 _EPISODES_MEASURED = 20  # enough to tell a convention, little beside reading the set
+_WRAPPERS_FROM = ("gymnasium", "gymnasium_robotics", "minari", "deflow_torchrl")
 _OTHER_WAYS = (
     "record your own (minari.DataCollector, or as examples/adroit_demonstrations.py does), or copy the set's folder into "
     "$MINARI_DATASETS_PATH from a machine that has it"
@@ -80,24 +83,53 @@ def open_minari_dataset(dataset_id: str, *, download: bool = True) -> MinariData
     """
     minari = import_minari()
     from minari.dataset.minari_dataset import parse_dataset_id
+    from minari.dataset.minari_storage import MinariStorage
+    from minari.storage.datasets_root_dir import get_dataset_path
 
     try:
         parse_dataset_id(dataset_id)
     except (ValueError, TypeError) as error:
         raise InputError(f"{dataset_id!r} is no Minari id; they look like D4RL/door/human-v2") from error
     with _quiet():
-        try:
-            return minari.load_dataset(dataset_id, download=False)
-        except FileNotFoundError as error:
+        if not (get_dataset_path(dataset_id) / "data").exists():
             if not download:
-                raise InputError(f"no Minari set {dataset_id} on this machine{_near(minari, dataset_id)}") from error
-        except Exception as error:
-            raise _unreadable(dataset_id, error) from error
-        _download(minari, dataset_id)
+                raise InputError(f"no Minari set {dataset_id} on this machine{_near(minari, dataset_id)}")
+            _download(minari, dataset_id)
         try:
+            metadata = MinariStorage.read_raw_metadata(get_dataset_path(dataset_id) / "data")
+            for name in ("env_spec", "eval_env_spec"):
+                if metadata.get(name) is not None:
+                    # minari makes the environment of a set that lacks its spaces, to ask for them.
+                    lacking = "observation_space" not in metadata or "action_space" not in metadata
+                    _check_spec(json.loads(metadata[name]), dataset_id, must_be_known=lacking)
             return minari.load_dataset(dataset_id, download=False)
+        except InputError:
+            raise
         except Exception as error:
             raise _unreadable(dataset_id, error) from error
+
+
+def _check_spec(spec: Mapping[str, Any], dataset_id: str, *, must_be_known: bool) -> None:
+    """Check that the environment a set names is code of this machine's choice.
+
+    gymnasium imports and calls whatever a specification names, so that somebody's set could run anything. What is called
+    must be what an installed package registered under the same id; an id that is unknown here is never called.
+
+    Raises:
+        InputError: where the set names something else.
+    """
+    import gymnasium
+
+    registered = gymnasium.registry.get(spec["id"])
+    strange = must_be_known if registered is None else spec["entry_point"] != registered.entry_point
+    named = [spec["entry_point"]] if strange else []
+    wrappers = (str(wrapper["entry_point"]) for wrapper in spec.get("additional_wrappers") or ())
+    named += [wrapper for wrapper in wrappers if re.split(r"[.:]", wrapper)[0] not in _WRAPPERS_FROM]
+    if named:
+        raise InputError(
+            f"Minari set {dataset_id} wants {named[0]} to be called for its environment {spec['id']}; that is not what the "
+            "installed packages register, so it is not run: remove env_spec from the set's metadata.json if you trust its data"
+        )
 
 
 def _download(minari: ModuleType, dataset_id: str) -> None:
@@ -447,16 +479,21 @@ def recover_environment(dataset: MinariDataset, *, eval_env: bool = True, **kwar
     Raises:
         InputError: where the set names none, or it cannot be made here.
     """
+    import gymnasium
+
     with _quiet(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="glfw")
         # minari warns of versions other than those the set was recorded with; widths and rewards are compared instead.
         try:
+            specification = dataset.storage.metadata.get("eval_env_spec") if eval_env else None
+            specification = json.loads(specification) if specification else None
+            name = specification["id"] if specification else (dataset.env_spec.id if dataset.env_spec else None)
+            if name is not None and name not in gymnasium.registry:  # gymnasium would call it all the same
+                raise gymnasium.error.NameNotFound(f"{name} is not registered; import the package that registers it")
             return dataset.recover_environment(eval_env=eval_env, **{"disable_env_checker": True, **kwargs})
         except Exception as error:
-            if dataset.env_spec is None:
-                reason = "it was recorded without one"
-            else:
-                reason = f"{type(error).__name__}: {_one_line(error)}"
+            none = dataset.env_spec is None and "eval_env_spec" not in dataset.storage.metadata
+            reason = "it was recorded without one" if none else f"{type(error).__name__}: {_one_line(error)}"
             raise InputError(
                 f"the environment of Minari set {dataset.id} cannot be made ({reason}); install what it needs, for "
                 "gymnasium-robotics: pip install 'deflow-torchrl[minari]'"

@@ -131,7 +131,9 @@ def evaluate_run(
     task = _task(config)
     with _evaluator(task, config, where) as evaluator:
         if evaluator is None:
-            raise InputError(f"{out} was trained on own data without an environment (env=); there is nothing to evaluate it in")
+            raise InputError(
+                f"{out} was trained on own data without an environment (env=); there is nothing to evaluate it in"
+            )
         outcomes = _evaluate_all(
             evaluator, learner, episodes or settings["final_episodes"] or config.eval_episodes, show_progress
         )
@@ -311,6 +313,7 @@ class _Run:
             command=self.command,
             config=config_to_dict(self.config),
             data=self.data,
+            metric=self.task.metric,
             evaluations=_outcomes(self.outcomes, self.references),
             seconds={**extra_seconds, **self.seconds, "updates": trainer.trained_seconds},
         )

@@ -19,6 +19,8 @@ OPTIONAL = (
     "mujoco",
     "gymnasium",
     "minari",
+    "gymnasium_robotics",
+    "h5py",
     "wandb",
     "matplotlib",
     "jinja2",

@@ -52,7 +52,9 @@ def plot_learning_curve(
     from matplotlib.figure import Figure
 
     outcome = _OUTCOMES[metric]
-    panels = [panel for panel in (outcome, *_PANELS) if (panel is outcome and final) or any(panel[0] in row for row in rows)]
+    panels = [
+        panel for panel in (outcome, *_PANELS) if (panel is outcome and final) or any(panel[0] in row for row in rows)
+    ]
     columns = min(len(panels), 3)
     rows_of_panels = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(4.2 * columns, 3.6 * rows_of_panels), layout="constrained")

@@ -1,0 +1,221 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
+"""Minari sets, D4RL's among them, as a TorchRL replay buffer, read through minari's public interface.
+
+TorchRL has a class of this name too (``torchrl.data.datasets``, prefix ``minari:`` of its ``load_dataset``); that of 0.14.1
+returns zeros. It is left as it is: a prefix is TorchRL's to give, so import this class by its name.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torchrl.data.replay_buffers.samplers import Sampler
+
+from deflow_torchrl.data.builder import TransitionBuilder
+from deflow_torchrl.data.dataset import TransitionDataset, TransitionReplayBuffer, to_storage
+from deflow_torchrl.envs.d4rl import d4rl_task
+from deflow_torchrl.envs.minari import (
+    action_bounds,
+    adapt_environment,
+    minari_episodes,
+    minari_layout,
+    open_minari_dataset,
+    recover_environment,
+)
+from deflow_torchrl.envs.observations import ObservationLayout, flatten_observation
+from deflow_torchrl.errors import InputError
+
+if TYPE_CHECKING:
+    from minari import MinariDataset
+
+_LOG = logging.getLogger(__name__)
+
+
+def load_minari_dataset(
+    dataset_id: str,
+    *,
+    download: bool = True,
+    device: torch.device | str | None = None,
+    memmap_dir: str | os.PathLike[str] | None = None,
+    observation_keys: Sequence[str] | None = None,
+    reward_shift: float | None = None,
+    rescale_actions: bool = False,
+) -> TransitionDataset:
+    """Load a Minari set as validated transitions, episode by episode.
+
+    * Observations are float32. Goal observations are flattened as their environment's are
+      (:func:`deflow_torchrl.envs.minari.minari_layout`): D4RL's antmaze is ``achieved_goal`` (x, y) then ``observation`` (27),
+      without the desired goal; any other dictionary has its entries in sorted order. An image stays uint8.
+    * Each episode's final observation is the last next observation.
+    * ``terminated`` is the set's; an episode's last step that is not terminated is ``truncated``, whether flagged or not.
+    * Rewards are the set's plus ``reward_shift``: -1 for ``D4RL/antmaze/*`` as in the paper, 0 otherwise. Scores are of the
+      raw reward (:func:`deflow_torchrl.envs.normalized_score`).
+
+    Where the set's environment can be made, sizes and reward conventions of both are compared; what is found, and what
+    :func:`deflow_torchrl.envs.make_minari_env` does about it, is logged.
+
+    Args:
+        dataset_id: any Minari id, for example ``D4RL/door/human-v2``.
+
+    Keyword Args:
+        download: fetch a set that is not in ``$MINARI_DATASETS_PATH``.
+        device: where the transitions are kept. Defaults to the CPU.
+        memmap_dir: keep the transitions in memory-mapped files in this folder instead, found again by later calls.
+        observation_keys: entries of goal observations, in order.
+        reward_shift: added to each reward.
+        rescale_actions: map actions with other finite bounds onto [-1, 1]; give it to ``make_minari_env`` as well.
+
+    Raises:
+        InputError: on a malformed or unknown id, no network, a damaged or empty set, NaN, actions that are no vector of
+            reals or leave their bounds, or an environment of other sizes.
+        MissingExtraError: if the ``minari`` extra is not installed.
+    """
+    dataset = open_minari_dataset(dataset_id, download=download)
+    layout = minari_layout(dataset_id, dataset.observation_space, observation_keys)
+    source = f"Minari set {dataset_id}"
+    bounds = action_bounds(dataset.action_space, rescale_actions=rescale_actions, source=source)
+    task = d4rl_task(dataset_id)
+    if reward_shift is None:
+        reward_shift = 0.0 if task is None else task.reward_shift
+    if not np.isfinite(reward_shift):
+        raise InputError(f"reward_shift must be a finite number, got {reward_shift}")
+    _compare_with_environment(dataset, observation_keys, rescale_actions=rescale_actions)
+    path = Path(dataset.spec.data_path)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    fingerprint = {
+        "minari": dataset_id,
+        "files": [[str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns] for file in files],
+        "folder": str(path.resolve()),
+        "entries": [list(entry) for entry, _ in layout.entries],
+        "reward_shift": reward_shift,
+        "rescaled": bounds is not None,
+    }
+    return to_storage(
+        lambda folder: _read(dataset, layout, bounds, reward_shift, folder),
+        fingerprint=fingerprint,
+        device=device,
+        memmap_dir=None if memmap_dir is None else Path(memmap_dir).expanduser() / dataset_id.replace("/", "-"),
+    )
+
+
+class MinariExperienceReplay(TransitionReplayBuffer):
+    """A Minari set as an immutable replay buffer; ``rb[:]`` is the whole set in TED.
+
+    What becomes of observations, rewards and ends is described at :func:`load_minari_dataset`.
+
+    Args:
+        dataset_id: any Minari id, for example ``D4RL/door/human-v2``.
+
+    Keyword Args:
+        batch_size (int, optional): transitions per :meth:`sample`.
+        download (bool, optional): fetch a set that is not in ``$MINARI_DATASETS_PATH``. Defaults to ``True``.
+        device (device, optional): where the transitions are kept, the learner's device. Defaults to ``"cpu"``.
+        memmap_dir (path, optional): keep the transitions in memory-mapped files in this folder instead; excludes ``device``.
+        observation_keys (sequence of str, optional): entries of goal observations, in order. Defaults to D4RL's for
+            ``D4RL/antmaze/*``, to all in sorted order for other dictionaries.
+        reward_shift (float, optional): added to each reward. Defaults to -1 for ``D4RL/antmaze/*``, to 0 otherwise.
+        rescale_actions (bool, optional): map actions with other finite bounds onto [-1, 1]. Defaults to ``False``.
+        sampler (Sampler, optional): defaults to uniform with replacement, as in the paper.
+        **kwargs: forwarded to :class:`torchrl.data.TensorDictReplayBuffer` (``transform``, ``prefetch``, ``pin_memory``...).
+
+    Raises:
+        InputError: as :func:`load_minari_dataset`.
+        MissingExtraError: if the ``minari`` extra is not installed.
+
+    Examples:
+        >>> rb = MinariExperienceReplay("D4RL/door/human-v2", batch_size=256)  # doctest: +SKIP
+        >>> rb.sample()["observation"].shape  # doctest: +SKIP
+        torch.Size([256, 39])
+    """
+
+    def __init__(
+        self,
+        dataset_id: str,
+        *,
+        batch_size: int | None = None,
+        download: bool = True,
+        device: torch.device | str | None = None,
+        memmap_dir: str | os.PathLike[str] | None = None,
+        observation_keys: Sequence[str] | None = None,
+        reward_shift: float | None = None,
+        rescale_actions: bool = False,
+        sampler: Sampler | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.dataset_id = dataset_id
+        dataset = load_minari_dataset(
+            dataset_id,
+            download=download,
+            device=device,
+            memmap_dir=memmap_dir,
+            observation_keys=observation_keys,
+            reward_shift=reward_shift,
+            rescale_actions=rescale_actions,
+        )
+        super().__init__(dataset, batch_size=batch_size, sampler=sampler, **kwargs)
+
+
+def _compare_with_environment(
+    dataset: MinariDataset, observation_keys: Sequence[str] | None, *, rescale_actions: bool
+) -> None:
+    """Make the set's environment once, for its sizes and conventions."""
+    try:
+        env = recover_environment(dataset)
+    except InputError as error:
+        _LOG.warning(f"{error}; data and environment are not compared")
+        return
+    adapt_environment(dataset, env, observation_keys=observation_keys, rescale_actions=rescale_actions).close()
+
+
+def _read(
+    dataset: MinariDataset,
+    layout: ObservationLayout,
+    bounds: tuple[np.ndarray, np.ndarray] | None,
+    reward_shift: float,
+    folder: Path | None,
+) -> TransitionDataset:
+    source = f"Minari set {dataset.id}"
+    transitions, episodes = dataset.total_steps, dataset.total_episodes
+    builder = TransitionBuilder(
+        transitions,
+        frames=transitions + episodes,
+        observation_shape=layout.shape,
+        observation_dtype=torch.uint8 if layout.dtype == np.uint8 else torch.float32,
+        action_dim=dataset.action_space.shape[0],
+        source=source,
+        folder=folder,
+    )
+    at_goal = 0
+    for episode in minari_episodes(dataset):
+        try:
+            observations = flatten_observation(episode.observations, layout)
+        except InputError as error:
+            raise InputError(f"{source}, episode {episode.id}: {error}") from error
+        actions, rewards = np.asarray(episode.actions), np.asarray(episode.rewards)
+        if actions.dtype.kind != "f":
+            raise InputError(
+                f"{source}, episode {episode.id}: actions have type {actions.dtype}, expected real numbers"
+            )
+        if bounds is not None:
+            low, high = bounds
+            actions = 2.0 * (actions - low) / (high - low) - 1.0
+        at_goal += int(((rewards.reshape(-1) > 0) & ~np.asarray(episode.terminations, dtype=bool)).sum())
+        builder.add_episode(
+            observations=observations,
+            actions=actions,
+            rewards=rewards.reshape(-1) + reward_shift,
+            terminated=np.asarray(episode.terminations, dtype=bool),
+        )
+    task = d4rl_task(dataset.id)
+    if at_goal and task is not None and task.ends_early == "success":
+        _LOG.warning(
+            f"{dataset.id}: {at_goal} steps at the goal are not terminated in the set, so that values are bootstrapped "
+            "behind them; D4RL's own files terminate there"
+        )
+    return builder.finish(about={"minari": dataset.id, "reward_shift": reward_shift, "rescaled": bounds is not None})

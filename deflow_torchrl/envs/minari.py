@@ -1,0 +1,500 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
+"""Minari sets opened with errors in one line, and the environments they belong to, seen as their data is seen."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import functools
+import io
+import itertools
+import json
+import logging
+import os
+import re
+import socket
+import sys
+import urllib.parse
+import urllib.request
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from deflow_torchrl.envs.d4rl import d4rl_task
+from deflow_torchrl.envs.observations import ObservationLayout, observation_layout
+from deflow_torchrl.errors import InputError, MissingExtraError
+
+if TYPE_CHECKING:
+    import gymnasium
+    from minari import EpisodeData, MinariDataset
+
+_LOG = logging.getLogger(__name__)
+_CONNECT_TIMEOUT_S = 10.0
+_EPISODES_MEASURED = 20  # enough to tell a convention, little beside reading the set
+_WRAPPERS_FROM = ("gymnasium", "gymnasium_robotics", "minari", "deflow_torchrl")
+_OTHER_WAYS = (
+    "record your own (minari.DataCollector, or as examples/adroit_demonstrations.py does), or copy the set's folder into "
+    "$MINARI_DATASETS_PATH from a machine that has it"
+)
+
+
+@functools.cache
+def import_minari() -> ModuleType:
+    """Import ``minari`` and register the environments of ``gymnasium_robotics`` where that is installed.
+
+    Raises:
+        MissingExtraError: if minari, or what it reads its files with, is not installed.
+    """
+    try:
+        import h5py  # noqa: F401
+        import minari
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(error.name or "minari", "minari") from error
+    import gymnasium
+
+    try:
+        # It prints a notice about the reward's sign when it is imported; the sign is measured here (envs.adroit).
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.filterwarnings("ignore", module="glfw")  # a missing display; nothing here opens a window
+            import gymnasium_robotics
+    except ModuleNotFoundError:
+        return minari
+    gymnasium.register_envs(gymnasium_robotics)
+    return minari
+
+
+def open_minari_dataset(dataset_id: str, *, download: bool = True) -> MinariDataset:
+    """Open a Minari set, fetched from Minari's remote first where it is not in ``$MINARI_DATASETS_PATH``.
+
+    Args:
+        dataset_id: for example ``D4RL/door/human-v2``.
+
+    Keyword Args:
+        download: fetch a set that is not here. A remote that cannot be reached is given up after ten seconds.
+
+    Raises:
+        InputError: on a malformed or unknown id, no network, or a damaged or unsupported set.
+        MissingExtraError: if the ``minari`` extra is not installed.
+    """
+    minari = import_minari()
+    from minari.dataset.minari_dataset import parse_dataset_id
+    from minari.dataset.minari_storage import MinariStorage
+    from minari.storage.datasets_root_dir import get_dataset_path
+
+    try:
+        parse_dataset_id(dataset_id)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{dataset_id!r} is no Minari id; they look like D4RL/door/human-v2") from error
+    with _quiet():
+        if not (get_dataset_path(dataset_id) / "data").exists():
+            if not download:
+                raise InputError(f"no Minari set {dataset_id} on this machine{_near(minari, dataset_id)}")
+            _download(minari, dataset_id)
+        try:
+            metadata = MinariStorage.read_raw_metadata(get_dataset_path(dataset_id) / "data")
+            for name in ("env_spec", "eval_env_spec"):
+                if metadata.get(name) is not None:
+                    # minari makes the environment of a set that lacks its spaces, to ask for them.
+                    lacking = "observation_space" not in metadata or "action_space" not in metadata
+                    _check_spec(json.loads(metadata[name]), dataset_id, must_be_known=lacking)
+            return minari.load_dataset(dataset_id, download=False)
+        except InputError:
+            raise
+        except Exception as error:
+            raise _unreadable(dataset_id, error) from error
+
+
+def _check_spec(spec: Mapping[str, Any], dataset_id: str, *, must_be_known: bool) -> None:
+    """Check that the environment a set names is code of this machine's choice.
+
+    gymnasium imports and calls whatever a specification names, so that somebody's set could run anything. What is called
+    must be what an installed package registered under the same id; an id that is unknown here is never called.
+
+    Raises:
+        InputError: where the set names something else.
+    """
+    import gymnasium
+
+    registered = gymnasium.registry.get(spec["id"])
+    strange = must_be_known if registered is None else spec["entry_point"] != registered.entry_point
+    named = [spec["entry_point"]] if strange else []
+    wrappers = (str(wrapper["entry_point"]) for wrapper in spec.get("additional_wrappers") or ())
+    named += [wrapper for wrapper in wrappers if re.split(r"[.:]", wrapper)[0] not in _WRAPPERS_FROM]
+    if named:
+        raise InputError(
+            f"Minari set {dataset_id} wants {named[0]} to be called for its environment {spec['id']}; that is not what the "
+            "installed packages register, so it is not run: remove env_spec from the set's metadata.json if you trust its data"
+        )
+
+
+def _download(minari: ModuleType, dataset_id: str) -> None:
+    hint = f"{_near(minari, dataset_id)}; {_OTHER_WAYS}"
+    try:
+        from minari.storage.remotes import get_cloud_storage
+
+        get_cloud_storage()  # imports the remote's client
+        _check_network()
+        # The set's files come with progress bars on standard error and lines on standard output: keep that one clean.
+        with contextlib.redirect_stdout(sys.stderr):
+            minari.download_dataset(dataset_id)
+    except ImportError as error:
+        raise InputError(
+            f"no Minari set {dataset_id} on this machine, and downloading needs another package "
+            f"({_one_line(error)}){hint}"
+        ) from error
+    except Exception as error:
+        raise InputError(f"Minari set {dataset_id} could not be downloaded ({_one_line(error)}){hint}") from error
+
+
+def _check_network() -> None:
+    """Connect to the remote's host once: its client would retry for half a minute without one, or longer on a silent net."""
+    kind = os.environ.get("MINARI_REMOTE", "hf://").split("://")[0]
+    address = {
+        "hf": os.environ.get("HF_ENDPOINT") or "https://huggingface.co",
+        "gcp": "https://storage.googleapis.com",
+    }.get(kind)
+    if address is None or urllib.request.getproxies():
+        return  # behind a proxy only the client itself can tell
+    parts = urllib.parse.urlsplit(address)
+    host, port = parts.hostname or "", parts.port or (80 if parts.scheme == "http" else 443)
+    try:
+        socket.create_connection((host, port), timeout=_CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise ConnectionError(f"no connection to {host}: {error.strerror or error}") from error
+
+
+def _near(minari: ModuleType, dataset_id: str) -> str:
+    near = difflib.get_close_matches(dataset_id, list(minari.list_local_datasets()), n=3)
+    return f"; the nearest here are {', '.join(near)}" if near else ""
+
+
+def _unreadable(dataset_id: str, error: Exception) -> InputError:
+    if isinstance(error, ImportError):
+        return InputError(f"Minari set {dataset_id}: {_one_line(error)}")
+    return InputError(
+        f"Minari set {dataset_id} cannot be read ({type(error).__name__}: {_one_line(error)}); "
+        "delete its folder in $MINARI_DATASETS_PATH and download or record it again"
+    )
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings of minari and gymnasium about other sets, versions and missing descriptions."""
+    with warnings.catch_warnings():
+        for module in ("minari", "gymnasium"):
+            warnings.filterwarnings("ignore", module=rf"{module}\b")
+        yield
+
+
+def minari_episodes(dataset: MinariDataset) -> Iterator[EpisodeData]:
+    """Read a set's episodes one by one, so that memory holds one at a time.
+
+    Raises:
+        InputError: on a damaged file.
+    """
+    try:
+        yield from dataset.iterate_episodes()
+    except InputError:
+        raise
+    except Exception as error:  # h5py and pyarrow raise whatever the damage leads to
+        raise _unreadable(dataset.id, error) from error
+
+
+def minari_layout(
+    dataset_id: str, space: Any, observation_keys: Sequence[str] | None = None, *, source: str | None = None
+) -> ObservationLayout:
+    """How observations of a set, and of its environment, become arrays.
+
+    Goal observations of ``D4RL/antmaze/*`` become D4RL's 29 numbers: ``achieved_goal`` (x, y), then ``observation`` (27). The
+    desired goal is left out, as in D4RL: evaluation has one fixed goal. Other dictionaries give all their entries in the
+    space's own, sorted order. ``observation_keys`` overrides both; see
+    :func:`deflow_torchrl.envs.observations.observation_layout`.
+
+    Args:
+        dataset_id: the set's id.
+        space: of its observations, or of its environment's.
+        observation_keys: entries of goal observations, in order.
+
+    Keyword Args:
+        source: what the space is of, for error messages. Defaults to the set.
+
+    Raises:
+        InputError: on observations that are no numbers, or unknown keys.
+    """
+    task = d4rl_task(dataset_id)
+    if observation_keys is None and task is not None and hasattr(space, "spaces"):
+        observation_keys = task.observation_keys
+    return observation_layout(space, observation_keys, source=source or f"Minari set {dataset_id}")
+
+
+def action_bounds(space: Any, *, rescale_actions: bool, source: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """Check that policies, which act in [-1, 1], can act in a space.
+
+    Args:
+        space: of the actions.
+
+    Keyword Args:
+        rescale_actions: accept other finite bounds, to be mapped onto [-1, 1].
+        source: what the space is of, for error messages.
+
+    Returns:
+        (low, high), each ``[A]``, where actions are to be rescaled; ``None`` where they are in [-1, 1] already.
+
+    Raises:
+        InputError: on actions that are no vector of real numbers, or have other bounds and are not to be rescaled.
+    """
+    from gymnasium import spaces
+
+    if not isinstance(space, spaces.Box) or space.dtype.kind != "f" or len(space.shape) != 1:
+        raise InputError(
+            f"{source}: actions are {space}; DeFlow's policies give vectors of real numbers (a Box of floating point)"
+        )
+    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+    if (low == -1).all() and (high == 1).all():
+        return None
+    if not (np.isfinite(low).all() and np.isfinite(high).all() and (low < high).all()):
+        raise InputError(f"{source}: actions are {space}, without finite bounds that could be mapped onto [-1, 1]")
+    if not rescale_actions:
+        raise InputError(
+            f"{source}: actions are bounded by {_bounds(low, high)}, policies act in [-1, 1]; "
+            "pass rescale_actions=True to map the data's and the environment's onto it"
+        )
+    return low, high
+
+
+def _bounds(low: np.ndarray, high: np.ndarray) -> str:
+    if (low == low[0]).all() and (high == high[0]).all():
+        return f"[{low[0]:g}, {high[0]:g}]"
+    return f"{low.tolist()} and {high.tolist()}"
+
+
+@dataclass(frozen=True)
+class Conventions:
+    """How rewards and ends of a set's data and of its environment compare.
+
+    Attributes:
+        data_sign: sign of the hand-to-object term in the data (:func:`deflow_torchrl.envs.adroit.hand_to_object_sign`).
+        environment_sign: the same in the environment as it is made.
+        flip_reward: whether the environment must be given D4RL's sign.
+        end_when_dropped: whether the environment must end when the pen is dropped.
+        end_at_success: whether the environment must end at the goal.
+        notes: lines for the log.
+    """
+
+    data_sign: int | None = None
+    environment_sign: int | None = None
+    flip_reward: bool = False
+    end_when_dropped: bool = False
+    end_at_success: bool = False
+    notes: tuple[str, ...] = ()
+
+
+def compare_conventions(dataset: MinariDataset, env: gymnasium.Env) -> Conventions:
+    """Compare the conventions of a set's first episodes with those of its environment, by measurement.
+
+    * door, hammer, relocate: the sign of the hand-to-object term. The environment is to have the data's; where the data do
+      not tell, D4RL's sets have D4RL's.
+    * pen: whether dropping it ends an episode. As in the data; D4RL's sets always end.
+    * ``D4RL/antmaze/*``: reaching the goal ends an episode of the environment, as in D4RL.
+
+    Args:
+        dataset: the set.
+        env: its environment as :mod:`gymnasium` makes it; it is reset.
+    """
+    from deflow_torchrl.envs import adroit
+
+    known = d4rl_task(dataset.id)
+    if known is not None and known.ends_early == "success":
+        ends = not getattr(env.unwrapped, "continuing_task", True)
+        note = f"{dataset.id}: the environment goes on at the goal; its episodes are ended there, as in D4RL"
+        return Conventions(end_at_success=not ends, notes=() if ends else (note,))
+    task = adroit.adroit_task(env.spec.name if env.spec else None)
+    if task is None:
+        return Conventions()
+    episodes = list(itertools.islice(minari_episodes(dataset), _EPISODES_MEASURED))
+    episodes = [
+        episode for episode in episodes if np.asarray(episode.observations).shape[1:] == (task.observation_dim,)
+    ]
+    if task.name == "pen":
+        dropped = [adroit.pen_dropped(np.asarray(episode.observations)[1:]) for episode in episodes]
+        ended = [episode.terminations[low].any() for episode, low in zip(episodes, dropped, strict=True) if low.any()]
+        if not any(ended) and known is None:
+            return Conventions()
+        note = (
+            f"{dataset.id}: the environment goes on when the pen is dropped; its episodes are ended there, as in D4RL"
+        )
+        if ended and not any(ended):
+            note += ", though the data's are not"
+        return Conventions(end_when_dropped=True, notes=(note,))
+    data = adroit.hand_to_object_sign(
+        task, [(np.asarray(episode.observations), episode.rewards) for episode in episodes]
+    )
+    simulated = adroit.environment_sign(env)
+    wanted = -1 if data is None and known is not None else data
+    notes = []
+    if wanted == -1 and simulated == 1:
+        notes.append(
+            f"{dataset.id}: {env.spec.id if env.spec else 'the environment'} rewards the distance from hand to object "
+            f"with +0.1, {'the data' if data == -1 else 'D4RL'} with -0.1; D4RLAdroitReward corrects the environment"
+        )
+    elif wanted is not None and simulated is not None and wanted != simulated:
+        notes.append(
+            f"{dataset.id}: the data reward the distance from hand to object with +0.1, "
+            f"{env.spec.id if env.spec else 'the environment'} with -0.1 as D4RL does; returns of both differ slightly"
+        )
+    elif wanted == 1 and known is not None:
+        notes.append(
+            f"{dataset.id}: data and environment reward the distance from hand to object with +0.1, D4RL with -0.1; "
+            "scores normalised with D4RL's returns are a little too high"
+        )
+    return Conventions(data, simulated, wanted == -1 and simulated == 1, notes=tuple(notes))
+
+
+_conventions: dict[tuple[str, int, bool], Conventions] = {}
+
+
+def _conventions_of(dataset: MinariDataset, env: gymnasium.Env, *, eval_env: bool) -> Conventions:
+    """:func:`compare_conventions`, measured and reported once a process for each state of a set."""
+    path = Path(dataset.spec.data_path)
+    key = (str(path), max((file.stat().st_mtime_ns for file in path.iterdir()), default=0), eval_env)
+    if key not in _conventions:
+        _conventions[key] = compare_conventions(dataset, env)
+        for note in _conventions[key].notes:
+            _LOG.warning(note)
+    return _conventions[key]
+
+
+def make_minari_env(
+    dataset_id: str,
+    *,
+    eval_env: bool = True,
+    observation_keys: Sequence[str] | None = None,
+    rescale_actions: bool = False,
+    download: bool = True,
+    **kwargs: Any,
+) -> gymnasium.Env:
+    """Make the gymnasium environment a Minari set belongs to, in the conventions of its data.
+
+    Observations are one float32 array, laid out as the data's (:func:`minari_layout`: D4RL's antmaze is ``achieved_goal`` then
+    ``observation``, other dictionaries are in sorted order); images stay uint8. ``info["success"]`` is always there, false
+    where the environment knows none. ``reset(seed=...)`` fixes the whole episode. Adroit and D4RL antmaze are brought to
+    the data's or D4RL's conventions where they differ (:func:`compare_conventions`), with one line in the log.
+
+    Args:
+        dataset_id: for example ``D4RL/door/human-v2``.
+
+    Keyword Args:
+        eval_env: the environment the set names for evaluation, where it names one, instead of the one it was recorded in.
+        observation_keys: entries of goal observations, in order.
+        rescale_actions: map [-1, 1] onto the environment's own finite action bounds.
+        download: fetch a set that is not here.
+        **kwargs: forwarded to ``gymnasium.make``.
+
+    Raises:
+        InputError: as :func:`open_minari_dataset`; where the set names no environment, the environment is not installed, or
+            does not fit the data.
+        MissingExtraError: if the ``minari`` extra is not installed.
+    """
+    dataset = open_minari_dataset(dataset_id, download=download)
+    return adapt_environment(
+        dataset,
+        recover_environment(dataset, eval_env=eval_env, **kwargs),
+        eval_env=eval_env,
+        observation_keys=observation_keys,
+        rescale_actions=rescale_actions,
+    )
+
+
+def adapt_environment(
+    dataset: MinariDataset,
+    env: gymnasium.Env,
+    *,
+    eval_env: bool = True,
+    observation_keys: Sequence[str] | None = None,
+    rescale_actions: bool = False,
+) -> gymnasium.Env:
+    """Bring an environment to the conventions of a set's data; see :func:`make_minari_env`.
+
+    Args:
+        dataset: the set.
+        env: its environment as gymnasium makes it; closed where it does not fit.
+
+    Keyword Args:
+        eval_env: whether it is the one for evaluation.
+        observation_keys: entries of goal observations, in order.
+        rescale_actions: map [-1, 1] onto the environment's own finite action bounds.
+
+    Raises:
+        InputError: where widths of data and environment differ, or policies cannot act in it.
+    """
+    from gymnasium.wrappers import RescaleAction
+
+    from deflow_torchrl.envs.adroit import D4RLAdroitReward, PenDrop
+    from deflow_torchrl.envs.seeding import SeededReset
+    from deflow_torchrl.envs.wrappers import EndAtSuccess, FlatObservation, ReportSuccess
+
+    name = env.spec.id if env.spec else "the environment"
+    source = f"{name}, the environment of Minari set {dataset.id}"
+    try:
+        layout = minari_layout(dataset.id, dataset.observation_space, observation_keys)
+        own = minari_layout(dataset.id, env.observation_space, observation_keys, source=source)
+        for what, data, simulated in (
+            ("observations", layout, own),
+            ("actions", list(dataset.action_space.shape or ()), list(env.action_space.shape or ())),
+        ):
+            if data != simulated:
+                raise InputError(
+                    f"Minari set {dataset.id}: {what} are {data} in the data, {simulated} in {name}; "
+                    "the data belong to another environment or another version of it"
+                )
+        bounds = action_bounds(env.action_space, rescale_actions=rescale_actions, source=source)
+        conventions = _conventions_of(dataset, env, eval_env=eval_env)
+    except BaseException:
+        env.close()
+        raise
+    if conventions.flip_reward:
+        env = D4RLAdroitReward(env)
+    if conventions.end_when_dropped:
+        env = PenDrop(env)
+    if bounds is not None:
+        env = RescaleAction(env, np.float32(-1.0), np.float32(1.0))
+    env = ReportSuccess(env)
+    if conventions.end_at_success:
+        env = EndAtSuccess(env)
+    return SeededReset(FlatObservation(env, layout))
+
+
+def recover_environment(dataset: MinariDataset, *, eval_env: bool = True, **kwargs: Any) -> gymnasium.Env:
+    """The set's environment as gymnasium makes it, with errors in one line.
+
+    Raises:
+        InputError: where the set names none, or it cannot be made here.
+    """
+    import gymnasium
+
+    with _quiet(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="glfw")
+        # minari warns of versions other than those the set was recorded with; widths and rewards are compared instead.
+        try:
+            specification = dataset.storage.metadata.get("eval_env_spec") if eval_env else None
+            specification = json.loads(specification) if specification else None
+            name = specification["id"] if specification else (dataset.env_spec.id if dataset.env_spec else None)
+            if name is not None and name not in gymnasium.registry:  # gymnasium would call it all the same
+                raise gymnasium.error.NameNotFound(f"{name} is not registered; import the package that registers it")
+            return dataset.recover_environment(eval_env=eval_env, **{"disable_env_checker": True, **kwargs})
+        except Exception as error:
+            none = dataset.env_spec is None and "eval_env_spec" not in dataset.storage.metadata
+            reason = "it was recorded without one" if none else f"{type(error).__name__}: {_one_line(error)}"
+            raise InputError(
+                f"the environment of Minari set {dataset.id} cannot be made ({reason}); install what it needs, for "
+                "gymnasium-robotics: pip install 'deflow-torchrl[minari]'"
+            ) from error

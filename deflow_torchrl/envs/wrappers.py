@@ -1,0 +1,59 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
+"""Small gymnasium wrappers that give any environment the form the package expects."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+from deflow_torchrl.envs.observations import ObservationLayout, flatten_observation
+
+
+class FlatObservation(gymnasium.ObservationWrapper):
+    """One array instead of a dictionary of them: float32, or uint8 of an image.
+
+    Args:
+        env: the environment.
+        layout: of its observations.
+    """
+
+    def __init__(self, env: gymnasium.Env, layout: ObservationLayout) -> None:
+        super().__init__(env)
+        self._layout = layout
+        image = layout.dtype == np.uint8
+        self.observation_space = gymnasium.spaces.Box(
+            0 if image else -np.inf, 255 if image else np.inf, layout.shape, layout.dtype.type
+        )
+
+    def observation(self, observation: Any) -> np.ndarray:
+        """Flatten one observation."""
+        return flatten_observation(observation, self._layout)
+
+
+class ReportSuccess(gymnasium.Wrapper):
+    """``info["success"]`` in every step, a bool: the environment's ``success`` or ``is_success``, else false."""
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Reset the environment."""
+        observation, info = self.env.reset(seed=seed, options=options)
+        return observation, _with_success(info)
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        """Step the environment."""
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        return observation, float(reward), bool(terminated), bool(truncated), _with_success(info)
+
+
+class EndAtSuccess(gymnasium.Wrapper):
+    """End an episode (``terminated``) with the step whose ``info["success"]`` is true."""
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        """Step the environment."""
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        return observation, float(reward), bool(terminated or info["success"]), truncated, info
+
+
+def _with_success(info: dict[str, Any]) -> dict[str, Any]:
+    return {**info, "success": bool(np.asarray(info.get("success", info.get("is_success", False))).all())}

@@ -196,8 +196,8 @@ def _check_values(config: TrainConfig) -> None:
         bool(config.hidden_dims) and min(config.hidden_dims) >= 1, "hidden_dims", config.hidden_dims, "positive widths"
     )
     need(config.seed < 2**63, "seed", config.seed, "a number below 2**63")
-    for name in ("out", "data_root", "env"):
-        need(getattr(config, name) != "", name, "''", "a name")
+    for name, what in (("out", "a folder"), ("data_root", "a folder"), ("env", "a name")):
+        need(getattr(config, name) != "", name, "''", what)
     for item in dataclasses.fields(algo):
         value = getattr(algo, item.name)
         need(not isinstance(value, float) or math.isfinite(value), f"algo.{item.name}", value, "a finite number")

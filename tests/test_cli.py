@@ -243,7 +243,7 @@ def test_iav_of_a_file_equals_that_of_the_task_and_options_reach_it(generated, c
     result = run_iav(capsys, str(path), "--k", "3", "--include-self", "--normalize", "--json")
     assert result.returncode == 0, result.stderr
     summary = json.loads(result.stdout.splitlines()[-1])
-    transitions = load_ogbench_dataset(TASK, root=generated)
+    transitions = load_ogbench_dataset(TASK, root=generated)[:]
     expected = intrinsic_action_variance(
         transitions["observation"], transitions["action"], k=3, include_self=True, normalize=True
     )

@@ -178,7 +178,8 @@ class TransitionBuilder:
             numbers = ", ".join(f"{value:.4g}" for value in action)
             raise InputError(
                 f"{self.source}: {self._outside} of {self._actions} actions leave [-1, 1] (largest {self._largest_action:.4g}), "
-                f"first in row {row}: [{numbers}]; rescale the actions to [-1, 1]"
+                f"first in row {row}: [{numbers}]; rescale the actions to [-1, 1] "
+                "(own data: deflow data import --action-bounds LOW HIGH)"
             )
         starts = torch.tensor(self._starts) if episode_starts is None else torch.as_tensor(episode_starts)
         written = (self._frames, self._actions, self._outcomes)

@@ -157,6 +157,8 @@ def _count(number: int | None) -> str:
 
 
 def _cell(value: Any) -> str:
+    if isinstance(value, Mapping):
+        value = ", ".join(f"{key} {item}" for key, item in value.items())
     return str(value).replace("|", "\\|").replace("\n", " ")
 
 

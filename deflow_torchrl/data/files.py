@@ -22,6 +22,7 @@ from deflow_torchrl.errors import InputError, MissingExtraError
 
 FIELDS = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
 """What a mapping may name; the first four are needed."""
+_VECTORS = ("observations", "actions", "next_observations")
 
 # Names that need no mapping: D4RL's and OGBench's, Gymnasium's, and the common short ones. "done" is not among them: it does
 # not say whether the task ended or time ran out.
@@ -270,13 +271,17 @@ def _fields(table: Table, path: Path, columns: Mapping[str, str]) -> dict[str, C
     fields = {}
     for name in FIELDS:
         wanted = columns.get(name)
+        if wanted is None:
+            wanted = next((alias for alias in _ALIASES[name] if alias in table.names), None)
         if wanted is not None:
-            fields[name] = _column(table, wanted, name, path)
-            continue
-        present = [alias for alias in _ALIASES[name] if alias in table.names]
-        if present:
-            fields[name] = table[present[0]]
+            column = _column(table, wanted, name, path)
+            # One number a row is a vector of one where a vector is meant.
+            fields[name] = np.asarray(column[0 : column.shape[0]])[:, None] if _is_flat(column, name) else column
     return fields
+
+
+def _is_flat(column: Column, name: str) -> bool:
+    return name in _VECTORS and len(column.shape) == 1
 
 
 def _column(table: Table, wanted: str, name: str, path: Path) -> Column:

@@ -38,7 +38,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-data = typer.Typer(name="data", help="Make data sets.", no_args_is_help=True, rich_markup_mode=None)
+data = typer.Typer(name="data", help="Download or make data sets.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data)
 _JSON = Annotated[bool, typer.Option("--json", help="Print one JSON object on the last line.")]
 
@@ -151,6 +151,70 @@ def evaluate(
     if json_:
         summary = {name: outcome["success_rate"] for name, outcome in result["evaluations"].items()}
         print(json.dumps({"run": str(run), "step": result["step"], "success": summary, **result}))
+
+
+@data.command("download")
+@_verb
+def download_data(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help="Data set or task, with or without -v0: cube-single-play, antmaze-large-navigate-singletask.",
+        ),
+    ],
+    *,
+    mirror: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="URL",
+            help="Folder asked after OGBench's host; repeat for more, in order. [default: those in $DEFLOW_MIRRORS]",
+        ),
+    ] = None,
+    from_file: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Install this file instead; repeat for the second."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder. [default: $DEFLOW_HOME/data]")] = None,
+    json_: _JSON = False,
+) -> None:
+    """Download a published OGBench data set, or install files of it that you have.
+
+    NAME.npz and NAME-val.npz come from OGBench's host or, where that fails, from the mirrors in their order. After a broken
+    connection, Ctrl-C or a kill the same command goes on where it ended. The first complete download of a file enters its
+    SHA-256 in SHA256.json beside it; later ones must have the same. $DEFLOW_MIRRORS is a list with spaces or commas.
+
+    With --from-file, files called NAME.npz and NAME-val.npz are known by their names; one file of another name is the
+    training file, two are the training and the validation file, in this order. Other data is never overwritten.
+
+    Example: deflow data download cube-single-play --mirror https://example.org/ogbench
+    """
+    from deflow_torchrl.data.download import download_ogbench_dataset, install_files
+    from deflow_torchrl.paths import data_root, dataset_path
+    from deflow_torchrl.tasks import ogbench_dataset_name
+
+    began = time.perf_counter()
+    dataset = ogbench_dataset_name(name)
+    root = data_root(out)
+    if from_file and mirror:
+        raise InputError("give --mirror or --from-file, not both: a file that is there needs no mirror")
+    if from_file:
+        files = install_files(dataset, from_file, root)
+    else:
+        files = download_ogbench_dataset(dataset, root, mirrors=mirror)
+    task = f"{name.removesuffix('-v0') if 'singletask' in name else dataset.removesuffix('-v0') + '-singletask'}-v0"
+    go_on = shlex.join(["deflow", "train", f"task={task}", *([] if out is None else [f"data_root={root}"])])
+    missing = [path for split in ("train", "val") if not (path := dataset_path(dataset, root, split)).is_file()]
+    if missing:
+        print(f"{files[0]} is ready; {missing[0].name} is still missing: deflow train needs both, then: {go_on}")
+    else:
+        print(f"{' and '.join(map(str, files))} {'is' if len(files) == 1 else 'are'} ready; go on with: {go_on}")
+    if json_:
+        result = {
+            "dataset": dataset, "files": [str(path) for path in files], "missing": [str(path) for path in missing],
+            "train": go_on, "seconds": round(time.perf_counter() - began, 1),
+        }  # fmt: skip
+        print(json.dumps(result))
 
 
 @data.command("generate")

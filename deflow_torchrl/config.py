@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from deflow_torchrl.algorithms.settings import DeFlowConfig
 from deflow_torchrl.errors import InputError, MissingExtraError
 
 ALGORITHM_CONFIGS = {"deflow": DeFlowConfig}
+STORAGES = ("device", "memmap")
 LOGGERS = ("none", "wandb", "tensorboard", "mlflow")
 
 
@@ -23,7 +25,9 @@ class TrainConfig:
     """Settings of ``deflow train``, ``key=value``; the defaults are the paper's protocol.
 
     Attributes:
-        task: OGBench single-task name, for example ``cube-single-play-singletask-task2-v0``.
+        task: OGBench single-task name, for example ``cube-single-play-singletask-task2-v0``; the paper's D4RL names
+            (``door-human-v1``); ``minari:ID``; or ``own:FOLDER``, a set made by ``deflow data import``.
+        env: where own data is evaluated: a gymnasium id or an OGBench single-task name; not at all where None.
         seed: seed of networks, batches and noise.
         offline_steps: gradient steps on the data set.
         online_steps: gradient steps with an environment; this version trains offline only, so 0.
@@ -34,7 +38,9 @@ class TrainConfig:
         eval_episodes: episodes of each evaluation.
         save_interval: steps between checkpoints; 0 saves at the end only.
         data_root: folder of NAME.npz and NAME-val.npz; ``$DEFLOW_HOME/data`` where None.
-        download: fetch missing data from OGBench's host.
+        download: fetch missing data from the source's host.
+        storage: ``device`` keeps the data on the learner's device, ``memmap`` in memory-mapped files in
+            ``$DEFLOW_HOME/prepared``, for sets larger than memory.
         out: run folder; ``runs/TASK-ALGO-seedN`` where None.
         device: learner's device.
         compile: run the losses through torch.compile (pays on long runs; needs a C++ compiler on a CPU).
@@ -46,6 +52,7 @@ class TrainConfig:
 
     defaults: list[Any] = field(default_factory=lambda: [{"algo": "deflow"}, "_self_"])
     task: str = "???"
+    env: str | None = None
     seed: int = 0
     offline_steps: int = 1_000_000
     online_steps: int = 0
@@ -57,6 +64,7 @@ class TrainConfig:
     save_interval: int = 100_000
     data_root: str | None = None
     download: bool = True
+    storage: str = "device"
     out: str | None = None
     device: str = "cpu"
     compile: bool = False
@@ -138,7 +146,8 @@ def config_to_dict(config: TrainConfig) -> dict[str, Any]:
 
 def default_out(config: TrainConfig) -> Path:
     """The run folder where none is given."""
-    return Path("runs") / f"{config.task}-{config.algo.name}-seed{config.seed}"
+    name = re.sub(r"[^\w.-]+", "-", config.task).strip("-")
+    return Path("runs") / f"{name}-{config.algo.name}-seed{config.seed}"
 
 
 def _check_keys(overrides: Sequence[str]) -> None:
@@ -187,14 +196,15 @@ def _check_values(config: TrainConfig) -> None:
         bool(config.hidden_dims) and min(config.hidden_dims) >= 1, "hidden_dims", config.hidden_dims, "positive widths"
     )
     need(config.seed < 2**63, "seed", config.seed, "a number below 2**63")
-    for name in ("out", "data_root"):
-        need(getattr(config, name) != "", name, "''", "a folder")
+    for name in ("out", "data_root", "env"):
+        need(getattr(config, name) != "", name, "''", "a name")
     for item in dataclasses.fields(algo):
         value = getattr(algo, item.name)
         need(not isinstance(value, float) or math.isfinite(value), f"algo.{item.name}", value, "a finite number")
     for name in ("threads", "eval_workers"):
         value = getattr(config, name)
         need(value is None or value >= 1, name, value, "at least 1")
+    need(config.storage in STORAGES, "storage", config.storage, f"one of {', '.join(STORAGES)}")
     need(config.logger in LOGGERS, "logger", config.logger, f"one of {', '.join(LOGGERS)}")
     need(algo.lr > 0, "algo.lr", algo.lr, "a positive number")
     need(0 < algo.tau <= 1, "algo.tau", algo.tau, "a number in (0, 1]")

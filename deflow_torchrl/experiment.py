@@ -13,19 +13,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torchrl.envs import DeviceCastTransform
 
 from deflow_torchrl.algorithms import Learner, get_algorithm
 from deflow_torchrl.algorithms.base import ProblemSpec
 from deflow_torchrl.config import TrainConfig, config_from_dict, config_to_dict, default_out
-from deflow_torchrl.data import OGBenchExperienceReplay
+from deflow_torchrl.data import TransitionDataset, TransitionReplayBuffer
+from deflow_torchrl.envs.factory import make_gym_env
 from deflow_torchrl.envs.names import parse_ogbench_name
 from deflow_torchrl.errors import InputError, NonFiniteLossError, RunInterrupted
-from deflow_torchrl.paths import cache_home, data_root, dataset_path, make_writable_folder, write_text
+from deflow_torchrl.paths import data_root, dataset_path, make_writable_folder, write_text
 from deflow_torchrl.processes import available_cores
 from deflow_torchrl.progress import progress_bar
 from deflow_torchrl.reports import build_record, check_report_extra, plot_learning_curve, write_html_report
 from deflow_torchrl.reports.records import file_sha256
-from deflow_torchrl.tasks import ogbench_task
+from deflow_torchrl.tasks import Task, get_task
+from deflow_torchrl.tasks.sources import load_task_data, reference_returns
 from deflow_torchrl.trainers import EvaluationResult, Evaluator, MetricsLog, OfflineTrainer, TrainerSchedule, UpdateStep
 from deflow_torchrl.trainers.checkpoint import list_checkpoints, load_checkpoint, step_of
 from deflow_torchrl.trainers.loggers import check_logger, make_logger
@@ -125,13 +128,19 @@ def evaluate_run(
         torch.set_num_threads(config.threads)  # the number of threads can move the last digits of a matrix product
     learner = _build(config, state["observation_dim"], state["action_dim"], where)
     restore_learner(UpdateStep(learner), state, checkpoints[-1])
-    with _evaluator(config, where) as evaluator:
+    task = _task(config)
+    with _evaluator(task, config, where) as evaluator:
+        if evaluator is None:
+            raise InputError(
+                f"{out} was trained on own data without an environment (env=); there is nothing to evaluate it in"
+            )
         outcomes = _evaluate_all(
             evaluator, learner, episodes or settings["final_episodes"] or config.eval_episodes, show_progress
         )
     return {
         "step": state["update"]["step"],
-        "evaluations": {name: result.as_dict() for name, result in outcomes.items()},
+        "metric": task.metric,
+        "evaluations": _outcomes(outcomes, reference_returns(task)),
     }
 
 
@@ -166,15 +175,21 @@ class _Run:
         self.show_progress = show_progress
         self.outcomes: dict[str, EvaluationResult] = {}
         self.seconds: dict[str, float] = {}
-        ogbench_task(config.task)
+        self.task = _task(config)
         check_logger(config.logger)
         check_report_extra()
         self.device = _device(config.device)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         with self._timed("load_data"):
-            self.buffer, self.validation = self._load_data()
-            self.data = self._describe_data()
+            dataset = self._load_data("train")
+            assert dataset is not None
+            validation = self._load_data("val")
+            self._check_environment(dataset)
+            self.buffer = self._buffer(dataset)
+            self.validation = None if validation is None else self._buffer(validation)
+            self.data = self._describe_data(dataset)
+            self.references = reference_returns(self.task)
         sample = self.buffer[:1]
         torch.manual_seed(config.seed)
         self.learner = _build(config, sample["observation"].shape[-1], sample["action"].shape[-1], self.device)
@@ -224,11 +239,12 @@ class _Run:
             logger=make_logger(self.config.logger, self.out),
             resume_step=trainer.written_step if resume else None,
         )
-        with _evaluator(self.config, self.device) as evaluator:
-            trainer.evaluate = lambda: self._evaluate(evaluator)
+        with _evaluator(self.task, self.config, self.device) as evaluator:
+            if evaluator is not None:
+                trainer.evaluate = lambda: self._evaluate(evaluator)
             with self._timed("train_and_evaluate"):
                 trainer.run()
-            if not self.outcomes:  # the run had been killed between its last checkpoint and its record
+            if evaluator is not None and not self.outcomes:  # killed between the last checkpoint and the record
                 self._evaluate(evaluator)
         return self._report(trainer, metrics, extra_seconds)
 
@@ -237,43 +253,57 @@ class _Run:
         sample = self.buffer[:1]
         return {"observation_dim": sample["observation"].shape[-1], "action_dim": sample["action"].shape[-1]}
 
-    def _load_data(self) -> tuple[OGBenchExperienceReplay, OGBenchExperienceReplay]:
+    def _load_data(self, split: Literal["train", "val"]) -> TransitionDataset | None:
         config = self.config
+        return load_task_data(
+            self.task,
+            split=split,
+            root=config.data_root,
+            download=config.download,
+            device=self.device,
+            memmap=config.storage == "memmap",
+        )
 
-        def load(split: Literal["train", "val"]) -> OGBenchExperienceReplay:
-            return OGBenchExperienceReplay(
-                config.task,
-                batch_size=config.batch_size,
-                root=config.data_root,
-                split=split,
-                download=config.download,
-                device=self.device,
-            )
+    def _buffer(self, dataset: TransitionDataset) -> TransitionReplayBuffer:
+        buffer = TransitionReplayBuffer(dataset, batch_size=self.config.batch_size)
+        if dataset.device != self.device:
+            buffer.append_transform(DeviceCastTransform(self.device))
+        return buffer
 
-        try:
-            return load("train"), load("val")
-        except InputError as error:
-            raise _with_hint(error, config) from error
+    def _check_environment(self, dataset: TransitionDataset) -> None:
+        """Compare the widths of own data and of the environment; the loaders of the other sources have done so."""
+        if self.task.source != "own" or self.task.environment is None:
+            return
+        env = make_gym_env(self.task.environment)
+        spaces = {"observations": env.observation_space.shape, "actions": env.action_space.shape}
+        env.close()
+        for name, shape in (("observations", dataset.observation.shape[1:]), ("actions", dataset.action.shape[1:])):
+            if tuple(shape) != spaces[name]:
+                raise InputError(
+                    f"{self.task.dataset}: {name} have shape {tuple(shape)}, those of env={self.config.env} {spaces[name]}; "
+                    "the data belong to another environment"
+                )
 
-    def _describe_data(self) -> dict[str, Any]:
-        path = dataset_path(parse_ogbench_name(self.config.task).dataset, data_root(self.config.data_root), "train")
-        about = path.with_suffix(".json")
-        return {
-            "file": path.name,
-            "sha256": file_sha256(path),
-            "transitions": len(self.buffer),
-            "provenance": json.loads(about.read_text(encoding="utf-8"))["provenance"] if about.is_file() else None,
-        }
+    def _describe_data(self, dataset: TransitionDataset) -> dict[str, Any]:
+        about = {"name": self.task.dataset, "transitions": len(dataset), "provenance": dataset.about.get("provenance")}
+        if self.task.source != "ogbench":
+            return {**about, **{key: value for key, value in dataset.about.items() if key != "fingerprint"}}
+        name = parse_ogbench_name(self.task.dataset).dataset
+        path = dataset_path(name, data_root(self.config.data_root), "train")
+        return {"file": path.name, "sha256": file_sha256(path), **about}
 
     def _evaluate(self, evaluator: Evaluator) -> dict[str, float]:
         if self.update.step < self.config.offline_steps:
             result = _evaluate(evaluator, "eval", self.learner.policy, self.config.eval_episodes, self.show_progress)
-            return _metrics("eval", result)
+            return _metrics("eval", result, self.task, self.references)
         self.outcomes = _evaluate_all(evaluator, self.learner, self.final_episodes, self.show_progress)
         row: dict[str, float] = {}
         for name, result in self.outcomes.items():
             row |= _metrics(
-                "eval" if self.learner.evaluated_policies[name] is self.learner.policy else f"eval/{name}", result
+                "eval" if self.learner.evaluated_policies[name] is self.learner.policy else f"eval/{name}",
+                result,
+                self.task,
+                self.references,
             )
         return row
 
@@ -283,7 +313,7 @@ class _Run:
             command=self.command,
             config=config_to_dict(self.config),
             data=self.data,
-            evaluations={name: result.as_dict() for name, result in self.outcomes.items()},
+            evaluations=_outcomes(self.outcomes, self.references),
             seconds={**extra_seconds, **self.seconds, "updates": trainer.trained_seconds},
         )
         write_text(self.out / RECORD_FILE, json.dumps(record, indent=2) + "\n")
@@ -292,7 +322,8 @@ class _Run:
             metrics.rows,
             self.out / "learning_curve.png",
             title=title,
-            final={name: result.success_rate for name, result in self.outcomes.items()},
+            metric=self.task.metric,
+            final=_final(record["evaluations"], self.task.metric),
             target_divergence=None if delta is None else float(delta),
         )
         write_html_report(
@@ -321,7 +352,7 @@ def _device(name: str) -> torch.device:
 
 
 def _build(config: TrainConfig, observation_dim: int, action_dim: int, device: torch.device) -> Learner:
-    task = ogbench_task(config.task)
+    task = _task(config)
     problem = ProblemSpec(
         observation_dim=observation_dim,
         action_dim=action_dim,
@@ -334,8 +365,18 @@ def _build(config: TrainConfig, observation_dim: int, action_dim: int, device: t
     return get_algorithm(config.algo.name).build(config.algo, problem)
 
 
-def _evaluator(config: TrainConfig, device: torch.device) -> Evaluator:
-    return Evaluator(config.task, num_envs=_NUM_ENVS, workers=config.eval_workers or available_cores(), device=device)
+def _task(config: TrainConfig) -> Task:
+    return get_task(config.task, environment=config.env)
+
+
+@contextmanager
+def _evaluator(task: Task, config: TrainConfig, device: torch.device) -> Iterator[Evaluator | None]:
+    if task.environment is None:
+        yield None
+        return
+    workers = config.eval_workers or available_cores()
+    with Evaluator(task.environment, num_envs=_NUM_ENVS, workers=workers, device=device) as evaluator:
+        yield evaluator
 
 
 def _evaluate(evaluator: Evaluator, label: str, policy: Any, episodes: int, show_progress: bool) -> EvaluationResult:
@@ -354,21 +395,30 @@ def _evaluate_all(
     }
 
 
-def _metrics(prefix: str, result: EvaluationResult) -> dict[str, float]:
-    return {
+def _outcomes(
+    results: Mapping[str, EvaluationResult], references: tuple[float, float] | None
+) -> dict[str, dict[str, Any]]:
+    """Policy name -> plain outcome, with normalised scores where the task has references."""
+    return {name: result.as_dict(references) for name, result in results.items()}
+
+
+def _final(evaluations: Mapping[str, Mapping[str, Any]], metric: str) -> dict[str, float]:
+    """Policy name -> the number the task is judged by."""
+    key = {"success": "success_rate", "score": "mean_score", "return": "mean_return"}[metric]
+    return {name: outcome[key] for name, outcome in evaluations.items()}
+
+
+def _metrics(
+    prefix: str, result: EvaluationResult, task: Task, references: tuple[float, float] | None
+) -> dict[str, float]:
+    row = {
         f"{prefix}/success": result.success_rate,
         f"{prefix}/return": float(result.episode_return.mean()),
         f"{prefix}/length": float(result.length.mean()),
         f"{prefix}/episodes": len(result.success),
     }
-
-
-def _with_hint(error: InputError, config: TrainConfig) -> InputError:
-    """Point to a generated set of the right name, where the data folder itself has none."""
-    if config.data_root is None and "no data file" in str(error):
-        file = f"{parse_ogbench_name(config.task).dataset}.npz"
-        for room, maker in (("generated", "deflow data generate"), ("demo", "the demo")):
-            found = sorted(cache_home().glob(f"{room}/*/{file}"), key=lambda path: path.stat().st_size)
-            if found:  # the largest
-                return InputError(f"{error}; a set generated by {maker} lies in data_root={found[-1].parent}")
-    return error
+    if task.metric == "return":
+        del row[f"{prefix}/success"]  # the environment knows none
+    if references is not None:
+        row[f"{prefix}/score"] = float(result.score(references).mean())
+    return row

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""Transitions in TorchRL's TED layout: validation, OGBench and Minari sets, their generation and their action variance."""
+"""Transitions in TorchRL's TED layout: OGBench and Minari sets, their download, generation and action variance."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from deflow_torchrl.data.dataset import TransitionDataset as TransitionDataset
     from deflow_torchrl.data.dataset import TransitionReplayBuffer as TransitionReplayBuffer
     from deflow_torchrl.data.dataset import ValidationReport as ValidationReport
+    from deflow_torchrl.data.download import download_ogbench_dataset as download_ogbench_dataset
     from deflow_torchrl.data.generation import generate_ogbench_dataset as generate_ogbench_dataset
     from deflow_torchrl.data.minari import MinariExperienceReplay as MinariExperienceReplay
     from deflow_torchrl.data.minari import load_minari_dataset as load_minari_dataset
@@ -31,6 +32,7 @@ _EXPORTS = {
     "TransitionReplayBuffer": ".dataset",
     "TransitionBuilder": ".builder",
     "ValidationReport": ".dataset",
+    "download_ogbench_dataset": ".download",
     "generate_ogbench_dataset": ".generation",
     "GENERATED_DATASETS": ".oracles",
     "ActionVariance": ".action_variance",

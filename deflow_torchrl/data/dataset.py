@@ -189,10 +189,10 @@ class TransitionDataset:
         return sum(getattr(self, name).nbytes for name in _COLUMNS)
 
     def to(self, device: torch.device | str) -> TransitionDataset:
-        """The same set with every column on ``device``; itself if it is there already."""
-        if self.device == torch.device(device):
+        """The same set with every column in the memory of ``device``; itself if it is there already."""
+        if self.device == torch.device(device) and self.folder is None:
             return self
-        columns = {name: getattr(self, name).to(device) for name in _COLUMNS}
+        columns = {name: getattr(self, name).to(device, copy=True) for name in _COLUMNS}
         return TransitionDataset(**columns, source=self.source, about=self.about, report=self.report)
 
     def release(self) -> None:

@@ -3,10 +3,7 @@
 
 from __future__ import annotations
 
-import http.client
 import os
-import socket
-import urllib.error
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -20,16 +17,15 @@ from deflow_torchrl.data.archive import NpzArchive, readable
 from deflow_torchrl.data.assembly import dataset_from_arrays
 from deflow_torchrl.data.columns import chunks
 from deflow_torchrl.data.dataset import TransitionDataset, TransitionReplayBuffer, to_storage
-from deflow_torchrl.data.oracles import GENERATED_DATASETS
-from deflow_torchrl.envs.factory import import_ogbench, make_env_by_id
-from deflow_torchrl.envs.names import parse_ogbench_name
+from deflow_torchrl.data.download import download_ogbench_dataset, missing_file
+from deflow_torchrl.envs.factory import make_env_by_id
+from deflow_torchrl.envs.names import OGBenchName, parse_ogbench_name
 from deflow_torchrl.errors import InputError
-from deflow_torchrl.paths import data_root, dataset_path, make_writable_folder
+from deflow_torchrl.paths import data_root, dataset_path
 
 _REQUIRED = ("observations", "actions", "terminals")
 _SIMULATOR_STATE = ("qpos", "qvel", "button_states")
 _RELABELLED_ROWS = 1 << 17
-_CONNECT_TIMEOUT_S = 20.0
 
 
 def load_ogbench_dataset(
@@ -65,15 +61,15 @@ def load_ogbench_dataset(
     path = dataset_path(name.dataset, data_root(root), split)
     if not path.is_file():
         if not download:
-            raise InputError(_missing(path, name.dataset))
-        _download(name.dataset, path)
+            raise InputError(missing_file(path, name.dataset))
+        download_ogbench_dataset(name.dataset, path.parent)
     status = path.stat()
     fingerprint = {
         "file": str(path.resolve()), "bytes": status.st_size, "modified": status.st_mtime_ns, "task": dataset_id,
         "ogbench": version("ogbench"),
     }  # fmt: skip
     return to_storage(
-        lambda folder: _read(path, name.environment_id, folder),
+        lambda folder: _read(path, name, folder),
         fingerprint=fingerprint,
         device=device,
         memmap_dir=None if memmap_dir is None else Path(memmap_dir).expanduser() / f"{dataset_id}-{split}",
@@ -149,21 +145,23 @@ def load_states_and_actions(path: str | os.PathLike[str]) -> tuple[torch.Tensor,
     return transitions["observation"], transitions["action"]
 
 
-def _read(path: Path, environment_id: str, folder: Path | None) -> TransitionDataset:
-    environment = make_env_by_id(
-        environment_id.removeprefix("visual-")
-    )  # pictures are of the same task; no renderer needed
+def _read(path: Path, name: OGBenchName, folder: Path | None) -> TransitionDataset:
+    # Pictures are of the same task as the state: its environment gives the rewards, and needs no renderer.
+    environment = make_env_by_id(name.state_environment_id)
+    from ogbench.manipspace.envs.manipspace_env import ManipSpaceEnv
+
     try:
         with NpzArchive(path) as archive, readable(path):
-            _check_fits(archive, environment, path, images=environment_id.startswith("visual-"))
+            _check_fits(archive, environment, path, images=name.images)
             try:
-                rewards, terminated = _relabel(archive, environment_id, environment)
+                rewards, terminated = _relabel(archive, name.state_environment_id, environment)
             except (KeyError, IndexError, ValueError, TypeError) as error:
                 if isinstance(error, InputError):
                     raise
-                raise InputError(f"{path} does not fit {environment_id}: {' '.join(str(error).split())}") from error
-            # Teleporters are the one thing in OGBench that moves a state at once; balls and falls are near it.
-            walks = any(part in environment_id for part in ("maze", "soccer"))
+                reason = " ".join(str(error).split())
+                raise InputError(f"{path} does not fit {name.environment_id}: {reason}") from error
+            # Mazes have teleporters, and balls that are kicked: there a jump is reported, not refused.
+            walks = not isinstance(environment.unwrapped, ManipSpaceEnv)
             return _assemble(archive, path, rewards=rewards, terminated=terminated, folder=folder, allow_jumps=walks)
     finally:
         environment.close()
@@ -213,27 +211,6 @@ def _relabel(archive: NpzArchive, environment_id: str, environment: Any) -> tupl
     if not rewards:
         raise InputError(f"{archive.path} does not fit {environment_id}: it holds no simulator state (qpos)")
     return np.concatenate(rewards), np.concatenate(terminated)
-
-
-def _missing(path: Path, dataset: str) -> str:
-    generate = f", or make it with `deflow data generate {dataset}`" if dataset in GENERATED_DATASETS else ""
-    return f"no data file {path}; put the published {path.name} there, or name its folder with data_root={generate}"
-
-
-def _download(dataset: str, path: Path) -> None:
-    folder = make_writable_folder(path.parent)
-    ogbench = import_ogbench()
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(_CONNECT_TIMEOUT_S)  # the package's own download has none
-    try:
-        ogbench.download_datasets([dataset], str(folder))
-    except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
-        reason = getattr(error, "reason", error)
-        raise InputError(f"{_missing(path, dataset)} (download failed: {reason})") from error
-    finally:
-        socket.setdefaulttimeout(timeout)
-        for leftover in folder.glob(f"{dataset}*.npz.tmp"):
-            leftover.unlink()
 
 
 def _check_archive(archive: NpzArchive, path: Path) -> None:

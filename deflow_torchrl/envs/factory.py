@@ -9,6 +9,8 @@ import warnings
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from deflow_torchrl.envs.names import parse_ogbench_name
 from deflow_torchrl.errors import InputError, MissingExtraError
 
@@ -35,19 +37,50 @@ def import_ogbench() -> ModuleType:
 
 
 def make_gym_env(task: str, **kwargs: Any) -> gymnasium.Env:
-    """Make the gymnasium environment of an OGBench single-task name; ``info["success"]`` is its outcome.
+    """Make the gymnasium environment of a task; its actions are in [-1, 1].
 
     ``reset(seed=...)`` fixes the whole episode (see :class:`deflow_torchrl.envs.seeding.SeededReset`).
 
     Args:
-        task: for example ``cube-single-play-singletask-task2-v0``.
+        task: an OGBench single-task name (``info["success"]`` is its outcome), ``minari:ID`` for a Minari set's environment
+            (:func:`deflow_torchrl.envs.make_minari_env`), or ``gym:ID`` for any environment registered with gymnasium
+            (as ``gymnasium.make`` reads it, ``module:ID`` included; finite action bounds are mapped to [-1, 1]).
         **kwargs: forwarded to ``gymnasium.make``.
 
     Raises:
-        InputError: on a malformed or unknown name.
-        MissingExtraError: if the ``ogbench`` extra is not installed.
+        InputError: on a malformed or unknown name, or an environment without bounded continuous actions.
+        MissingExtraError: if the extra it needs is not installed.
     """
+    prefix, colon, rest = task.partition(":")
+    if colon and prefix == "minari":
+        from deflow_torchrl.envs.minari import make_minari_env
+
+        return make_minari_env(rest, **kwargs)
+    if colon and prefix == "gym":
+        return _make_registered_env(rest, **kwargs)
     return make_env_by_id(parse_ogbench_name(task).environment_id, **kwargs)
+
+
+def _make_registered_env(environment_id: str, **kwargs: Any) -> gymnasium.Env:
+    try:
+        import gymnasium
+        from gymnasium.wrappers import RescaleAction
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("gymnasium", "ogbench") from error
+
+    from deflow_torchrl.envs.seeding import SeededReset
+
+    try:
+        env = gymnasium.make(environment_id, disable_env_checker=True, **kwargs)
+    except (gymnasium.error.Error, ImportError, TypeError, ValueError) as error:
+        raise InputError(f"env={environment_id} cannot be made: {' '.join(str(error).split())}") from error
+    space = env.action_space
+    if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1 or not space.is_bounded("both"):
+        env.close()
+        raise InputError(f"env={environment_id} takes actions in {space}; a bounded vector of real numbers is needed")
+    if not (space.low == -1).all() or not (space.high == 1).all():
+        env = RescaleAction(env, np.float32(-1.0), np.float32(1.0))
+    return SeededReset(env)
 
 
 def make_env_by_id(environment_id: str, **kwargs: Any) -> gymnasium.Env:

@@ -20,10 +20,14 @@ class OGBenchName:
     Attributes:
         environment_id: gymnasium id, for example ``cube-single-singletask-task2-v0``.
         dataset: name of the data files without suffix, for example ``cube-single-play-v0``.
+        state_environment_id: the same task seen as a state; ``environment_id`` itself unless that is seen in pictures.
+        images: whether observations are pictures.
     """
 
     environment_id: str
     dataset: str
+    state_environment_id: str
+    images: bool
 
 
 def parse_ogbench_name(name: str) -> OGBenchName:
@@ -38,7 +42,10 @@ def parse_ogbench_name(name: str) -> OGBenchName:
             f"{name!r} is no OGBench single-task name; they look like cube-single-play-singletask-task2-v0"
         )
     part = match.groupdict()
+    environment = part["environment"]
     return OGBenchName(
-        environment_id=f"{part['environment']}-{part['task']}-{part['version']}",
-        dataset=f"{part['environment']}-{part['data']}-{part['version']}",
+        environment_id=f"{environment}-{part['task']}-{part['version']}",
+        dataset=f"{environment}-{part['data']}-{part['version']}",
+        state_environment_id=f"{environment.removeprefix('visual-')}-{part['task']}-{part['version']}",
+        images=environment.startswith("visual-"),
     )

@@ -11,8 +11,12 @@ from typing import Any
 from deflow_torchrl.paths import atomic_write
 from deflow_torchrl.reports.extra import check_report_extra
 
+_OUTCOMES = {
+    "success": ("eval/success", "success rate", "fraction of evaluation episodes"),
+    "score": ("eval/score", "normalised score", "0: random, 100: expert"),
+    "return": ("eval/return", "return", "sum of rewards of an episode"),
+}
 _PANELS = (
-    ("eval/success", "success rate", "fraction of evaluation episodes"),
     ("train/loss_flow", "flow loss", "mean squared velocity error"),
     ("train/loss_qvalue", "critic loss", "mean squared TD error"),
     ("train/divergence", "divergence D against delta", "mean squared shift per dimension"),
@@ -26,9 +30,10 @@ def plot_learning_curve(
     *,
     title: str,
     final: Mapping[str, float],
+    metric: str = "success",
     target_divergence: float | None = None,
 ) -> Path:
-    """Draw a run's curves as one PNG: success, flow and critic losses, divergence and alpha.
+    """Draw a run's curves as one PNG: outcome, flow and critic losses, divergence and alpha.
 
     Args:
         rows: rows of ``metrics.jsonl``.
@@ -36,7 +41,8 @@ def plot_learning_curve(
 
     Keyword Args:
         title: the figure's title.
-        final: policy name -> success rate of the final evaluation, drawn as horizontal lines.
+        final: policy name -> outcome of the final evaluation, drawn as horizontal lines.
+        metric: what the outcome is: ``success``, ``score`` or ``return``.
         target_divergence: delta, drawn as a horizontal line.
 
     Raises:
@@ -45,7 +51,10 @@ def plot_learning_curve(
     check_report_extra()
     from matplotlib.figure import Figure
 
-    panels = [panel for panel in _PANELS if panel[0] == "eval/success" or any(panel[0] in row for row in rows)]
+    outcome = _OUTCOMES[metric]
+    panels = [
+        panel for panel in (outcome, *_PANELS) if (panel is outcome and final) or any(panel[0] in row for row in rows)
+    ]
     columns = min(len(panels), 3)
     rows_of_panels = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(4.2 * columns, 3.6 * rows_of_panels), layout="constrained")
@@ -59,10 +68,11 @@ def plot_learning_curve(
             axis.plot(*zip(*points, strict=True), marker="o" if len(points) < 30 else None, markersize=4)
         axis.set(title=heading, xlabel="gradient steps", ylabel=unit)
         axis.grid(alpha=0.3)
-        if name == "eval/success":
-            axis.set_ylim(-0.03, 1.03)
+        if name == outcome[0]:
+            if metric == "success":
+                axis.set_ylim(-0.03, 1.03)
             for number, (policy, rate) in enumerate(final.items()):
-                axis.axhline(rate, linestyle="--", color=f"C{number + 1}", label=f"{policy}: {rate:.2f} at the end")
+                axis.axhline(rate, linestyle="--", color=f"C{number + 1}", label=f"{policy}: {rate:.4g} at the end")
             if final:
                 axis.legend(loc="best", fontsize="small")
         elif name == "train/divergence":

@@ -3,6 +3,6 @@
 
 from __future__ import annotations
 
-from deflow_torchrl.tasks.registry import OGBenchTask, ogbench_task, ogbench_task_names
+from deflow_torchrl.tasks.registry import Task, d4rl_task_names, get_task, ogbench_dataset_name, ogbench_task_names
 
-__all__ = ["OGBenchTask", "ogbench_task", "ogbench_task_names"]
+__all__ = ["Task", "d4rl_task_names", "get_task", "ogbench_dataset_name", "ogbench_task_names"]

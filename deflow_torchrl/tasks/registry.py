@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""The OGBench single-task problems and what a method takes from them, read from ``ogbench.json``."""
+"""What a run is about: data, environment and what a method takes from the task, read from ``ogbench.json`` and ``d4rl.json``."""
 
 from __future__ import annotations
 
@@ -7,37 +7,85 @@ import difflib
 import functools
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
+from typing import Literal
 
+from deflow_torchrl.envs.d4rl import d4rl_task
+from deflow_torchrl.envs.names import parse_ogbench_name
 from deflow_torchrl.errors import InputError
 
 
 @dataclass(frozen=True)
-class OGBenchTask:
-    """One single-task problem of OGBench.
+class Task:
+    """Data, environment and the settings that come with them.
 
     Attributes:
-        name: the name as given, for example ``cube-single-play-singletask-task2-v0``.
-        number: the task's number; the environment's default task where the name has none.
+        name: the name as given, for example ``cube-single-play-singletask-task2-v0``, ``door-human-v1``,
+            ``minari:mujoco/hopper/medium-v0`` or ``own:FOLDER``.
+        source: where the data come from: ``ogbench``, ``minari`` or ``own``.
+        dataset: what the source calls them: single-task name, Minari id, folder of a :class:`~deflow_torchrl.data.TransitionDataset`.
+        environment: name of the environment for :func:`deflow_torchrl.envs.make_gym_env`; ``None`` where there is none.
+        metric: what its evaluations are judged by: ``success``, ``score`` (normalised return) or ``return``.
         gamma: discount.
         q_aggregation: how the target critics are aggregated.
         target_divergence: delta of DeFlow.
         in_paper: whether the three values before are the paper's (Table 6) or the package's own choice.
-        domain: which of the paper's rules from action variance to delta applies: ``manipulation`` or ``navigation``.
+        domain: which of the paper's rules from action variance to delta applies: ``manipulation``, ``navigation`` or ``d4rl``;
+            ``None`` where nobody said.
+        reward_meaning: what the data's rewards mean; ``None`` where nobody said.
     """
 
     name: str
-    number: int
-    gamma: float
-    q_aggregation: str
-    target_divergence: float
-    in_paper: bool
-    domain: str
+    source: Literal["ogbench", "minari", "own"]
+    dataset: str
+    environment: str | None
+    metric: Literal["success", "score", "return"]
+    gamma: float = 0.99
+    q_aggregation: str = "mean"
+    target_divergence: float = 0.001
+    in_paper: bool = False
+    domain: str | None = None
+    reward_meaning: str | None = None
+
+
+def get_task(name: str, *, environment: str | None = None) -> Task:
+    """Look a task up.
+
+    Args:
+        name: an OGBench single-task name (also ``ogbench:NAME``), one of the paper's D4RL names (``door-human-v1``),
+            ``minari:ID`` for any Minari set, or ``own:FOLDER`` for a set made by ``deflow data import``.
+
+    Keyword Args:
+        environment: for ``own:``, where to evaluate: a gymnasium id or an OGBench single-task name.
+
+    Raises:
+        InputError: on an unknown name, with the nearest ones.
+    """
+    prefix, colon, rest = name.partition(":")
+    if environment is not None and prefix != "own":
+        raise InputError(f"env={environment} is for own data (task=own:FOLDER); {name} has an environment of its own")
+    if colon and prefix == "own":
+        return Task(
+            name=name,
+            source="own",
+            dataset=rest,
+            environment=environment if environment is None or environment in _ogbench_tasks() else f"gym:{environment}",
+            metric="success" if environment in _ogbench_tasks() else "return",
+        )
+    if colon and prefix == "minari":
+        known = _d4rl_tasks().get(rest)
+        return Task(name, "minari", rest, name, "return") if known is None else replace(known, name=name)
+    task = _ogbench_tasks().get(rest if prefix == "ogbench" else name) or _d4rl_tasks().get(name)
+    if task is None:
+        near = difflib.get_close_matches(name, [*_ogbench_tasks(), *_d4rl_tasks()], n=3, cutoff=0.6)
+        hint = f"did you mean {', '.join(near)}?" if near else "names look like cube-single-play-singletask-task2-v0"
+        raise InputError(f"unknown task {name!r}; {hint}")
+    return replace(task, name=name)
 
 
 @functools.cache
-def _tasks() -> Mapping[str, OGBenchTask]:
+def _ogbench_tasks() -> Mapping[str, Task]:
     table = json.loads(resources.files(__package__).joinpath("ogbench.json").read_text(encoding="utf-8"))
     tasks = {}
     for group in table["groups"]:
@@ -45,32 +93,76 @@ def _tasks() -> Mapping[str, OGBenchTask]:
             for data in group["data"]:
                 for number in (None, *range(1, table["tasks_per_environment"] + 1)):
                     name = f"{environment}-{data}-singletask{'' if number is None else f'-task{number}'}-v0"
-                    tasks[name] = OGBenchTask(
+                    tasks[name] = Task(
                         name=name,
-                        number=number or group["default_task"],
+                        source="ogbench",
+                        dataset=name,
+                        environment=name,
+                        metric="success",
                         gamma=group["discount"],
                         q_aggregation=group["q_aggregation"],
                         target_divergence=group["target_divergence"],
                         in_paper=group["in_paper"] and data == group["data"][0],
                         domain=group["domain"],
+                        reward_meaning=table["reward_meaning"][group["domain"]],
                     )
     return tasks
 
 
+@functools.cache
+def _d4rl_tasks() -> Mapping[str, Task]:
+    """The paper's D4RL tasks, by D4RL's name and by the Minari id of their data."""
+    table = json.loads(resources.files(__package__).joinpath("d4rl.json").read_text(encoding="utf-8"))
+    tasks = {}
+    for group in table["groups"]:
+        for name in group["tasks"]:
+            facts = d4rl_task(name)
+            if facts is None:
+                raise AssertionError(f"{name} is in tasks/d4rl.json and not in envs/d4rl.json")
+            tasks[name] = tasks[facts.dataset_id] = Task(
+                name=name,
+                source="minari",
+                dataset=facts.dataset_id,
+                environment=f"minari:{facts.dataset_id}",
+                metric="success" if facts.ends_early == "success" else "score",
+                gamma=group["discount"],
+                q_aggregation=group["q_aggregation"],
+                target_divergence=group["target_divergence"],
+                in_paper=True,
+                domain="d4rl",
+                reward_meaning=group["reward_meaning"],
+            )
+    return tasks
+
+
 def ogbench_task_names() -> list[str]:
-    """All known names, in the table's order."""
-    return list(_tasks())
+    """All OGBench single-task names, in the table's order."""
+    return list(_ogbench_tasks())
 
 
-def ogbench_task(name: str) -> OGBenchTask:
-    """Look a task up by its OGBench name.
+def d4rl_task_names() -> list[str]:
+    """The paper's D4RL names, in the table's order."""
+    return [name for name, task in _d4rl_tasks().items() if name != task.dataset]
+
+
+def ogbench_dataset_name(name: str) -> str:
+    """The data set of a data-set name or a task name, either with or without its ending ``-v0``.
 
     Raises:
         InputError: on an unknown name, with the nearest ones.
+
+    Examples:
+        >>> ogbench_dataset_name("cube-single-play-singletask-task2-v0")
+        'cube-single-play-v0'
+        >>> ogbench_dataset_name("scene-noisy")
+        'scene-noisy-v0'
     """
-    task = _tasks().get(name)
-    if task is None:
-        near = difflib.get_close_matches(name, _tasks(), n=3, cutoff=0.6)
-        hint = f"did you mean {', '.join(near)}?" if near else "names look like cube-single-play-singletask-task2-v0"
-        raise InputError(f"unknown task {name!r}; {hint}")
-    return task
+    datasets = list(dict.fromkeys(parse_ogbench_name(task).dataset for task in _ogbench_tasks()))
+    full = f"{name.removesuffix('-v0')}-v0"
+    if full in datasets:
+        return full
+    if full in _ogbench_tasks():
+        return parse_ogbench_name(full).dataset
+    near = difflib.get_close_matches(full, _ogbench_tasks() if "singletask" in name else datasets, n=3, cutoff=0.6)
+    hint = f"did you mean {', '.join(near)}?" if near else "names look like cube-single-play-v0"
+    raise InputError(f"unknown data set {name!r}; {hint}")

@@ -21,6 +21,7 @@ import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModuleBase
 
+from deflow_torchrl.envs.d4rl import normalized_score
 from deflow_torchrl.envs.factory import make_gym_env
 from deflow_torchrl.processes import children_ignore_ctrl_c
 
@@ -33,7 +34,7 @@ class EvaluationResult:
     """Outcome of each episode, in the order of their seeds.
 
     Attributes:
-        success: ``info["success"]`` of the last step, bool ``[E]``.
+        success: ``info["success"]`` of the last step, bool ``[E]``; false where the environment knows none.
         episode_return: undiscounted sum of rewards, ``[E]``.
         length: environment steps, ``[E]``.
         seeds: reset seed of each episode, ``[E]``.
@@ -49,10 +50,17 @@ class EvaluationResult:
         """Fraction of successful episodes."""
         return float(self.success.mean())
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain lists and numbers, for a record."""
+    def score(self, references: tuple[float, float]) -> np.ndarray:
+        """Normalised score of each episode, ``[E]``: 0 for a random policy's return, 100 for the expert's."""
+        return np.asarray(normalized_score(self.episode_return, *references))
+
+    def as_dict(self, references: tuple[float, float] | None = None) -> dict[str, Any]:
+        """Plain lists and numbers, for a record; with normalised scores where there are references."""
+        score = {} if references is None else {"mean_score": float(self.score(references).mean())}
         return {
             "success_rate": self.success_rate,
+            "mean_return": float(self.episode_return.mean()),
+            **score,
             "episodes": len(self.success),
             "success": [int(value) for value in self.success],
             "episode_return": [float(value) for value in self.episode_return],
@@ -65,7 +73,7 @@ class Evaluator:
     """Runs policies on a task, one policy call per step for all environments in use.
 
     Args:
-        task: OGBench single-task name.
+        task: name of an environment, see :func:`deflow_torchrl.envs.make_gym_env`.
 
     Keyword Args:
         num_envs: environments stepped together.
@@ -237,7 +245,7 @@ class _LocalGroup:
 
     def _step(self, env: Any, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool]:
         observation, reward, terminated, truncated, info = env.step(action)
-        return observation, float(reward), bool(terminated or truncated), bool(info["success"])
+        return observation, float(reward), bool(terminated or truncated), bool(info.get("success", False))
 
     def close(self) -> None:
         for env in self._envs.values():

@@ -1,5 +1,4 @@
 import shutil
-import urllib.error
 
 import numpy as np
 import pytest
@@ -167,11 +166,9 @@ def test_a_missing_validation_file_is_named(generated, tmp_path):
 
 
 def test_without_network_the_error_names_the_other_ways_and_leaves_nothing(tmp_path, monkeypatch):
-    def refuse(*args, **kwargs):
-        raise urllib.error.URLError("no route to host")
-
-    monkeypatch.setattr("urllib.request.urlopen", refuse)
-    with pytest.raises(InputError, match=r"data_root=.*no route to host"):
+    monkeypatch.setattr("ogbench.utils.DATASET_URL", "http://127.0.0.1:9")
+    monkeypatch.delenv("DEFLOW_MIRRORS", raising=False)
+    with pytest.raises(InputError, match=r"no data file.*Connection refused.*deflow data generate.*--from-file"):
         load_ogbench_dataset(TASK, root=tmp_path / "empty")
     assert list((tmp_path / "empty").iterdir()) == []
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from deflow_torchrl.errors import InputError
-from deflow_torchrl.tasks import ogbench_task, ogbench_task_names
+from deflow_torchrl.tasks import ogbench_dataset_name, ogbench_task, ogbench_task_names
 
 
 def test_settings_the_task_decides():
@@ -32,6 +32,28 @@ def test_every_name_is_an_environment_of_the_ogbench_package():
 def test_an_unknown_task_gets_the_nearest_names():
     with pytest.raises(InputError, match="did you mean cube-single-play-singletask-task2-v0"):
         ogbench_task("cube-single-play-singletask-task2")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["cube-single-play", "cube-single-play-v0", "cube-single-play-singletask", "cube-single-play-singletask-task2-v0"],
+)
+def test_data_sets_are_known_by_their_own_and_their_tasks_names(name):
+    assert ogbench_dataset_name(name) == "cube-single-play-v0"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("cube-sinle-play", "did you mean cube-single-play-v0"),
+        ("cube-single-play-singletask-task9-v0", "did you mean cube-single-play-singletask-task"),
+        ("nonsense", "names look like cube-single-play-v0"),
+        ("", "names look like"),
+    ],
+)
+def test_an_unknown_data_set_gets_the_nearest_names(name, message):
+    with pytest.raises(InputError, match=message):
+        ogbench_dataset_name(name)
 
 
 def test_values_are_those_of_the_papers_table_6():

@@ -313,6 +313,7 @@ class _Run:
             command=self.command,
             config=config_to_dict(self.config),
             data=self.data,
+            metric=self.task.metric,
             evaluations=_outcomes(self.outcomes, self.references),
             seconds={**extra_seconds, **self.seconds, "updates": trainer.trained_seconds},
         )

@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from deflow_torchrl.data.dataset import TransitionDataset
+from deflow_torchrl.paths import make_writable_folder, write_text
 
 CARD_SCHEMA = 1
 _ROWS = 1 << 16
@@ -17,9 +20,7 @@ _MOST_VALUES = 20
 _PACKAGES = ("deflow-torchrl", "ogbench", "minari", "gymnasium", "gymnasium-robotics", "mujoco", "numpy")
 
 
-def data_card(
-    dataset: TransitionDataset, *, name: str, reward_meaning: str | None = None, terminated_meaning: str | None = None
-) -> dict[str, Any]:
+def data_card(dataset: TransitionDataset, *, name: str, reward_meaning: str | None = None) -> dict[str, Any]:
     """Describe a set.
 
     Args:
@@ -28,7 +29,6 @@ def data_card(
     Keyword Args:
         name: what the set is called.
         reward_meaning: what the reward's values mean, where it is known.
-        terminated_meaning: what a terminated transition means, where it is known.
 
     Returns:
         Plain values: source and provenance, versions, sizes, episode lengths, reward values, counts, action statistics.
@@ -84,7 +84,6 @@ def data_card(
         "terminated": {
             "transitions": int(dataset.terminated.sum()),
             "episodes": len(episode.unique()),
-            "meaning": terminated_meaning,
         },
         "action": {
             "dimensions": dimensions,
@@ -98,6 +97,21 @@ def data_card(
         "jump": None if report is None or report.jump is None else str(report.jump),
         "bytes": dataset.nbytes,
     }
+
+
+def write_card(
+    dataset: TransitionDataset, folder: Path, *, name: str, reward_meaning: str | None = None
+) -> dict[str, Any]:
+    """Write ``card.json`` and ``card.md`` into a folder, beside and renamed; arguments and result as in :func:`data_card`.
+
+    Raises:
+        InputError: if the folder cannot be written.
+    """
+    card = data_card(dataset, name=name, reward_meaning=reward_meaning)
+    make_writable_folder(folder)
+    write_text(folder / "card.json", json.dumps(card, indent=2) + "\n")
+    write_text(folder / "card.md", card_markdown(card))
+    return card
 
 
 def card_markdown(card: Mapping[str, Any]) -> str:
@@ -124,7 +138,6 @@ def card_markdown(card: Mapping[str, Any]) -> str:
         ("reward", f"{reward['min']:g} to {reward['max']:g}, mean {reward['mean']:.4g}: {values}"),
         ("reward's meaning", reward["meaning"] or "not known here"),
         ("terminated", f"{ended['transitions']} transitions, in {ended['episodes']} episodes"),
-        ("terminated means", ended["meaning"] or "not known here"),
         ("duplicated transitions", _count(card["duplicated_transitions"])),
         ("jumps inside episodes", card["jump"] or "none found"),
         ("size", f"{card['bytes'] / 1e6:.1f} MB, observations stored once"),

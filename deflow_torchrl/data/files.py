@@ -111,7 +111,7 @@ def import_files(
             joined["actions"] = Rescaled(joined["actions"], *action_bounds)
         with readable(files[0]):
             return dataset_from_arrays(
-                **joined,  # type: ignore[arg-type] # the names are FIELDS
+                **joined,
                 episode_ends=_told(ends, tables, [fields["actions"].shape[0] for fields in found], files),
                 both=both,  # type: ignore[arg-type]
                 final_observation_rows=final_observation_rows,
@@ -248,6 +248,9 @@ _OPENERS: dict[str, Callable[[Path, ExitStack], Table]] = {
     ".parquet": _open_parquet,
 }
 
+FILE_ENDINGS = tuple(_OPENERS)
+"""Endings of the files that can be imported."""
+
 
 def _arrow(table: Any) -> Table:
     """An arrow table's columns as numpy arrays; lists of equal length become vectors, missing values NaN."""
@@ -301,7 +304,7 @@ def _joined(name: str, columns: Sequence[Column], files: Sequence[Path]) -> Colu
     for column, path in zip(columns, files, strict=True):
         if tuple(column.shape[1:]) != tuple(columns[0].shape[1:]):
             raise InputError(
-                f"{path}: {name} has rows of shape {tuple(column.shape[1:])}, those of {files[0]} have {tuple(columns[0].shape[1:])}"
+                f"{path}: {name} has rows of shape {tuple(column.shape[1:])}, in {files[0]} {tuple(columns[0].shape[1:])}"
             )
     return columns[0] if len(columns) == 1 else Joined(columns)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import shlex
 import signal
 import sys
@@ -106,11 +107,14 @@ def train(
     settings: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="Settings, as in Hydra.")] = None,
     json_: _JSON = False,
 ) -> None:
-    """Train a method on an OGBench single-task data set: deflow train task=NAME [KEY=VALUE...]
+    """Train a method on a data set: deflow train task=NAME [KEY=VALUE...]
 
-    Settings: task, algo (deflow), seed, offline_steps, batch_size, hidden_dims=[256,256], log_interval, eval_interval,
-    eval_episodes, save_interval, data_root, download, out, device, compile, threads, eval_workers, logger
-    (none, wandb, tensorboard, mlflow).
+    NAME: an OGBench single-task name; one of the paper's D4RL names (door-human-v1); minari:ID, any Minari set; own:FOLDER, a
+    set made by deflow data import, evaluated in env=GYMNASIUM_ID.
+
+    Settings: task, env, algo (deflow), seed, offline_steps, batch_size, hidden_dims=[256,256], log_interval, eval_interval,
+    eval_episodes, save_interval, data_root, download, storage (device, memmap), out, device, compile, threads,
+    eval_workers, logger (none, wandb, tensorboard, mlflow).
 
     Settings of the method: algo.lr, algo.tau, algo.flow_steps, algo.gamma, algo.q_aggregation, algo.target_divergence,
     algo.normalize_q_loss, algo.divergence_reduction, algo.log_alpha_init, algo.min_alpha, algo.max_alpha,
@@ -147,10 +151,9 @@ def evaluate(
     from deflow_torchrl.experiment import evaluate_run
 
     result = evaluate_run(run, episodes=episodes, device=device)
-    _print_evaluations(result["evaluations"])
+    _print_evaluations(result["evaluations"], result["metric"])
     if json_:
-        summary = {name: outcome["success_rate"] for name, outcome in result["evaluations"].items()}
-        print(json.dumps({"run": str(run), "step": result["step"], "success": summary, **result}))
+        print(json.dumps({"run": str(run), **_summary(result), **result}))
 
 
 @data.command("download")
@@ -277,10 +280,118 @@ def generate_data(
         print(json.dumps(result))
 
 
+@data.command("import")
+@_verb
+def import_data(
+    files: Annotated[
+        list[str], typer.Argument(metavar="FILE...", help="npz, HDF5, CSV or Parquet, all of one layout.")
+    ],
+    *,
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    column: Annotated[
+        list[str] | None, typer.Option("--column", metavar="FIELD=NAME", help="A field's name in the files; repeat it.")
+    ] = None,
+    ends: Annotated[
+        str, typer.Option(help="How ends of episodes are known: flags, file, discontinuity, ROWS, column:NAME.")
+    ] = "flags",
+    never_terminates: Annotated[
+        bool, typer.Option("--never-terminates", help="The task has no terminal states.")
+    ] = False,
+    final_observation_rows: Annotated[
+        bool,
+        typer.Option("--final-observation-rows", help="An episode's last row holds its final observation, no action."),
+    ] = False,
+    both: Annotated[
+        str, typer.Option(help="What a row flagged terminal and timeout is: terminal, timeout.")
+    ] = "refuse",
+    action_bounds: Annotated[
+        tuple[float, float] | None, typer.Option(metavar="LOW HIGH", help="The actions' bounds, mapped to [-1, 1].")
+    ] = None,
+    allow_jumps: Annotated[
+        bool, typer.Option("--allow-jumps", help="The state may jump inside an episode (teleporters).")
+    ] = False,
+    json_: _JSON = False,
+) -> None:
+    """Turn your own files into a checked data set that trains: deflow train task=own:OUT [env=GYMNASIUM_ID]
+
+    Fields: observations, actions, rewards, terminals (1 where the task ended), and, where you have them, timeouts (1 on the
+    last row of an episode that was cut), next_observations. Fields under their usual names (obs, action, terminated,
+    truncated...) need no --column. In HDF5 a name is a path; in CSV and Parquet a vector is a pattern or a list of columns.
+
+    Without next_observations the next row is the successor, and the last row of a cut episode is left out. Ends of episodes
+    are never guessed: --ends says how they are known. What was found is written as card.json and card.md in OUT.
+
+    Example: deflow data import run*.csv --out data/arm --column observations='q_*' --column actions=u_0,u_1 --ends file
+    --never-terminates --action-bounds -2 2
+    """
+    from deflow_torchrl.data.card import write_card
+    from deflow_torchrl.data.dataset import make_folder
+    from deflow_torchrl.data.files import import_files
+
+    columns = {}
+    for item in column or []:
+        field, equals, name = item.partition("=")
+        if not equals or not name:
+            raise InputError(f"--column {item}: write FIELD=NAME, for example observations=obs")
+        columns[field] = name
+    dataset = make_folder(
+        out,
+        lambda folder: import_files(
+            files,
+            columns=columns,
+            ends=ends,
+            never_terminates=never_terminates,
+            final_observation_rows=final_observation_rows,
+            both=both,
+            action_bounds=action_bounds,
+            allow_jumps=allow_jumps,
+            folder=folder,
+        ),
+    )
+    card = write_card(dataset, out, name=out.name)
+    go_on = shlex.join(["deflow", "train", f"task=own:{out}"])
+    print(f"{out}: {card['transitions']} transitions, {card['episodes']} episodes; see {out / 'card.md'}")
+    print(f"go on with: {go_on}")
+    if json_:
+        print(json.dumps({"out": str(out), "card": card, "train": go_on}))
+
+
+@data.command("describe")
+@_verb
+def describe_data(
+    name: Annotated[str, typer.Argument(metavar="NAME|FILE", help="A task, an imported folder, or a data file.")],
+    *,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the card. [default: an imported folder itself, else $DEFLOW_HOME/cards]"),
+    ] = None,
+    data_root: Annotated[Path | None, typer.Option(help="Folder of NAME.npz. [default: $DEFLOW_HOME/data]")] = None,
+    download: Annotated[bool, typer.Option(help="Fetch a missing data set from its source's host.")] = True,
+    json_: _JSON = False,
+) -> None:
+    """Check a data set and print its card: source, episodes, rewards and their meaning, actions, duplicates, provenance.
+
+    NAME is whatever deflow train takes as task= (cube-single-play-singletask-task2-v0, door-human-v1, minari:ID, own:FOLDER);
+    FILE is an .npz in OGBench's layout or another file with the usual names of columns. The card is written as JSON and
+    Markdown.
+    """
+    from deflow_torchrl.data.card import card_markdown, write_card
+    from deflow_torchrl.paths import cache_home
+    from deflow_torchrl.tasks.sources import load_any
+
+    dataset, task = load_any(name, root=data_root, download=download)
+    folder = out or dataset.folder or cache_home() / "cards" / re.sub(r"[^\w.-]+", "-", name).strip("-")
+    card = write_card(dataset, folder, name=name, reward_meaning=None if task is None else task.reward_meaning)
+    print(card_markdown(card))
+    print(f"written to {folder / 'card.json'} and {folder / 'card.md'}")
+    if json_:
+        print(json.dumps(card))
+
+
 @app.command()
 @_verb
 def iav(
-    name: Annotated[str, typer.Argument(help="OGBench single-task name, or an .npz file in OGBench's layout.")],
+    name: Annotated[str, typer.Argument(metavar="NAME|FILE", help="A task, an imported folder, or a data file.")],
     *,
     k: Annotated[int, typer.Option("--k", help="Neighbours of a state.")] = 5,
     queries: Annotated[int, typer.Option(help="States to average over.")] = 20_000,
@@ -294,7 +405,7 @@ def iav(
         str | None, typer.Option(help="Rule for a file: manipulation, navigation or d4rl. [default: the task's; all]")
     ] = None,
     data_root: Annotated[Path | None, typer.Option(help="Folder of NAME.npz. [default: $DEFLOW_HOME/data]")] = None,
-    download: Annotated[bool, typer.Option(help="Fetch a missing data set from OGBench's host.")] = True,
+    download: Annotated[bool, typer.Option(help="Fetch a missing data set from its source's host.")] = True,
     seed: Annotated[int, typer.Option(help="Seed of the states and of the interval.")] = 0,
     json_: _JSON = False,
 ) -> None:
@@ -310,29 +421,29 @@ def iav(
         paper_values,
         suggest_target_divergence,
     )
-    from deflow_torchrl.data.ogbench import load_ogbench_dataset, load_states_and_actions
     from deflow_torchrl.progress import progress_bar
-    from deflow_torchrl.tasks import ogbench_task
+    from deflow_torchrl.tasks.sources import load_any
 
-    task = None if name.endswith(".npz") else ogbench_task(name)
+    if domain is not None:
+        suggest_target_divergence(0.0, domain=domain)  # an unknown domain is refused before the work
+    dataset, task = load_any(name, root=data_root, download=download)
     domain = task.domain if task is not None and domain is None else domain
     paper = paper_values()
     domains = list(paper["rule"]) if domain is None else [domain]
-    suggest_target_divergence(0.0, domain=domains[0])  # an unknown domain is refused before the work
-    if task is None:
-        observations, actions = load_states_and_actions(name)
-    else:
-        transitions = load_ogbench_dataset(name, root=data_root, download=download)[:]
-        observations, actions = transitions["observation"], transitions["action"]
+    if dataset.observation.ndim != 2:
+        raise InputError(
+            f"{name}: distances between pictures say nothing about their states; use the state's own data set"
+        )
+    transitions = dataset[:]
     variance = intrinsic_action_variance(
-        observations, actions, k=k, queries=queries, include_self=include_self, normalize=normalize, seed=seed,
+        transitions["observation"], transitions["action"], k=k, queries=queries, include_self=include_self,
+        normalize=normalize, seed=seed,
         progress=lambda blocks, total: progress_bar(blocks, total=total, desc="neighbours", unit="block"),
     )  # fmt: skip
     suggested = {domain: suggest_target_divergence(variance, domain=domain) for domain in domains}
 
-    print(
-        f"{name}: {variance.transitions} transitions, {observations.shape[1]} observations, {actions.shape[1]} actions"
-    )
+    widths = f"{transitions['observation'].shape[1]} observations, {transitions['action'].shape[1]} actions"
+    print(f"{name}: {variance.transitions} transitions, {widths}")
     print(
         f"variance of the actions of the {k} nearest neighbours (the state itself {'counted' if include_self else 'left out'}, "
         f"observations {'divided by their standard deviation' if normalize else 'as they are'}, divisor k - 1), "
@@ -378,20 +489,29 @@ def _families_by_value(divergences: dict[str, float]) -> dict[float, list[str]]:
 
 def _print_record(record: dict[str, Any], as_json: bool) -> None:
     out = record["config"]["out"]
-    _print_evaluations(record["evaluations"])
+    _print_evaluations(record["evaluations"], record["metric"])
     print(f"Report: {Path(out) / 'report.html'}")
     if as_json:
-        summary = {name: outcome["success_rate"] for name, outcome in record["evaluations"].items()}
-        print(
-            json.dumps(
-                {"out": out, "success": summary, "transitions": record["data"]["transitions"], "time": record["time"]}
-            )
-        )
+        result = {"out": out, **_summary(record), "transitions": record["data"]["transitions"], "time": record["time"]}
+        print(json.dumps(result))
 
 
-def _print_evaluations(evaluations: dict[str, Any]) -> None:
+def _summary(result: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """``success`` and, where the task has them, ``score`` by policy."""
+    outcomes = result["evaluations"].items()
+    summary = {"success": {name: outcome["success_rate"] for name, outcome in outcomes}}
+    scores = {name: outcome["mean_score"] for name, outcome in outcomes if "mean_score" in outcome}
+    return {**summary, **({"score": scores} if scores else {})}
+
+
+def _print_evaluations(evaluations: dict[str, Any], metric: str) -> None:
+    if not evaluations:
+        print("not evaluated: own data without an environment (env=)")
     for name, outcome in evaluations.items():
-        print(f"{name}: success {outcome['success_rate']:.2f} over {outcome['episodes']} episodes")
+        parts = [] if metric == "return" else [f"success {outcome['success_rate']:.2f}"]
+        parts += [f"normalised score {outcome['mean_score']:.1f}"] if "mean_score" in outcome else []
+        parts += [f"return {outcome['mean_return']:.1f}"] if metric == "return" else []
+        print(f"{name}: {', '.join(parts)} over {outcome['episodes']} episodes")
 
 
 def _command() -> str:

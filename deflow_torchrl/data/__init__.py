@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""Transitions in TorchRL's TED layout: OGBench and Minari sets, their download, generation and action variance."""
+"""Transitions in TorchRL's TED layout: from OGBench, Minari or own files, checked, stored once, described."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from deflow_torchrl.data.action_variance import intrinsic_action_variance as intrinsic_action_variance
     from deflow_torchrl.data.action_variance import suggest_target_divergence as suggest_target_divergence
     from deflow_torchrl.data.builder import TransitionBuilder as TransitionBuilder
+    from deflow_torchrl.data.card import card_markdown as card_markdown
+    from deflow_torchrl.data.card import data_card as data_card
     from deflow_torchrl.data.dataset import TransitionDataset as TransitionDataset
     from deflow_torchrl.data.dataset import TransitionReplayBuffer as TransitionReplayBuffer
     from deflow_torchrl.data.dataset import ValidationReport as ValidationReport
     from deflow_torchrl.data.download import download_ogbench_dataset as download_ogbench_dataset
+    from deflow_torchrl.data.files import import_files as import_files
     from deflow_torchrl.data.generation import generate_ogbench_dataset as generate_ogbench_dataset
     from deflow_torchrl.data.minari import MinariExperienceReplay as MinariExperienceReplay
     from deflow_torchrl.data.minari import load_minari_dataset as load_minari_dataset
@@ -28,6 +31,9 @@ _EXPORTS = {
     "load_ogbench_dataset": ".ogbench",
     "MinariExperienceReplay": ".minari",
     "load_minari_dataset": ".minari",
+    "import_files": ".files",
+    "data_card": ".card",
+    "card_markdown": ".card",
     "TransitionDataset": ".dataset",
     "TransitionReplayBuffer": ".dataset",
     "TransitionBuilder": ".builder",

@@ -327,20 +327,38 @@ def prepared(
             if found.about.get("fingerprint") == fingerprint:
                 return found
             shutil.rmtree(folder)
-        elif folder.exists() and any(folder.iterdir()):
-            raise InputError(f"{folder} is in the way and holds no prepared data set; choose another folder")
-        part = _fresh_part(folder)
-        try:
-            dataset = build(part)
+        return _make(folder, build, fingerprint=fingerprint)
+
+
+def make_folder(folder: Path, build: Callable[[Path], TransitionDataset]) -> TransitionDataset:
+    """Make a set in a folder that must not exist yet; see :func:`prepared`.
+
+    Raises:
+        InputError: as :func:`prepared`.
+    """
+    make_writable_folder(folder.parent)
+    with only_one_prepares(folder.name, folder.parent):
+        return _make(folder, build)
+
+
+def _make(
+    folder: Path, build: Callable[[Path], TransitionDataset], *, fingerprint: dict[str, Any] | None = None
+) -> TransitionDataset:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} is in the way; choose another folder or delete it")
+    part = _fresh_part(folder)
+    try:
+        dataset = build(part)
+        if fingerprint is not None:
             dataset.about["fingerprint"] = fingerprint
-            dataset._write_about(part)
-            if folder.exists():
-                folder.rmdir()
-            part.rename(folder)
-        except OSError as error:
-            raise InputError(f"cannot write in {folder.parent} ({error.strerror}); choose another folder") from error
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+        dataset._write_about(part)
+        if folder.exists():
+            folder.rmdir()
+        part.rename(folder)
+    except OSError as error:
+        raise InputError(f"cannot write in {folder.parent} ({error.strerror}); choose another folder") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     return TransitionDataset.load(folder)
 
 

@@ -126,23 +126,27 @@ class OGBenchExperienceReplay(TransitionReplayBuffer):
 register_dataset("ogbench", OGBenchExperienceReplay)
 
 
-def load_states_and_actions(path: str | os.PathLike[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Read s ``[N, O]`` and a ``[N, A]`` of a file in OGBench's layout, without simulator, rewards or task.
+def is_ogbench_layout(path: Path) -> bool:
+    """Whether an .npz has OGBench's arrays and no rewards, which its tasks compute.
 
-    Rows that end a trajectory (``terminals``) are dropped as the ``ogbench`` package does: they have no successor.
+    Raises:
+        InputError: if it is missing or damaged.
+    """
+    with NpzArchive(path) as archive:
+        return all(name in archive for name in _REQUIRED) and "rewards" not in archive
+
+
+def load_ogbench_file(path: str | os.PathLike[str]) -> TransitionDataset:
+    """Load states and actions of a file in OGBench's layout, without simulator or task: every reward is 0.
+
+    Rows that end a trajectory (``terminals``) hold its final observation, as the ``ogbench`` package has it.
 
     Raises:
         InputError: on a missing or damaged file, wrong types or shapes, NaN, or actions outside [-1, 1].
     """
     path = Path(path).expanduser()
     with NpzArchive(path) as archive, readable(path):
-        dataset = _assemble(archive, path, rewards=None, terminated=None, folder=None, allow_jumps=True)
-    if dataset.observation.ndim != 2:
-        raise InputError(
-            f"{path}: observations have shape {tuple(dataset.observation.shape)}, expected a row of numbers a state"
-        )
-    transitions = dataset[:]
-    return transitions["observation"], transitions["action"]
+        return _assemble(archive, path, rewards=None, terminated=None, folder=None, allow_jumps=True)
 
 
 def _read(path: Path, name: OGBenchName, folder: Path | None) -> TransitionDataset:

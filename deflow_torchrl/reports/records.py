@@ -13,8 +13,19 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-SCHEMA = 1
-_PACKAGES = ("deflow-torchrl", "torch", "torchrl", "tensordict", "numpy", "gymnasium", "mujoco", "ogbench")
+SCHEMA = 2
+_PACKAGES = (
+    "deflow-torchrl",
+    "torch",
+    "torchrl",
+    "tensordict",
+    "numpy",
+    "gymnasium",
+    "mujoco",
+    "ogbench",
+    "minari",
+    "gymnasium-robotics",
+)
 
 
 def build_record(
@@ -22,6 +33,7 @@ def build_record(
     command: str,
     config: Mapping[str, Any],
     data: Mapping[str, Any],
+    metric: str,
     evaluations: Mapping[str, Any],
     seconds: Mapping[str, float],
 ) -> dict[str, Any]:
@@ -31,6 +43,7 @@ def build_record(
         command: the command line that made it.
         config: all settings.
         data: description of the data (file, transitions, checksum, provenance).
+        metric: what the task is judged by: ``success``, ``score`` or ``return``.
         evaluations: policy name -> outcome with per-episode results.
         seconds: wall time by phase.
     """
@@ -41,6 +54,7 @@ def build_record(
         "config": settings,
         "config_sha256": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
         "data": dict(data),
+        "metric": metric,
         "evaluations": dict(evaluations),
         "time": dict(seconds),
         "versions": package_versions(),

@@ -24,7 +24,7 @@ class Task:
         name: the name as given, for example ``cube-single-play-singletask-task2-v0``, ``door-human-v1``,
             ``minari:mujoco/hopper/medium-v0`` or ``own:FOLDER``.
         source: where the data come from: ``ogbench``, ``minari`` or ``own``.
-        dataset: what the source calls them: single-task name, Minari id, folder of a :class:`~deflow_torchrl.data.TransitionDataset`.
+        dataset: what the source calls them: single-task name, Minari id, folder of a transition set.
         environment: name of the environment for :func:`deflow_torchrl.envs.make_gym_env`; ``None`` where there is none.
         metric: what its evaluations are judged by: ``success``, ``score`` (normalised return) or ``return``.
         gamma: discount.
@@ -34,6 +34,7 @@ class Task:
         domain: which of the paper's rules from action variance to delta applies: ``manipulation``, ``navigation`` or ``d4rl``;
             ``None`` where nobody said.
         reward_meaning: what the data's rewards mean; ``None`` where nobody said.
+        number: number of an OGBench task; the environment's default task where the name has none.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Task:
     in_paper: bool = False
     domain: str | None = None
     reward_meaning: str | None = None
+    number: int | None = None
 
 
 def get_task(name: str, *, environment: str | None = None) -> Task:
@@ -105,6 +107,7 @@ def _ogbench_tasks() -> Mapping[str, Task]:
                         in_paper=group["in_paper"] and data == group["data"][0],
                         domain=group["domain"],
                         reward_meaning=table["reward_meaning"][group["domain"]],
+                        number=number or group["default_task"],
                     )
     return tasks
 

@@ -11,10 +11,12 @@ import torch
 
 from deflow_torchrl.data.dataset import TransitionDataset
 from deflow_torchrl.data.download import manifest_entry
+from deflow_torchrl.data.files import FILE_ENDINGS, import_files
+from deflow_torchrl.data.ogbench import is_ogbench_layout, load_ogbench_dataset, load_ogbench_file
 from deflow_torchrl.envs.names import parse_ogbench_name
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.paths import cache_home, data_root, dataset_path
-from deflow_torchrl.tasks.registry import Task
+from deflow_torchrl.tasks.registry import Task, get_task
 
 
 def load_task_data(
@@ -48,8 +50,6 @@ def load_task_data(
     folder = cache_home() / "prepared" if memmap else None
     kept: dict[str, Any] = {"memmap_dir": folder} if memmap else {"device": device}
     if task.source == "ogbench":
-        from deflow_torchrl.data.ogbench import load_ogbench_dataset
-
         try:
             dataset = load_ogbench_dataset(task.dataset, split=split, root=root, download=download, **kept)
         except InputError as error:
@@ -65,6 +65,40 @@ def load_task_data(
         return load_minari_dataset(task.dataset, download=download, **kept)
     dataset = TransitionDataset.load(task.dataset)
     return dataset if memmap else dataset.to(device)
+
+
+def load_any(
+    name: str, *, root: str | Path | None = None, download: bool = True
+) -> tuple[TransitionDataset, Task | None]:
+    """Load whatever a user names: a task, a folder made by ``deflow data import``, or a file.
+
+    Args:
+        name: a task's name (:func:`deflow_torchrl.tasks.get_task`), a folder, an .npz in OGBench's layout (without rewards,
+            which belong to tasks), or another file with the usual names of columns (:func:`deflow_torchrl.data.import_files`).
+
+    Keyword Args:
+        root: folder of OGBench's files.
+        download: fetch what is missing.
+
+    Returns:
+        The transitions, and the task if it was one.
+
+    Raises:
+        InputError: where nothing of that name can be found, read or used.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return TransitionDataset.load(path), None
+    if path.suffix.lower() in FILE_ENDINGS:
+        if path.suffix.lower() == ".npz" and is_ogbench_layout(path):
+            dataset = load_ogbench_file(path)
+            dataset.about |= ogbench_provenance(path)
+            return dataset, None
+        return import_files([path]), None
+    task = get_task(name)
+    found = load_task_data(task, root=root, download=download)
+    assert found is not None
+    return found, task
 
 
 def reference_returns(task: Task) -> tuple[float, float] | None:

@@ -11,7 +11,7 @@ import torch
 from deflow_torchrl.data import ActionVariance, intrinsic_action_variance, suggest_target_divergence
 from deflow_torchrl.data.action_variance import _nearest, paper_values
 from deflow_torchrl.errors import InputError
-from deflow_torchrl.tasks import ogbench_task, ogbench_task_names
+from deflow_torchrl.tasks import get_task, ogbench_task_names
 
 
 def draw(*shape, seed=0):
@@ -267,9 +267,9 @@ def test_suggestions_follow_the_papers_rule():
 
 
 def test_every_task_has_a_domain_of_the_rule():
-    assert {ogbench_task(name).domain for name in ogbench_task_names()} == {"manipulation", "navigation"}
-    assert ogbench_task("antsoccer-arena-navigate-singletask-v0").domain == "navigation"
-    assert ogbench_task("puzzle-3x3-play-singletask-v0").domain == "manipulation"
+    assert {get_task(name).domain for name in ogbench_task_names()} == {"manipulation", "navigation"}
+    assert get_task("antsoccer-arena-navigate-singletask-v0").domain == "navigation"
+    assert get_task("puzzle-3x3-play-singletask-v0").domain == "manipulation"
 
 
 def test_the_papers_values_are_copied_and_agree_with_the_tasks():
@@ -280,7 +280,7 @@ def test_the_papers_values_are_copied_and_agree_with_the_tasks():
         "cube-double": 0.013, "antmaze-large": 0.018, "puzzle-3x3": 0.007, "antsoccer": 0.026,
     }  # fmt: skip
     deltas = values["target_divergence"]
-    tasks = [ogbench_task(name) for name in ogbench_task_names()]
+    tasks = [get_task(name) for name in ogbench_task_names()]
     for family, delta in deltas.items():
         matching = {task.target_divergence for task in tasks if task.in_paper and task.name.startswith(f"{family}-")}
         assert matching == ({delta} if not family.startswith(("D4RL", "visual")) else set()), family

@@ -7,7 +7,7 @@ import torch
 ogbench = pytest.importorskip("ogbench", reason="needs the extra ogbench")
 
 from deflow_torchrl.data import OGBenchExperienceReplay, load_ogbench_dataset  # noqa: E402
-from deflow_torchrl.data.ogbench import load_states_and_actions  # noqa: E402
+from deflow_torchrl.data.ogbench import load_ogbench_file  # noqa: E402
 from deflow_torchrl.errors import InputError  # noqa: E402
 from tests.conftest import DATASET, TASK  # noqa: E402
 
@@ -180,7 +180,8 @@ def test_unknown_names_are_refused(generated):
 
 
 def test_states_and_actions_of_a_file_are_the_rows_the_ogbench_package_keeps(generated):
-    observations, actions = load_states_and_actions(generated / f"{DATASET}.npz")
+    rows = load_ogbench_file(generated / f"{DATASET}.npz")[:]
+    observations, actions = rows["observation"], rows["action"]
     td = load_ogbench_dataset(TASK, root=generated)[:]
     assert torch.equal(observations, td["observation"])
     torch.testing.assert_close(actions, td["action"], rtol=0, atol=1.1e-5)
@@ -201,7 +202,7 @@ def test_states_and_actions_of_a_file_are_the_rows_the_ogbench_package_keeps(gen
 def test_a_file_without_usable_states_and_actions_is_refused(generated, tmp_path, changes, message):
     path = tamper(generated, tmp_path, **changes) / f"{DATASET}.npz"
     with pytest.raises(InputError, match=message) as error:
-        load_states_and_actions(path)
+        load_ogbench_file(path)
     assert "\n" not in str(error.value)
     with pytest.raises(InputError, match="no data file"):
-        load_states_and_actions(tmp_path / "nowhere.npz")
+        load_ogbench_file(tmp_path / "nowhere.npz")

@@ -5,16 +5,16 @@ from pathlib import Path
 import pytest
 
 from deflow_torchrl.errors import InputError
-from deflow_torchrl.tasks import ogbench_dataset_name, ogbench_task, ogbench_task_names
+from deflow_torchrl.tasks import d4rl_task_names, get_task, ogbench_dataset_name, ogbench_task_names
 
 
 def test_settings_the_task_decides():
-    cube = ogbench_task("cube-single-play-singletask-task2-v0")
+    cube = get_task("cube-single-play-singletask-task2-v0")
     assert (cube.gamma, cube.q_aggregation, cube.target_divergence, cube.in_paper) == (0.99, "mean", 0.001, True)
-    maze = ogbench_task("antmaze-giant-navigate-singletask-v0")
+    maze = get_task("antmaze-giant-navigate-singletask-v0")
     assert (maze.gamma, maze.q_aggregation, maze.target_divergence, maze.number) == (0.995, "min", 0.01, 1)
-    assert ogbench_task("puzzle-3x3-play-singletask-v0").number == 4
-    assert not ogbench_task("cube-single-noisy-singletask-v0").in_paper
+    assert get_task("puzzle-3x3-play-singletask-v0").number == 4
+    assert not get_task("cube-single-noisy-singletask-v0").in_paper
 
 
 def test_every_name_is_an_environment_of_the_ogbench_package():
@@ -29,9 +29,28 @@ def test_every_name_is_an_environment_of_the_ogbench_package():
     assert not missing
 
 
+def test_a_task_of_each_source_knows_its_data_and_environment():
+    prefixed = get_task("ogbench:cube-single-play-singletask-task2-v0")
+    assert (prefixed.source, prefixed.dataset) == ("ogbench", "cube-single-play-singletask-task2-v0")
+    door = get_task("door-human-v1")
+    assert (door.source, door.dataset, door.metric) == ("minari", "D4RL/door/human-v2", "score")
+    assert get_task("minari:D4RL/door/human-v2").target_divergence == door.target_divergence == 0.001
+    assert get_task("antmaze-umaze-v2").metric == "success"
+    other = get_task("minari:mine/arm-v0")
+    assert (other.dataset, other.environment, other.metric) == ("mine/arm-v0", "minari:mine/arm-v0", "return")
+    own = get_task("own:data/arm", environment="Pendulum-v1")
+    assert (own.source, own.dataset, own.environment, own.metric) == ("own", "data/arm", "gym:Pendulum-v1", "return")
+    assert get_task("own:data/arm").environment is None
+    cube = get_task("own:x", environment="cube-single-play-singletask-task2-v0")
+    assert (cube.environment, cube.metric) == ("cube-single-play-singletask-task2-v0", "success")
+    assert len(d4rl_task_names()) == 18
+    with pytest.raises(InputError, match="has an environment of its own"):
+        get_task("door-human-v1", environment="Pendulum-v1")
+
+
 def test_an_unknown_task_gets_the_nearest_names():
     with pytest.raises(InputError, match="did you mean cube-single-play-singletask-task2-v0"):
-        ogbench_task("cube-single-play-singletask-task2")
+        get_task("cube-single-play-singletask-task2")
 
 
 @pytest.mark.parametrize(
@@ -62,10 +81,10 @@ def test_values_are_those_of_the_papers_table_6():
     if not table or not path.is_file():
         pytest.skip("DEFLOW_TEST_DATA does not lie beside the paper's tables")
     with path.open() as file:
-        rows = [row for row in csv.DictReader(file) if row["benchmark"] == "ogbench-state"]
-    assert len(rows) == 50
+        rows = [row for row in csv.DictReader(file) if row["benchmark"] != "ogbench-visual"]
+    assert len(rows) == 68
     for row in rows:
-        task = ogbench_task(row["task"])
+        task = get_task(row["task"])
         assert task.in_paper
         assert task.gamma == float(row["discount"])
         assert task.q_aggregation == row["q_agg"]

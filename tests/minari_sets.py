@@ -12,7 +12,7 @@ import numpy as np
 from deflow_torchrl.envs.minari import import_minari
 
 
-def record(env, dataset_id, episodes=3, *, low=-1.0, high=1.0, collector=None, **metadata):
+def record(env, dataset_id, episodes=3, *, low=-1.0, high=1.0, **metadata):
     """Act at random in ``env`` for whole episodes; with minari's DataCollector where jax, which it needs, is installed."""
     minari = import_minari()
     try:
@@ -28,8 +28,8 @@ def record(env, dataset_id, episodes=3, *, low=-1.0, high=1.0, collector=None, *
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # minari misses an author, an e-mail address, ...
-        if with_collector and collector is not False:
-            env = minari.DataCollector(env)
+        if with_collector:
+            plain, env = env, minari.DataCollector(env)
             for seed in range(episodes):
                 env.reset(seed=seed)
                 done = False
@@ -37,7 +37,8 @@ def record(env, dataset_id, episodes=3, *, low=-1.0, high=1.0, collector=None, *
                     _, _, terminated, truncated, _ = env.step(act())
                     done = terminated or truncated
             dataset = env.create_dataset(dataset_id, **metadata)
-            env.close()
+            env._tmp_dir.cleanup()  # its own close() removes the folder behind tempfile's back, which then warns
+            plain.close()
             return dataset
         return minari.create_dataset_from_buffers(
             dataset_id, [episode(env, seed, act) for seed in range(episodes)], env=env, **metadata

@@ -1,3 +1,4 @@
+import os
 import runpy
 import subprocess
 import sys
@@ -63,3 +64,74 @@ def test_the_benchmark_prints_milliseconds_per_update():
     ]
     out = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, check=True).stdout
     assert json.loads(out.splitlines()[-1])["ms_per_update"] > 0
+
+
+@pytest.fixture
+def adroit(tmp_path, monkeypatch):
+    """The folder with real Adroit files; Minari sets go to a folder of the test's own."""
+    pytest.importorskip("minari", reason="needs the extra minari")
+    pytest.importorskip("gymnasium_robotics", reason="needs the extra minari")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    folder = Path(os.environ.get("DEFLOW_TEST_DATA") or "nowhere") / "adroit"
+    if not folder.is_dir():
+        pytest.skip("DEFLOW_TEST_DATA names no folder with the Adroit demonstrations and experts")
+    return folder
+
+
+def test_the_human_demonstrations_become_a_minari_set(run, adroit, capsys, caplog):
+    import numpy as np
+
+    from deflow_torchrl.data import MinariExperienceReplay
+    from deflow_torchrl.envs.adroit import ADROIT_TASKS, hand_to_object_sign
+    from deflow_torchrl.envs.minari import open_minari_dataset
+
+    path = adroit / "door_human_raw.npz"
+    run("adroit_demonstrations.py", str(path), "door/human-v0")
+    assert capsys.readouterr().out == "door/human-v0: 25 episodes, 6,729 transitions\n"
+    assert "D4RLAdroitReward corrects the environment" in caplog.text
+    buffer = MinariExperienceReplay("door/human-v0", download=False)
+    whole, episodes = buffer[:], list(open_minari_dataset("door/human-v0").iterate_episodes())
+    with np.load(path, allow_pickle=False) as raw:
+        np.testing.assert_array_equal(whole["observation"], raw["observations"])
+        np.testing.assert_array_equal(whole["next", "reward"].squeeze(-1), raw["rewards"])
+        np.testing.assert_allclose(whole["action"], raw["actions"].clip(-1, 1), atol=1.1e-5)
+        np.testing.assert_array_equal(whole["next", "truncated"].squeeze(-1), raw["timeouts"])
+    assert [len(episode) for episode in episodes] == [len(e.observations) - 1 for e in episodes]
+    assert hand_to_object_sign(ADROIT_TASKS["door"], [(e.observations, e.rewards) for e in episodes]) == -1
+    opened = sum(float(episode.observations[:, 28].max()) > 1.35 for episode in episodes)
+    assert opened == 7, "low success is the data"
+    # The one observation that was not recorded is close to the one before, and not a copy of it.
+    ends = whole["next", "truncated"].squeeze(-1)
+    change = (whole["next", "observation"] - whole["observation"])[ends].abs().amax(-1)
+    assert change.min() > 0
+    assert change.max() < 0.2
+
+
+# Measured with these seeds: door 1.00 and 102.6, hammer 0.90 and 113.9. The hammer's expert fails now and then: other blocks
+# of 20 seeds gave successes between 0.75 and 1.00.
+@pytest.mark.parametrize(("task", "low", "high"), [("door", 95, 105), ("hammer", 95, 120)])
+def test_the_expert_policies_become_minari_sets(run, adroit, task, low, high):
+    from deflow_torchrl.data import MinariExperienceReplay
+    from deflow_torchrl.envs import normalized_score, reference_returns
+
+    found = run("adroit_experts.py", str(adroit / f"dapg_expert_{task}.npz"), task, "--episodes", "20")
+    assert found["success"] > 0.85
+    assert low < found["score"] < high
+    buffer = MinariExperienceReplay(f"{task}/expert-v0", download=False)
+    assert len(buffer) == 20 * 200
+    mean_return = buffer[:]["next", "reward"].sum().item() / 20
+    references = reference_returns(f"{task}-expert-v1")
+    assert normalized_score(mean_return, *references) == pytest.approx(found["score"], abs=0.01)
+
+
+@pytest.mark.parametrize(("name", "task"), [("adroit_demonstrations.py", []), ("adroit_experts.py", ["door"])])
+def test_the_adroit_scripts_refuse_other_files_in_one_line(run, name, task, tmp_path):
+    from deflow_torchrl.errors import InputError
+
+    pytest.importorskip("minari", reason="needs the extra minari")
+    path = tmp_path / "other.npz"
+    path.write_bytes(b"nothing")
+    for file in (path, tmp_path / "none.npz"):
+        with pytest.raises(InputError, match=file.name) as caught:
+            run(name, str(file), *task)
+        assert "\n" not in str(caught.value)

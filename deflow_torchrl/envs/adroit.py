@@ -188,7 +188,7 @@ def _least_absolute(inputs: np.ndarray, outputs: np.ndarray) -> np.ndarray:
 def environment_sign(env: gymnasium.Env) -> int | None:
     """Measure the sign of the hand-to-object term in an environment by a short, slow, random rollout.
 
-    The environment is reset before and left in the middle of an episode; no global random generator is used.
+    The environment is reset before and left in need of a reset; no global random generator is used.
 
     Args:
         env: an Adroit environment with its own observations; any other gives ``None``.
@@ -203,11 +203,9 @@ def environment_sign(env: gymnasium.Env) -> int | None:
     observations, rewards = [env.reset(seed=0)[0]], []
     for _ in range(3 * _MINIMUM_ROWS):
         action = generator.uniform(-0.02, 0.02, task.action_dim).astype(np.float32)
-        observation, reward, terminated, truncated, _ = env.step(action)
+        observation, reward, *_ = env.step(action)  # these tasks never terminate, and a time limit can be passed
         observations.append(observation)
         rewards.append(reward)
-        if terminated or truncated:
-            break
     return hand_to_object_sign(task, [(np.stack(observations), np.array(rewards, dtype=np.float64))])
 
 

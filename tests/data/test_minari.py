@@ -1,5 +1,4 @@
 import logging
-import subprocess
 import sys
 import time
 
@@ -322,15 +321,16 @@ def test_an_environment_that_is_not_installed_leaves_the_data_usable(caplog):
     assert "Nobody-v1 is not registered" in caplog.text
 
 
-def test_missing_minari_is_one_line_with_the_command_to_install_it():
-    code = (
-        "import sys; sys.modules['minari'] = None\n"
-        "from deflow_torchrl.data import MinariExperienceReplay\n"
-        "try:\n    MinariExperienceReplay('D4RL/door/human-v2')\n"
-        "except ImportError as error:\n    print(error)"
-    )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert out == "minari is not installed; install it with: pip install 'deflow-torchrl[minari]'\n"
+@pytest.mark.parametrize("module", ["minari", "h5py"])
+def test_a_missing_package_is_one_line_with_the_command_to_install_it(module, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    import_minari.cache_clear()
+    try:
+        with pytest.raises(ImportError) as caught:
+            MinariExperienceReplay("D4RL/door/human-v2")
+    finally:
+        import_minari.cache_clear()
+    assert str(caught.value) == f"{module} is not installed; install it with: pip install 'deflow-torchrl[minari]'"
 
 
 @pytest.mark.parametrize("data_sign", [-1, 1])

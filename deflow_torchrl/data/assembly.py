@@ -64,6 +64,8 @@ def dataset_from_arrays(
         InputError: on fewer than two transitions, wrong shapes, lengths or types, NaN or infinity, actions out of bounds,
             episodes whose end is not marked, flags that contradict one another, or a jump inside an episode.
     """
+    if both not in ("refuse", "terminal", "timeout"):
+        raise InputError(f"both={both!r} is unknown; there are refuse, terminal and timeout")
     _check_shapes(source, observations, actions, next_observations)
     length = actions.shape[0]
     reward = _numbers("rewards", rewards, length, source)

@@ -55,7 +55,7 @@ def make_gym_env(task: str, **kwargs: Any) -> gymnasium.Env:
     if colon and prefix == "minari":
         from deflow_torchrl.envs.minari import make_minari_env
 
-        return make_minari_env(rest, **kwargs)
+        return make_minari_env(rest, **{"rescale_actions": True, **kwargs})
     if colon and prefix == "gym":
         return _make_registered_env(rest, **kwargs)
     return make_env_by_id(parse_ogbench_name(task).environment_id, **kwargs)

@@ -62,7 +62,7 @@ def load_task_data(
     if task.source == "minari":
         from deflow_torchrl.data.minari import load_minari_dataset
 
-        return load_minari_dataset(task.dataset, download=download, **kept)
+        return load_minari_dataset(task.dataset, download=download, rescale_actions=True, **kept)
     dataset = TransitionDataset.load(task.dataset)
     return dataset if memmap else dataset.to(device)
 

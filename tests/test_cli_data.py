@@ -1,0 +1,255 @@
+"""The data verbs as a user meets them: each kind of bad input, and the way from a file to a trained policy."""
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from tests.conftest import DATASET, TASK
+from tests.data.test_assembly import arrays, walk, with_successors
+from tests.test_cli import assert_one_line, deflow
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("DEFLOW_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def one_jump():
+    joined = np.concatenate([walk(400), walk(400, seed=7) + 5])
+    ends = np.eye(800)[799]
+    return {
+        "observations": joined, "actions": np.zeros((800, 1)), "rewards": np.zeros(800), "terminals": np.zeros(800),
+        "timeouts": ends,
+    }  # fmt: skip
+
+
+def bad(name):
+    given = arrays()
+    if name == "empty":
+        return {key: value[:0] for key, value in given.items()}, "holds no transition"
+    if name == "one transition":
+        return {key: value[:2] for key, value in {**given, "timeouts": np.eye(12)[1]}.items()}, "holds 1 transition"
+    if name == "nan":
+        given["rewards"][3] = np.nan
+        return given, "NaN or infinite value in row 3"
+    if name == "integer actions":
+        return {**given, "actions": np.ones((12, 2), np.int64)}, "type int64"
+    if name == "actions in [-2, 2]":
+        return {**given, "actions": given["actions"] * 2}, "rescale the actions"
+    if name == "missing terminals":
+        del given["terminals"]
+        return given, "has no terminals"
+    if name == "terminals against timeouts":
+        given["timeouts"][5] = 1
+        return given, "flagged both as terminal and as timeout"
+    if name == "unmarked end":
+        return {**given, "timeouts": np.zeros(12)}, "the last row ends no episode"
+    if name == "jump":
+        return one_jump(), "jumps inside episode 0"
+    if name == "jump against successors":
+        given = with_successors()
+        given["next_observations"][2] += 1
+        return given, "next_observations of row 2"
+    return {**given, "actions": np.full((12, 2), None)}, "never loaded"
+
+
+@pytest.mark.parametrize("verb", ["import", "describe"])
+@pytest.mark.parametrize(
+    "name",
+    ["empty", "one transition", "nan", "integer actions", "actions in [-2, 2]", "missing terminals",
+     "terminals against timeouts", "unmarked end", "jump", "jump against successors", "pickled objects"],
+)  # fmt: skip
+def test_bad_data_is_one_line_and_nothing_is_left(verb, name, home):
+    given, message = bad(name)
+    np.savez(home / "set.npz", **given)
+    arguments = ["import", "set.npz", "--out", "out"] if verb == "import" else ["describe", "set.npz"]
+    assert_one_line(deflow("data", *arguments), message, "set.npz")
+    assert sorted(path.name for path in home.iterdir()) == ["set.npz"]
+
+
+@pytest.mark.parametrize("ending", [".npz", ".hdf5"])
+def test_truncated_files_are_one_line(ending, home):
+    pytest.importorskip("h5py", reason="needs the extra files")
+    from tests.data.test_files import write
+
+    path = write(home / f"set{ending}", with_successors())
+    path.write_bytes(path.read_bytes()[:-300])
+    for arguments in (["import", path.name, "--out", "out"], ["describe", path.name], ["describe", "nowhere.npz"]):
+        assert_one_line(deflow("data", *arguments), arguments[1])
+    assert_one_line(deflow("iav", path.name), path.name)
+    assert [item.name for item in home.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize(
+    ("task", "parts"),
+    [
+        ("own:nowhere", ["nowhere holds no data set"]),
+        ("minari:nobody/nothing-v0", ["nobody/nothing-v0"]),
+        ("minari:not an id", ["is no Minari id"]),
+        ("door-humane-v1", ["did you mean door-human-v1"]),
+        ("ogbench:cube-single-play-singletask-task9-v0", ["unknown task"]),
+    ],
+)
+def test_unknown_data_are_one_line_everywhere(task, parts, home, monkeypatch):
+    pytest.importorskip("minari", reason="needs the extra minari")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(home / "minari"))
+    for verb in (["train", f"task={task}", "download=false"], ["data", "describe", task, "--no-download"]):
+        assert_one_line(deflow(*verb), *parts)
+    assert not (home / "runs").exists()
+
+
+def test_without_network_the_other_ways_are_named(home, monkeypatch):
+    pytest.importorskip("ogbench", reason="needs the extra ogbench")
+    monkeypatch.setattr("ogbench.utils.DATASET_URL", "http://127.0.0.1:9")
+    for verb in (["train", f"task={TASK}"], ["data", "describe", TASK], ["iav", TASK], ["data", "download", TASK]):
+        assert_one_line(deflow(*verb), "Connection refused", f"deflow data generate {DATASET}", "--from-file")
+
+
+def test_a_full_disk_is_one_line(home, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    np.savez(home / "set.npz", **arrays())
+    monkeypatch.setattr("os.posix_fallocate", full)
+    assert_one_line(deflow("data", "import", "set.npz", "--out", "out"), "No space left on device")
+    assert [item.name for item in home.iterdir()] == ["set.npz"]
+
+
+def _hold(folder, name, ready, done):
+    from deflow_torchrl.locks import only_one_prepares
+
+    with only_one_prepares(name, folder):
+        ready.set()
+        done.wait(60)
+
+
+def test_a_second_process_that_prepares_the_same_set_is_one_line(home):
+    np.savez(home / "set.npz", **arrays())
+    context = multiprocessing.get_context("spawn")
+    ready, done = context.Event(), context.Event()
+    process = context.Process(target=_hold, args=(home, "out", ready, done))
+    process.start()
+    try:
+        assert ready.wait(60)
+        assert_one_line(deflow("data", "import", "set.npz", "--out", "out"), "another process is preparing out")
+    finally:
+        done.set()
+        process.join()
+    assert deflow("data", "import", "set.npz", "--out", "out").returncode == 0
+
+
+def test_wrong_options_of_an_import_are_one_line(home):
+    np.savez(home / "set.npz", **arrays())
+    for more, message in {
+        ("--column", "observations"): "write FIELD=NAME",
+        ("--column", "reward=r"): "unknown field 'reward'",
+        ("--ends", "perhaps"): "ends='perhaps' is unknown",
+        ("--both", "neither"): "both='neither' is unknown",
+        ("--action-bounds", "2", "-2"): "the first must be the smaller",
+    }.items():
+        assert_one_line(deflow("data", "import", "set.npz", "--out", "out", *more), message)
+    assert not (home / "out").exists()
+
+
+def test_own_data_come_from_a_file_to_a_trained_and_evaluated_policy(home):
+    pytest.importorskip("gymnasium", reason="needs gymnasium's pendulum")
+    rng = np.random.default_rng(0)
+    ends = np.arange(1, 401) % 100 == 0
+    angle = np.cumsum(rng.normal(size=400) * 0.05)
+    np.savez(
+        home / "pendulum.npz", obs=np.stack([np.cos(angle), np.sin(angle), np.zeros(400)], 1),
+        torque=rng.uniform(-2, 2, 400), reward=-(angle**2), terminated=np.zeros(400), truncated=ends,
+    )  # fmt: skip
+    result = deflow(
+        "data", "import", "pendulum.npz", "--out", "pendulum", "--column", "actions=torque", "--action-bounds", "-2", "2",
+        "--json",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    summary = json.loads(result.stdout.splitlines()[-1])
+    assert summary["card"]["transitions"] == 396
+    assert summary["card"]["provenance"] == "own"
+    assert json.loads((home / "pendulum" / "card.json").read_text()) == summary["card"]
+    assert "pendulum" in (home / "pendulum" / "card.md").read_text()
+    assert_one_line(deflow("data", "import", "pendulum.npz", "--out", "pendulum"), "is in the way")
+    small = ["hidden_dims=[8]", "offline_steps=4", "batch_size=8", "eval_episodes=1", "eval_workers=1", "threads=1"]
+    verb, *printed = summary["train"].split()[1:]
+    for number, more in enumerate((["env=Pendulum-v1"], [], ["storage=memmap", "env=Pendulum-v1"])):
+        trained = deflow(verb, *printed, *small, *more, f"out=run{number}", "--json")
+        assert trained.returncode == 0, trained.stderr
+        record = json.loads((home / f"run{number}" / "record.json").read_text())
+        assert record["data"]["provenance"] == "own"
+        assert set(record["evaluations"]) == ({"prior", "deflow"} if more else set())
+        assert ("return" in trained.stdout) == bool(more)
+    assert_one_line(deflow("eval", "run1"), "nothing to evaluate it in")
+    assert deflow("eval", "run0").returncode == 0
+    assert_one_line(deflow(verb, *printed, *small, "env=Pendulum-v9"), "env=Pendulum-v9 cannot be made")
+    assert_one_line(deflow(verb, *printed, *small, "env=CartPole-v1"), "a bounded vector of real numbers is needed")
+    assert_one_line(deflow(verb, *printed, *small, "env=MountainCarContinuous-v0"), "belong to another environment")
+    card = deflow("data", "describe", "pendulum", "--json")
+    assert json.loads(card.stdout.splitlines()[-1])["transitions"] == 396
+    assert deflow("iav", "pendulum", "--json").returncode == 0
+
+
+def test_a_task_is_described_with_the_meaning_of_its_rewards_and_where_it_is_from(generated, home):
+    result = deflow("data", "describe", TASK, "--data-root", str(generated), "--json")
+    assert result.returncode == 0, result.stderr
+    card = json.loads(result.stdout.splitlines()[-1])
+    assert (card["transitions"], card["episodes"], card["provenance"]) == (180, 3, "unknown")
+    assert card["reward"]["meaning"].startswith("sub-goals met")
+    (folder,) = (home / "home" / "cards").iterdir()
+    assert json.loads((folder / "card.json").read_text()) == card
+    file = deflow("data", "describe", str(generated / f"{DATASET}.npz"), "--out", str(home / "here"), "--json")
+    assert json.loads(file.stdout.splitlines()[-1])["transitions"] == 180
+    (generated / f"{DATASET}.json").write_text(
+        json.dumps(
+            {"provenance": "regenerated here", "seed": 0, "episodes": {"train": 3}, "versions": {"ogbench": "1"}}
+        )
+    )
+    try:
+        made = json.loads(
+            deflow("data", "describe", TASK, "--data-root", str(generated), "--json").stdout.splitlines()[-1]
+        )
+        assert made["provenance"] == "regenerated here"
+        assert made["about"]["made_with"] == {"seed": 0, "episodes": {"train": 3}, "ogbench": "1"}
+    finally:
+        (generated / f"{DATASET}.json").unlink()
+
+
+def test_memory_mapped_training_equals_training_in_memory(generated, home):
+    def rows(storage):
+        settings = [
+            f"task={TASK}", f"data_root={generated}", f"out={storage}", "hidden_dims=[8]", "offline_steps=6", "log_interval=1",
+            "batch_size=16", "eval_episodes=1", "eval_workers=1", "threads=1", "eval_interval=0", f"storage={storage}",
+        ]  # fmt: skip
+        result = deflow("train", *settings)
+        assert result.returncode == 0, result.stderr
+        lines = (home / storage / "metrics.jsonl").read_text().splitlines()
+        return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines]
+
+    assert rows("memmap") == rows("device")
+    assert sorted(path.name for path in (home / "home" / "prepared").iterdir()) == [f"{TASK}-train", f"{TASK}-val"]
+
+
+def test_a_killed_preparation_leaves_nothing_that_is_taken_for_a_set(home):
+    np.savez(home / "set.npz", **arrays())
+    code = (
+        "import os, signal\nfrom deflow_torchrl.data import builder\n"
+        "def die(self, *a, **k): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "builder.TransitionBuilder.add_actions = die\n"
+        "from deflow_torchrl.cli import main\nmain(['data', 'import', 'set.npz', '--out', 'out'])"
+    )
+    process = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, env=os.environ)
+    assert process.returncode == -9
+    assert not (home / "out").exists()
+    began = time.monotonic()
+    assert deflow("data", "import", "set.npz", "--out", "out").returncode == 0
+    assert time.monotonic() - began < 60
+    assert sorted(path.name for path in home.iterdir()) == ["out", "set.npz"]

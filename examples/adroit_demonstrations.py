@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from deflow_torchrl.data import MinariExperienceReplay
-from deflow_torchrl.envs.minari import import_minari
+from deflow_torchrl.envs.minari import check_new_id, import_minari
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.progress import progress_bar
 
@@ -56,6 +56,7 @@ def main() -> None:
     arguments = parser.parse_args()
     raw = read(arguments.file)
     minari = import_minari()
+    check_new_id(arguments.dataset_id)
     import gymnasium
     from minari.data_collector.episode_buffer import EpisodeBuffer
 

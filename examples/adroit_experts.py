@@ -16,7 +16,7 @@ import numpy as np
 
 from deflow_torchrl.envs import D4RLAdroitReward, normalized_score, reference_returns
 from deflow_torchrl.envs.adroit import ADROIT_TASKS, environment_sign
-from deflow_torchrl.envs.minari import import_minari
+from deflow_torchrl.envs.minari import check_new_id, import_minari
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.progress import progress_bar
 
@@ -54,6 +54,7 @@ def main() -> dict[str, float]:
     if arguments.episodes < 1:
         raise InputError("--episodes must be at least 1")
     minari = import_minari()
+    check_new_id(dataset_id)
     import gymnasium
     from minari.data_collector.episode_buffer import EpisodeBuffer
 

@@ -124,6 +124,22 @@ def test_the_expert_policies_become_minari_sets(run, adroit, task, low, high):
     assert normalized_score(mean_return, *references) == pytest.approx(found["score"], abs=0.01)
 
 
+def test_a_set_that_could_not_be_written_is_refused_before_it_is_recorded(run, tmp_path, monkeypatch):
+    from deflow_torchrl.errors import InputError
+
+    pytest.importorskip("minari", reason="needs the extra minari")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    (tmp_path / "door" / "mine-v0").mkdir(parents=True)
+    path = tmp_path / "policy.npz"
+    names = ("w0", "b0", "w1", "b1", "w2", "b2", "in_shift", "in_scale", "out_shift", "out_scale", "log_std")
+    import numpy as np
+
+    np.savez(path, **dict.fromkeys(names, np.zeros((1, 39))))
+    for dataset_id, message in (("no version", "is no Minari id"), ("door/mine-v0", "already")):
+        with pytest.raises(InputError, match=message):
+            run("adroit_experts.py", str(path), "door", dataset_id)
+
+
 @pytest.mark.parametrize(("name", "task"), [("adroit_demonstrations.py", []), ("adroit_experts.py", ["door"])])
 def test_the_adroit_scripts_refuse_other_files_in_one_line(run, name, task, tmp_path):
     from deflow_torchrl.errors import InputError

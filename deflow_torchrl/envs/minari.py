@@ -109,6 +109,25 @@ def open_minari_dataset(dataset_id: str, *, download: bool = True) -> MinariData
             raise _unreadable(dataset_id, error) from error
 
 
+def check_new_id(dataset_id: str) -> None:
+    """Check that a set could be written under an id, before the work of recording it is done.
+
+    Raises:
+        InputError: on a malformed id, or where there is such a set already.
+        MissingExtraError: if the ``minari`` extra is not installed.
+    """
+    import_minari()
+    from minari.dataset.minari_dataset import parse_dataset_id
+    from minari.storage.datasets_root_dir import get_dataset_path
+
+    try:
+        parse_dataset_id(dataset_id)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{dataset_id!r} is no Minari id; they look like mine/door-v0") from error
+    if get_dataset_path(dataset_id).exists():
+        raise InputError(f"there is a Minari set {dataset_id} already; choose another id or delete that set")
+
+
 def _check_spec(spec: Mapping[str, Any], dataset_id: str, *, must_be_known: bool) -> None:
     """Check that the environment a set names is code of this machine's choice.
 

@@ -110,7 +110,7 @@ def train(
     """Train a method on a data set: deflow train task=NAME [KEY=VALUE...]
 
     NAME: an OGBench single-task name; one of the paper's D4RL names (door-human-v1); minari:ID, any Minari set; own:FOLDER, a
-    set made by deflow data import, evaluated in env=GYMNASIUM_ID.
+    set made by deflow data import. env=GYMNASIUM_ID says where own data is evaluated; env=none does without for a Minari set.
 
     Settings: task, env, algo (deflow), seed, offline_steps, batch_size, hidden_dims=[256,256], log_interval, eval_interval,
     eval_episodes, save_interval, data_root, download, storage (device, memmap), out, device, compile, threads,
@@ -506,7 +506,7 @@ def _summary(result: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 def _print_evaluations(evaluations: dict[str, Any], metric: str) -> None:
     if not evaluations:
-        print("not evaluated: own data without an environment (env=)")
+        print("not evaluated: there is no environment (env=)")
     for name, outcome in evaluations.items():
         parts = [] if metric == "return" else [f"success {outcome['success_rate']:.2f}"]
         parts += [f"normalised score {outcome['mean_score']:.1f}"] if "mean_score" in outcome else []

@@ -27,7 +27,8 @@ class TrainConfig:
     Attributes:
         task: OGBench single-task name, for example ``cube-single-play-singletask-task2-v0``; the paper's D4RL names
             (``door-human-v1``); ``minari:ID``; or ``own:FOLDER``, a set made by ``deflow data import``.
-        env: where own data is evaluated: a gymnasium id or an OGBench single-task name; not at all where None.
+        env: where ``own:`` and ``minari:`` data are evaluated: a gymnasium id, an OGBench single-task name, or ``none``; a
+            Minari set's own environment where None.
         seed: seed of networks, batches and noise.
         offline_steps: gradient steps on the data set.
         online_steps: gradient steps with an environment; this version trains offline only, so 0.

@@ -131,9 +131,7 @@ def evaluate_run(
     task = _task(config)
     with _evaluator(task, config, where) as evaluator:
         if evaluator is None:
-            raise InputError(
-                f"{out} was trained on own data without an environment (env=); there is nothing to evaluate it in"
-            )
+            raise InputError(f"{out} was trained without an environment (env=); there is nothing to evaluate it in")
         outcomes = _evaluate_all(
             evaluator, learner, episodes or settings["final_episodes"] or config.eval_episodes, show_progress
         )
@@ -271,8 +269,8 @@ class _Run:
         return buffer
 
     def _check_environment(self, dataset: TransitionDataset) -> None:
-        """Compare the widths of own data and of the environment; the loaders of the other sources have done so."""
-        if self.task.source != "own" or self.task.environment is None:
+        """Compare the widths of the data and of an environment named by the user; loaders have done so for a set's own."""
+        if self.task.environment is None or self.config.env is None:
             return
         env = make_gym_env(self.task.environment)
         spaces = {"observations": env.observation_space.shape, "actions": env.action_space.shape}

@@ -108,7 +108,7 @@ def test_the_human_demonstrations_become_a_minari_set(run, adroit, capsys, caplo
 
 
 # Measured with these seeds: door 1.00 and 102.6, hammer 0.90 and 113.9. The hammer's expert fails now and then: other blocks
-# of 20 seeds gave it 0.75 to 0.90.
+# of 20 seeds gave it 0.75 to 0.90, 200 episodes from seed 5000 on 0.92 and 115.8.
 @pytest.mark.parametrize(("task", "low", "high"), [("door", 95, 105), ("hammer", 95, 120)])
 def test_the_expert_policies_become_minari_sets(run, adroit, task, low, high):
     from deflow_torchrl.data import MinariExperienceReplay

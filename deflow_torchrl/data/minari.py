@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from minari import MinariDataset
 
 _LOG = logging.getLogger(__name__)
+_SAID_BY_THE_SET = ("algorithm_name", "author", "code_permalink", "description", "minari_version")
 
 
 def load_minari_dataset(
@@ -218,4 +219,11 @@ def _read(
             f"{dataset.id}: {at_goal} steps at the goal are not terminated in the set, so that values are bootstrapped "
             "behind them; D4RL's own files terminate there"
         )
-    return builder.finish(about={"minari": dataset.id, "reward_shift": reward_shift, "rescaled": bounds is not None})
+    return builder.finish(
+        about={
+            "provenance": f"Minari set {dataset.id}",
+            **{key: metadata[key] for key in _SAID_BY_THE_SET if (metadata := dataset.storage.metadata).get(key)},
+            "reward_shift": reward_shift,
+            "actions_rescaled": bounds is not None,
+        }
+    )

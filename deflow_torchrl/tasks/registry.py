@@ -59,31 +59,33 @@ def get_task(name: str, *, environment: str | None = None) -> Task:
             ``minari:ID`` for any Minari set, or ``own:FOLDER`` for a set made by ``deflow data import``.
 
     Keyword Args:
-        environment: for ``own:``, where to evaluate: a gymnasium id or an OGBench single-task name.
+        environment: where to evaluate ``own:`` and ``minari:`` data: a gymnasium id, an OGBench single-task name, or
+            ``none``. A Minari set's own environment by default, none for own data.
 
     Raises:
         InputError: on an unknown name, with the nearest ones.
     """
     prefix, colon, rest = name.partition(":")
-    if environment is not None and prefix != "own":
-        raise InputError(f"env={environment} is for own data (task=own:FOLDER); {name} has an environment of its own")
-    if colon and prefix == "own":
-        return Task(
-            name=name,
-            source="own",
-            dataset=rest,
-            environment=environment if environment is None or environment in _ogbench_tasks() else f"gym:{environment}",
-            metric="success" if environment in _ogbench_tasks() else "return",
-        )
-    if colon and prefix == "minari":
-        known = _d4rl_tasks().get(rest)
-        return Task(name, "minari", rest, name, "return") if known is None else replace(known, name=name)
-    task = _ogbench_tasks().get(rest if prefix == "ogbench" else name) or _d4rl_tasks().get(name)
-    if task is None:
+    if environment is not None and prefix not in ("own", "minari"):
+        raise InputError(f"env={environment} is for own: and minari: data; {name} has an environment of its own")
+    if colon and prefix in ("own", "minari"):
+        task = _d4rl_tasks().get(rest) if prefix == "minari" else None
+        if task is None:
+            where = name if prefix == "minari" else None
+            task = Task(
+                name, source="own" if prefix == "own" else "minari", dataset=rest, environment=where, metric="return"
+            )
+        if environment is None:
+            return replace(task, name=name)
+        known = _ogbench_tasks().get(environment)
+        where = None if environment == "none" else environment if known else f"gym:{environment}"
+        return replace(task, name=name, environment=where, metric=known.metric if known else "return")
+    found = _ogbench_tasks().get(rest if prefix == "ogbench" else name) or _d4rl_tasks().get(name)
+    if found is None:
         near = difflib.get_close_matches(name, [*_ogbench_tasks(), *_d4rl_tasks()], n=3, cutoff=0.6)
         hint = f"did you mean {', '.join(near)}?" if near else "names look like cube-single-play-singletask-task2-v0"
         raise InputError(f"unknown task {name!r}; {hint}")
-    return replace(task, name=name)
+    return replace(found, name=name)
 
 
 @functools.cache

@@ -9,6 +9,7 @@ generators are left as they were.
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -293,6 +294,7 @@ class _RemoteGroup:
 
 def _serve(pipe: Connection, task: str, slots: list[int]) -> None:
     group: _LocalGroup | None = None
+    logging.getLogger("deflow_torchrl").setLevel(logging.ERROR)  # the parent has said the rest
     try:
         while True:
             command, values = pipe.recv()

@@ -44,6 +44,8 @@ def test_a_task_of_each_source_knows_its_data_and_environment():
     cube = get_task("own:x", environment="cube-single-play-singletask-task2-v0")
     assert (cube.environment, cube.metric) == ("cube-single-play-singletask-task2-v0", "success")
     assert len(d4rl_task_names()) == 18
+    assert get_task("minari:mine/arm-v0", environment="none").environment is None
+    assert get_task("minari:mine/arm-v0", environment="Pendulum-v1").environment == "gym:Pendulum-v1"
     with pytest.raises(InputError, match="has an environment of its own"):
         get_task("door-human-v1", environment="Pendulum-v1")
 

@@ -22,11 +22,10 @@ from deflow_torchrl.data import TransitionDataset, TransitionReplayBuffer
 from deflow_torchrl.envs.factory import make_gym_env
 from deflow_torchrl.envs.names import parse_ogbench_name
 from deflow_torchrl.errors import InputError, NonFiniteLossError, RunInterrupted
-from deflow_torchrl.paths import data_root, dataset_path, make_writable_folder, write_text
+from deflow_torchrl.paths import data_root, dataset_path, file_sha256, make_writable_folder, write_text
 from deflow_torchrl.processes import available_cores
 from deflow_torchrl.progress import progress_bar
 from deflow_torchrl.reports import build_record, check_report_extra, plot_learning_curve, write_html_report
-from deflow_torchrl.reports.records import file_sha256
 from deflow_torchrl.tasks import Task, get_task
 from deflow_torchrl.tasks.sources import load_task_data, reference_returns
 from deflow_torchrl.trainers import EvaluationResult, Evaluator, MetricsLog, OfflineTrainer, TrainerSchedule, UpdateStep

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import fnmatch
-import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from deflow_torchrl.data.assembly import dataset_from_arrays
 from deflow_torchrl.data.columns import Column
 from deflow_torchrl.data.dataset import TransitionDataset
 from deflow_torchrl.errors import InputError, MissingExtraError
+from deflow_torchrl.paths import file_sha256
 
 FIELDS = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
 """What a mapping may name; the first four are needed."""
@@ -121,7 +121,7 @@ def import_files(
                 folder=folder,
                 about={
                     "provenance": "own",
-                    "files": {str(path): _sha256(path) for path in files},
+                    "files": {str(path): file_sha256(path) for path in files},
                     "action_bounds": None if action_bounds is None else list(action_bounds),
                 },
             )
@@ -340,8 +340,3 @@ def _told(ends: str, tables: Sequence[Table], lengths: Sequence[int], files: Seq
 
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

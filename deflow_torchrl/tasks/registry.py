@@ -23,7 +23,7 @@ class OGBenchTask:
         gamma: discount.
         q_aggregation: how the target critics are aggregated.
         target_divergence: delta of DeFlow.
-        in_paper: whether the three values before are the paper's (Table 6) or the package's own choice.
+        in_paper: whether the three values before are the paper's (Table 6) for this very task or the package's own choice.
         domain: which of the paper's rules from action variance to delta applies: ``manipulation`` or ``navigation``.
     """
 
@@ -41,9 +41,10 @@ def _tasks() -> Mapping[str, OGBenchTask]:
     table = json.loads(resources.files(__package__).joinpath("ogbench.json").read_text(encoding="utf-8"))
     tasks = {}
     for group in table["groups"]:
+        numbers = range(1, table["tasks_per_environment"] + 1)
         for environment in group["environments"]:
             for data in group["data"]:
-                for number in (None, *range(1, table["tasks_per_environment"] + 1)):
+                for number in (None, *numbers):
                     name = f"{environment}-{data}-singletask{'' if number is None else f'-task{number}'}-v0"
                     tasks[name] = OGBenchTask(
                         name=name,
@@ -51,7 +52,9 @@ def _tasks() -> Mapping[str, OGBenchTask]:
                         gamma=group["discount"],
                         q_aggregation=group["q_aggregation"],
                         target_divergence=group["target_divergence"],
-                        in_paper=group["in_paper"] and data == group["data"][0],
+                        in_paper=group["in_paper"]
+                        and data == group["data"][0]
+                        and (number or group["default_task"]) in group.get("paper_tasks", numbers),
                         domain=group["domain"],
                     )
     return tasks

@@ -24,7 +24,7 @@ from torchrl.data.replay_buffers.samplers import RandomSampler, Sampler
 from torchrl.data.replay_buffers.storages import Storage
 from torchrl.data.replay_buffers.writers import ImmutableDatasetWriter
 
-from deflow_torchrl.data.columns import map_column, release_pages
+from deflow_torchrl.data.columns import RowFile, map_column, release_pages, runs_of
 from deflow_torchrl.data.continuity import Jump
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.locks import only_one_prepares
@@ -33,8 +33,6 @@ from deflow_torchrl.paths import make_writable_folder, write_text
 _COLUMNS = ("observation", "action", "reward", "terminated", "episode_starts")
 _ABOUT_FILE = "dataset.json"
 _FORMAT = 1
-# Rows drawn between two releases of mapped pages: each may bring 64 KB of every column into the process.
-_ROWS_BETWEEN_RELEASES = 1 << 10
 
 
 @dataclass(frozen=True)
@@ -115,7 +113,14 @@ class TransitionDataset:
         self.source = source
         self.about = dict(about or {})
         self.report = report
-        self._rows_drawn = 0
+        self._files = (
+            None
+            if folder is None
+            else {
+                name: RowFile(folder / f"{name}.bin", tuple(column.shape), column.dtype)
+                for name, column in zip(_COLUMNS, (observation, action, reward, terminated), strict=False)
+            }
+        )
         self._bounds = torch.cat([episode_starts, episode_starts.new_tensor([len(action)])])
 
     @classmethod
@@ -137,17 +142,17 @@ class TransitionDataset:
         """
         rows = self._rows(index)
         episode = torch.searchsorted(self.episode_starts, rows, right=True)  # one more than the episode's number
-        frame = rows + episode - 1
-        terminated = self.terminated[rows].unsqueeze(-1)
+        observation, following, action, reward, terminated = self._gather(rows, rows + episode - 1)
+        terminated = terminated.unsqueeze(-1)
         done = (rows + 1 == self._bounds[episode]).unsqueeze(-1) | terminated
-        transitions = TensorDict(
+        return TensorDict(
             {
-                "observation": self.observation[frame],
-                "action": self.action[rows],
+                "observation": observation,
+                "action": action,
                 "next": TensorDict(
                     {
-                        "observation": self.observation[frame + 1],
-                        "reward": self.reward[rows].unsqueeze(-1),
+                        "observation": following,
+                        "reward": reward.unsqueeze(-1),
                         "terminated": terminated,
                         "truncated": done & ~terminated,
                         "done": done,
@@ -157,11 +162,19 @@ class TransitionDataset:
             },
             batch_size=rows.shape,
         )
-        if self.folder is not None:
-            self._rows_drawn += rows.numel()
-            if self._rows_drawn >= _ROWS_BETWEEN_RELEASES:
-                self.release()
-        return transitions
+
+    def _gather(self, rows: torch.Tensor, frame: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """s, s', a, r and ``terminated`` of transitions whose s is in ``frame``."""
+        if self._files is None:
+            columns = (self.action, self.reward, self.terminated)
+            return self.observation[frame], self.observation[frame + 1], *(column[rows] for column in columns)
+        # In the order of the file, each row once: s' of one transition is s of the next.
+        frames, place = torch.unique(torch.stack([frame, frame + 1]), return_inverse=True)
+        observations = self._files["observation"].read(runs_of(frames))
+        own, own_place = torch.unique(rows, return_inverse=True)
+        runs = runs_of(own)
+        rest = (self._files[name].read(runs)[own_place] for name in ("action", "reward", "terminated"))
+        return observations[place[0]], observations[place[1]], *rest
 
     def chunks(self, rows: int) -> Iterator[tuple[int, TensorDict]]:
         """Yield (number of the first transition, transitions) over the set."""
@@ -197,7 +210,6 @@ class TransitionDataset:
 
     def release(self) -> None:
         """Give the pages of memory-mapped columns back to the system's cache."""
-        self._rows_drawn = 0
         for name in ("observation", "action", "reward", "terminated"):
             release_pages(getattr(self, name), self.folder)
 
@@ -288,7 +300,11 @@ class TransitionDataset:
             if rows.shape != (len(self),):
                 raise IndexError(f"a mask of shape {tuple(rows.shape)} for {len(self)} transitions")
             return rows.nonzero().squeeze(-1)
-        return torch.where(rows < 0, rows + len(self), rows)
+        rows = torch.where(rows < 0, rows + len(self), rows)
+        # An accelerator checks by itself, without making the host wait.
+        if rows.device.type == "cpu" and bool(((rows < 0) | (rows >= len(self))).any()):
+            raise IndexError(f"an index is out of range for {len(self)} transitions")
+        return rows
 
     def __getstate__(self) -> dict[str, Any]:
         """A mapped set travels to another process as its folder's name."""

@@ -1,11 +1,13 @@
+import os
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torchrl.data import SamplerWithoutReplacement
 
-from deflow_torchrl.data import TransitionBuilder, TransitionDataset, TransitionReplayBuffer
+from deflow_torchrl.data import TransitionBuilder, TransitionDataset, TransitionReplayBuffer, columns
 from deflow_torchrl.data.dataset import prepared
 from deflow_torchrl.data.schema import ACTION_LIMIT
 from deflow_torchrl.errors import InputError
@@ -64,18 +66,21 @@ def test_observations_are_stored_once():
     assert dataset.nbytes < 1001 * 9 + 1000 * (2 * 4 + 4 + 1) + 100
 
 
+@pytest.mark.parametrize("stored", ["in memory", "mapped, read by copies", "mapped, read in place"])
 @pytest.mark.parametrize(
     "index",
     [3, -1, slice(2, 9, 3), [0, 5, 11], range(3), torch.tensor([[0, 1], [11, -2]]), np.array([4, 4]),
-     torch.arange(12) % 2 == 0, (torch.tensor([1, 2]),)],
+     torch.arange(12) % 2 == 0, torch.zeros(12, dtype=torch.bool), (torch.tensor([1, 2]),)],
 )  # fmt: skip
-def test_any_index_gives_the_rows_of_the_whole(index):
-    dataset = build(episodes())
-    whole = dataset[:]
+def test_any_index_gives_the_rows_of_the_whole(index, stored, tmp_path, monkeypatch):
+    monkeypatch.setattr(columns, "_SMALL_BYTES", 0 if stored.endswith("in place") else 1 << 18)
+    dataset = build(episodes(), None if stored == "in memory" else tmp_path)
+    whole = build(episodes())[:]
     key = index[0] if isinstance(index, tuple) else torch.tensor(index) if isinstance(index, range) else index
     torch.testing.assert_close(dataset[index].to_dict(), whole[key].to_dict())
-    with pytest.raises(IndexError):
-        dataset[99]
+    for outside in (99, -13, [0, 12]):
+        with pytest.raises(IndexError):
+            dataset[outside]
 
 
 def test_a_buffer_samples_whole_transitions_with_any_sampler():
@@ -114,6 +119,39 @@ def test_damaged_folders_are_refused(tmp_path):
         with pytest.raises(InputError, match="damaged") as error:
             TransitionDataset.load(folder)
         assert "\n" not in str(error.value)
+
+
+def test_reading_a_mapped_set_does_not_bring_it_into_memory(tmp_path):
+    rows, width = 200_000, 64
+    builder = TransitionBuilder(
+        rows, frames=rows + 1, observation_shape=(width,), action_dim=1, source="test", folder=tmp_path
+    )
+    builder.add_episode(
+        observations=np.zeros((rows + 1, width), np.float32), actions=np.zeros((rows, 1)), rewards=np.zeros(rows),
+        terminated=np.zeros(rows, bool),
+    )  # fmt: skip
+    dataset = builder.finish()
+    dataset.release()
+
+    def resident():
+        (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssFile"))
+        return int(line.split()[1]) * 1024
+
+    dataset[torch.randint(rows, (256,))]
+    before = resident()
+    for _ in range(20):
+        dataset[torch.randint(rows, (256,))]
+    assert dataset.nbytes > 5e7
+    assert resident() - before < 2e6
+
+
+@pytest.mark.parametrize("small", [0, 1 << 18])
+def test_a_file_cut_short_while_it_is_read_is_one_line(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(columns, "_SMALL_BYTES", small)
+    dataset = build(episodes(), tmp_path)
+    os.truncate(tmp_path / "observation.bin", 100)
+    with pytest.raises(InputError, match=r"observation.bin was cut short; delete"):
+        dataset[[0, 11]]
 
 
 def test_a_prepared_set_is_made_once_and_again_for_another_source(tmp_path):

@@ -251,6 +251,8 @@ def iav(
     from deflow_torchrl.tasks import ogbench_task
 
     task = None if name.endswith(".npz") else ogbench_task(name)
+    if task is not None and task.images:
+        raise InputError(f"{name} has images for observations; neighbours are found among states")
     domain = task.domain if task is not None and domain is None else domain
     paper = paper_values()
     domains = list(paper["rule"]) if domain is None else [domain]

@@ -166,7 +166,11 @@ class _Run:
         self.show_progress = show_progress
         self.outcomes: dict[str, EvaluationResult] = {}
         self.seconds: dict[str, float] = {}
-        ogbench_task(config.task)
+        if ogbench_task(config.task).images:
+            raise InputError(
+                f"{config.task} has images for observations, and networks that read images are not part of this version; its "
+                f'data can be loaded, with load_dataset("ogbench:{config.task}") of TorchRL'
+            )
         check_logger(config.logger)
         check_report_extra()
         self.device = _device(config.device)

@@ -25,6 +25,7 @@ class OGBenchTask:
         target_divergence: delta of DeFlow.
         in_paper: whether the three values before are the paper's (Table 6) for this very task or the package's own choice.
         domain: which of the paper's rules from action variance to delta applies: ``manipulation`` or ``navigation``.
+        images: whether observations are uint8 pictures ``[H, W, C]`` instead of states.
     """
 
     name: str
@@ -34,6 +35,7 @@ class OGBenchTask:
     target_divergence: float
     in_paper: bool
     domain: str
+    images: bool
 
 
 @functools.cache
@@ -56,6 +58,7 @@ def _tasks() -> Mapping[str, OGBenchTask]:
                         and data == group["data"][0]
                         and (number or group["default_task"]) in group.get("paper_tasks", numbers),
                         domain=group["domain"],
+                        images=group.get("images", False),
                     )
     return tasks
 

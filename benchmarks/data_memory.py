@@ -61,6 +61,7 @@ _TIMED_ROUNDS, _TIMED_BATCHES = 20, 20
 
 
 def main() -> None:
+    sys.stdout.reconfigure(line_buffering=True)  # results show as they come, in a file too
     signal.signal(signal.SIGTERM, lambda *_: _interrupt())
     arguments = parse_arguments()
     try:
@@ -429,6 +430,8 @@ def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
             f"{function.__name__} ended with exit code {process.exitcode} (-9: out of memory)"
         ) from error
     finally:
+        process.terminate()
+        process.join(10)
         process.kill()
     if isinstance(result, InputError):
         raise result
@@ -436,13 +439,16 @@ def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _run_child(sender: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process, which then cleans up
+    signal.signal(signal.SIGTERM, lambda *_: _interrupt())
     torch.set_num_threads(1)
     torchrl_logger.setLevel("WARNING")
     try:
         sender.send(function(*arguments))
     except InputError as error:
         sender.send(error)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 def memory(*, reset_peak: bool = False) -> dict[str, int]:

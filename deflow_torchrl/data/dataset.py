@@ -32,6 +32,7 @@ from deflow_torchrl.paths import make_writable_folder, write_text
 
 _COLUMNS = ("observation", "action", "reward", "terminated", "episode_starts")
 _ABOUT_FILE = "dataset.json"
+_STATE_FILE = "transitions.json"
 _FORMAT = 1
 
 
@@ -166,8 +167,10 @@ class TransitionDataset:
     def _gather(self, rows: torch.Tensor, frame: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """s, s', a, r and ``terminated`` of transitions whose s is in ``frame``."""
         if self._files is None:
-            columns = (self.action, self.reward, self.terminated)
-            return self.observation[frame], self.observation[frame + 1], *(column[rows] for column in columns)
+            taken = [(self.observation, frame), (self.observation, frame + 1)]
+            taken += [(column, rows) for column in (self.action, self.reward, self.terminated)]
+            # A single number would give a view, through which the set could be written.
+            return tuple(column[at] if at.ndim else column[at].clone() for column, at in taken)
         # In the order of the file, each row once: s' of one transition is s of the next.
         frames, place = torch.unique(torch.stack([frame, frame + 1]), return_inverse=True)
         observations = self._files["observation"].read(runs_of(frames))
@@ -394,9 +397,14 @@ class TransitionStorage(Storage):
         """Number of transitions."""
         return len(self.dataset)
 
+    def contains(self, item: Any) -> torch.Tensor:
+        """Whether there are transitions of these numbers, bool of the numbers' shape."""
+        rows = torch.as_tensor(item)
+        return (rows >= -len(self)) & (rows < len(self))
+
     def state_dict(self) -> dict[str, Any]:
         """Nothing changes, so only the size, to notice another set on loading."""
-        return {"transitions": len(self.dataset)}
+        return {"transitions": len(self.dataset), "episodes": self.dataset.num_episodes}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Check that the state is of a set of this size.
@@ -404,10 +412,29 @@ class TransitionStorage(Storage):
         Raises:
             InputError: if it is not.
         """
-        if state_dict["transitions"] != len(self):
-            raise InputError(
-                f"the state is of a set of {state_dict['transitions']} transitions, this one has {len(self)}"
+        own = self.state_dict()
+        if state_dict != own:
+            theirs, mine = (
+                " ".join(f"{number} {name}" for name, number in state.items()) for state in (state_dict, own)
             )
+            raise InputError(f"the state is of another data set: {theirs} there, {mine} here")
+
+    def dumps(self, path: str | os.PathLike[str]) -> None:
+        """Write :meth:`state_dict`; the transitions stay where they are."""
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / _STATE_FILE, json.dumps(self.state_dict()) + "\n")
+
+    def loads(self, path: str | os.PathLike[str]) -> None:
+        """Check what :meth:`dumps` wrote.
+
+        Raises:
+            InputError: if it is of another set, or of another kind of storage.
+        """
+        file = Path(path) / _STATE_FILE
+        if not file.is_file():
+            raise InputError(f"{path} holds no state of a data set: it has no {_STATE_FILE}")
+        self.load_state_dict(json.loads(file.read_text(encoding="utf-8")))
 
 
 class TransitionReplayBuffer(TensorDictReplayBuffer):

@@ -1,3 +1,4 @@
+import multiprocessing
 import os
 import pickle
 from pathlib import Path
@@ -6,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torchrl.data import SamplerWithoutReplacement
+from torchrl.envs.transforms import RewardScaling
 
 from deflow_torchrl.data import TransitionBuilder, TransitionDataset, TransitionReplayBuffer, columns
 from deflow_torchrl.data.dataset import prepared
@@ -93,6 +95,90 @@ def test_a_buffer_samples_whole_transitions_with_any_sampler():
         rb.extend(dataset[:2])
     with pytest.raises(RuntimeError):
         rb.empty()
+
+
+def test_what_is_done_to_a_sample_leaves_the_set_alone():
+    dataset = build(episodes())
+    before = dataset[:].clone()
+    for index in (3, [3], slice(3, 5)):
+        for value in dataset[index].values(include_nested=True, leaves_only=True):
+            value.zero_()
+    torch.testing.assert_close(dataset[:].to_dict(), before.to_dict())
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_transforms_and_prefetching_work_as_on_any_buffer(mapped, tmp_path):
+    dataset = build(episodes(), tmp_path if mapped else None)
+    rb = TransitionReplayBuffer(
+        dataset, batch_size=5, prefetch=2, transform=RewardScaling(loc=0.0, scale=2.0, in_keys=[("next", "reward")])
+    )
+    for _ in range(10):
+        batch = rb.sample()
+        rows = dataset[batch["index"]]
+        assert torch.equal(batch["next", "observation"], rows["next", "observation"])
+        assert torch.equal(batch["next", "reward"], 2 * rows["next", "reward"])
+
+
+def two_buffers(**kwargs):
+    return [
+        TransitionReplayBuffer(build(episodes(**kwargs)), batch_size=4, sampler=SamplerWithoutReplacement())
+        for _ in range(2)
+    ]
+
+
+@pytest.mark.parametrize("kept", ["in a dictionary", "on disk"])
+def test_a_restored_buffer_goes_on_where_it_was(kept, tmp_path):
+    first, second = two_buffers()
+    drawn = first.sample()["index"].tolist()
+    if kept == "on disk":
+        first.dumps(tmp_path / "buffer")
+        second.loads(tmp_path / "buffer")
+        assert sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file()) < 20_000, "no transitions"
+    else:
+        second.load_state_dict(first.state_dict())
+    rest = [second.sample()["index"].tolist() for _ in range(2)]
+    assert rest == [first.sample()["index"].tolist() for _ in range(2)]
+    assert sorted([*drawn, *rest[0], *rest[1]]) == list(range(12)), "each transition once"
+
+
+def test_a_state_of_another_set_is_refused(tmp_path):
+    (first, _), (other, _) = two_buffers(), two_buffers(lengths=(4, 8))
+    first.dumps(tmp_path / "buffer")
+    with pytest.raises(InputError, match="12 transitions 3 episodes there, 12 transitions 2 episodes here"):
+        other.loads(tmp_path / "buffer")
+    with pytest.raises(InputError, match="another data set"):
+        other.load_state_dict(first.state_dict())
+    (tmp_path / "buffer" / "storage" / "transitions.json").unlink()
+    with pytest.raises(InputError, match="holds no state of a data set"):
+        first.loads(tmp_path / "buffer")
+
+
+def test_a_storage_knows_its_transitions():
+    storage = TransitionReplayBuffer(build(episodes()))._storage
+    assert storage.contains(torch.tensor([0, 11, 12, -12, -13])).tolist() == [True, True, False, True, False]
+    assert 5 in storage
+    assert len(list(storage)) == 12
+
+
+def draw(buffers, rows, results):
+    for buffer in buffers:
+        # Pickled here: a tensor in a queue is shared memory that ends with the process.
+        results.put(pickle.dumps((buffer[rows].to_dict(), buffer.sample().batch_size)))
+
+
+def test_buffers_travel_to_processes(tmp_path):
+    dataset = build(episodes())
+    mapped = TransitionDataset.load(dataset.save(tmp_path / "set"))
+    buffers = [TransitionReplayBuffer(stored, batch_size=3) for stored in (dataset, mapped)]
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    process = context.Process(target=draw, args=(buffers, [1, 7], results))
+    process.start()
+    for _ in buffers:
+        rows, size = pickle.loads(results.get(timeout=120))
+        assert size == (3,)
+        torch.testing.assert_close(rows, dataset[[1, 7]].to_dict())
+    process.join()
 
 
 def test_saved_sets_are_mapped_and_travel_by_name(tmp_path):

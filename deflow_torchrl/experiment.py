@@ -173,6 +173,8 @@ class _Run:
         self.outcomes: dict[str, EvaluationResult] = {}
         self.seconds: dict[str, float] = {}
         self.task = _task(config)
+        if self.task.images:
+            raise _images(config.task)
         check_logger(config.logger)
         check_report_extra()
         self.device = _device(config.device)
@@ -181,6 +183,8 @@ class _Run:
         with self._timed("load_data"):
             dataset = self._load_data("train")
             assert dataset is not None
+            if dataset.observation.ndim != 2:
+                raise _images(config.task)
             validation = self._load_data("val")
             self._check_environment(dataset)
             self.buffer = self._buffer(dataset)
@@ -361,6 +365,13 @@ def _build(config: TrainConfig, observation_dim: int, action_dim: int, device: t
         device=device,
     )
     return get_algorithm(config.algo.name).build(config.algo, problem)
+
+
+def _images(task: str) -> InputError:
+    return InputError(
+        f"{task} has images for observations, and networks that read images are not part of this version; its data can be "
+        "loaded and sampled in Python (docs/data.md)"
+    )
 
 
 def _task(config: TrainConfig) -> Task:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 
@@ -89,6 +90,27 @@ def short_episodes():
         generation.GENERATED_DATASETS[name] = dataclasses.replace(settings, episode_steps=61)
     yield 61
     generation.GENERATED_DATASETS.update(saved)
+
+
+@pytest.fixture
+def in_process():
+    """Generated episodes are made in this process, with its settings."""
+    with generation_in_process() as patch:
+        yield patch
+
+
+@contextlib.contextmanager
+def generation_in_process():
+    from deflow_torchrl.data import generation
+
+    def run(dataset, seed, jobs, parts, workers):
+        for split, episode in jobs:
+            generation._write_episode(dataset, seed, split, episode, parts)
+            yield
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generation, "_run_jobs", run)
+        yield patch
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from deflow_torchrl.data.dataset import TransitionDataset, ValidationReport
 from deflow_torchrl.data.schema import ACTION_LIMIT, MIN_TRANSITIONS, ROUNDING
 from deflow_torchrl.errors import InputError
 
-_HASH_ROWS = 1 << 14
+_HASHED_BYTES = 1 << 21  # the hash works on numbers twice as wide, or eight times
 
 
 class TransitionBuilder:
@@ -252,7 +252,8 @@ def _report(dataset: TransitionDataset, clipped: int) -> ValidationReport:
 def _count_duplicates(dataset: TransitionDataset) -> int:
     """Transitions whose s and a equal an earlier one's, by a 64-bit hash of their bytes."""
     hashes = np.empty(len(dataset), np.uint64)
-    for begin, part in dataset.chunks(_HASH_ROWS):
+    rows = max(1, _HASHED_BYTES // (dataset.observation[0].nbytes + dataset.action[0].nbytes))
+    for begin, part in dataset.chunks(rows):
         end = begin + len(part)
         hashes[begin:end] = _hash_rows(part["observation"]) + np.uint64(3) * _hash_rows(part["action"])
     hashes.sort()
@@ -261,7 +262,7 @@ def _count_duplicates(dataset: TransitionDataset) -> int:
 
 def _hash_rows(rows: torch.Tensor) -> np.ndarray:
     flat = rows.reshape(len(rows), -1).numpy()
-    words = flat.view(np.uint32) if flat.dtype == np.float32 else flat
+    words = flat.view(np.uint32) if flat.shape[1] * flat.itemsize % 4 == 0 else flat
     odd = np.random.default_rng(words.shape[1]).integers(1 << 63, size=words.shape[1], dtype=np.uint64) * np.uint64(2)
     mixed = words.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
     return ((mixed ^ (mixed >> np.uint64(15))) * (odd + np.uint64(1))).sum(axis=1, dtype=np.uint64)

@@ -6,7 +6,8 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ import torch
 from deflow_torchrl.errors import InputError
 
 CHUNK_BYTES = 1 << 24
+_SMALL_BYTES = 1 << 18
 
 
 class Column(Protocol):
@@ -80,6 +82,73 @@ def map_column(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> torch.
     if size == 0:
         return torch.zeros(shape, dtype=dtype)
     return torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8).view(dtype).view(shape)
+
+
+class RowFile:
+    """Scattered rows of a column's file, read into memory of their own.
+
+    A map would bring a page cache folio (up to 2 MB on recent kernels) into the process for each row it is asked for: a few
+    batches and the whole set is resident. Positional reads leave nothing behind, and a file cut short is an error
+    instead of a signal.
+
+    Args:
+        path: file of :func:`allocate`.
+        shape: of the column.
+        dtype: of the column.
+    """
+
+    def __init__(self, path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self.path = path
+        self._shape, self._dtype = shape[1:], dtype
+        self._width = int(np.prod(shape[1:], dtype=np.int64)) * dtype.itemsize
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self._descriptor)
+
+    def read(self, runs: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """Rows of each run (first row, rows) one after another.
+
+        Raises:
+            InputError: if the file has been cut short.
+        """
+        width = self._width
+        length = sum(rows for _, rows in runs)
+        if length * width <= _SMALL_BYTES:  # a batch of states: here the calls cost, not the copies
+            parts = [os.pread(self._descriptor, rows * width, first * width) for first, rows in runs]
+            content = torch.frombuffer(bytearray().join(parts) or bytearray(1), dtype=torch.uint8)[: length * width]
+        else:
+            content = torch.empty(length * width, dtype=torch.uint8)
+            self._read_into(content.numpy().data, runs)
+        if content.numel() != length * width:
+            raise self._cut_short()
+        return content.view(self._dtype).view(length, *self._shape)
+
+    def _read_into(self, view: memoryview, runs: Sequence[tuple[int, int]]) -> None:
+        begin = 0
+        for first, rows in runs:
+            end, at = begin + rows * self._width, first * self._width
+            while begin < end:  # the system reads 2 GB at once at most
+                count = os.preadv(self._descriptor, [view[begin:end]], at)
+                if count == 0:
+                    raise self._cut_short()
+                begin, at = begin + count, at + count
+
+    def _cut_short(self) -> InputError:
+        return InputError(f"{self.path} was cut short; delete {self.path.parent} to have it made again")
+
+
+def runs_of(rows: torch.Tensor) -> list[tuple[int, int]]:
+    """Ascending rows as (first row, rows) of each stretch without a gap.
+
+    Examples:
+        >>> runs_of(torch.tensor([3, 4, 5, 9]))
+        [(3, 3), (9, 1)]
+    """
+    values = rows.numpy()
+    if len(values) == 0:
+        return []
+    begins = np.flatnonzero(np.diff(values, prepend=values[0] - 2) != 1)
+    lengths = np.diff(begins, append=len(values))
+    return list(zip(values[begins].tolist(), lengths.tolist(), strict=True))
 
 
 def release_pages(column: torch.Tensor, folder: Path | None) -> None:

@@ -24,7 +24,7 @@ from torchrl.data.replay_buffers.samplers import RandomSampler, Sampler
 from torchrl.data.replay_buffers.storages import Storage
 from torchrl.data.replay_buffers.writers import ImmutableDatasetWriter
 
-from deflow_torchrl.data.columns import map_column, release_pages
+from deflow_torchrl.data.columns import RowFile, map_column, release_pages, runs_of
 from deflow_torchrl.data.continuity import Jump
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.locks import only_one_prepares
@@ -32,9 +32,8 @@ from deflow_torchrl.paths import make_writable_folder, write_text
 
 _COLUMNS = ("observation", "action", "reward", "terminated", "episode_starts")
 _ABOUT_FILE = "dataset.json"
+_STATE_FILE = "transitions.json"
 _FORMAT = 1
-# Rows drawn between two releases of mapped pages: each may bring 64 KB of every column into the process.
-_ROWS_BETWEEN_RELEASES = 1 << 10
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,14 @@ class TransitionDataset:
         self.source = source
         self.about = dict(about or {})
         self.report = report
-        self._rows_drawn = 0
+        self._files = (
+            None
+            if folder is None
+            else {
+                name: RowFile(folder / f"{name}.bin", tuple(column.shape), column.dtype)
+                for name, column in zip(_COLUMNS, (observation, action, reward, terminated), strict=False)
+            }
+        )
         self._bounds = torch.cat([episode_starts, episode_starts.new_tensor([len(action)])])
 
     @classmethod
@@ -137,17 +143,17 @@ class TransitionDataset:
         """
         rows = self._rows(index)
         episode = torch.searchsorted(self.episode_starts, rows, right=True)  # one more than the episode's number
-        frame = rows + episode - 1
-        terminated = self.terminated[rows].unsqueeze(-1)
+        observation, following, action, reward, terminated = self._gather(rows, rows + episode - 1)
+        terminated = terminated.unsqueeze(-1)
         done = (rows + 1 == self._bounds[episode]).unsqueeze(-1) | terminated
-        transitions = TensorDict(
+        return TensorDict(
             {
-                "observation": self.observation[frame],
-                "action": self.action[rows],
+                "observation": observation,
+                "action": action,
                 "next": TensorDict(
                     {
-                        "observation": self.observation[frame + 1],
-                        "reward": self.reward[rows].unsqueeze(-1),
+                        "observation": following,
+                        "reward": reward.unsqueeze(-1),
                         "terminated": terminated,
                         "truncated": done & ~terminated,
                         "done": done,
@@ -157,11 +163,21 @@ class TransitionDataset:
             },
             batch_size=rows.shape,
         )
-        if self.folder is not None:
-            self._rows_drawn += rows.numel()
-            if self._rows_drawn >= _ROWS_BETWEEN_RELEASES:
-                self.release()
-        return transitions
+
+    def _gather(self, rows: torch.Tensor, frame: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """s, s', a, r and ``terminated`` of transitions whose s is in ``frame``."""
+        if self._files is None:
+            taken = [(self.observation, frame), (self.observation, frame + 1)]
+            taken += [(column, rows) for column in (self.action, self.reward, self.terminated)]
+            # A single number would give a view, through which the set could be written.
+            return tuple(column[at] if at.ndim else column[at].clone() for column, at in taken)
+        # In the order of the file, each row once: s' of one transition is s of the next.
+        frames, place = torch.unique(torch.stack([frame, frame + 1]), return_inverse=True)
+        observations = self._files["observation"].read(runs_of(frames))
+        own, own_place = torch.unique(rows, return_inverse=True)
+        runs = runs_of(own)
+        rest = (self._files[name].read(runs)[own_place] for name in ("action", "reward", "terminated"))
+        return observations[place[0]], observations[place[1]], *rest
 
     def chunks(self, rows: int) -> Iterator[tuple[int, TensorDict]]:
         """Yield (number of the first transition, transitions) over the set."""
@@ -197,7 +213,6 @@ class TransitionDataset:
 
     def release(self) -> None:
         """Give the pages of memory-mapped columns back to the system's cache."""
-        self._rows_drawn = 0
         for name in ("observation", "action", "reward", "terminated"):
             release_pages(getattr(self, name), self.folder)
 
@@ -288,7 +303,11 @@ class TransitionDataset:
             if rows.shape != (len(self),):
                 raise IndexError(f"a mask of shape {tuple(rows.shape)} for {len(self)} transitions")
             return rows.nonzero().squeeze(-1)
-        return torch.where(rows < 0, rows + len(self), rows)
+        rows = torch.where(rows < 0, rows + len(self), rows)
+        # An accelerator checks by itself, without making the host wait.
+        if rows.device.type == "cpu" and bool(((rows < 0) | (rows >= len(self))).any()):
+            raise IndexError(f"an index is out of range for {len(self)} transitions")
+        return rows
 
     def __getstate__(self) -> dict[str, Any]:
         """A mapped set travels to another process as its folder's name."""
@@ -396,9 +415,14 @@ class TransitionStorage(Storage):
         """Number of transitions."""
         return len(self.dataset)
 
+    def contains(self, item: Any) -> torch.Tensor:
+        """Whether there are transitions of these numbers, bool of the numbers' shape."""
+        rows = torch.as_tensor(item)
+        return (rows >= -len(self)) & (rows < len(self))
+
     def state_dict(self) -> dict[str, Any]:
         """Nothing changes, so only the size, to notice another set on loading."""
-        return {"transitions": len(self.dataset)}
+        return {"transitions": len(self.dataset), "episodes": self.dataset.num_episodes}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Check that the state is of a set of this size.
@@ -406,10 +430,29 @@ class TransitionStorage(Storage):
         Raises:
             InputError: if it is not.
         """
-        if state_dict["transitions"] != len(self):
-            raise InputError(
-                f"the state is of a set of {state_dict['transitions']} transitions, this one has {len(self)}"
+        own = self.state_dict()
+        if state_dict != own:
+            theirs, mine = (
+                " ".join(f"{number} {name}" for name, number in state.items()) for state in (state_dict, own)
             )
+            raise InputError(f"the state is of another data set: {theirs} there, {mine} here")
+
+    def dumps(self, path: str | os.PathLike[str]) -> None:
+        """Write :meth:`state_dict`; the transitions stay where they are."""
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / _STATE_FILE, json.dumps(self.state_dict()) + "\n")
+
+    def loads(self, path: str | os.PathLike[str]) -> None:
+        """Check what :meth:`dumps` wrote.
+
+        Raises:
+            InputError: if it is of another set, or of another kind of storage.
+        """
+        file = Path(path) / _STATE_FILE
+        if not file.is_file():
+            raise InputError(f"{path} holds no state of a data set: it has no {_STATE_FILE}")
+        self.load_state_dict(json.loads(file.read_text(encoding="utf-8")))
 
 
 class TransitionReplayBuffer(TensorDictReplayBuffer):

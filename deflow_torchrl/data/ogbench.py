@@ -251,6 +251,7 @@ def _check_fits(archive: NpzArchive, environment: Any, path: Path, *, images: bo
         raise InputError(
             f"{path}: observations must be uint8 images [N, H, W, C]; the data belong to another environment"
         )
+    environment.reset(seed=0)  # builds the simulator
     base = environment.unwrapped  # manipulation keeps the simulator's state as _data, locomotion as data
     state = (base._data if hasattr(base, "_data") else base.data).qpos.shape
     if "qpos" in archive and archive["qpos"].shape[1:] != state:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import difflib
 import functools
+import os
+import sys
 import warnings
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -93,17 +95,29 @@ def make_env_by_id(environment_id: str, **kwargs: Any) -> gymnasium.Env:
     if environment_id not in gymnasium.registry:
         near = difflib.get_close_matches(environment_id, list(gymnasium.registry), n=3)
         raise InputError(f"ogbench has no environment {environment_id!r}; the nearest are {', '.join(near) or 'none'}")
+    if environment_id.startswith("visual-"):
+        _check_renderer(environment_id)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="glfw")  # a missing display, once more: the simulator is imported here
         # The checker would look at the simulator's spaces before SeededReset has put them right.
         return SeededReset(gymnasium.make(environment_id, disable_env_checker=True, **kwargs))
 
 
+def _check_renderer(environment_id: str) -> None:
+    """Without one the simulator fails at the first reset, with a message about OpenGL contexts."""
+    windowed = os.environ.get("MUJOCO_GL", "").strip().lower() not in ("egl", "osmesa")
+    if sys.platform == "linux" and windowed and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        raise InputError(
+            f"{environment_id} draws images, and there is no display here; set the environment variable MUJOCO_GL=egl "
+            "(or osmesa) before Python starts"
+        )
+
+
 def make_env(task: str, *, device: torch.device | str = "cpu", **kwargs: Any) -> EnvBase:
     """Make a TorchRL environment of an OGBench single-task name.
 
-    Its step data holds ``observation [O]`` (float32), ``reward [1]``, ``terminated``, ``truncated``, ``done`` (bool ``[1]``)
-    and ``success`` (bool ``[1]``): whether the goal is reached.
+    Its step data holds ``observation`` (``[O]`` float32; images ``[H, W, C]`` uint8), ``reward [1]``, ``terminated``,
+    ``truncated``, ``done`` (bool ``[1]``) and ``success`` (bool ``[1]``): whether the goal is reached.
 
     Args:
         task: for example ``cube-single-play-singletask-task2-v0``.
@@ -113,12 +127,15 @@ def make_env(task: str, *, device: torch.device | str = "cpu", **kwargs: Any) ->
         **kwargs: forwarded to ``gymnasium.make``.
 
     Raises:
-        InputError: on a malformed or unknown name.
+        InputError: on a malformed or unknown name, and for images where nothing can draw them.
         MissingExtraError: if the ``ogbench`` extra is not installed.
     """
-    from torchrl.envs import DoubleToFloat, GymWrapper, TransformedEnv
+    from torchrl.envs import Compose, DoubleToFloat, GymWrapper, RenameTransform, TransformedEnv
 
     from deflow_torchrl.envs.info import SuccessReader
 
     env = GymWrapper(make_gym_env(task, **kwargs), device=device)
-    return TransformedEnv(env.set_info_dict_reader(SuccessReader(device)), DoubleToFloat())
+    transforms = [DoubleToFloat()]
+    if env.from_pixels:  # TorchRL's name for images; the data sets have one name for all
+        transforms.append(RenameTransform(["pixels"], ["observation"]))
+    return TransformedEnv(env.set_info_dict_reader(SuccessReader(device)), Compose(*transforms))

@@ -30,11 +30,12 @@ class Task:
         gamma: discount.
         q_aggregation: how the target critics are aggregated.
         target_divergence: delta of DeFlow.
-        in_paper: whether the three values before are the paper's (Table 6) or the package's own choice.
+        in_paper: whether the three values before are the paper's (Table 6) for this very task or the package's own choice.
         domain: which of the paper's rules from action variance to delta applies: ``manipulation``, ``navigation`` or ``d4rl``;
             ``None`` where nobody said.
         reward_meaning: what the data's rewards mean; ``None`` where nobody said.
         number: number of an OGBench task; the environment's default task where the name has none.
+        images: whether observations are known to be uint8 pictures ``[H, W, C]`` instead of states.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Task:
     domain: str | None = None
     reward_meaning: str | None = None
     number: int | None = None
+    images: bool = False
 
 
 def get_task(name: str, *, environment: str | None = None) -> Task:
@@ -93,9 +95,10 @@ def _ogbench_tasks() -> Mapping[str, Task]:
     table = json.loads(resources.files(__package__).joinpath("ogbench.json").read_text(encoding="utf-8"))
     tasks = {}
     for group in table["groups"]:
+        numbers = range(1, table["tasks_per_environment"] + 1)
         for environment in group["environments"]:
             for data in group["data"]:
-                for number in (None, *range(1, table["tasks_per_environment"] + 1)):
+                for number in (None, *numbers):
                     name = f"{environment}-{data}-singletask{'' if number is None else f'-task{number}'}-v0"
                     tasks[name] = Task(
                         name=name,
@@ -106,10 +109,13 @@ def _ogbench_tasks() -> Mapping[str, Task]:
                         gamma=group["discount"],
                         q_aggregation=group["q_aggregation"],
                         target_divergence=group["target_divergence"],
-                        in_paper=group["in_paper"] and data == group["data"][0],
+                        in_paper=group["in_paper"]
+                        and data == group["data"][0]
+                        and (number or group["default_task"]) in group.get("paper_tasks", numbers),
                         domain=group["domain"],
                         reward_meaning=table["reward_meaning"][group["domain"]],
                         number=number or group["default_task"],
+                        images=group.get("images", False),
                     )
     return tasks
 

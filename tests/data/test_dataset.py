@@ -1,11 +1,15 @@
+import multiprocessing
+import os
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torchrl.data import SamplerWithoutReplacement
+from torchrl.envs.transforms import RewardScaling
 
-from deflow_torchrl.data import TransitionBuilder, TransitionDataset, TransitionReplayBuffer
+from deflow_torchrl.data import TransitionBuilder, TransitionDataset, TransitionReplayBuffer, columns
 from deflow_torchrl.data.dataset import prepared
 from deflow_torchrl.data.schema import ACTION_LIMIT
 from deflow_torchrl.errors import InputError
@@ -64,18 +68,21 @@ def test_observations_are_stored_once():
     assert dataset.nbytes < 1001 * 9 + 1000 * (2 * 4 + 4 + 1) + 100
 
 
+@pytest.mark.parametrize("stored", ["in memory", "mapped, read by copies", "mapped, read in place"])
 @pytest.mark.parametrize(
     "index",
     [3, -1, slice(2, 9, 3), [0, 5, 11], range(3), torch.tensor([[0, 1], [11, -2]]), np.array([4, 4]),
-     torch.arange(12) % 2 == 0, (torch.tensor([1, 2]),)],
+     torch.arange(12) % 2 == 0, torch.zeros(12, dtype=torch.bool), (torch.tensor([1, 2]),)],
 )  # fmt: skip
-def test_any_index_gives_the_rows_of_the_whole(index):
-    dataset = build(episodes())
-    whole = dataset[:]
+def test_any_index_gives_the_rows_of_the_whole(index, stored, tmp_path, monkeypatch):
+    monkeypatch.setattr(columns, "_SMALL_BYTES", 0 if stored.endswith("in place") else 1 << 18)
+    dataset = build(episodes(), None if stored == "in memory" else tmp_path)
+    whole = build(episodes())[:]
     key = index[0] if isinstance(index, tuple) else torch.tensor(index) if isinstance(index, range) else index
     torch.testing.assert_close(dataset[index].to_dict(), whole[key].to_dict())
-    with pytest.raises(IndexError):
-        dataset[99]
+    for outside in (99, -13, [0, 12]):
+        with pytest.raises(IndexError):
+            dataset[outside]
 
 
 def test_a_buffer_samples_whole_transitions_with_any_sampler():
@@ -88,6 +95,90 @@ def test_a_buffer_samples_whole_transitions_with_any_sampler():
         rb.extend(dataset[:2])
     with pytest.raises(RuntimeError):
         rb.empty()
+
+
+def test_what_is_done_to_a_sample_leaves_the_set_alone():
+    dataset = build(episodes())
+    before = dataset[:].clone()
+    for index in (3, [3], slice(3, 5)):
+        for value in dataset[index].values(include_nested=True, leaves_only=True):
+            value.zero_()
+    torch.testing.assert_close(dataset[:].to_dict(), before.to_dict())
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_transforms_and_prefetching_work_as_on_any_buffer(mapped, tmp_path):
+    dataset = build(episodes(), tmp_path if mapped else None)
+    rb = TransitionReplayBuffer(
+        dataset, batch_size=5, prefetch=2, transform=RewardScaling(loc=0.0, scale=2.0, in_keys=[("next", "reward")])
+    )
+    for _ in range(10):
+        batch = rb.sample()
+        rows = dataset[batch["index"]]
+        assert torch.equal(batch["next", "observation"], rows["next", "observation"])
+        assert torch.equal(batch["next", "reward"], 2 * rows["next", "reward"])
+
+
+def two_buffers(**kwargs):
+    return [
+        TransitionReplayBuffer(build(episodes(**kwargs)), batch_size=4, sampler=SamplerWithoutReplacement())
+        for _ in range(2)
+    ]
+
+
+@pytest.mark.parametrize("kept", ["in a dictionary", "on disk"])
+def test_a_restored_buffer_goes_on_where_it_was(kept, tmp_path):
+    first, second = two_buffers()
+    drawn = first.sample()["index"].tolist()
+    if kept == "on disk":
+        first.dumps(tmp_path / "buffer")
+        second.loads(tmp_path / "buffer")
+        assert sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file()) < 20_000, "no transitions"
+    else:
+        second.load_state_dict(first.state_dict())
+    rest = [second.sample()["index"].tolist() for _ in range(2)]
+    assert rest == [first.sample()["index"].tolist() for _ in range(2)]
+    assert sorted([*drawn, *rest[0], *rest[1]]) == list(range(12)), "each transition once"
+
+
+def test_a_state_of_another_set_is_refused(tmp_path):
+    (first, _), (other, _) = two_buffers(), two_buffers(lengths=(4, 8))
+    first.dumps(tmp_path / "buffer")
+    with pytest.raises(InputError, match="12 transitions 3 episodes there, 12 transitions 2 episodes here"):
+        other.loads(tmp_path / "buffer")
+    with pytest.raises(InputError, match="another data set"):
+        other.load_state_dict(first.state_dict())
+    (tmp_path / "buffer" / "storage" / "transitions.json").unlink()
+    with pytest.raises(InputError, match="holds no state of a data set"):
+        first.loads(tmp_path / "buffer")
+
+
+def test_a_storage_knows_its_transitions():
+    storage = TransitionReplayBuffer(build(episodes()))._storage
+    assert storage.contains(torch.tensor([0, 11, 12, -12, -13])).tolist() == [True, True, False, True, False]
+    assert 5 in storage
+    assert len(list(storage)) == 12
+
+
+def draw(buffers, rows, results):
+    for buffer in buffers:
+        # Pickled here: a tensor in a queue is shared memory that ends with the process.
+        results.put(pickle.dumps((buffer[rows].to_dict(), buffer.sample().batch_size)))
+
+
+def test_buffers_travel_to_processes(tmp_path):
+    dataset = build(episodes())
+    mapped = TransitionDataset.load(dataset.save(tmp_path / "set"))
+    buffers = [TransitionReplayBuffer(stored, batch_size=3) for stored in (dataset, mapped)]
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    process = context.Process(target=draw, args=(buffers, [1, 7], results))
+    process.start()
+    for _ in buffers:
+        rows, size = pickle.loads(results.get(timeout=120))
+        assert size == (3,)
+        torch.testing.assert_close(rows, dataset[[1, 7]].to_dict())
+    process.join()
 
 
 def test_saved_sets_are_mapped_and_travel_by_name(tmp_path):
@@ -114,6 +205,39 @@ def test_damaged_folders_are_refused(tmp_path):
         with pytest.raises(InputError, match="damaged") as error:
             TransitionDataset.load(folder)
         assert "\n" not in str(error.value)
+
+
+def test_reading_a_mapped_set_does_not_bring_it_into_memory(tmp_path):
+    rows, width = 200_000, 64
+    builder = TransitionBuilder(
+        rows, frames=rows + 1, observation_shape=(width,), action_dim=1, source="test", folder=tmp_path
+    )
+    builder.add_episode(
+        observations=np.zeros((rows + 1, width), np.float32), actions=np.zeros((rows, 1)), rewards=np.zeros(rows),
+        terminated=np.zeros(rows, bool),
+    )  # fmt: skip
+    dataset = builder.finish()
+    dataset.release()
+
+    def resident():
+        (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssFile"))
+        return int(line.split()[1]) * 1024
+
+    dataset[torch.randint(rows, (256,))]
+    before = resident()
+    for _ in range(20):
+        dataset[torch.randint(rows, (256,))]
+    assert dataset.nbytes > 5e7
+    assert resident() - before < 2e6
+
+
+@pytest.mark.parametrize("small", [0, 1 << 18])
+def test_a_file_cut_short_while_it_is_read_is_one_line(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(columns, "_SMALL_BYTES", small)
+    dataset = build(episodes(), tmp_path)
+    os.truncate(tmp_path / "observation.bin", 100)
+    with pytest.raises(InputError, match=r"observation.bin was cut short; delete"):
+        dataset[[0, 11]]
 
 
 def test_a_prepared_set_is_made_once_and_again_for_another_source(tmp_path):

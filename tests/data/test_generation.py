@@ -27,18 +27,6 @@ WIDTHS = {
 }
 
 
-@pytest.fixture
-def in_process(monkeypatch):
-    """Episodes are made in this process, with its settings."""
-
-    def run(dataset, seed, jobs, parts, workers):
-        for split, episode in jobs:
-            generation._write_episode(dataset, seed, split, episode, parts)
-            yield
-
-    monkeypatch.setattr(generation, "_run_jobs", run)
-
-
 def full_length(dataset, **kwargs):
     settings = generation.GENERATED_DATASETS[dataset]
     steps = 201 if dataset.endswith("stitch-v0") else 1001
@@ -89,28 +77,6 @@ def test_an_episode_is_what_ogbench_publishes_and_depends_on_seed_split_and_numb
     for name, array in first.items():
         np.testing.assert_array_equal(array, again[name])
     assert not any(np.array_equal(first["actions"], other["actions"]) for other in others)
-
-
-@pytest.mark.parametrize(
-    "dataset", ["cube-double-play-v0", "scene-noisy-v0", "puzzle-3x3-play-v0", "pointmaze-medium-stitch-v0"]
-)
-def test_ogbench_and_our_loader_read_the_same_values(dataset, short_episodes, tmp_path, in_process):
-    import ogbench
-
-    from deflow_torchrl.data import load_ogbench_dataset
-
-    generate_ogbench_dataset(dataset, tmp_path, episodes=2, val_episodes=1, seed=4)
-    task = dataset.replace("-v0", "-singletask-task1-v0")
-    env, *splits = ogbench.make_env_and_datasets(task, dataset_dir=str(tmp_path))
-    env.close()
-    for split, theirs in zip(("train", "val"), splits, strict=True):
-        ours = load_ogbench_dataset(task, root=tmp_path, split=split, download=False)
-        assert len(ours) == (short_episodes - 1) * {"train": 2, "val": 1}[split]
-        np.testing.assert_array_equal(ours["observation"], theirs["observations"])
-        np.testing.assert_array_equal(ours["next", "observation"], theirs["next_observations"])
-        np.testing.assert_allclose(ours["action"], theirs["actions"], atol=2e-5)  # ours are clipped into the bounds
-        np.testing.assert_array_equal(ours["next", "reward"][:, 0], theirs["rewards"])
-        np.testing.assert_array_equal(ours["next", "terminated"][:, 0], theirs["masks"] == 0)
 
 
 def test_the_oracle_handles_the_cube():

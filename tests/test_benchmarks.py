@@ -1,0 +1,70 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parent.parent / "benchmarks" / "data_memory.py"
+TINY = ("--updates", "4", "--batches", "6", "--batch-size", "32", "--hidden-dims", "8", "--json")
+
+
+def command(folder, *arguments):
+    return [sys.executable, str(SCRIPT), "--folder", str(folder), *TINY, *arguments]
+
+
+def test_the_memory_of_data_sets_is_measured_and_nothing_is_left_behind(tmp_path):
+    arguments = ("--transitions", "4000", "2000", "--frames", "200")
+    result = subprocess.run(command(tmp_path, *arguments), capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert list(tmp_path.iterdir()) == []
+    measured = json.loads(result.stdout.splitlines()[-1])
+    visual = measured["visual"]
+    assert visual["bytes_ratio"] == pytest.approx(0.5, abs=0.01)
+    assert visual["sampled_values_equal"]
+    assert visual["once"]["dtype"] == "torch.uint8"
+    state = measured["state"]
+    assert [entry["transitions"] for entry in state["sets"]] == [2000, 4000]
+    for entry in state["sets"]:
+        assert entry["preparing"]["bytes"] > 137 * entry["transitions"]
+        training = entry["training"]
+        assert training["before"] <= training["peak"] == training["before"] + training["growth"]
+        assert training["pages_read"] > 0.5
+    assert state["peak_ratio"] == pytest.approx(1.0, abs=0.05)
+    assert set(state["two_copies"]) == {"memory-mapped", "in memory"}
+    assert all(cost["milliseconds"] > 0 for cost in state["sampling"].values())
+
+
+def test_a_full_disk_is_said_before_anything_is_written(tmp_path):
+    result = subprocess.run(
+        command(tmp_path, "--transitions", str(10**13)), capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("data_memory.py: ")
+    assert result.stderr.count("\n") == 1
+    assert "GB are needed" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_measurement_leaves_nothing(tmp_path):
+    process = subprocess.Popen(
+        command(tmp_path, "state", "--transitions", "3000000"),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob("*/.state*")) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C in a terminal: to the script and its children
+        _, err = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert err.splitlines()[-1].startswith("data_memory.py: interrupted")
+    assert list(tmp_path.iterdir()) == []

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from deflow_torchrl._lazy import lazy_exports
+from deflow_torchrl._register import register_datasets
 
 if TYPE_CHECKING:  # what type checkers and editors see
     from deflow_torchrl.data import OGBenchExperienceReplay as OGBenchExperienceReplay
@@ -37,3 +38,4 @@ _EXPORTS = {
 }
 __all__ = [*_EXPORTS, "__version__"]  # noqa: PLE0604 - the names are resolved on first use
 __getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)
+register_datasets()

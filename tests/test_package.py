@@ -62,6 +62,17 @@ def test_importing_the_package_does_not_import_torch():
     )
 
 
+@pytest.mark.parametrize("order", ["import deflow_torchrl\n{}", "{}\nimport deflow_torchrl"])
+def test_torchrls_load_dataset_knows_the_sets_in_either_order_of_imports(order):
+    torchrl = "from torchrl.data.datasets import load_dataset"
+    code = (
+        order.format(torchrl)
+        + "\ntry:\n    load_dataset('ogbench:nonsense')\nexcept ValueError as error:\n    print(error)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "'nonsense' is no OGBench single-task name" in result.stdout, result.stderr
+
+
 def test_command_line_without_its_extra_says_which_one():
     code = "import sys; sys.modules['typer'] = None\nimport deflow_torchrl.cli"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -80,7 +91,7 @@ ALLOWED = {
     "trainers": {"algorithms", "objectives", "modules", "data", "envs"},
     "reports": set(),
 }
-SHARED = {"errors", "locks", "paths", "processes", "progress", "_lazy", "__version__"}
+SHARED = {"errors", "locks", "paths", "processes", "progress", "_lazy", "_register", "__version__"}
 
 
 @pytest.mark.parametrize("room", list(ALLOWED))

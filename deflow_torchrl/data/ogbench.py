@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torchrl.data.datasets import register_dataset
 from torchrl.data.replay_buffers.samplers import Sampler
 
 from deflow_torchrl.data.archive import NpzArchive, readable
@@ -79,6 +78,8 @@ def load_ogbench_dataset(
 class OGBenchExperienceReplay(TransitionReplayBuffer):
     """An OGBench single-task data set as an immutable replay buffer; ``rb[:]`` is the whole set in TED.
 
+    TorchRL's ``load_dataset("ogbench:NAME")`` gives the same, once :mod:`deflow_torchrl` is imported.
+
     Args:
         dataset_id: single-task name, for example ``cube-single-play-singletask-task2-v0``.
 
@@ -120,10 +121,6 @@ class OGBenchExperienceReplay(TransitionReplayBuffer):
             dataset_id, root=root, split=split, download=download, device=device, memmap_dir=memmap_dir
         )
         super().__init__(dataset, batch_size=batch_size, sampler=sampler, **kwargs)
-
-
-# After an import of this class, TorchRL's own load_dataset("ogbench:NAME") finds it.
-register_dataset("ogbench", OGBenchExperienceReplay)
 
 
 def is_ogbench_layout(path: Path) -> bool:

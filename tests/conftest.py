@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import signal
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,11 @@ def make_batch(*shape, noise=True, observation_dim=OBSERVATION_DIM, action_dim=A
         batch["flow_noise"] = torch.randn(*shape, action_dim)
         batch["flow_time"] = torch.rand(*shape, 1)
     return batch
+
+
+def heed_ctrl_c() -> None:
+    """For ``preexec_fn``: a suite started in the background ignores Ctrl-C, and its children inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def total(out: TensorDict) -> torch.Tensor:

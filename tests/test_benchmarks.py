@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import heed_ctrl_c
+
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "data_memory.py"
 TINY = ("--updates", "4", "--batches", "6", "--batch-size", "32", "--hidden-dims", "8", "--json")
 
@@ -50,10 +52,12 @@ def test_a_full_disk_is_said_before_anything_is_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_an_interrupted_measurement_leaves_nothing(tmp_path):
     process = subprocess.Popen(
         command(tmp_path, "state", "--transitions", "3000000"),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=heed_ctrl_c,
     )  # fmt: skip
     try:
         deadline = time.monotonic() + 60

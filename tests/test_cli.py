@@ -14,7 +14,7 @@ from deflow_torchrl.cli import app, main
 from deflow_torchrl.config import compose_config, config_from_dict, config_to_dict
 from deflow_torchrl.data.oracles import GENERATED_DATASETS
 from deflow_torchrl.errors import InputError
-from tests.conftest import DATASET, TASK
+from tests.conftest import DATASET, TASK, heed_ctrl_c
 
 
 def deflow(*arguments, cwd=None, env=None):
@@ -99,7 +99,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_the_resumed_run_equals_the_uninterru
     assert deflow("train", *settings(generated, straight, *more)).returncode == 0
     process = subprocess.Popen(
         [sys.executable, "-m", "deflow_torchrl.cli", "train", *settings(generated, stopped, *more)],
-        stderr=subprocess.PIPE, text=True,
+        stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c,
     )  # fmt: skip
     deadline = time.monotonic() + 120
     while not (stopped / "metrics.jsonl").exists() or len((stopped / "metrics.jsonl").read_text().splitlines()) < 5:

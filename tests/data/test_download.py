@@ -28,7 +28,7 @@ from deflow_torchrl.data.download import (
     manifest_entry,
 )
 from deflow_torchrl.errors import InputError, MissingExtraError
-from tests.conftest import DATASET, TASK
+from tests.conftest import DATASET, TASK, heed_ctrl_c
 from tests.test_cli import assert_one_line, deflow
 
 TRAIN, VAL = f"{DATASET}.npz", f"{DATASET}-val.npz"
@@ -563,8 +563,9 @@ def test_a_download_killed_in_its_middle_goes_on(number, code, host, tmp_path):
     host.faults = ["hold"]
     path, part = tmp_path / TRAIN, tmp_path / f"{TRAIN}.part"
     child = subprocess.Popen(
-        [sys.executable, "-c", CHILD, f"{host.url}/{TRAIN}", str(path)], stderr=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-c", CHILD, f"{host.url}/{TRAIN}", str(path)],
+        stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c,
+    )  # fmt: skip
     deadline = time.monotonic() + 30
     while not part.exists() or part.stat().st_size < 8000:
         assert child.poll() is None, child.stderr.read()

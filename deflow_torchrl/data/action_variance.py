@@ -243,20 +243,34 @@ def _map_on_threads(
             pool.shutdown(cancel_futures=True)
 
 
-def _nearest(
+def _nearest(observations: torch.Tensor, block: torch.Tensor, **search: Any) -> torch.Tensor:
+    """Rows of the k nearest neighbours of the rows ``block``, nearest first, ``[B, k]``; exact.
+
+    The search is in single precision, twice as fast; states for which its rounding could have hidden a neighbour are searched
+    again in double precision.
+    """
+    neighbours, certain = _search(observations, block, dtype=torch.float32, **search)
+    doubtful = (~certain).nonzero().squeeze(-1)
+    if len(doubtful):
+        neighbours[doubtful], _ = _search(observations, block[doubtful], dtype=torch.float64, **search)
+    return neighbours
+
+
+def _search(
     observations: torch.Tensor,
     block: torch.Tensor,
     *,
+    dtype: torch.dtype,
     k: int,
     include_self: bool,
     shift: torch.Tensor,
     scale: torch.Tensor,
     chunk_size: int,
-) -> torch.Tensor:
-    """Rows of the k nearest neighbours of the rows ``block``, nearest first, ``[B, k]``."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Neighbours ``[B, k]``, and whether rounding in ``dtype`` cannot have changed them ``[B]``."""
 
     def standardised(part: torch.Tensor) -> torch.Tensor:
-        return (part.double() - shift) / scale
+        return ((part.double() - shift) / scale).to(dtype)
 
     own = -1.0 if include_self else torch.inf  # a state comes first or never among its own neighbours
     rows = len(observations)
@@ -265,8 +279,10 @@ def _nearest(
     states = standardised(observations[block])
     nearest = states.new_empty(len(block), 0)  # the smallest distance in each group kept
     first = block.new_empty(len(block), 0)
+    farthest = states.new_zeros(())  # squared norm of any state
     for start in range(0, rows, width):
         part = standardised(observations[start : start + width])
+        farthest = torch.maximum(farthest, part.square().sum(1).max())
         distances = torch.cdist(states, part, compute_mode="use_mm_for_euclid_dist")
         column = block - start
         inside = ((column >= 0) & (column < len(part))).nonzero().squeeze(-1)
@@ -286,7 +302,13 @@ def _nearest(
     exact = ((others - observations[block].double().unsqueeze(1)) / scale).square().sum(-1)
     exact[candidates >= rows] = torch.inf
     exact[candidates == block.unsqueeze(1)] = own
-    return candidates.gather(1, exact.argsort(dim=1, stable=True)[:, :k])
+    order = exact.argsort(dim=1, stable=True)[:, :k]
+    # Every group left out began behind the last one kept. Rounding of |x|^2 + |y|^2 - 2 x.y is bounded by its terms.
+    rounding = 4 * (states.shape[1] + 4) * torch.finfo(dtype).eps * (states.square().sum(1) + farthest).double()
+    certain = nearest.amax(1).double().square() - rounding > exact.gather(1, order[:, -1:]).squeeze(1)
+    if -(-rows // width) * stride <= k + _SPARE:
+        certain = torch.ones_like(certain)  # no group was left out
+    return candidates.gather(1, order), certain
 
 
 def _bootstrap_interval(values: torch.Tensor, resamples: int, generator: torch.Generator) -> tuple[float, float]:

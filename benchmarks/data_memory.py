@@ -259,7 +259,7 @@ def two_copies(dataset: TransitionDataset, kind: str, scratch: Path, batch_size:
     size = len(dataset)
     storage = LazyMemmapStorage(size, scratch_dir=scratch / "memmap") if kind == MAPPED else LazyTensorStorage(size)
     buffer = TensorDictReplayBuffer(storage=storage, batch_size=batch_size)
-    for _, part in dataset.chunks(1 << 15):
+    for _, part in dataset.chunks(1 << 15, doing="touch"):
         buffer.extend(part)
     return buffer
 

@@ -16,9 +16,20 @@ def progress_bar(iterable: Iterable[Any] | None = None, **kwargs: Any) -> tqdm:
     return tqdm(iterable, dynamic_ncols=terminal, mininterval=0.1 if terminal else 10.0, **kwargs)
 
 
+def patient_bar(iterable: Iterable[Any] | None = None, **kwargs: Any) -> tqdm:
+    """A bar for work that usually takes no time: shown after three seconds, gone when it is done."""
+    return progress_bar(iterable, **{"delay": 3.0, "leave": False, **kwargs})
+
+
 def byte_bar(desc: str, total: int | None, *, initial: int = 0, show: bool = True, delay: float = 0.0) -> tqdm:
     """A bar in bytes from ``initial`` on, shown after ``delay`` seconds; closing removes it unless ``leave`` was set."""
-    return progress_bar(
-        desc=desc, total=total, initial=initial, disable=not show, delay=delay, leave=False, unit="B", unit_scale=True,
+    return patient_bar(
+        desc=desc,
+        total=total,
+        initial=initial,
+        disable=not show,
+        delay=delay,
+        unit="B",
+        unit_scale=True,
         unit_divisor=1024,
-    )  # fmt: skip
+    )

@@ -14,6 +14,7 @@ from deflow_torchrl.data.continuity import find_jump
 from deflow_torchrl.data.dataset import TransitionDataset, ValidationReport
 from deflow_torchrl.data.schema import ACTION_LIMIT, MIN_TRANSITIONS, ROUNDING
 from deflow_torchrl.errors import InputError
+from deflow_torchrl.progress import patient_bar
 
 _HASHED_BYTES = 1 << 21  # the hash works on numbers twice as wide, or eight times
 
@@ -73,6 +74,7 @@ class TransitionBuilder:
         self._clipped = self._outside = 0
         self._first_outside: tuple[int, list[float]] | None = None
         self._largest_action = 0.0
+        self._bar = patient_bar(desc="read", total=frames + transitions, unit="row", unit_scale=True)
 
     def add_frames(self, observations: np.ndarray, *, rows: np.ndarray | None = None) -> None:
         """Append frames.
@@ -91,6 +93,7 @@ class TransitionBuilder:
         values = self._checked("observations", observations, self.observation, (begin, rows), kinds)
         self.observation[begin:end] = values
         self._frames = end
+        self._bar.update(end - begin)
         release_pages(self.observation, self.folder)
 
     def add_actions(self, actions: np.ndarray, *, rows: np.ndarray | None = None) -> None:
@@ -113,6 +116,7 @@ class TransitionBuilder:
         self._clipped += int((size > ACTION_LIMIT).sum())
         self.action[begin:end] = values.clamp_(-ACTION_LIMIT, ACTION_LIMIT)
         self._actions = end
+        self._bar.update(end - begin)
         release_pages(self.action, self.folder)
 
     def add_outcomes(self, rewards: np.ndarray, terminated: np.ndarray, *, rows: np.ndarray | None = None) -> None:
@@ -173,6 +177,7 @@ class TransitionBuilder:
         Raises:
             InputError: if rows are missing or actions were out of bounds.
         """
+        self._bar.close()
         if self._outside and self._first_outside is not None:
             row, action = self._first_outside
             numbers = ", ".join(f"{value:.4g}" for value in action)
@@ -253,7 +258,7 @@ def _count_duplicates(dataset: TransitionDataset) -> int:
     """Transitions whose s and a equal an earlier one's, by a 64-bit hash of their bytes."""
     hashes = np.empty(len(dataset), np.uint64)
     rows = max(1, _HASHED_BYTES // (dataset.observation[0].nbytes + dataset.action[0].nbytes))
-    for begin, part in dataset.chunks(rows):
+    for begin, part in dataset.chunks(rows, doing="look for duplicates"):
         end = begin + len(part)
         hashes[begin:end] = _hash_rows(part["observation"]) + np.uint64(3) * _hash_rows(part["action"])
     hashes.sort()

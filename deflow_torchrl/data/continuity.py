@@ -66,7 +66,7 @@ def find_jump(dataset: TransitionDataset) -> Jump | None:
     if int(smooth.sum()) < 2:
         return None
     worst, where, count = 0.0, 0, 0
-    for begin, part in dataset.chunks(_ROWS):
+    for begin, part in dataset.chunks(_ROWS, doing="look for jumps"):
         moved = (part["next", "observation"] - part["observation"]).cpu()[:, smooth].abs()
         ratio = (moved / usual[smooth]).median(dim=1).values
         count += int((ratio > _JUMP).sum())

@@ -29,6 +29,7 @@ from deflow_torchrl.data.continuity import Jump
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.locks import only_one_prepares
 from deflow_torchrl.paths import make_writable_folder, write_text
+from deflow_torchrl.progress import patient_bar
 
 _COLUMNS = ("observation", "action", "reward", "terminated", "episode_starts")
 _ABOUT_FILE = "dataset.json"
@@ -179,9 +180,9 @@ class TransitionDataset:
         rest = (self._files[name].read(runs)[own_place] for name in ("action", "reward", "terminated"))
         return observations[place[0]], observations[place[1]], *rest
 
-    def chunks(self, rows: int) -> Iterator[tuple[int, TensorDict]]:
-        """Yield (number of the first transition, transitions) over the set."""
-        for begin in range(0, len(self), rows):
+    def chunks(self, rows: int, *, doing: str) -> Iterator[tuple[int, TensorDict]]:
+        """Yield (number of the first transition, transitions) over the set, with a bar named ``doing`` if it takes long."""
+        for begin in patient_bar(range(0, len(self), rows), desc=doing, unit="chunk"):
             yield begin, self[begin : begin + rows]
 
     @property

@@ -34,19 +34,27 @@ def _register() -> None:
 class _OnImport(MetaPathFinder):
     """Lets the import of one module pass as it is, and registers behind it."""
 
+    def __init__(self) -> None:
+        self._asking = False
+
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Only ``torchrl.data.datasets`` is of interest, and only once."""
-        if fullname != _MODULE:
+        """Only ``torchrl.data.datasets`` is of interest."""
+        if fullname != _MODULE or self._asking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self._asking = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._asking = False
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def execute_and_register(module: ModuleType) -> None:
                 execute(module)
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
                 _register()
 
             spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]

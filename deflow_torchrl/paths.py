@@ -57,9 +57,16 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file beside and rename it."""
-    with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    """Write a text file beside and rename it.
+
+    Raises:
+        InputError: on a full disk or a folder that cannot be written.
+    """
+    try:
+        with atomic_write(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write {path} ({error.strerror or error}); choose another folder") from error
 
 
 def file_sha256(path: Path) -> str:

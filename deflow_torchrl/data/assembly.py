@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,21 +24,21 @@ def dataset_from_arrays(
     observations: Column,
     actions: Column,
     rewards: Column,
-    terminals: Column,
+    terminals: Column | None,
     timeouts: Column | None = None,
     next_observations: Column | None = None,
     episode_ends: Literal["discontinuity"] | int | Column | None = None,
     both: Literal["refuse", "terminal", "timeout"] = "refuse",
     final_observation_rows: bool = False,
-    allow_jumps: bool = False,
+    allow_jumps: bool | float = False,
     source: str = "the data",
     about: dict[str, Any] | None = None,
     folder: Path | None = None,
 ) -> TransitionDataset:
     """Build and validate a :class:`TransitionDataset` from arrays with one row a step, episodes one after another.
 
-    Arrays may be anything with a shape that gives consecutive rows for a slice (numpy, ``h5py``): vector and image columns are
-    read a chunk at a time.
+    Arrays may be tensors, lists, or anything with a shape that gives consecutive rows for a slice (numpy, ``h5py``): vector and
+    image columns are read a chunk at a time.
 
     Keyword Args:
         observations: s, ``[N, O]`` of any real type (float32 inside) or ``[N, H, W, C]`` uint8.
@@ -51,8 +52,10 @@ def dataset_from_arrays(
             (an end where the number changes), an integer (every episode has that many rows), or ``"discontinuity"`` (an end
             where s' is not the next row's s; needs ``next_observations``). Never guessed: with ``None`` the flags mark them all.
         both: what a row flagged as terminal and as timeout is.
-        final_observation_rows: each episode's last row holds its final observation only, and no action (OGBench's layout).
-        allow_jumps: accept observations that jump inside an episode (teleporters).
+        final_observation_rows: each episode's last row holds its final observation only, and no action (OGBench's layout). Where
+            ``terminals`` mark the ends, a terminal last row says that the transition into it terminates.
+        allow_jumps: accept observations that jump inside an episode (:mod:`deflow_torchrl.data.continuity`: teleporters, wrapped
+            angles, objects put back): all, or those up to a ratio.
         source: what the arrays are, for messages.
         about: what is known of the source, kept with the set.
         folder: existing folder for memory-mapped columns; in memory where ``None``.
@@ -66,9 +69,16 @@ def dataset_from_arrays(
     """
     if both not in ("refuse", "terminal", "timeout"):
         raise InputError(f"both={both!r} is unknown; there are refuse, terminal and timeout")
+    observations, actions, rewards = (
+        _readable(name, array, source)
+        for name, array in (("observations", observations), ("actions", actions), ("rewards", rewards))
+    )
+    terminals = _readable("terminals", terminals, source)
+    timeouts = None if timeouts is None else _readable("timeouts", timeouts, source)
+    next_observations = None if next_observations is None else _readable("next_observations", next_observations, source)
     _check_shapes(source, observations, actions, next_observations)
     length = actions.shape[0]
-    reward = _numbers("rewards", rewards, length, source)
+    reward = _numbers("rewards", rewards, length, source)  # a NaN is refused when its transition is stored
     terminal = _flags("terminals", terminals, length, source)
     timeout = None if timeouts is None else _flags("timeouts", timeouts, length, source)
     if timeout is not None and bool((terminal & timeout).any()):
@@ -76,7 +86,7 @@ def dataset_from_arrays(
             row = int((terminal & timeout).argmax())
             raise InputError(
                 f"{source}: row {row} is flagged both as terminal and as timeout ({int((terminal & timeout).sum())} rows are); "
-                "say which it is with both='terminal' or both='timeout'"
+                "say which it is: both='terminal' or both='timeout' (--both terminal, --both timeout)"
             )
         if both == "timeout":
             terminal &= ~timeout
@@ -87,6 +97,8 @@ def dataset_from_arrays(
     successor = np.ones(length, bool)  # whether the row is a transition
     if final_observation_rows:
         successor = ~ends
+        if episode_ends is None:
+            terminal[:-1] |= terminal[1:] & ends[1:] & ~ends[:-1]
     elif next_observations is None:
         successor = ~ends | terminal
     extra = ends & successor  # rows behind which a frame of their own is stored
@@ -128,11 +140,35 @@ def dataset_from_arrays(
         about={**(about or {}), "rows": length, "rows_without_successor_left_out": dropped},
     )
     jump = None if dataset.report is None else dataset.report.jump
-    if jump is not None and not allow_jumps:
+    if jump is not None and jump.ratio > _limit(allow_jumps):
         raise InputError(
-            f"{source}: {jump}; mark the episode's end there (timeouts), or allow jumps where the task teleports"
+            f"{source}: {jump}; mark the episode's end there (timeouts), or, if it belongs there (a teleporter, a wrapped angle, an "
+            "object put back), say allow_jumps=True (--allow-jumps)"
         )
     return dataset
+
+
+def _limit(allow_jumps: bool | float) -> float:
+    if isinstance(allow_jumps, bool):
+        return math.inf if allow_jumps else 0.0
+    return allow_jumps
+
+
+def _readable(name: str, array: Any, source: str) -> Any:
+    """Tensors and lists as arrays; columns as they are."""
+    if array is None:
+        hint = "; give zeros if the task never ends (--never-terminates)" if name == "terminals" else ""
+        raise InputError(f"{source}: {name} are missing{hint}")
+    if isinstance(array, torch.Tensor):
+        return array.detach().cpu().numpy()
+    if isinstance(array, np.ma.MaskedArray):
+        raise InputError(f"{source}: {name} are a masked array; fill or drop what is masked")
+    if not hasattr(array, "dtype") or not hasattr(array, "shape"):
+        try:
+            return np.asarray(array)
+        except ValueError as error:
+            raise InputError(f"{source}: {name} are no array ({error})") from error
+    return array
 
 
 def _check_shapes(source: str, observations: Column, actions: Column, next_observations: Column | None) -> None:
@@ -166,11 +202,7 @@ def _numbers(name: str, column: Column, length: int, source: str) -> np.ndarray:
         raise InputError(
             f"{source}: {name} has shape {tuple(column.shape)}, expected one number for each of {length} rows"
         )
-    values = np.asarray(column[0:length]).reshape(length)
-    if values.dtype.kind == "f" and not np.isfinite(values).all():
-        row = int((~np.isfinite(values)).argmax())
-        raise InputError(f"{source}: {name} has a NaN or infinite value in row {row}; repair or drop that trajectory")
-    return values
+    return np.asarray(column[0:length]).reshape(length)
 
 
 def _flags(name: str, column: Column, length: int, source: str) -> np.ndarray:
@@ -198,7 +230,7 @@ def _ends(
         if not flagged[-1]:
             raise InputError(
                 f"{source}: the last row ends no episode (neither terminal nor timeout): the data are cut short or their ends "
-                "are not marked; give timeouts, or say how ends are known (episode_ends)"
+                "are not marked; give timeouts, or say how ends are known (episode_ends, --ends)"
             )
         return flagged.copy()
     if isinstance(told, str):
@@ -214,10 +246,14 @@ def _ends(
             raise InputError(f"{source}: {length} rows are not whole episodes of {told} rows")
         ends = np.arange(1, length + 1) % told == 0
     else:
-        numbers = np.asarray(told[0:length]).reshape(-1)
+        numbers = np.asarray(_readable("episode_ends", told, source)[0:length]).reshape(-1)
         if len(numbers) != length:
             raise InputError(f"{source}: episode numbers for {len(numbers)} rows, there are {length}")
         ends = np.append(numbers[1:] != numbers[:-1], True)
+        if numbers.dtype == bool or (np.isin(numbers, (0, 1)).all() and ends.sum() > 2):
+            raise InputError(
+                f"{source}: episode_ends are numbers of episodes, these look like flags of ends; give them as timeouts"
+            )
     # A terminal row that is no end only cuts the bootstrap (OGBench's masks); a timeout has no other meaning than an end.
     if timeout is not None and bool((timeout & ~ends).any()):
         row = int((timeout & ~ends).argmax())
@@ -267,6 +303,6 @@ def _check_successors(
     if row is not None:
         raise InputError(
             f"{source}: the observation jumps inside an episode: next_observations of row {row} is not the observation of row "
-            f"{row + 1}; mark the episode's end there (timeouts), or say how ends are known (episode_ends='discontinuity')"
+            f"{row + 1}; mark the episode's end there (timeouts), or say how ends are known (episode_ends='discontinuity', --ends discontinuity)"
         )
     return None if ends[-1] else following[-1:]

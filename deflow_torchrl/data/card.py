@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from deflow_torchrl.data.dataset import TransitionDataset
@@ -74,11 +75,13 @@ def data_card(dataset: TransitionDataset, *, name: str, reward_meaning: str | No
             "shape": list(dataset.observation.shape[1:]),
             "dtype": str(dataset.observation.dtype).removeprefix("torch."),
         },
-        "reward": {
+        "reward": None
+        if "rewards" in dataset.about
+        else {
             "min": float(dataset.reward.min()),
             "max": float(dataset.reward.max()),
             "mean": reward_sum / len(dataset),
-            "values": None if values is None else {f"{value:g}": values[value] for value in sorted(values)},
+            "values": None if values is None else {_number(value): values[value] for value in sorted(values)},
             "meaning": reward_meaning,
         },
         "terminated": {
@@ -117,11 +120,16 @@ def write_card(
 def card_markdown(card: Mapping[str, Any]) -> str:
     """The card as a page of Markdown."""
     reward, action, length, ended = card["reward"], card["action"], card["episode_length"], card["terminated"]
-    values = (
-        "more than " + str(_MOST_VALUES) + " different values"
-        if reward["values"] is None
-        else ", ".join(f"{value} ({count})" for value, count in reward["values"].items())
-    )
+    if reward is None:
+        earned = [("reward", card["about"]["rewards"])]
+    else:
+        earned = [
+            (
+                "reward",
+                f"{reward['min']:g} to {reward['max']:g}, mean {reward['mean']:.4g}: {_values(reward['values'])}",
+            ),
+            ("reward's meaning", reward["meaning"] or "not known here"),
+        ]
     rows = [
         ("source", card["source"]),
         ("provenance", card["provenance"]),
@@ -135,8 +143,7 @@ def card_markdown(card: Mapping[str, Any]) -> str:
             "action",
             f"{action['dimensions']} numbers in [-1, 1]; {_count(action['clipped_numbers'])} clipped to +-(1 - 1e-5)",
         ),
-        ("reward", f"{reward['min']:g} to {reward['max']:g}, mean {reward['mean']:.4g}: {values}"),
-        ("reward's meaning", reward["meaning"] or "not known here"),
+        *earned,
         ("terminated", f"{ended['transitions']} transitions, in {ended['episodes']} episodes"),
         ("duplicated transitions", _count(card["duplicated_transitions"])),
         ("jumps inside episodes", card["jump"] or "none found"),
@@ -150,6 +157,17 @@ def card_markdown(card: Mapping[str, Any]) -> str:
     columns = zip(action["mean"], action["std"], action["min"], action["max"], strict=True)
     lines += [f"| {i} | " + " | ".join(f"{value:.4g}" for value in column) + " |" for i, column in enumerate(columns)]
     return "\n".join(lines) + "\n"
+
+
+def _number(value: float) -> str:
+    """As short as tells it apart from every other float32."""
+    return np.format_float_positional(np.float32(value), trim="-") if abs(value) < 1e6 else repr(value)
+
+
+def _values(values: Mapping[str, int] | None) -> str:
+    if values is None:
+        return f"more than {_MOST_VALUES} different values"
+    return ", ".join(f"{value} ({count})" for value, count in values.items())
 
 
 def _count(number: int | None) -> str:

@@ -70,8 +70,8 @@ def allocate(name: str, shape: tuple[int, ...], dtype: torch.dtype, folder: Path
     return map_column(path, shape, dtype)
 
 
-def map_column(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Map a file written by :func:`allocate`.
+def map_column(path: Path, shape: tuple[int, ...], dtype: torch.dtype, *, writable: bool = True) -> torch.Tensor:
+    """Map a file written by :func:`allocate`; where it is not ``writable``, changes stay in this process.
 
     Raises:
         InputError: if it is missing or has another size.
@@ -81,7 +81,7 @@ def map_column(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> torch.
         raise InputError(f"{path} is missing or damaged; delete {path.parent} to have it made again")
     if size == 0:
         return torch.zeros(shape, dtype=dtype)
-    return torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8).view(dtype).view(shape)
+    return torch.from_file(str(path), shared=writable, size=size, dtype=torch.uint8).view(dtype).view(shape)
 
 
 class RowFile:

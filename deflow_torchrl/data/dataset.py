@@ -126,11 +126,48 @@ class TransitionDataset:
         self._bounds = torch.cat([episode_starts, episode_starts.new_tensor([len(action)])])
 
     @classmethod
-    def from_arrays(cls, **arrays: Any) -> TransitionDataset:
-        """Build and validate a set from arrays; see :func:`deflow_torchrl.data.assembly.dataset_from_arrays`."""
+    def from_arrays(
+        cls,
+        observations: Any,
+        actions: Any,
+        rewards: Any,
+        terminals: Any,
+        timeouts: Any = None,
+        *,
+        next_observations: Any = None,
+        episode_ends: Any = None,
+        **options: Any,
+    ) -> TransitionDataset:
+        """Build and validate a set from arrays, tensors or lists with one row a step.
+
+        Args:
+            observations: ``[N, O]``, or ``[N, H, W, C]`` uint8.
+            actions: ``[N, A]`` in [-1, 1].
+            rewards: ``[N]``.
+            terminals: 1 where the task ended, ``[N]``.
+            timeouts: 1 on the last row of an episode that was cut, ``[N]``.
+
+        Keyword Args:
+            next_observations: like ``observations``; the next row's where ``None``.
+            episode_ends: how ends are known that the flags do not mark; never guessed.
+            **options: ``both``, ``final_observation_rows``, ``allow_jumps``, ``source``, ``about``, ``folder``; these and the others
+                are described at :func:`deflow_torchrl.data.assembly.dataset_from_arrays`.
+
+        Raises:
+            InputError: on anything that cannot be used.
+        """
         from deflow_torchrl.data.assembly import dataset_from_arrays
 
-        return dataset_from_arrays(**arrays)
+        return dataset_from_arrays(
+            observations=observations,
+            actions=actions,
+            rewards=rewards,
+            terminals=terminals,
+            timeouts=timeouts,
+            next_observations=next_observations,
+            episode_ends=episode_ends,
+            **options,
+        )
 
     def __len__(self) -> int:
         """N, the number of transitions."""
@@ -227,6 +264,10 @@ class TransitionDataset:
         if folder.exists():
             raise InputError(f"{folder} is in the way; choose another folder or delete it")
         make_writable_folder(folder.parent)
+        with only_one_prepares(folder.name, folder.parent):
+            return self._save(folder)
+
+    def _save(self, folder: Path) -> Path:
         part = _fresh_part(folder)
         try:
             for name in _COLUMNS[:-1]:
@@ -258,7 +299,7 @@ class TransitionDataset:
             if written["format"] != _FORMAT:
                 raise InputError(f"{path} has format {written['format']}, this version reads {_FORMAT}; make it again")
             columns = {
-                name: map_column(folder / f"{name}.bin", tuple(shape), getattr(torch, dtype))
+                name: map_column(folder / f"{name}.bin", tuple(shape), getattr(torch, dtype), writable=False)
                 for name, (shape, dtype) in written["columns"].items()
             }
             starts = torch.from_numpy(np.load(folder / "episode_starts.npy", allow_pickle=False))
@@ -272,7 +313,7 @@ class TransitionDataset:
                 about=written["about"],
                 report=None if report is None else ValidationReport(**{**report, "jump": jump}),
             )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
+        except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(
@@ -295,20 +336,36 @@ class TransitionDataset:
         write_text(folder / _ABOUT_FILE, json.dumps(written, indent=2) + "\n")
 
     def _rows(self, index: Any) -> torch.Tensor:
-        if isinstance(index, slice):
-            return torch.arange(*index.indices(len(self)), device=self.device)
         if isinstance(index, tuple) and len(index) == 1:
             (index,) = index
-        rows = torch.as_tensor(index, device=self.device)
+        if index is Ellipsis:
+            index = slice(None)
+        if isinstance(index, slice):
+            return torch.arange(*index.indices(len(self)), device=self.device)
+        if isinstance(index, (list, range)) and len(index) == 0:
+            return torch.empty(0, dtype=torch.int64, device=self.device)
+        try:
+            rows = torch.as_tensor(index, device=self.device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise IndexError(f"{index!r} is no index of transitions") from error
         if rows.dtype == torch.bool:
             if rows.shape != (len(self),):
                 raise IndexError(f"a mask of shape {tuple(rows.shape)} for {len(self)} transitions")
             return rows.nonzero().squeeze(-1)
+        if rows.dtype.is_floating_point or rows.dtype.is_complex:
+            raise IndexError(f"an index of type {rows.dtype}; integers are needed")
+        rows = rows.to(torch.int64)
         rows = torch.where(rows < 0, rows + len(self), rows)
         # An accelerator checks by itself, without making the host wait.
         if rows.device.type == "cpu" and bool(((rows < 0) | (rows >= len(self))).any()):
             raise IndexError(f"an index is out of range for {len(self)} transitions")
         return rows
+
+    def states(self) -> torch.Tensor:
+        """Copy s of every transition, ``[N, ...]``; ``dataset[:]`` makes a second copy for s'."""
+        kept = torch.ones(len(self.observation), dtype=torch.bool, device=self.device)
+        kept[self._bounds[1:] + torch.arange(self.num_episodes, device=self.device)] = False  # final observations
+        return self.observation[kept]
 
     def __getstate__(self) -> dict[str, Any]:
         """A mapped set travels to another process as its folder's name."""
@@ -340,29 +397,56 @@ def prepared(
             disk is full.
     """
     fingerprint = json.loads(json.dumps(fingerprint))  # tuples become lists
+
+    def find() -> TransitionDataset | None:
+        if not (folder / _ABOUT_FILE).is_file():
+            return None
+        found = TransitionDataset.load(folder)
+        return found if found.about.get("fingerprint") == fingerprint else None
+
+    # A set is renamed into its place whole: whoever only opens it needs no lock, and no right to write.
+    found = find()
+    if found is not None:
+        return found
     make_writable_folder(folder.parent)
     with only_one_prepares(folder.name, folder.parent):
+        found = find()
+        if found is not None:
+            return found
         if (folder / _ABOUT_FILE).is_file():
-            found = TransitionDataset.load(folder)
-            if found.about.get("fingerprint") == fingerprint:
-                return found
             shutil.rmtree(folder)
         return _make(folder, build, fingerprint=fingerprint)
 
 
-def make_folder(folder: Path, build: Callable[[Path], TransitionDataset]) -> TransitionDataset:
+def make_folder(
+    folder: Path,
+    build: Callable[[Path], TransitionDataset],
+    *,
+    describe: Callable[[TransitionDataset, Path], object] | None = None,
+) -> TransitionDataset:
     """Make a set in a folder that must not exist yet; see :func:`prepared`.
+
+    Args:
+        folder: the set's own folder.
+        build: makes the set with its columns in the folder it is given.
+
+    Keyword Args:
+        describe: writes more about the set into the folder it is given, before that gets its name.
 
     Raises:
         InputError: as :func:`prepared`.
     """
     make_writable_folder(folder.parent)
     with only_one_prepares(folder.name, folder.parent):
-        return _make(folder, build)
+        return _make(folder, build, describe=describe)
 
 
 def _make(
-    folder: Path, build: Callable[[Path], TransitionDataset], *, fingerprint: dict[str, Any] | None = None
+    folder: Path,
+    build: Callable[[Path], TransitionDataset],
+    *,
+    fingerprint: dict[str, Any] | None = None,
+    describe: Callable[[TransitionDataset, Path], object] | None = None,
 ) -> TransitionDataset:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} is in the way; choose another folder or delete it")
@@ -372,6 +456,8 @@ def _make(
         if fingerprint is not None:
             dataset.about["fingerprint"] = fingerprint
         dataset._write_about(part)
+        if describe is not None:
+            describe(dataset, part)
         if folder.exists():
             folder.rmdir()
         part.rename(folder)

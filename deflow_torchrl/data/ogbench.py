@@ -25,6 +25,7 @@ from deflow_torchrl.paths import data_root, dataset_path
 _REQUIRED = ("observations", "actions", "terminals")
 _SIMULATOR_STATE = ("qpos", "qvel", "button_states")
 _RELABELLED_ROWS = 1 << 17
+_OUT_OF_REACH = 20.0
 
 
 def load_ogbench_dataset(
@@ -124,13 +125,13 @@ class OGBenchExperienceReplay(TransitionReplayBuffer):
 
 
 def is_ogbench_layout(path: Path) -> bool:
-    """Whether an .npz has OGBench's arrays and no rewards, which its tasks compute.
+    """Whether an .npz has OGBench's arrays: the simulator's state, from which tasks compute rewards, and no rewards.
 
     Raises:
         InputError: if it is missing or damaged.
     """
     with NpzArchive(path) as archive:
-        return all(name in archive for name in _REQUIRED) and "rewards" not in archive
+        return all(name in archive for name in (*_REQUIRED, "qpos")) and "rewards" not in archive
 
 
 def load_ogbench_file(path: str | os.PathLike[str]) -> TransitionDataset:
@@ -143,7 +144,9 @@ def load_ogbench_file(path: str | os.PathLike[str]) -> TransitionDataset:
     """
     path = Path(path).expanduser()
     with NpzArchive(path) as archive, readable(path):
-        return _assemble(archive, path, rewards=None, terminated=None, folder=None, allow_jumps=True)
+        dataset = _assemble(archive, path, rewards=None, terminated=None, folder=None, allow_jumps=True)
+    dataset.about["rewards"] = "none in the file: each task computes its own"
+    return dataset
 
 
 def _read(path: Path, name: OGBenchName, folder: Path | None) -> TransitionDataset:
@@ -161,9 +164,11 @@ def _read(path: Path, name: OGBenchName, folder: Path | None) -> TransitionDatas
                     raise
                 reason = " ".join(str(error).split())
                 raise InputError(f"{path} does not fit {name.environment_id}: {reason}") from error
-            # Mazes have teleporters, and balls that are kicked: there a jump is reported, not refused.
+            # Mazes have teleporters, and balls that are kicked: there a jump is reported, not refused. What an arm of all
+            # published sets may do in a step was not measured; this many times its usual largest step is out of its reach.
             walks = not isinstance(environment.unwrapped, ManipSpaceEnv)
-            return _assemble(archive, path, rewards=rewards, terminated=terminated, folder=folder, allow_jumps=walks)
+            jumps = True if walks else _OUT_OF_REACH
+            return _assemble(archive, path, rewards=rewards, terminated=terminated, folder=folder, allow_jumps=jumps)
     finally:
         environment.close()
 
@@ -175,7 +180,7 @@ def _assemble(
     rewards: np.ndarray | None,
     terminated: np.ndarray | None,
     folder: Path | None,
-    allow_jumps: bool,
+    allow_jumps: bool | float,
 ) -> TransitionDataset:
     _check_archive(archive, path)
     terminals = archive["terminals"][0 : archive["terminals"].shape[0]]

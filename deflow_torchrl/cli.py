@@ -39,8 +39,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-data = typer.Typer(name="data", help="Download or make data sets.", no_args_is_help=True, rich_markup_mode=None)
+data = typer.Typer(
+    name="data", help="Make, fetch, import and describe data sets.", no_args_is_help=True, rich_markup_mode=None
+)
 app.add_typer(data)
+_ALLOW_JUMPS = Annotated[
+    bool, typer.Option("--allow-jumps", help="The state may jump inside an episode (teleporters, wrapped angles).")
+]
 _JSON = Annotated[bool, typer.Option("--json", help="Print one JSON object on the last line.")]
 
 
@@ -367,6 +372,7 @@ def describe_data(
     ] = None,
     data_root: Annotated[Path | None, typer.Option(help="Folder of NAME.npz. [default: $DEFLOW_HOME/data]")] = None,
     download: Annotated[bool, typer.Option(help="Fetch a missing data set from its source's host.")] = True,
+    allow_jumps: _ALLOW_JUMPS = False,
     json_: _JSON = False,
 ) -> None:
     """Check a data set and print its card: source, episodes, rewards and their meaning, actions, duplicates, provenance.
@@ -375,15 +381,22 @@ def describe_data(
     FILE is an .npz in OGBench's layout or another file with the usual names of columns. The card is written as JSON and
     Markdown.
     """
-    from deflow_torchrl.data.card import card_markdown, write_card
+    from deflow_torchrl.data.card import card_markdown, data_card, write_card
     from deflow_torchrl.paths import cache_home
     from deflow_torchrl.tasks.sources import load_any
 
-    dataset, task = load_any(name, root=data_root, download=download)
-    folder = out or dataset.folder or cache_home() / "cards" / re.sub(r"[^\w.-]+", "-", name).strip("-")
-    card = write_card(dataset, folder, name=name, reward_meaning=None if task is None else task.reward_meaning)
+    dataset, task = load_any(name, root=data_root, download=download, allow_jumps=allow_jumps)
+    meaning = None if task is None else task.reward_meaning
+    card = data_card(dataset, name=name, reward_meaning=meaning)
     print(card_markdown(card))
-    print(f"written to {folder / 'card.json'} and {folder / 'card.md'}")
+    folder = out or dataset.folder or cache_home() / "cards" / re.sub(r"[^\w.-]+", "-", name).strip("-")
+    try:
+        write_card(card, folder)
+        print(f"written to {folder / 'card.json'} and {folder / 'card.md'}")
+    except InputError as error:
+        if out is not None:
+            raise
+        print(f"not written: {error}")
     if json_:
         print(json.dumps(card))
 
@@ -406,6 +419,7 @@ def iav(
     ] = None,
     data_root: Annotated[Path | None, typer.Option(help="Folder of NAME.npz. [default: $DEFLOW_HOME/data]")] = None,
     download: Annotated[bool, typer.Option(help="Fetch a missing data set from its source's host.")] = True,
+    allow_jumps: _ALLOW_JUMPS = False,
     seed: Annotated[int, typer.Option(help="Seed of the states and of the interval.")] = 0,
     json_: _JSON = False,
 ) -> None:
@@ -426,7 +440,7 @@ def iav(
 
     if domain is not None:
         suggest_target_divergence(0.0, domain=domain)  # an unknown domain is refused before the work
-    dataset, task = load_any(name, root=data_root, download=download)
+    dataset, task = load_any(name, root=data_root, download=download, allow_jumps=allow_jumps)
     domain = task.domain if task is not None and domain is None else domain
     paper = paper_values()
     domains = list(paper["rule"]) if domain is None else [domain]
@@ -434,15 +448,15 @@ def iav(
         raise InputError(
             f"{name}: distances between pictures say nothing about their states; use the state's own data set"
         )
-    transitions = dataset[:]
+    states, actions = dataset.states(), dataset.action
     variance = intrinsic_action_variance(
-        transitions["observation"], transitions["action"], k=k, queries=queries, include_self=include_self,
+        states, actions, k=k, queries=queries, include_self=include_self,
         normalize=normalize, seed=seed,
         progress=lambda blocks, total: progress_bar(blocks, total=total, desc="neighbours", unit="block"),
     )  # fmt: skip
     suggested = {domain: suggest_target_divergence(variance, domain=domain) for domain in domains}
 
-    widths = f"{transitions['observation'].shape[1]} observations, {transitions['action'].shape[1]} actions"
+    widths = f"{states.shape[1]} observations, {actions.shape[1]} actions"
     print(f"{name}: {variance.transitions} transitions, {widths}")
     print(
         f"variance of the actions of the {k} nearest neighbours (the state itself {'counted' if include_self else 'left out'}, "
@@ -496,12 +510,17 @@ def _print_record(record: dict[str, Any], as_json: bool) -> None:
         print(json.dumps(result))
 
 
-def _summary(result: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """``success`` and, where the task has them, ``score`` by policy."""
-    outcomes = result["evaluations"].items()
-    summary = {"success": {name: outcome["success_rate"] for name, outcome in outcomes}}
-    scores = {name: outcome["mean_score"] for name, outcome in outcomes if "mean_score" in outcome}
-    return {**summary, **({"score": scores} if scores else {})}
+def _summary(result: dict[str, Any]) -> dict[str, Any]:
+    """``metric``, and by policy ``success``, ``score`` and ``return``, each where the task has it."""
+    kinds = {"success": "success_rate", "score": "mean_score", "return": "mean_return"}
+    if result["metric"] == "return":
+        del kinds["success"]  # the environment knows none
+    outcomes = result["evaluations"]
+    values = {
+        kind: {name: outcome[key] for name, outcome in outcomes.items() if key in outcome}
+        for kind, key in kinds.items()
+    }
+    return {"metric": result["metric"], **{kind: found for kind, found in values.items() if found}}
 
 
 def _print_evaluations(evaluations: dict[str, Any], metric: str) -> None:

@@ -70,7 +70,7 @@ def train(
         raise InputError(
             f"{out} already holds a run; go on with `deflow resume {out}` or choose another folder with out="
         )
-    config = replace(config, out=str(out))
+    config = _resumable_from_anywhere(replace(config, out=str(out)))
     run = _Run(config, out, command=command, final_episodes=final_episodes, show_progress=show_progress)
     make_writable_folder(out)
     run.write_config()
@@ -272,16 +272,19 @@ class _Run:
         return buffer
 
     def _check_environment(self, dataset: TransitionDataset) -> None:
-        """Compare the widths of the data and of an environment named by the user; loaders have done so for a set's own."""
-        if self.task.environment is None or self.config.env is None:
-            return
-        env = make_gym_env(self.task.environment)
+        """Make the environment once, before anything is written or trained, and compare its widths with the data's."""
+        if self.task.source == "ogbench" or self.task.environment is None:
+            return  # OGBench's loader has done so
+        try:
+            env = make_gym_env(self.task.environment)
+        except InputError as error:
+            raise InputError(f"{error} (env=none trains without evaluating)") from error
         spaces = {"observations": env.observation_space.shape, "actions": env.action_space.shape}
         env.close()
         for name, shape in (("observations", dataset.observation.shape[1:]), ("actions", dataset.action.shape[1:])):
             if tuple(shape) != spaces[name]:
                 raise InputError(
-                    f"{self.task.dataset}: {name} have shape {tuple(shape)}, those of env={self.config.env} {spaces[name]}; "
+                    f"{self.task.dataset}: {name} have shape {tuple(shape)}, those of {self.task.environment} {spaces[name]}; "
                     "the data belong to another environment"
                 )
 
@@ -365,6 +368,16 @@ def _build(config: TrainConfig, observation_dim: int, action_dim: int, device: t
         device=device,
     )
     return get_algorithm(config.algo.name).build(config.algo, problem)
+
+
+def _resumable_from_anywhere(config: TrainConfig) -> TrainConfig:
+    """The settings with absolute paths of data."""
+    prefix, _, folder = config.task.partition(":")
+    if prefix == "own":
+        config = replace(config, task=f"own:{Path(folder).expanduser().absolute()}")
+    if config.data_root is not None:
+        config = replace(config, data_root=str(Path(config.data_root).expanduser().absolute()))
+    return config
 
 
 def _images(task: str) -> InputError:

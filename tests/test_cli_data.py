@@ -188,7 +188,15 @@ def test_own_data_come_from_a_file_to_a_trained_and_evaluated_policy(home):
         assert record["data"]["provenance"] == "own"
         assert set(record["evaluations"]) == ({"prior", "deflow"} if more else set())
         assert ("return" in trained.stdout) == bool(more)
+        result = json.loads(trained.stdout.splitlines()[-1])
+        assert result["metric"] == "return"
+        assert set(result) >= ({"return"} if more else {"out"})
+        assert "success" not in result
     assert_one_line(deflow("eval", "run1"), "nothing to evaluate it in")
+    elsewhere = home / "elsewhere"
+    elsewhere.mkdir()
+    resumed = deflow("resume", str(home / "run0"), cwd=elsewhere)
+    assert resumed.returncode == 0, resumed.stderr
     assert deflow("eval", "run0").returncode == 0
     assert_one_line(deflow(verb, *printed, *small, "env=Pendulum-v9"), "env=Pendulum-v9 cannot be made")
     assert_one_line(deflow(verb, *printed, *small, "env=CartPole-v1"), "a bounded vector of real numbers is needed")
@@ -221,6 +229,49 @@ def test_a_task_is_described_with_the_meaning_of_its_rewards_and_where_it_is_fro
         assert made["about"]["made_with"] == {"seed": 0, "episodes": {"train": 3}, "ogbench": "1"}
     finally:
         (generated / f"{DATASET}.json").unlink()
+
+
+def test_a_file_without_simulator_state_is_not_taken_for_ogbenchs(home):
+    given = arrays()
+    del given["rewards"], given["timeouts"]
+    np.savez(home / "norewards.npz", **given)
+    for verb in (["data", "describe"], ["iav"]):
+        assert_one_line(deflow(*verb, "norewards.npz"), "has no rewards")
+
+
+def test_sets_folders_and_files_are_described_or_the_right_name_is_hinted_at(generated, home):
+    for name in (DATASET, "cube-single-play"):
+        result = deflow("data", "describe", name, "--data-root", str(generated), "--json")
+        assert result.returncode == 0, result.stderr
+        assert json.loads(result.stdout.splitlines()[-1])["reward"] is None
+        assert "none in the file" in result.stdout
+    assert deflow("iav", DATASET, "--data-root", str(generated), "--queries", "20").returncode == 0
+    assert_one_line(deflow("data", "describe", str(generated)), "holds files", "--data-root")
+    assert_one_line(deflow("data", "describe", "data/nothing"), "is no folder")
+
+
+def test_an_environment_that_cannot_be_made_is_found_before_anything_is_written(home, monkeypatch):
+    minari = pytest.importorskip("minari", reason="needs the extra minari")
+    from gymnasium import spaces
+
+    from tests.minari_sets import write
+
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(home / "minari"))
+    box = spaces.Box(-1, 1, (2,), np.float64)
+    rng = np.random.default_rng(0)
+    episode = (
+        rng.normal(size=(9, 2)),
+        rng.uniform(-1, 1, (8, 2)),
+        np.ones(8),
+        np.zeros(8, bool),
+        np.eye(8, dtype=bool)[7],
+    )
+    write("mine/nowhere-v0", spaces.Box(-np.inf, np.inf, (2,), np.float64), box, [episode])
+    assert minari.__version__
+    small = ["hidden_dims=[8]", "offline_steps=2", "batch_size=4", "threads=1", "out=run"]
+    assert_one_line(deflow("train", "task=minari:mine/nowhere-v0", *small), "recorded without one", "env=none")
+    assert not (home / "run").exists()
+    assert deflow("train", "task=minari:mine/nowhere-v0", "env=none", *small).returncode == 0
 
 
 def test_memory_mapped_training_equals_training_in_memory(generated, home):

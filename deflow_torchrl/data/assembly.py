@@ -142,8 +142,8 @@ def dataset_from_arrays(
     jump = None if dataset.report is None else dataset.report.jump
     if jump is not None and jump.ratio > _limit(allow_jumps):
         raise InputError(
-            f"{source}: {jump}; mark the episode's end there (timeouts), or, if it belongs there (a teleporter, a wrapped angle, an "
-            "object put back), say allow_jumps=True (--allow-jumps)"
+            f"{source}: {jump}; mark the episode's end there (timeouts), or, if it belongs there (a teleporter, a wrapped "
+            "angle, an object put back), say allow_jumps=True (--allow-jumps)"
         )
     return dataset
 
@@ -303,6 +303,7 @@ def _check_successors(
     if row is not None:
         raise InputError(
             f"{source}: the observation jumps inside an episode: next_observations of row {row} is not the observation of row "
-            f"{row + 1}; mark the episode's end there (timeouts), or say how ends are known (episode_ends='discontinuity', --ends discontinuity)"
+            f"{row + 1}; mark the episode's end there (timeouts), or say how ends are known (episode_ends='discontinuity', "
+            "--ends discontinuity)"
         )
     return None if ends[-1] else following[-1:]

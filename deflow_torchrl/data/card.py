@@ -102,19 +102,15 @@ def data_card(dataset: TransitionDataset, *, name: str, reward_meaning: str | No
     }
 
 
-def write_card(
-    dataset: TransitionDataset, folder: Path, *, name: str, reward_meaning: str | None = None
-) -> dict[str, Any]:
-    """Write ``card.json`` and ``card.md`` into a folder, beside and renamed; arguments and result as in :func:`data_card`.
+def write_card(card: Mapping[str, Any], folder: Path) -> None:
+    """Write ``card.json`` and ``card.md`` into a folder, beside and renamed.
 
     Raises:
         InputError: if the folder cannot be written.
     """
-    card = data_card(dataset, name=name, reward_meaning=reward_meaning)
     make_writable_folder(folder)
     write_text(folder / "card.json", json.dumps(card, indent=2) + "\n")
     write_text(folder / "card.md", card_markdown(card))
-    return card
 
 
 def card_markdown(card: Mapping[str, Any]) -> str:

@@ -150,8 +150,8 @@ class TransitionDataset:
         Keyword Args:
             next_observations: like ``observations``; the next row's where ``None``.
             episode_ends: how ends are known that the flags do not mark; never guessed.
-            **options: ``both``, ``final_observation_rows``, ``allow_jumps``, ``source``, ``about``, ``folder``; these and the others
-                are described at :func:`deflow_torchrl.data.assembly.dataset_from_arrays`.
+            **options: ``both``, ``final_observation_rows``, ``allow_jumps``, ``source``, ``about``, ``folder``; these and the
+                others are described at :func:`deflow_torchrl.data.assembly.dataset_from_arrays`.
 
         Raises:
             InputError: on anything that cannot be used.

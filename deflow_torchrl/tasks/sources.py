@@ -10,13 +10,13 @@ from typing import Any, Literal
 import torch
 
 from deflow_torchrl.data.dataset import TransitionDataset
-from deflow_torchrl.data.download import manifest_entry
+from deflow_torchrl.data.download import download_ogbench_dataset, manifest_entry, missing_file
 from deflow_torchrl.data.files import FILE_ENDINGS, import_files
 from deflow_torchrl.data.ogbench import is_ogbench_layout, load_ogbench_dataset, load_ogbench_file
 from deflow_torchrl.envs.names import parse_ogbench_name
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.paths import cache_home, data_root, dataset_path
-from deflow_torchrl.tasks.registry import Task, get_task
+from deflow_torchrl.tasks.registry import Task, get_task, ogbench_dataset_name
 
 
 def load_task_data(
@@ -68,17 +68,19 @@ def load_task_data(
 
 
 def load_any(
-    name: str, *, root: str | Path | None = None, download: bool = True
+    name: str, *, root: str | Path | None = None, download: bool = True, allow_jumps: bool = False
 ) -> tuple[TransitionDataset, Task | None]:
-    """Load whatever a user names: a task, a folder made by ``deflow data import``, or a file.
+    """Load whatever a user names: a task, a data set, a folder made by ``deflow data import``, or a file.
 
     Args:
-        name: a task's name (:func:`deflow_torchrl.tasks.get_task`), a folder, an .npz in OGBench's layout (without rewards,
-            which belong to tasks), or another file with the usual names of columns (:func:`deflow_torchrl.data.import_files`).
+        name: a task's name (:func:`deflow_torchrl.tasks.get_task`), one of OGBench's sets (``cube-single-play``), a folder, an
+            .npz in OGBench's layout (both without rewards, which belong to tasks), or another file with the usual names of
+            columns (:func:`deflow_torchrl.data.import_files`).
 
     Keyword Args:
         root: folder of OGBench's files.
         download: fetch what is missing.
+        allow_jumps: accept a file whose observations jump inside an episode.
 
     Returns:
         The transitions, and the task if it was one.
@@ -88,17 +90,46 @@ def load_any(
     """
     path = Path(name).expanduser()
     if path.is_dir():
+        inside = sorted(path.glob("*.npz"))
+        if inside and not (path / "dataset.json").is_file():
+            raise InputError(
+                f"{path} holds files; name one of them, for example {inside[0]}, or a task with --data-root {path}"
+            )
         return TransitionDataset.load(path), None
     if path.suffix.lower() in FILE_ENDINGS:
         if path.suffix.lower() == ".npz" and is_ogbench_layout(path):
-            dataset = load_ogbench_file(path)
-            dataset.about |= ogbench_provenance(path)
-            return dataset, None
-        return import_files([path]), None
-    task = get_task(name)
+            return _ogbench_file(path), None
+        return import_files([path], allow_jumps=allow_jumps), None
+    if "/" in name and ":" not in name:
+        raise InputError(f"{name} is no folder, and files end in {', '.join(FILE_ENDINGS)}")
+    try:
+        task = get_task(name)
+    except InputError:
+        published = _ogbench_set(name)
+        if published is None:
+            raise
+        path = dataset_path(published, data_root(root), "train")
+        if not path.is_file():
+            if not download:
+                raise InputError(missing_file(path, published)) from None
+            download_ogbench_dataset(published, path.parent)
+        return _ogbench_file(path), None
     found = load_task_data(task, root=root, download=download)
     assert found is not None
     return found, task
+
+
+def _ogbench_set(name: str) -> str | None:
+    try:
+        return ogbench_dataset_name(name)
+    except InputError:
+        return None
+
+
+def _ogbench_file(path: Path) -> TransitionDataset:
+    dataset = load_ogbench_file(path)
+    dataset.about |= ogbench_provenance(path)
+    return dataset
 
 
 def reference_returns(task: Task) -> tuple[float, float] | None:

@@ -177,3 +177,47 @@ def test_columns_may_be_hdf5_data_sets(tmp_path):
     with h5py.File(tmp_path / "set.hdf5") as file:
         read = build({name: file[name] for name in given})
     torch.testing.assert_close(read[:].to_dict(), build(given)[:].to_dict())
+
+
+def test_a_final_observation_row_ends_its_episode_with_the_transition_into_it():
+    given = arrays()
+    given["rewards"][[5, 11]] = np.nan  # nothing was earned there
+    dataset = build(given, final_observation_rows=True)
+    td = dataset[:]
+    assert len(td) == 10
+    assert td["next", "terminated"].flatten().nonzero().flatten().tolist() == [4]
+    assert td["next", "truncated"].flatten().nonzero().flatten().tolist() == [9]
+    np.testing.assert_array_equal(td["next", "observation"][4], np.float32(given["observations"][5]))
+
+
+def test_tensors_and_lists_are_arrays_too():
+    given = arrays()
+    expected = build(given)[:].to_dict()
+    tensors = {name: torch.from_numpy(np.asarray(value)) for name, value in given.items()}
+    torch.testing.assert_close(TransitionDataset.from_arrays(**tensors)[:].to_dict(), expected)
+    torch.testing.assert_close(
+        TransitionDataset.from_arrays(*(value.tolist() for value in given.values()))[:].to_dict(), expected
+    )
+    with pytest.raises(InputError, match="terminals are missing"):
+        build({**given, "terminals": None})
+    with pytest.raises(InputError, match="masked array"):
+        build({**given, "rewards": np.ma.masked_array(given["rewards"])})
+
+
+def test_flags_are_not_taken_for_numbers_of_episodes():
+    ends = np.isin(np.arange(12), (5, 11))
+    for told in (ends, ends.astype(int), np.eye(12)[5] + np.eye(12)[9]):
+        with pytest.raises(InputError, match="look like flags of ends"):
+            build({**arrays(), "timeouts": None}, episode_ends=told)
+
+
+def test_jumps_are_accepted_up_to_a_ratio():
+    joined = np.concatenate([walk(400), walk(400, seed=7) + 5])
+    given = {
+        "observations": joined, "actions": np.zeros((800, 1)), "rewards": np.zeros(800), "terminals": np.zeros(800),
+        "timeouts": np.eye(800)[799],
+    }  # fmt: skip
+    ratio = build(given, allow_jumps=True).report.jump.ratio
+    assert build(given, allow_jumps=ratio + 1).report.jump.ratio == ratio
+    with pytest.raises(InputError, match="--allow-jumps"):
+        build(given, allow_jumps=ratio - 1)

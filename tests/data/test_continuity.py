@@ -10,7 +10,7 @@ from deflow_torchrl.data.generation import generate_episode
 SETS = (
     "cube-single-play-v0",
     "cube-double-noisy-v0",
-    "scene-noisy-v0",
+    "scene-play-v0",
     "puzzle-3x3-play-v0",
     "pointmaze-large-stitch-v0",
 )
@@ -42,3 +42,26 @@ def test_simulated_episodes_do_not_jump_and_an_unmarked_end_does(name, short_epi
 def test_a_set_without_slow_dimensions_is_not_judged():
     rng = np.random.default_rng(0)
     assert read([rng.normal(size=(200, 4)) for _ in range(3)], marked=False) is None
+
+
+def arm(targets, gain, steps, seed=0):
+    """A joint controller that follows set points: fast after each, then slower and slower."""
+    rng = np.random.default_rng(seed)
+    q, rows = np.zeros(7), []
+    for _ in range(targets):
+        goal = rng.uniform(-2, 2, 7)
+        for _ in range(steps):
+            q = q + gain * (goal - q) + 1e-3 * rng.normal(size=7)
+            rows.append(q)
+    return np.array(rows)
+
+
+@pytest.mark.parametrize(("steps", "gain"), [(500, 0.5), (200, 0.2), (100, 0.3)])
+def test_a_fast_start_towards_a_new_set_point_is_no_jump(steps, gain):
+    assert read([arm(20, gain, steps, seed) for seed in range(2)], marked=True) is None
+
+
+def test_an_idle_arm_that_moves_now_and_then_does_not_jump():
+    rows = np.zeros((1000, 7)) + np.random.default_rng(0).normal(size=(1000, 7)) * 1e-3
+    rows[500:] += np.clip(np.arange(500)[:, None] / 10, 0, 1)
+    assert read([rows, rows], marked=True) is None

@@ -303,3 +303,31 @@ def test_an_episode_whose_lengths_disagree_is_refused():
     builder = TransitionBuilder(4, frames=5, observation_shape=(2,), action_dim=2, source="test")
     with pytest.raises(InputError, match="expected 5, 4 and 4"):
         builder.finish()
+
+
+def test_odd_indices_give_rows_or_an_index_error():
+    dataset = build(episodes())
+    whole = dataset[:]
+    for index in (..., (slice(0, 12),), np.arange(12, dtype=np.uint8), np.arange(12, dtype=np.int16)):
+        torch.testing.assert_close(dataset[index].to_dict(), whole.to_dict())
+    assert len(dataset[[]]) == 0
+    for index in (None, [0.5], "x", 12, -13, np.ones(5, bool)):
+        with pytest.raises(IndexError):
+            dataset[index]
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_states_are_the_observations_without_the_final_ones(mapped, tmp_path):
+    dataset = build(episodes(), tmp_path if mapped else None)
+    assert torch.equal(dataset.states(), dataset[:]["observation"])
+
+
+def test_a_set_that_is_only_opened_needs_no_lock_and_stays_as_it_is(tmp_path):
+    from deflow_torchrl.locks import only_one_prepares
+
+    prepared(tmp_path / "set", {"file": 1}, lambda folder: build(episodes(), folder))
+    before = (tmp_path / "set" / "reward.bin").read_bytes()
+    with only_one_prepares("set", tmp_path):
+        opened = prepared(tmp_path / "set", {"file": 1}, lambda folder: pytest.fail("made again"))
+    opened.reward.add_(7)
+    assert (tmp_path / "set" / "reward.bin").read_bytes() == before

@@ -9,7 +9,10 @@ from deflow_torchrl._lazy import lazy_exports
 from deflow_torchrl._register import register_datasets
 
 if TYPE_CHECKING:  # what type checkers and editors see
+    from deflow_torchrl.data import MinariExperienceReplay as MinariExperienceReplay
     from deflow_torchrl.data import OGBenchExperienceReplay as OGBenchExperienceReplay
+    from deflow_torchrl.data import TransitionDataset as TransitionDataset
+    from deflow_torchrl.data import TransitionReplayBuffer as TransitionReplayBuffer
     from deflow_torchrl.modules import DeFlowActor as DeFlowActor
     from deflow_torchrl.modules import FlowMatchingPolicy as FlowMatchingPolicy
     from deflow_torchrl.modules import RefinementPolicy as RefinementPolicy
@@ -35,6 +38,9 @@ _EXPORTS = {
     "RefinementLoss": ".objectives",
     "TDCriticLoss": ".objectives",
     "OGBenchExperienceReplay": ".data",
+    "MinariExperienceReplay": ".data",
+    "TransitionDataset": ".data",
+    "TransitionReplayBuffer": ".data",
 }
 __all__ = [*_EXPORTS, "__version__"]  # noqa: PLE0604 - the names are resolved on first use
 __getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)

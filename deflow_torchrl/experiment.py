@@ -20,14 +20,13 @@ from deflow_torchrl.algorithms.base import ProblemSpec
 from deflow_torchrl.config import TrainConfig, config_from_dict, config_to_dict, default_out
 from deflow_torchrl.data import TransitionDataset, TransitionReplayBuffer
 from deflow_torchrl.envs.factory import make_gym_env
-from deflow_torchrl.envs.names import parse_ogbench_name
 from deflow_torchrl.errors import InputError, NonFiniteLossError, RunInterrupted
-from deflow_torchrl.paths import data_root, dataset_path, file_sha256, make_writable_folder, write_text
+from deflow_torchrl.paths import make_writable_folder, write_text
 from deflow_torchrl.processes import available_cores
 from deflow_torchrl.progress import progress_bar
 from deflow_torchrl.reports import build_record, check_report_extra, plot_learning_curve, write_html_report
 from deflow_torchrl.tasks import Task, get_task
-from deflow_torchrl.tasks.sources import load_task_data, reference_returns
+from deflow_torchrl.tasks.sources import data_digest, load_task_data, reference_returns
 from deflow_torchrl.trainers import EvaluationResult, Evaluator, MetricsLog, OfflineTrainer, TrainerSchedule, UpdateStep
 from deflow_torchrl.trainers.checkpoint import list_checkpoints, load_checkpoint, step_of
 from deflow_torchrl.trainers.loggers import check_logger, make_logger
@@ -289,12 +288,14 @@ class _Run:
                 )
 
     def _describe_data(self, dataset: TransitionDataset) -> dict[str, Any]:
-        about = {"name": self.task.dataset, "transitions": len(dataset), "provenance": dataset.about.get("provenance")}
-        if self.task.source != "ogbench":
-            return {**about, **{key: value for key, value in dataset.about.items() if key != "fingerprint"}}
-        name = parse_ogbench_name(self.task.dataset).dataset
-        path = dataset_path(name, data_root(self.config.data_root), "train")
-        return {"file": path.name, "sha256": file_sha256(path), **about}
+        about = {key: value for key, value in dataset.about.items() if key not in ("fingerprint", "sha256")}
+        return {
+            "name": self.task.dataset,
+            "sha256": data_digest(self.task, root=self.config.data_root),
+            "transitions": len(dataset),
+            "provenance": about.pop("provenance", None),
+            **about,
+        }
 
     def _evaluate(self, evaluator: Evaluator) -> dict[str, float]:
         if self.update.step < self.config.offline_steps:

@@ -73,3 +73,10 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folder_sha256(folder: Path, pattern: str) -> str:
+    """SHA-256 over names and digests of the files below a folder that match, in the order of their names."""
+    files = sorted(path for path in folder.rglob(pattern) if path.is_file())
+    lines = "".join(f"{file_sha256(path)}  {path.relative_to(folder)}\n" for path in files)
+    return hashlib.sha256(lines.encode()).hexdigest()

@@ -369,11 +369,22 @@ class TransitionDataset:
 
     def __getstate__(self) -> dict[str, Any]:
         """A mapped set travels to another process as its folder's name."""
-        return {"folder": self.folder} if self.folder is not None else self.__dict__
+        return {"folder": self.folder, "about": self.about} if self.folder is not None else self.__dict__
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """See :meth:`__getstate__`."""
-        self.__dict__.update(self.load(state["folder"]).__dict__ if state.keys() == {"folder"} else state)
+        """See :meth:`__getstate__`.
+
+        Raises:
+            InputError: where the folder holds another set by now.
+        """
+        if state.keys() != {"folder", "about"}:
+            self.__dict__.update(state)
+            return
+        found = self.load(state["folder"])
+        if found.about.get("fingerprint") != state["about"].get("fingerprint"):
+            raise InputError(f"{state['folder']} holds another set than it did; start again")
+        self.__dict__.update(found.__dict__)
+        self.about = state["about"]
 
     def __repr__(self) -> str:
         where = f"mapped from {self.folder}" if self.folder else f"on {self.device}"

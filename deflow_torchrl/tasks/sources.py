@@ -15,7 +15,7 @@ from deflow_torchrl.data.files import FILE_ENDINGS, import_files
 from deflow_torchrl.data.ogbench import is_ogbench_layout, load_ogbench_dataset, load_ogbench_file
 from deflow_torchrl.envs.names import parse_ogbench_name
 from deflow_torchrl.errors import InputError
-from deflow_torchrl.paths import cache_home, data_root, dataset_path
+from deflow_torchrl.paths import cache_home, data_root, dataset_path, file_sha256, folder_sha256
 from deflow_torchrl.tasks.registry import Task, get_task, ogbench_dataset_name
 
 
@@ -144,6 +144,17 @@ def reference_returns(task: Task) -> tuple[float, float] | None:
     return known(
         task.dataset, environment_id=None if environment is None else environment.id, metadata=dataset.storage.metadata
     )
+
+
+def data_digest(task: Task, *, root: str | Path | None = None) -> str:
+    """SHA-256 of a task's data: of OGBench's training file, of the files of a Minari set, of the columns of own data."""
+    if task.source == "ogbench":
+        return file_sha256(dataset_path(parse_ogbench_name(task.dataset).dataset, data_root(root), "train"))
+    if task.source == "minari":
+        from deflow_torchrl.envs.minari import open_minari_dataset
+
+        return folder_sha256(Path(open_minari_dataset(task.dataset).spec.data_path), "*")
+    return folder_sha256(Path(task.dataset), "*.bin")
 
 
 def ogbench_provenance(path: Path) -> dict[str, Any]:

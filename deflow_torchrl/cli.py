@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -285,6 +286,15 @@ def generate_data(
         print(json.dumps(result))
 
 
+def _hydra_value(value: str) -> str:
+    """A string as Hydra's grammar reads it: quoted where a character means something there."""
+    if re.fullmatch(r"[\w./:-]+", value, re.ASCII):
+        return value
+    # Backslashes count only before a quote (the closing one too) and before an interpolation, of which there is none here.
+    escaped = re.sub(r"(\\*)('|\$(?=\{)|\Z)", lambda it: it[1] * 2 + ("\\" + it[2] if it[2] else ""), value)
+    return f"'{escaped}'"
+
+
 @data.command("import")
 @_verb
 def import_data(
@@ -333,29 +343,39 @@ def import_data(
     from deflow_torchrl.data.dataset import make_folder
     from deflow_torchrl.data.files import import_files
 
+    out = out.expanduser()
     columns = {}
     for item in column or []:
         field, equals, name = item.partition("=")
         if not equals or not name:
             raise InputError(f"--column {item}: write FIELD=NAME, for example observations=obs")
         columns[field] = name
-    dataset = make_folder(
-        out,
-        lambda folder: import_files(
-            files,
-            columns=columns,
-            ends=ends,
-            never_terminates=never_terminates,
-            final_observation_rows=final_observation_rows,
-            both=both,
-            action_bounds=action_bounds,
-            allow_jumps=allow_jumps,
-            folder=folder,
-        ),
-    )
+    made = [parent for parent in out.parents if not parent.exists()]
+    try:
+        dataset = make_folder(
+            out,
+            lambda folder: import_files(
+                files,
+                columns=columns,
+                ends=ends,
+                never_terminates=never_terminates,
+                final_observation_rows=final_observation_rows,
+                both=both,
+                action_bounds=action_bounds,
+                allow_jumps=allow_jumps,
+                folder=folder,
+            ),
+        )
+    except BaseException:
+        for parent in made:  # the deepest first; one that somebody else has filled stays
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+        raise
     card = write_card(dataset, out, name=out.name)
-    go_on = shlex.join(["deflow", "train", f"task=own:{out}"])
+    go_on = shlex.join(["deflow", "train", f"task={_hydra_value(f'own:{out}')}"])
+    taken = ", ".join(f"{field}={name}" for field, name in dataset.about["columns"].items())
     print(f"{out}: {card['transitions']} transitions, {card['episodes']} episodes; see {out / 'card.md'}")
+    print(f"columns: {taken}")
     print(f"go on with: {go_on}")
     if json_:
         print(json.dumps({"out": str(out), "card": card, "train": go_on}))

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -304,3 +305,41 @@ def test_a_killed_preparation_leaves_nothing_that_is_taken_for_a_set(home):
     assert deflow("data", "import", "set.npz", "--out", "out").returncode == 0
     assert time.monotonic() - began < 60
     assert sorted(path.name for path in home.iterdir()) == ["out", "set.npz"]
+
+
+def test_home_is_expanded_and_a_refused_import_leaves_no_folder(home, monkeypatch):
+    monkeypatch.setenv("HOME", str(home / "me"))
+    np.savez(home / "set.npz", **arrays(rewards=np.full(12, np.nan)))
+    (home / "old").mkdir()
+    for out in ("outs/a/b/c", "old/a/b", "~/d"):
+        assert_one_line(deflow("data", "import", "set.npz", f"--out={out}"), "NaN")
+    assert sorted(path.name for path in home.rglob("*")) == ["old", "set.npz"]
+    np.savez(home / "set.npz", **arrays())
+    assert deflow("data", "import", "set.npz", "--out=~/d").returncode == 0
+    assert (home / "me" / "d" / "card.json").is_file()
+    assert not (home / "~").exists()
+
+
+@pytest.mark.parametrize(
+    "out", ["plain/a-b_c.1", "a b", "a,b", "run(1)=x", "it's", "[a]{b}", "a${seed}", "back\\", "ü", "#1", '"q"', "\\'"]
+)
+def test_the_printed_command_reads_the_folder_whatever_its_name(out, home):
+    from deflow_torchrl.config import compose_config
+
+    np.savez(home / "set.npz", **arrays())
+    result = deflow("data", "import", "set.npz", "--out", out, "--json")
+    assert result.returncode == 0, result.stderr
+    summary, printed = json.loads(result.stdout.splitlines()[-1]), result.stdout.splitlines()[-2]
+    assert printed == f"go on with: {summary['train']}"
+    program, verb, *settings = shlex.split(summary["train"])
+    assert (program, verb) == ("deflow", "train")
+    assert compose_config(settings).task == f"own:{out}"
+
+
+def test_the_columns_taken_are_printed_and_stand_on_the_card(home):
+    given = arrays()
+    observations = given.pop("observations")
+    np.savez(home / "set.npz", **given, state=observations, obs=observations)
+    result = deflow("data", "import", "set.npz", "--out", "out")
+    assert "columns: observations=obs, actions=actions, rewards=rewards, terminals=terminals" in result.stdout
+    assert json.loads((home / "out" / "card.json").read_text())["about"]["columns"]["observations"] == "obs"

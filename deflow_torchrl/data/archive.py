@@ -15,6 +15,16 @@ import numpy as np
 
 from deflow_torchrl.errors import InputError
 
+_DAMAGE: tuple[type[Exception], ...] = (
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+    ValueError,
+    OSError,
+    KeyError,
+    NotImplementedError,
+)
+
 
 class NpzArchive:
     """The arrays of an .npz file by name, each a column of :mod:`deflow_torchrl.data.columns`; never unpickled.
@@ -33,6 +43,8 @@ class NpzArchive:
         with readable(self.path):
             self._zip = zipfile.ZipFile(self.path)
             try:
+                if any(info.flag_bits & 1 for info in self._zip.infolist()):
+                    raise ValueError("it is encrypted")
                 members = [name for name in self._zip.namelist() if name.endswith(".npy")]
                 self._columns = {name.removesuffix(".npy"): NpzColumn(self._zip, name) for name in members}
             except BaseException:
@@ -130,12 +142,21 @@ def _read_header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
 
 
 @contextmanager
-def readable(path: Path) -> Iterator[None]:
-    """Turn what a damaged file raises into one line that names it."""
+def readable(path: Path, *, also: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Turn what a damaged file raises into one line that names it.
+
+    Args:
+        path: the file, anybody's: the advice must do for a recording too.
+
+    Keyword Args:
+        also: more that reading its format may raise.
+    """
     try:
         yield
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, OSError, KeyError, NotImplementedError) as error:
+    except _DAMAGE + also as error:
         if isinstance(error, InputError):
             raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path} cannot be read ({reason}); delete it and download or generate it again") from error
+        raise InputError(
+            f"{path} cannot be read ({reason}); put an intact copy in its place: record, download or generate it again"
+        ) from error

@@ -4,17 +4,20 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 import os
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from deflow_torchrl.data.archive import NpzArchive, readable
-from deflow_torchrl.data.assembly import dataset_from_arrays
+from deflow_torchrl.data.assembly import _discontinuities, dataset_from_arrays
 from deflow_torchrl.data.columns import Column
 from deflow_torchrl.data.dataset import TransitionDataset
 from deflow_torchrl.errors import InputError, MissingExtraError
@@ -23,6 +26,9 @@ from deflow_torchrl.paths import file_sha256
 FIELDS = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
 """What a mapping may name; the first four are needed."""
 _VECTORS = ("observations", "actions", "next_observations")
+_MOST_OPEN = 8  # files at once; a system may allow a hundred in all
+# What h5py and zipfile raise for damaged content besides what every reader raises.
+_ODD_DAMAGE = (RuntimeError, LookupError, TypeError, OverflowError)
 
 # Names that need no mapping: D4RL's and OGBench's, Gymnasium's, and the common short ones. "done" is not among them: it does
 # not say whether the task ended or time ran out.
@@ -48,7 +54,7 @@ class Table(Protocol):
 
 
 def import_files(
-    paths: Sequence[str | os.PathLike[str]],
+    paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     *,
     columns: Mapping[str, str] | None = None,
     ends: str = "flags",
@@ -62,19 +68,21 @@ def import_files(
     """Read files of one layout, one after another, as a validated set.
 
     Args:
-        paths: files ending in ``.npz``, ``.h5``, ``.hdf5``, ``.csv`` or ``.parquet``.
+        paths: files ending in ``.npz``, ``.h5``, ``.hdf5``, ``.csv`` or ``.parquet``, or one of them. No episode goes on in
+            the next file.
 
     Keyword Args:
         columns: field (:data:`FIELDS`) -> name in the files: an array (HDF5: its path), a table's column, or, for vectors in
             CSV and Parquet, several columns by pattern (``obs_*``, in the order of their numbers) or list (``x,y,theta``).
-            Fields that are not named are looked for under their usual names.
-        ends: how ends of episodes are known: ``"flags"`` (terminals and timeouts mark them all), ``"file"`` (each file is an
-            episode), ``"discontinuity"``, a number (rows of every episode), or ``"column:NAME"`` (an end where that column's
-            value changes). See :func:`deflow_torchrl.data.assembly.dataset_from_arrays`.
+            Fields that are not named are looked for under their usual names. What was taken stands in ``about["columns"]``.
+        ends: how ends of episodes are known: ``"flags"`` (terminals and timeouts mark them all, a file's last row too),
+            ``"file"`` (each file is an episode), ``"discontinuity"``, a number (rows of every episode, each file a multiple),
+            or ``"column:NAME"`` (an end where that column's value changes). See
+            :func:`deflow_torchrl.data.assembly.dataset_from_arrays`.
         never_terminates: the task has no terminal states; no column ``terminals`` is needed.
         final_observation_rows: see :func:`~deflow_torchrl.data.assembly.dataset_from_arrays`.
         both: see :func:`~deflow_torchrl.data.assembly.dataset_from_arrays`.
-        action_bounds: (low, high) of the files' actions, mapped to [-1, 1].
+        action_bounds: (low, high) of the files' actions, mapped to [-1, 1]; what rounding put beyond them counts as inside.
         allow_jumps: see :func:`~deflow_torchrl.data.assembly.dataset_from_arrays`.
         folder: see :func:`~deflow_torchrl.data.assembly.dataset_from_arrays`.
 
@@ -82,69 +90,57 @@ def import_files(
         InputError: on a missing, damaged or unknown file, a column that is not there, or data that fail validation.
         MissingExtraError: without the ``files`` extra, for HDF5, CSV and Parquet.
     """
-    files = [Path(path).expanduser() for path in paths]
-    if not files:
-        raise InputError("no file to import")
-    unknown = sorted(set(columns or {}) - set(FIELDS))
-    if unknown:
-        raise InputError(f"unknown field {unknown[0]!r} in the mapping; there are {', '.join(FIELDS)}")
-    if action_bounds is not None and not action_bounds[0] < action_bounds[1]:
-        raise InputError(f"action bounds {action_bounds[0]:g} and {action_bounds[1]:g}: the first must be the smaller")
+    given = [paths] if isinstance(paths, (str, os.PathLike)) else paths
+    files = [Path(path).expanduser() for path in given]
+    _check_options(files, columns or {}, ends, action_bounds)
     source = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
-    with ExitStack() as stack:
-        tables = [stack.enter_context(_open(path)) for path in files]
-        found = [_fields(table, path, columns or {}) for table, path in zip(tables, files, strict=True)]
-        for name in FIELDS:
-            if len({name in fields for fields in found}) > 1:
-                raise InputError(f"{source}: some files have {name}, others do not")
-        joined = {name: _joined(name, [fields[name] for fields in found], files) for name in found[0]}
-        for name in FIELDS[:4]:
-            if name not in joined and not (name == "terminals" and never_terminates):
-                hint = ", or say that the task never terminates (--never-terminates)" if name == "terminals" else ""
-                raise InputError(
-                    f"{files[0]} has no {name}; name the column with {name}=NAME{hint}; there are "
-                    f"{_listed(tables[0].names)}"
-                )
-        rows = joined["actions"].shape[0]
+    with _OpenFiles() as opened:
+        parts = [_examine(path, opened, columns or {}, ends, never_terminates) for path in files]
+        _check_alike(parts)
+        episode_ends = _told(ends, parts)
+        joined = {name: _joined([part.fields[name] for part in parts]) for name in parts[0].fields}
         if "terminals" not in joined:
-            joined["terminals"] = np.zeros(rows, bool)
+            joined["terminals"] = np.zeros(sum(part.rows for part in parts), bool)
         if action_bounds is not None:
             joined["actions"] = Rescaled(joined["actions"], *action_bounds)
-        with readable(files[0]):
-            return dataset_from_arrays(
-                **joined,
-                episode_ends=_told(ends, tables, [fields["actions"].shape[0] for fields in found], files),
-                both=both,  # type: ignore[arg-type]
-                final_observation_rows=final_observation_rows,
-                allow_jumps=allow_jumps,
-                source=source,
-                folder=folder,
-                about={
-                    "provenance": "own",
-                    "files": {str(path): file_sha256(path) for path in files},
-                    "action_bounds": None if action_bounds is None else list(action_bounds),
-                },
-            )
+        return dataset_from_arrays(
+            **joined,
+            episode_ends=episode_ends,
+            both=both,  # type: ignore[arg-type]
+            final_observation_rows=final_observation_rows,
+            allow_jumps=allow_jumps,
+            source=source,
+            folder=folder,
+            about={
+                "provenance": "own",
+                "files": {str(path): file_sha256(path) for path in files},
+                "columns": {name: ",".join(names) for name, names in parts[0].names.items()},
+                "action_bounds": None if action_bounds is None else list(action_bounds),
+            },
+        )
 
 
 class Rescaled:
-    """A column of actions mapped from [low, high] to [-1, 1].
+    """A column of floating point actions mapped from [low, high] to [-1, 1], in double precision.
+
+    A bound that is no binary number (20.3) lies beside its nearest float32: actions up to one such step beyond it are at it.
 
     Attributes:
         shape: of the column.
-        dtype: of the column.
+        dtype: float64.
     """
 
     def __init__(self, column: Column, low: float, high: float) -> None:
-        self._column, self._low, self._high = column, low, high
-        self.shape, self.dtype = column.shape, column.dtype
+        self._column, self._low, self._scale = column, low, 2 / (high - low)
+        self.shape, self.dtype = column.shape, np.dtype(np.float64)
+        # Numbers in double precision have often been single ones before, and are again when they are stored.
+        kept = np.float16 if np.dtype(column.dtype) == np.float16 else np.float32
+        self._limit = 1 + float(np.spacing(kept(max(abs(low), abs(high))))) * self._scale
 
     def __getitem__(self, rows: slice) -> np.ndarray:
         """Rows of the mapped column."""
-        values = np.asarray(self._column[rows])
-        if values.dtype.kind != "f":  # refused by its type later
-            return values
-        return (values - self._low) * (2 / (self._high - self._low)) - 1
+        values = (np.asarray(self._column[rows], np.float64) - self._low) * self._scale - 1
+        return np.where(np.abs(values) <= self._limit, values.clip(-1, 1), values)
 
 
 class Joined:
@@ -152,14 +148,14 @@ class Joined:
 
     Attributes:
         shape: of the whole.
-        dtype: of the first.
+        dtype: that holds the values of all.
     """
 
     def __init__(self, columns: Sequence[Column]) -> None:
         self._columns = columns
         self._begins = np.cumsum([0, *(column.shape[0] for column in columns)])
         self.shape = (int(self._begins[-1]), *columns[0].shape[1:])
-        self.dtype = columns[0].dtype
+        self.dtype = np.result_type(*(column.dtype for column in columns))
 
     def __getitem__(self, rows: slice) -> np.ndarray:
         """Consecutive rows."""
@@ -170,20 +166,6 @@ class Joined:
             if low < high:
                 parts.append(np.asarray(column[low:high]))
         return np.concatenate(parts) if parts else np.asarray(self._columns[0][0:0])
-
-
-class _Arrays:
-    """Columns in memory."""
-
-    def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
-        self._arrays = arrays
-
-    @property
-    def names(self) -> list[str]:
-        return list(self._arrays)
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self._arrays[name]
 
 
 class _Hdf5:
@@ -200,6 +182,63 @@ class _Hdf5:
         return self._file[name]
 
 
+class _Arrow:
+    """Columns of a CSV or Parquet file as numpy arrays, each converted when it is asked for; lists become vectors.
+
+    Args:
+        names: of the columns.
+        read: gives the arrow column of a name.
+
+    Keyword Args:
+        text: the file does not say what is an integer: 1 may be a number like 1.5.
+    """
+
+    def __init__(self, names: list[str], read: Callable[[str], Any], *, text: bool) -> None:
+        self.names, self._read, self.text = names, read, text
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._numpy(name, self._read(name))
+
+    def first_missing(self, name: str) -> int | None:
+        """The first row without a value, or with a list that lacks one."""
+        from pyarrow import compute
+
+        column = self._read(name)
+        while column.null_count == 0:
+            if not _is_list(column.type) or len(column) == 0:
+                return None
+            parents, column = compute.list_parent_indices(column), compute.list_flatten(column)
+            if column.null_count:
+                return int(parents.to_numpy()[column.is_null().to_numpy().argmax()])
+        return int(column.is_null().to_numpy().argmax())
+
+    def _numpy(self, name: str, column: Any) -> np.ndarray:
+        from pyarrow import compute, float64, types
+
+        if _is_list(column.type):
+            lengths = compute.unique(compute.list_value_length(column)).to_pylist()
+            if len(lengths) > 1:
+                raise ValueError(f"column {name} holds lists of different lengths")
+            return self._numpy(name, compute.list_flatten(column)).reshape(len(column), *lengths)
+        blank = column.null_count and types.is_boolean(column.type)
+        if blank or types.is_null(column.type) or types.is_decimal(column.type):
+            column = column.cast(float64())  # a missing value is NaN
+        return column.to_numpy()
+
+
+def _is_list(arrow_type: Any) -> bool:
+    from pyarrow import types
+
+    return types.is_list(arrow_type) or types.is_large_list(arrow_type) or types.is_fixed_size_list(arrow_type)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Whatever reading a file of any format raises is one line that names it."""
+    with readable(path, also=_ODD_DAMAGE):
+        yield
+
+
 @contextmanager
 def _open(path: Path) -> Iterator[Table]:
     if not path.is_file():
@@ -208,7 +247,7 @@ def _open(path: Path) -> Iterator[Table]:
     if opener is None:
         raise InputError(f"{path}: files end in {', '.join(_OPENERS)}; {path.suffix or 'no ending'} is unknown")
     with ExitStack() as stack:
-        with readable(path):
+        with _reading(path):
             table = opener(path, stack)
         yield table
 
@@ -230,7 +269,8 @@ def _open_csv(path: Path, stack: ExitStack) -> Table:
         from pyarrow import csv
     except ModuleNotFoundError as error:
         raise MissingExtraError("pyarrow", "files") from error
-    return _arrow(csv.read_csv(path))
+    table = csv.read_csv(path)
+    return _Arrow(table.column_names, table.column, text=True)
 
 
 def _open_parquet(path: Path, stack: ExitStack) -> Table:
@@ -238,7 +278,8 @@ def _open_parquet(path: Path, stack: ExitStack) -> Table:
         from pyarrow import parquet
     except ModuleNotFoundError as error:
         raise MissingExtraError("pyarrow", "files") from error
-    return _arrow(parquet.read_table(path))
+    file = stack.enter_context(parquet.ParquetFile(path))
+    return _Arrow(file.schema_arrow.names, lambda name: file.read(columns=[name]).column(name), text=False)
 
 
 _OPENERS: dict[str, Callable[[Path, ExitStack], Table]] = {
@@ -253,89 +294,269 @@ FILE_ENDINGS = tuple(_OPENERS)
 """Endings of the files that can be imported."""
 
 
-def _arrow(table: Any) -> Table:
-    """An arrow table's columns as numpy arrays; lists of equal length become vectors, missing values NaN."""
-    arrays = {}
-    for name in table.column_names:
-        values = table.column(name).to_numpy()
-        if values.dtype == object and len(values) and isinstance(values[0], np.ndarray):
-            if len({np.shape(value) for value in values}) > 1:
-                raise ValueError(f"column {name} holds lists of different lengths")
-            values = np.stack(values)
-        arrays[name] = values
-    return _Arrays(arrays)
+class _OpenFiles:
+    """Files opened when their rows are asked for; of many, those used last stay open."""
+
+    def __init__(self) -> None:
+        self._tables: OrderedDict[Path, tuple[Table, ExitStack]] = OrderedDict()
+
+    def __enter__(self) -> _OpenFiles:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        while self._tables:
+            self._tables.popitem()[1][1].close()
+
+    def __getitem__(self, path: Path) -> Table:
+        if path not in self._tables:
+            if len(self._tables) >= _MOST_OPEN:
+                self._tables.popitem(last=False)[1][1].close()
+            stack = ExitStack()
+            self._tables[path] = stack.enter_context(_open(path)), stack
+        self._tables.move_to_end(path)
+        return self._tables[path][0]
 
 
-def _fields(table: Table, path: Path, columns: Mapping[str, str]) -> dict[str, Column]:
-    """The fields of one file that are there."""
-    fields = {}
-    for name in FIELDS:
-        wanted = columns.get(name)
-        if wanted is None:
-            wanted = next((alias for alias in _ALIASES[name] if alias in table.names), None)
-        if wanted is not None:
-            column = _column(table, wanted, name, path)
-            # One number a row is a vector of one where a vector is meant.
-            fields[name] = np.asarray(column[0 : column.shape[0]])[:, None] if _is_flat(column, name) else column
-    return fields
+class _InFile:
+    """A column of a file that need not be open; damage is told under the file's name."""
+
+    def __init__(self, opened: _OpenFiles, path: Path, name: str, shape: tuple[int, ...], dtype: Any) -> None:
+        self._opened, self._path, self._name = opened, path, name
+        self.shape, self.dtype = shape, np.dtype(dtype)
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        with _reading(self._path):
+            return np.asarray(self._opened[self._path][self._name][rows])
 
 
-def _is_flat(column: Column, name: str) -> bool:
-    return name in _VECTORS and len(column.shape) == 1
+class _OneWide:
+    """One number a row as a vector of one."""
+
+    def __init__(self, column: Column) -> None:
+        self._column = column
+        self.shape, self.dtype = (*column.shape, 1), column.dtype
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        return np.asarray(self._column[rows])[:, None]
 
 
-def _column(table: Table, wanted: str, name: str, path: Path) -> Column:
-    """A column, or several side by side."""
+@dataclass
+class _Part:
+    """What one file holds.
+
+    Attributes:
+        path: the file.
+        fields: field -> column; those that are there.
+        names: field -> names of its columns in the file.
+        numbers: of the episodes ``[N]``, where a column gives them.
+    """
+
+    path: Path
+    fields: dict[str, Column]
+    names: dict[str, list[str]]
+    numbers: np.ndarray | None = None
+
+    @property
+    def rows(self) -> int:
+        return self.fields["actions"].shape[0]
+
+
+def _check_options(
+    files: Sequence[Path], columns: Mapping[str, str], ends: str, action_bounds: tuple[float, float] | None
+) -> None:
+    if not files:
+        raise InputError("no file to import")
+    unknown = sorted(set(columns) - set(FIELDS))
+    if unknown:
+        raise InputError(f"unknown field {unknown[0]!r} in the mapping (--column); there are {', '.join(FIELDS)}")
+    if action_bounds is not None:
+        low, high = action_bounds
+        if not (low < high and math.isfinite(high - low)):
+            raise InputError(
+                f"action bounds {low:g} and {high:g} (--action-bounds): both must be finite, and the first must be the smaller"
+            )
+    if ends not in ("flags", "file", "discontinuity") and not ends.isdecimal() and not ends.startswith("column:"):
+        raise InputError(
+            f"ends={ends!r} is unknown; there are flags, file, discontinuity, a number of rows and column:NAME (--ends)"
+        )
+
+
+def _examine(path: Path, opened: _OpenFiles, columns: Mapping[str, str], ends: str, never_terminates: bool) -> _Part:
+    """Find the fields of a file, and check what can be checked without reading rows of arrays."""
+    with _open(path) as table:
+        part = _Part(path, {}, {})
+        for name in FIELDS:
+            wanted = columns.get(name)
+            if wanted is None:
+                wanted = next((alias for alias in _ALIASES[name] if alias in table.names), None)
+            if wanted is not None:
+                part.names[name] = _matching(table, wanted, name, path)
+                column = _column(table, part.names[name], name, path, opened)
+                part.fields[name] = _OneWide(column) if name in _VECTORS and len(column.shape) == 1 else column
+        for name in FIELDS[:4]:
+            if name not in part.fields and not (name == "terminals" and never_terminates):
+                hint = ", or say that the task never terminates (--never-terminates)" if name == "terminals" else ""
+                raise InputError(
+                    f"{path} has no {name}; name the column with --column {name}=NAME{hint}; there are "
+                    f"{_listed(table.names)}"
+                )
+        _check_part(part)
+        if ends.startswith("column:"):
+            name = "the episode's number"
+            column = _column(table, _matching(table, ends.removeprefix("column:"), name, path), name, path, opened)
+            if column.shape[:1] != (part.rows,):
+                raise InputError(
+                    f"{path}: {ends} has shape {tuple(column.shape)}, expected one for each of {part.rows} rows"
+                )
+            values = np.asarray(column[0 : part.rows]).reshape(part.rows, -1)
+            part.numbers = np.concatenate([[0], np.cumsum((values[1:] != values[:-1]).any(1))])
+        return part
+
+
+def _matching(table: Table, wanted: str, name: str, path: Path) -> list[str]:
+    """Names of the columns that a mapping means."""
     if wanted in table.names:
-        return table[wanted]
+        return [wanted]
     names: list[str] = []
     for part in wanted.split(","):
-        matching = sorted(fnmatch.filter(table.names, part), key=_by_number)
+        # A name is itself before it is a pattern: "pos[0]".
+        matching = [part] if part in table.names else sorted(fnmatch.filter(table.names, part), key=_by_number)
         if not matching:
             raise InputError(f"{path} has no column {part!r} for {name}; there are {_listed(table.names)}")
         names += matching
-    parts = [table[part] for part in names]
-    if any(len(part.shape) != 1 for part in parts):
-        raise InputError(f"{path}: {wanted!r} are not columns of one number a row; name one array for {name}")
-    return np.stack([np.asarray(part[0 : part.shape[0]]) for part in parts], axis=1)
+    return names
 
 
 def _by_number(name: str) -> list[Any]:
     """obs_2 before obs_10."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
-def _joined(name: str, columns: Sequence[Column], files: Sequence[Path]) -> Column:
-    for column, path in zip(columns, files, strict=True):
-        if tuple(column.shape[1:]) != tuple(columns[0].shape[1:]):
+def _column(table: Table, names: Sequence[str], name: str, path: Path, opened: _OpenFiles) -> Column:
+    """A column, or several side by side."""
+    parts = [_single(table, part, name, path, opened) for part in names]
+    if len(parts) == 1:
+        return parts[0]
+    if any(len(part.shape) != 1 for part in parts):
+        raise InputError(f"{path}: {','.join(names)!r} are not columns of one number a row; name one array for {name}")
+    if len({part.shape for part in parts}) > 1:
+        raise InputError(f"{path}: {','.join(names)!r} differ in length; name columns of one length for {name}")
+    return np.stack([np.asarray(part[0 : part.shape[0]]) for part in parts], axis=1)
+
+
+def _single(table: Table, column_name: str, name: str, path: Path, opened: _OpenFiles) -> Column:
+    if not isinstance(table, _Arrow):
+        with _reading(path):
+            column = table[column_name]
+        return _InFile(opened, path, column_name, tuple(column.shape or ()), column.dtype)
+    # A successor may be missing where nobody looks at it.
+    with _reading(path):
+        missing = None if name == "next_observations" else table.first_missing(column_name)
+        if missing is not None:
             raise InputError(
-                f"{path}: {name} has rows of shape {tuple(column.shape[1:])}, in {files[0]} {tuple(columns[0].shape[1:])}"
+                f"{path}: {name} (column {column_name}) has a missing value in row {missing}, which is NaN; "
+                "repair or drop that trajectory"
             )
+        values = table[column_name]
+    return values.astype(np.float64) if table.text and name in _VECTORS and values.dtype.kind in "iu" else values
+
+
+def _check_part(part: _Part) -> None:
+    """Refuse fields that do not fit one another in one file."""
+    for name, column in part.fields.items():
+        if not column.shape:
+            raise InputError(f"{part.path}: {name} is a single value (shape ()), expected a row for each step")
+    for name, column in part.fields.items():
+        if column.shape[0] != part.rows:
+            raise InputError(f"{part.path}: {name} has {column.shape[0]} rows, actions {part.rows}")
+    if part.rows == 0:
+        raise InputError(f"{part.path} holds no transition")
+    for name, column in part.fields.items():
+        kind = np.dtype(column.dtype).kind
+        if kind not in "fiub" or (name == "actions" and kind != "f"):
+            expected = "floating point in [-1, 1]" if name == "actions" else "real numbers"
+            held = "text or objects" if kind in "OUS" else f"type {np.dtype(column.dtype)}"
+            raise InputError(f"{part.path}: {name} has {held} ({','.join(part.names[name])}), expected {expected}")
+
+
+def _check_alike(parts: Sequence[_Part]) -> None:
+    """Refuse files of different layouts."""
+    first = parts[0]
+    for name in FIELDS:
+        having = [part.path for part in parts if name in part.fields]
+        lacking = [part.path for part in parts if name not in part.fields]
+        if having and lacking:
+            raise InputError(f"some files have {name} ({having[0]}), others do not ({lacking[0]})")
+    for part in parts[1:]:
+        for name, column in part.fields.items():
+            expected = first.fields[name]
+            if part.names[name] != first.names[name]:
+                raise InputError(
+                    f"{part.path}: {name} would be {','.join(part.names[name])}, in {first.path} "
+                    f"{','.join(first.names[name])}; name columns that all files have (--column {name}=NAME)"
+                )
+            if tuple(column.shape[1:]) != tuple(expected.shape[1:]):
+                raise InputError(
+                    f"{part.path}: {name} has rows of shape {tuple(column.shape[1:])}, in {first.path} "
+                    f"{tuple(expected.shape[1:])}"
+                )
+            one, other = np.dtype(column.dtype), np.dtype(expected.dtype)
+            # Pixels of 0 to 255 beside pixels of 0 to 1; flags and rewards are numbers in any type.
+            if name in _VECTORS and (one.kind != other.kind or (len(column.shape) > 2 and one != other)):
+                raise InputError(f"{part.path}: {name} has type {one}, in {first.path} {other}; store them as one type")
+
+
+def _joined(columns: Sequence[Column]) -> Column:
     return columns[0] if len(columns) == 1 else Joined(columns)
 
 
-def _told(ends: str, tables: Sequence[Table], lengths: Sequence[int], files: Sequence[Path]) -> Any:
+def _told(ends: str, parts: Sequence[_Part]) -> Any:
+    """What :func:`dataset_from_arrays` is told of the episodes' ends; a file's last row always is one."""
     if ends == "flags":
+        if len(parts) > 1:
+            _check_last_rows(parts)
         return None
     if ends == "discontinuity":
-        return ends
-    if ends == "file":
-        return np.repeat(np.arange(len(lengths)), lengths)
-    if ends.isdigit():
+        return _ends_by_discontinuity(parts) if len(parts) > 1 and "next_observations" in parts[0].fields else ends
+    if ends.isdecimal():
+        for part in parts:
+            if int(ends) < 2 or part.rows % int(ends):
+                raise InputError(
+                    f"{part.path}: {part.rows} rows are not whole episodes of {int(ends)} rows (--ends {ends})"
+                )
         return int(ends)
-    if ends.startswith("column:"):
-        name = ends.removeprefix("column:")
-        numbers = []
-        for number, (table, path) in enumerate(zip(tables, files, strict=True)):
-            column = _column(table, name, "the episode's number", path)
-            values = np.asarray(column[0 : column.shape[0]])
-            changes = values[1:] != values[:-1]
-            # The same number in the next file is another episode.
-            numbers.append(np.concatenate([[0], np.cumsum(changes)]) + number * (1 << 40))
-        return np.concatenate(numbers)
-    raise InputError(
-        f"ends={ends!r} is unknown; there are flags, file, discontinuity, a number of rows and column:NAME"
+    numbers = [np.zeros(part.rows, np.int64) if part.numbers is None else part.numbers for part in parts]
+    # The same number in the next file is another episode.
+    return np.concatenate([own + (place << 40) for place, own in enumerate(numbers)])
+
+
+def _flagged(part: _Part, rows: slice) -> np.ndarray:
+    columns = [part.fields[name] for name in ("terminals", "timeouts") if name in part.fields]
+    length = len(range(*rows.indices(part.rows)))
+    return sum(
+        ((np.asarray(column[rows]) != 0).reshape(length, -1).any(1) for column in columns), np.zeros(length, bool)
     )
+
+
+def _check_last_rows(parts: Sequence[_Part]) -> None:
+    for part in parts:
+        if not _flagged(part, slice(part.rows - 1, part.rows)).any():
+            raise InputError(
+                f"{part.path}: its last row ends no episode (neither terminal nor timeout), and no episode goes on in another "
+                "file: mark it (timeouts), or say how ends are known (ends='file', --ends file: each file is an episode)"
+            )
+
+
+def _ends_by_discontinuity(parts: Sequence[_Part]) -> np.ndarray:
+    """Episode numbers ``[N]``, from s' of a row and s of the next one within each file."""
+    ends = np.concatenate(
+        [
+            _discontinuities(part.fields["observations"], part.fields["next_observations"])
+            | _flagged(part, slice(0, part.rows))
+            for part in parts
+        ]
+    )
+    return np.cumsum(ends) - ends
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -57,3 +57,14 @@ def test_damage_is_one_line_naming_the_file(tmp_path):
         file.writestr("a.npy", b"\x93NUMPY\x07\x00")
     with pytest.raises(InputError, match="cannot be read"):
         NpzArchive(path)
+
+
+def test_an_encrypted_archive_is_one_line(tmp_path):
+    path = tmp_path / "x.npz"
+    np.savez(path, a=np.zeros(3))
+    content = bytearray(path.read_bytes())
+    content[6] |= 1  # the flag of the file's own header, and of the directory
+    content[content.index(b"PK\x01\x02") + 8] |= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"x\.npz cannot be read \(it is encrypted\)"):
+        NpzArchive(path)

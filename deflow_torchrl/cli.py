@@ -29,6 +29,8 @@ except ModuleNotFoundError as missing:
 if TYPE_CHECKING:
     from types import FrameType
 
+    from deflow_torchrl.data import TransitionDataset
+
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
 app = typer.Typer(
@@ -79,7 +81,7 @@ def _verb(function: Callable[..., None]) -> Callable[..., None]:
         except RunInterrupted as error:
             _fail(error, EXIT_INTERRUPTED)
         except KeyboardInterrupt:
-            _fail("interrupted; what was finished is kept: the same command goes on from there", EXIT_INTERRUPTED)
+            _fail("interrupted; what was finished is kept; the same command goes on or starts again", EXIT_INTERRUPTED)
 
     return run
 
@@ -275,7 +277,7 @@ def generate_data(
     )
     val_file, about = train_file.with_name(f"{dataset}-val.npz"), train_file.with_suffix(".json")
     task = f"{dataset.removesuffix('-v0')}-singletask-v0"
-    go_on = shlex.join(["deflow", "train", f"task={task}", f"data_root={train_file.parent}"])
+    go_on = shlex.join(["deflow", "train", f"task={task}", f"data_root={_hydra_value(str(train_file.parent))}"])
     print(f"{train_file} and {val_file} are ready; go on with: {go_on}")
     if json_:
         result = {
@@ -339,7 +341,7 @@ def import_data(
     Example: deflow data import run*.csv --out data/arm --column observations='q_*' --column actions=u_0,u_1 --ends file
     --never-terminates --action-bounds -2 2
     """
-    from deflow_torchrl.data.card import write_card
+    from deflow_torchrl.data.card import data_card, write_card
     from deflow_torchrl.data.dataset import make_folder
     from deflow_torchrl.data.files import import_files
 
@@ -351,27 +353,32 @@ def import_data(
             raise InputError(f"--column {item}: write FIELD=NAME, for example observations=obs")
         columns[field] = name
     made = [parent for parent in out.parents if not parent.exists()]
-    try:
-        dataset = make_folder(
-            out,
-            lambda folder: import_files(
-                files,
-                columns=columns,
-                ends=ends,
-                never_terminates=never_terminates,
-                final_observation_rows=final_observation_rows,
-                both=both,
-                action_bounds=action_bounds,
-                allow_jumps=allow_jumps,
-                folder=folder,
-            ),
+    card: dict[str, Any] = {}
+
+    def build(folder: Path) -> TransitionDataset:
+        return import_files(
+            files,
+            columns=columns,
+            ends=ends,
+            never_terminates=never_terminates,
+            final_observation_rows=final_observation_rows,
+            both=both,
+            action_bounds=action_bounds,
+            allow_jumps=allow_jumps,
+            folder=folder,
         )
+
+    def describe(dataset: TransitionDataset, folder: Path) -> None:
+        card.update(data_card(dataset, name=out.name))
+        write_card(card, folder)
+
+    try:
+        dataset = make_folder(out, build, describe=describe)
     except BaseException:
         for parent in made:  # the deepest first; one that somebody else has filled stays
             with contextlib.suppress(OSError):
                 parent.rmdir()
         raise
-    card = write_card(dataset, out, name=out.name)
     go_on = shlex.join(["deflow", "train", f"task={_hydra_value(f'own:{out}')}"])
     taken = ", ".join(f"{field}={name}" for field, name in dataset.about["columns"].items())
     print(f"{out}: {card['transitions']} transitions, {card['episodes']} episodes; see {out / 'card.md'}")

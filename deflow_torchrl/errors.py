@@ -18,6 +18,11 @@ class MissingExtraError(InputError, ImportError):
 
     def __init__(self, module: str, extra: str) -> None:
         super().__init__(f"{module} is not installed; install it with: pip install 'deflow-torchrl[{extra}]'")
+        self._arguments = module, extra
+
+    def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str]]:
+        """Pickle what the constructor takes: an exception's own way would call it with the message alone."""
+        return type(self), self._arguments
 
 
 class NonFiniteLossError(RuntimeError):

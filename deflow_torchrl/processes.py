@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.connection import wait
+from multiprocessing.context import SpawnContext, SpawnProcess
+from typing import Any
 
 
 def available_cores() -> int:
@@ -26,3 +30,36 @@ def children_ignore_ctrl_c() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+class KillableSpawnContext(SpawnContext):
+    """Spawned processes that can be ended at once; an executor has no public way to end its workers before Python 3.14."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._started: list[SpawnProcess] = []
+
+    def Process(self, *args: Any, **kwargs: Any) -> SpawnProcess:  # type: ignore[override] # a class there
+        """Make one, as the class of this name would."""
+        process = SpawnProcess(*args, **kwargs)
+        self._started.append(process)
+        return process
+
+    def kill(self) -> None:
+        """End all processes of this context, also one that is still importing or deep in compiled code."""
+        for process in self._started:
+            if process.is_alive():
+                process.kill()
+
+
+def die_with_parent() -> None:
+    """End this process as soon as the one that started it is gone, be it by a kill that lets nobody clean up."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)  # an orderly exit would wait for the work at hand and for a queue that nobody serves
+
+    threading.Thread(target=watch, name="die with parent", daemon=True).start()

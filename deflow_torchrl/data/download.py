@@ -131,7 +131,7 @@ def fetch_file(
     What arrived before a failure stays in ``path`` + ``.part`` for the next call, unless it is proved corrupt.
 
     Args:
-        urls: where to ask, in this order.
+        urls: where to ask, in this order; one that an unfinished file is from comes first.
         path: the file to write, in a folder that exists. Its manifest entry is written in the same folder.
 
     Keyword Args:
@@ -153,6 +153,9 @@ def fetch_file(
             _accept(part, path, _digest_of_npz(part.path, expected, show_progress), known.url)
             return
         part.discard()
+    # The part's own URL first: another one that answers would start the file anew and throw away what arrived.
+    begun = part.known()
+    urls = sorted(urls, key=lambda url: begun is None or begun.url != url or part.size() == 0)
     failures = []
     with session:
         for url in urls:

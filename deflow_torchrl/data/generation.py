@@ -8,15 +8,15 @@ made it, a shorter set is the beginning of a longer one, and finished episodes s
 from __future__ import annotations
 
 import difflib
+import hashlib
 import itertools
 import json
-import multiprocessing
 import os
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from deflow_torchrl.envs.factory import import_ogbench
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.locks import only_one_prepares
 from deflow_torchrl.paths import atomic_write, cache_home, dataset_path, make_writable_folder, write_text
-from deflow_torchrl.processes import available_cores, children_ignore_ctrl_c
+from deflow_torchrl.processes import KillableSpawnContext, available_cores, children_ignore_ctrl_c, die_with_parent
 
 _SPLITS = ("train", "val")
 
@@ -64,8 +64,9 @@ def generate_ogbench_dataset(
 ) -> Path:
     """Generate ``root/NAME.npz`` and ``root/NAME-val.npz``, which plain ``ogbench`` loads, and ``NAME.json`` about them.
 
-    Finished episodes are kept in ``root/.NAME.parts`` until both files stand; a repeated call goes on from there. A set
-    that was made with the same settings is left as it is, anything else of the name is refused.
+    Finished episodes are kept in ``root/.NAME.DIGEST.parts``, DIGEST being that of the settings, until both files stand; a
+    repeated call goes on from there. A set that was made with the same settings is left as it is, anything else of the
+    name is refused.
 
     Args:
         dataset: a key of :data:`GENERATED_DATASETS`, with or without its ``-v0``.
@@ -98,17 +99,17 @@ def generate_ogbench_dataset(
     folder = make_writable_folder(Path(root).expanduser())
     numbers = dict(zip(_SPLITS, (episodes, val_episodes), strict=True))
     files = {split: dataset_path(dataset, folder, split) for split in _SPLITS}
-    parts = folder / f".{dataset}.parts"
     with only_one_prepares(dataset, folder), _one_line_for_failures(folder):
         if any(path.is_file() for path in files.values()):
             _check_same(folder / f"{dataset}.json", {**about, "episodes": numbers})
         if not all(path.is_file() for path in files.values()):
-            _parts_folder(parts, about)
+            parts = _parts_folder(folder, dataset, about)
             jobs = [(split, episode) for split, number in numbers.items() for episode in range(number)]
             open_jobs = [job for job in jobs if not _part_path(parts, *job).is_file()]
-            finished = _run_jobs(dataset, seed, open_jobs, parts, min(workers, max(len(open_jobs), 1)))
-            for _ in finished if progress is None else progress(finished, len(open_jobs)):
-                pass
+            # Closed here: an error outside the generator, in the progress bar, must not leave its workers to the collector.
+            with closing(_run_jobs(dataset, seed, open_jobs, parts, min(workers, max(len(open_jobs), 1)))) as finished:
+                for _ in finished if progress is None else progress(finished, len(open_jobs)):
+                    pass
             about |= {
                 "provenance": "regenerated locally with the ogbench package's oracle; not the published set",
                 "episodes": numbers,
@@ -118,7 +119,8 @@ def generate_ogbench_dataset(
             write_text(folder / f"{dataset}.json", json.dumps(about, indent=2) + "\n")
             for split, number in numbers.items():
                 _join_parts([_part_path(parts, split, episode) for episode in range(number)], files[split])
-        shutil.rmtree(parts, ignore_errors=True)
+        for parts in folder.glob(f".{dataset}.*parts"):  # of other settings too: a set that stands refuses them
+            shutil.rmtree(parts, ignore_errors=True)
     return files["train"]
 
 
@@ -168,14 +170,11 @@ def _versions() -> dict[str, str]:
     return {name: version(name) for name in ("ogbench", "mujoco", "gymnasium", "numpy")}
 
 
-def _parts_folder(parts: Path, about: dict[str, Any]) -> Path:
-    """Open the folder of finished episodes; episodes of other settings in it are removed."""
-    fingerprint = json.dumps(about, indent=2, sort_keys=True)
-    marker = parts / "settings.json"
-    if not marker.is_file() or marker.read_text(encoding="utf-8") != fingerprint:
-        shutil.rmtree(parts, ignore_errors=True)
-        parts.mkdir(parents=True)
-        write_text(marker, fingerprint)
+def _parts_folder(folder: Path, dataset: str, about: dict[str, Any]) -> Path:
+    """Open the folder of finished episodes: one for each settings, whoever still writes there, so that none get mixed."""
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+    parts = folder / f".{dataset}.{digest}.parts"
+    parts.mkdir(exist_ok=True)
     return parts
 
 
@@ -183,15 +182,15 @@ def _part_path(parts: Path, split: str, episode: int) -> Path:
     return parts / f"{split}-{episode:06d}.npz"
 
 
-def _run_jobs(dataset: str, seed: int, jobs: list[tuple[str, int]], parts: Path, workers: int) -> Iterator[None]:
+def _run_jobs(
+    dataset: str, seed: int, jobs: list[tuple[str, int]], parts: Path, workers: int
+) -> Generator[None, None, None]:
     if not jobs:
         return
     # spawn: a forked child would inherit torch's threads and the parent's simulator state.
+    context = KillableSpawnContext()
     pool = ProcessPoolExecutor(
-        workers,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_use_settings,
-        initargs=(dataset, GENERATED_DATASETS[dataset]),
+        workers, mp_context=context, initializer=_begin_worker, initargs=(dataset, GENERATED_DATASETS[dataset])
     )
     try:
         with children_ignore_ctrl_c():
@@ -199,12 +198,18 @@ def _run_jobs(dataset: str, seed: int, jobs: list[tuple[str, int]], parts: Path,
         for future in as_completed(futures):
             future.result()
             yield
-    finally:
-        pool.shutdown(cancel_futures=True)
+    except BaseException:
+        # Not an orderly shutdown: it waits for whole episodes, and a second Ctrl-C would leave it with workers that never
+        # end. A part is there complete or not at all, so a kill loses only the episodes at hand.
+        context.kill()
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    pool.shutdown()
 
 
-def _use_settings(dataset: str, settings: EpisodeSettings) -> None:
+def _begin_worker(dataset: str, settings: EpisodeSettings) -> None:
     """Let a worker do what the parent's description of the files says, also where a caller has changed the table."""
+    die_with_parent()
     GENERATED_DATASETS[dataset] = settings
 
 

@@ -290,6 +290,22 @@ def test_a_part_of_another_mirror_is_not_continued(make_host, tmp_path):
     assert "Range" not in second.requests[0].headers
 
 
+def test_a_part_of_a_later_mirror_is_continued_there_before_the_first_host_is_asked(make_host, tmp_path):
+    first, second, third = make_host(), make_host(), make_host()
+    part = leave_part(second, tmp_path)
+    assert fetch(tmp_path, first, second, third) == second.files[TRAIN]
+    assert [request.headers["Range"] for request in second.requests] == [f"bytes={len(part)}-"]
+    assert first.requests == third.requests == []
+
+
+def test_where_a_parts_own_mirror_fails_the_others_are_asked_in_their_order(make_host, tmp_path):
+    first, second, third = make_host(), make_host(), make_host()
+    leave_part(third, tmp_path)
+    third.faults, first.faults = [500], [404]
+    assert fetch(tmp_path, first, second, third) == second.files[TRAIN]
+    assert [len(host.requests) for host in (third, first, second)] == [1, 1, 1]
+
+
 def test_a_part_longer_than_the_file_is_dropped(host, tmp_path):
     leave_part(host, tmp_path)
     with (tmp_path / f"{TRAIN}.part").open("ab") as file:

@@ -1,8 +1,14 @@
+import contextlib
 import dataclasses
 import errno
 import fcntl
 import itertools
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -13,6 +19,7 @@ from deflow_torchrl.data import generation
 from deflow_torchrl.data.generation import GENERATED_DATASETS, generate_episode, generate_ogbench_dataset
 from deflow_torchrl.data.oracles import VisibleCube
 from deflow_torchrl.errors import InputError
+from tests.conftest import heed_ctrl_c
 
 # Widths of observations, actions and button states in the published files.
 WIDTHS = {
@@ -233,11 +240,85 @@ def test_two_processes_cannot_generate_the_same_set(tmp_path, short_episodes):
             generate_ogbench_dataset("cube-single-play-v0", tmp_path, episodes=1, val_episodes=1)
 
 
-def test_episodes_of_other_settings_are_not_taken_over(tmp_path, short_episodes):
-    parts = generation._parts_folder(tmp_path / ".parts", {"seed": 0})
-    (parts / "train-000000.npz").write_bytes(b"old")
-    assert (generation._parts_folder(parts, {"seed": 0}) / "train-000000.npz").exists()
-    assert not (generation._parts_folder(parts, {"seed": 1}) / "train-000000.npz").exists()
+def test_episodes_of_other_settings_are_not_taken_over(tmp_path):
+    name = "pointmaze-medium-stitch-v0"
+    parts, again, other = (generation._parts_folder(tmp_path, name, {"seed": seed}) for seed in (0, 0, 1))
+    assert parts == again
+    assert parts != other, "a process that is still at work for other settings could write into this set"
+
+
+def test_an_interrupted_seed_neither_enters_the_next_ones_set_nor_outlives_it(
+    tmp_path, short_episodes, in_process, monkeypatch
+):
+    def run(seed, join=generation._join_parts):
+        monkeypatch.setattr(generation, "_join_parts", join)
+        arguments = {"episodes": 2, "val_episodes": 1, "seed": seed}
+        return generate_ogbench_dataset("pointmaze-medium-stitch", tmp_path, **arguments)
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(3, interrupt)
+    (left,) = tmp_path.glob(".*.parts")
+    with pytest.raises(KeyboardInterrupt):
+        run(4, interrupt)
+    assert len(list(left.iterdir())) == 3, "going back to the first seed loses nothing"
+    with np.load(run(4)) as made:
+        first = generate_episode("pointmaze-medium-stitch-v0", seed=4, split="train", episode=0)
+        np.testing.assert_array_equal(made["actions"][:short_episodes], first["actions"])
+    assert not list(tmp_path.glob(".*.parts"))
+
+
+# The workers import this file too: from the third episode on they are at work for a minute.
+SLOW = """
+import sys, time
+from pathlib import Path
+import numpy as np
+from deflow_torchrl.data import generation
+
+def generate_episode(dataset, *, seed, split, episode):
+    if episode >= 2:
+        Path(sys.argv[1], f"busy-{episode}").touch()
+        time.sleep(60)
+    return {"terminals": np.ones(1, bool)}
+
+generation.generate_episode = generate_episode
+if __name__ == "__main__":
+    try:
+        generation.generate_ogbench_dataset("pointmaze-medium-stitch", sys.argv[1], episodes=9, val_episodes=1, workers=2)
+    except KeyboardInterrupt:
+        raise SystemExit(130)
+"""
+
+
+@pytest.mark.parametrize("signals", [[signal.SIGKILL], [signal.SIGINT], [signal.SIGINT, signal.SIGINT]])
+def test_an_interruption_ends_the_workers_at_once_and_keeps_what_is_finished(signals, tmp_path):
+    (tmp_path / "slow.py").write_text(SLOW)
+    child = subprocess.Popen(
+        [sys.executable, tmp_path / "slow.py", tmp_path],
+        stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c, start_new_session=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while len(list(tmp_path.glob("busy-*"))) < 2:
+            assert child.poll() is None, child.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        for number in signals:
+            if number == signal.SIGINT:
+                os.killpg(child.pid, number)  # as a terminal does: to the workers too
+            else:
+                child.send_signal(number)
+            time.sleep(0.1)
+        errors = child.communicate(timeout=10)[1]  # reads to the end, which comes when the last worker is gone
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+    assert signals[0] == signal.SIGKILL or len(signals) == 2 or child.returncode == 130, errors
+    finished = {path.name for path in tmp_path.glob(".*.parts/[tv]*.npz")}
+    assert {"train-000000.npz", "train-000001.npz"} <= finished
 
 
 @pytest.mark.parametrize(

@@ -188,7 +188,7 @@ def test_own_data_come_from_a_file_to_a_trained_and_evaluated_policy(home):
         record = json.loads((home / f"run{number}" / "record.json").read_text())
         assert record["data"]["provenance"] == "own"
         assert set(record["evaluations"]) == ({"prior", "deflow"} if more else set())
-        assert ("return" in trained.stdout) == bool(more)
+        assert ("deflow: return" in trained.stdout) == bool(more)
         result = json.loads(trained.stdout.splitlines()[-1])
         assert result["metric"] == "return"
         assert set(result) >= ({"return"} if more else {"out"})

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deflow_torchrl.envs.d4rl import d4rl_task
+from deflow_torchrl.envs.d4rl import d4rl_task, scoring_task
 from deflow_torchrl.envs.observations import ObservationLayout, observation_layout
 from deflow_torchrl.errors import InputError, MissingExtraError
 
@@ -406,7 +406,8 @@ def make_minari_env(
     Observations are one float32 array, laid out as the data's (:func:`minari_layout`: D4RL's antmaze is ``achieved_goal`` then
     ``observation``, other dictionaries are in sorted order); images stay uint8. ``info["success"]`` is always there, false
     where the environment knows none. ``reset(seed=...)`` fixes the whole episode. Adroit and D4RL antmaze are brought to
-    the data's or D4RL's conventions where they differ (:func:`compare_conventions`), with one line in the log.
+    the data's or D4RL's conventions where they differ (:func:`compare_conventions`), and episodes of D4RL's sets are as long
+    as D4RL's, with one line in the log each.
 
     Args:
         dataset_id: for example ``D4RL/door/human-v2``.
@@ -416,7 +417,7 @@ def make_minari_env(
         observation_keys: entries of goal observations, in order.
         rescale_actions: map [-1, 1] onto the environment's own finite action bounds.
         download: fetch a set that is not here.
-        **kwargs: forwarded to ``gymnasium.make``.
+        **kwargs: forwarded to ``gymnasium.make``; ``max_episode_steps`` overrides D4RL's.
 
     Raises:
         InputError: as :func:`open_minari_dataset`; where the set names no environment, the environment is not installed, or
@@ -495,6 +496,8 @@ def adapt_environment(
 def recover_environment(dataset: MinariDataset, *, eval_env: bool = True, **kwargs: Any) -> gymnasium.Env:
     """The set's environment as gymnasium makes it, with errors in one line.
 
+    Episodes of D4RL's sets are as long as D4RL's (``max_episode_steps`` overrides that): scores are of whole episodes.
+
     Raises:
         InputError: where the set names none, or it cannot be made here.
     """
@@ -509,6 +512,9 @@ def recover_environment(dataset: MinariDataset, *, eval_env: bool = True, **kwar
             name = specification["id"] if specification else (dataset.env_spec.id if dataset.env_spec else None)
             if name is not None and name not in gymnasium.registry:  # gymnasium would call it all the same
                 raise gymnasium.error.NameNotFound(f"{name} is not registered; import the package that registers it")
+            if name is not None and "max_episode_steps" not in kwargs:
+                own = specification["max_episode_steps"] if specification else dataset.env_spec.max_episode_steps
+                kwargs |= _episode_limit(dataset.id, name, own)
             return dataset.recover_environment(eval_env=eval_env, **{"disable_env_checker": True, **kwargs})
         except Exception as error:
             none = dataset.env_spec is None and "eval_env_spec" not in dataset.storage.metadata
@@ -517,3 +523,26 @@ def recover_environment(dataset: MinariDataset, *, eval_env: bool = True, **kwar
                 f"the environment of Minari set {dataset.id} cannot be made ({reason}); install what it needs, for "
                 "gymnasium-robotics: pip install 'deflow-torchrl[minari]'"
             ) from error
+
+
+def _episode_limit(dataset_id: str, environment_id: str, own: int | None) -> dict[str, int]:
+    """What ``gymnasium.make`` is to be told of the time limit: D4RL's for D4RL's sets, nothing for others."""
+    scored = scoring_task(dataset_id, environment_id)
+    if scored is None or own == scored.max_steps:
+        return {}
+    if d4rl_task(dataset_id) is None:
+        _say_once(
+            f"{dataset_id}: episodes of its environment have {own or 'any number of'} steps, D4RL's have "
+            f"{scored.max_steps}; scores normalised with D4RL's returns do not compare with D4RL's"
+        )
+        return {}
+    _say_once(
+        f"{dataset_id}: the set's environment cuts episodes after {own or 'any number of'} steps, D4RL after "
+        f"{scored.max_steps}; they are cut as in D4RL"
+    )
+    return {"max_episode_steps": scored.max_steps}
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    _LOG.warning(line)

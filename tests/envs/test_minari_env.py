@@ -51,7 +51,7 @@ def wrappers_of(env):
 def test_a_recorded_episode_replayed_in_the_environment_gives_the_datas_rows(dataset_id, environment, options):
     dataset = record(gymnasium.make(environment, max_episode_steps=8), dataset_id, 2)
     data = load_minari_dataset(dataset_id, download=False, reward_shift=0.0, **options)[:8]
-    env = make_minari_env(dataset_id, download=False, **options)
+    env = make_minari_env(dataset_id, download=False, max_episode_steps=8, **options)
     observation, info = env.reset(seed=0)
     assert info["success"] is False
     for row, action in enumerate(next(iter(dataset.iterate_episodes())).actions):
@@ -74,7 +74,7 @@ def test_the_environment_gets_the_datas_reward_and_the_log_says_so_once(caplog):
     assert caplog.text.count("D4RLAdroitReward corrects the environment") == 1
     adroit_set("door", "door/own-v0")
     assert "D4RLAdroitReward" not in wrappers_of(make_minari_env("door/own-v0", download=False))
-    assert caplog.text.count("door/own-v0") == 0
+    assert caplog.text.count("door/own-v0: data and") == 0
 
 
 def test_d4rls_sets_have_d4rls_sign_where_the_data_do_not_tell():
@@ -137,6 +137,24 @@ def test_the_evaluation_environment_is_the_one_the_set_names():
     record(env, "door/random-v0", 1, eval_env=gymnasium.make("AdroitHandDoor-v1", max_episode_steps=7))
     assert make_minari_env("door/random-v0", download=False).spec.max_episode_steps == 7
     assert make_minari_env("door/random-v0", eval_env=False, download=False).spec.max_episode_steps == 25
+
+
+def test_episodes_of_d4rls_sets_are_as_long_as_d4rls(caplog):
+    adroit_set("pen", "D4RL/pen/expert-v2", steps=7)
+    assert make_minari_env("D4RL/pen/expert-v2", download=False).spec.max_episode_steps == 100
+    env = make_minari_env("D4RL/pen/expert-v2", download=False)
+    assert env.spec.max_episode_steps == 100
+    assert caplog.text.count("after 7 steps, D4RL after 100") == 1
+    assert make_minari_env("D4RL/pen/expert-v2", download=False, max_episode_steps=9).spec.max_episode_steps == 9
+
+
+def test_an_own_set_with_d4rls_scores_keeps_its_limit_and_says_so(caplog):
+    adroit_set("door", "own/short-v0", steps=6)
+    adroit_set("door", "own/right-v0", steps=200)
+    assert make_minari_env("own/short-v0", download=False).spec.max_episode_steps == 6
+    make_minari_env("own/right-v0", download=False)
+    assert "own/short-v0: episodes of its environment have 6 steps, D4RL's have 200" in caplog.text
+    assert "own/right-v0: episodes" not in caplog.text
 
 
 def test_torchrl_drives_it():

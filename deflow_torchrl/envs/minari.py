@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
-import io
 import itertools
 import json
 import logging
@@ -26,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from deflow_torchrl.envs.d4rl import d4rl_task, scoring_task
+from deflow_torchrl.envs.factory import register_robotics
 from deflow_torchrl.envs.observations import ObservationLayout, observation_layout
 from deflow_torchrl.errors import InputError, MissingExtraError
 
@@ -55,16 +55,7 @@ def import_minari() -> ModuleType:
         import minari
     except ModuleNotFoundError as error:
         raise MissingExtraError(error.name or "minari", "minari") from error
-    import gymnasium
-
-    try:
-        # It prints a notice about the reward's sign when it is imported; the sign is measured here (envs.adroit).
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.filterwarnings("ignore", module="glfw")  # a missing display; nothing here opens a window
-            import gymnasium_robotics
-    except ModuleNotFoundError:
-        return minari
-    gymnasium.register_envs(gymnasium_robotics)
+    register_robotics()
     return minari
 
 

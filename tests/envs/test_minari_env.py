@@ -180,3 +180,21 @@ def test_a_set_without_an_environment_says_so():
     edit_metadata("door/random-v0", env_spec=None)
     with pytest.raises(InputError, match=r"cannot be made.*recorded without one"):
         make_minari_env("door/random-v0", download=False)
+
+
+def test_references_are_the_evaluating_environments():
+    from deflow_torchrl.tasks import get_task
+    from deflow_torchrl.tasks.sources import reference_returns
+
+    adroit_set("door", "D4RL/door/human-v2")
+    own = reference_returns(get_task("minari:D4RL/door/human-v2"))
+    assert own == (-56.512833, 2880.5693087298737)
+    for environment, expected in (
+        ("AdroitHandDoor-v1", own),
+        ("gymnasium_robotics:AdroitHandDoor-v1", own),
+        ("AdroitHandHammer-v1", (-274.856578, 12794.134825156867)),
+        ("AdroitHandDoorSparse-v1", None),
+        ("Pendulum-v1", None),
+        ("none", None),
+    ):
+        assert reference_returns(get_task("minari:D4RL/door/human-v2", environment=environment)) == expected

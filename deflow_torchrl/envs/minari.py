@@ -361,10 +361,10 @@ def compare_conventions(dataset: MinariDataset, env: gymnasium.Env) -> Conventio
             f"{dataset.id}: the data reward the distance from hand to object with +0.1, "
             f"{env.spec.id if env.spec else 'the environment'} with -0.1 as D4RL does; returns of both differ slightly"
         )
-    elif wanted == 1 and known is not None:
+    elif wanted == 1 or (wanted is None and simulated == 1):
         notes.append(
-            f"{dataset.id}: data and environment reward the distance from hand to object with +0.1, D4RL with -0.1; "
-            "scores normalised with D4RL's returns are a little too high"
+            f"{dataset.id}: {'data and environment reward' if wanted else 'the environment rewards'} the distance from hand "
+            "to object with +0.1, D4RL with -0.1; scores normalised with D4RL's returns are a little too high"
         )
     return Conventions(data, simulated, wanted == -1 and simulated == 1, notes=tuple(notes))
 

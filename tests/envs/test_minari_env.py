@@ -74,7 +74,7 @@ def test_the_environment_gets_the_datas_reward_and_the_log_says_so_once(caplog):
     assert caplog.text.count("D4RLAdroitReward corrects the environment") == 1
     adroit_set("door", "door/own-v0")
     assert "D4RLAdroitReward" not in wrappers_of(make_minari_env("door/own-v0", download=False))
-    assert caplog.text.count("door/own-v0: data and") == 0
+    assert "corrects" not in caplog.text.partition("door/own-v0")[2]
 
 
 def test_d4rls_sets_have_d4rls_sign_where_the_data_do_not_tell():
@@ -86,6 +86,16 @@ def test_a_d4rl_set_with_the_other_sign_is_reported(caplog):
     adroit_set("hammer", "D4RL/hammer/other-v0", steps=80, amplitude=0.02)
     assert "D4RLAdroitReward" not in wrappers_of(make_minari_env("D4RL/hammer/other-v0", download=False))
     assert "a little too high" in caplog.text
+
+
+def test_an_own_set_with_the_other_sign_is_reported_as_it_has_d4rls_scores(caplog):
+    adroit_set("door", "own/other-v0")
+    make_minari_env("own/other-v0", download=False)
+    assert "own/other-v0: data and environment reward" in caplog.text
+    adroit_set("door", "own/untold-v0", steps=3)
+    make_minari_env("own/untold-v0", download=False)
+    assert "own/untold-v0: the environment rewards" in caplog.text
+    assert caplog.text.count("a little too high") == 2
 
 
 def test_a_set_recorded_in_the_corrected_environment_names_it():

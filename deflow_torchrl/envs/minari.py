@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 _CONNECT_TIMEOUT_S = 10.0
 _EPISODES_MEASURED = 20  # enough to tell a convention, little beside reading the set
+_SAME_BOUND = 1e-6
 _WRAPPERS_FROM = ("gymnasium", "gymnasium_robotics", "minari", "deflow_torchrl")
 _OTHER_WAYS = (
     "record your own (minari.DataCollector, or as examples/adroit_demonstrations.py does), or copy the set's folder into "
@@ -445,7 +446,7 @@ def adapt_environment(
         rescale_actions: map [-1, 1] onto the environment's own finite action bounds.
 
     Raises:
-        InputError: where widths of data and environment differ, or policies cannot act in it.
+        InputError: where widths or action bounds of data and environment differ, or policies cannot act in it.
     """
     from gymnasium.wrappers import RescaleAction
 
@@ -468,6 +469,7 @@ def adapt_environment(
                     "the data belong to another environment or another version of it"
                 )
         bounds = action_bounds(env.action_space, rescale_actions=rescale_actions, source=source)
+        _compare_action_bounds(dataset, env.action_space, name)
         conventions = _conventions_of(dataset, env, eval_env=eval_env)
     except BaseException:
         env.close()
@@ -482,6 +484,19 @@ def adapt_environment(
     if conventions.end_at_success:
         env = EndAtSuccess(env)
     return SeededReset(FlatObservation(env, layout))
+
+
+def _compare_action_bounds(dataset: MinariDataset, simulated: Any, name: str) -> None:
+    """Data and environment are each mapped onto [-1, 1] by their own bounds: other bounds would make other actions of it."""
+    low, high = (np.asarray(getattr(dataset.action_space, side, np.nan), np.float64) for side in ("low", "high"))
+    if not all(
+        np.allclose(data, own, rtol=0.0, atol=_SAME_BOUND)
+        for data, own in ((low, simulated.low), (high, simulated.high))
+    ):
+        raise InputError(
+            f"Minari set {dataset.id}: actions are {dataset.action_space} in the data, {simulated} in {name}; the same action "
+            "would mean something else, the data belong to another environment or another version of it"
+        )
 
 
 def recover_environment(dataset: MinariDataset, *, eval_env: bool = True, **kwargs: Any) -> gymnasium.Env:

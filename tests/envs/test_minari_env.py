@@ -6,6 +6,7 @@ pytest.importorskip("minari", reason="needs the extra minari")
 pytest.importorskip("gymnasium_robotics", reason="needs the extra minari")
 
 import gymnasium
+from minari.serialization import serialize_space
 
 from deflow_torchrl.data import load_minari_dataset
 from deflow_torchrl.envs import D4RLAdroitReward, make_minari_env
@@ -140,6 +141,20 @@ def test_actions_are_rescaled_in_the_environment_as_in_the_data():
         np.testing.assert_allclose(data["next", "observation"][row], observation, atol=1e-4)
         np.testing.assert_allclose(data["next", "reward"][row], [reward], atol=1e-3)
     assert info["success"] is False, "the pendulum knows no success"
+
+
+@pytest.mark.parametrize(("bound", "fits"), [(2.0, True), (2.0000005, True), (1.0, False), (2.1, False)])
+def test_data_and_environment_have_the_same_action_bounds(bound, fits):
+    dataset = record(gymnasium.make("Pendulum-v1", max_episode_steps=5), "pendulum/random-v0", 1)
+    space = gymnasium.spaces.Box(-bound, bound, (1,), np.float64)
+    edit_metadata("pendulum/random-v0", action_space=serialize_space(space))
+    if fits:
+        make_minari_env("pendulum/random-v0", download=False, rescale_actions=True)
+        return
+    for use in (make_minari_env, load_minari_dataset):
+        with pytest.raises(InputError, match=r"actions are Box.* in the data, Box.* in Pendulum-v1") as caught:
+            use(dataset.id, download=False, rescale_actions=True)
+        assert "\n" not in str(caught.value)
 
 
 def test_the_evaluation_environment_is_the_one_the_set_names():

@@ -113,6 +113,7 @@ def _make_registered_env(environment_id: str, **kwargs: Any) -> gymnasium.Env:
     if wrong is not None:
         env.close()
         raise InputError(f"env={environment_id}{wrong}")
+    assert isinstance(space, gymnasium.spaces.Box)
     if not (space.low == -1).all() or not (space.high == 1).all():
         env = RescaleAction(env, np.float32(-1.0), np.float32(1.0))
     return SeededReset(env)

@@ -38,6 +38,7 @@ _CONNECT_TIMEOUT_S = 10.0
 _EPISODES_MEASURED = 20  # enough to tell a convention, little beside reading the set
 _SAME_BOUND = 1e-6
 _WRAPPERS_FROM = ("gymnasium", "gymnasium_robotics", "minari", "deflow_torchrl")
+_GONE_FROM_SPECIFICATIONS = ("apply_api_compatibility", "autoreset")  # of gymnasium before 1.0
 _OTHER_WAYS = (
     "record your own (minari.DataCollector, or as examples/adroit_demonstrations.py does), or copy the set's folder into "
     "$MINARI_DATASETS_PATH from a machine that has it"
@@ -89,11 +90,10 @@ def open_minari_dataset(dataset_id: str, *, download: bool = True) -> MinariData
             _download(minari, dataset_id)
         try:
             metadata = MinariStorage.read_raw_metadata(get_dataset_path(dataset_id) / "data")
-            for name in ("env_spec", "eval_env_spec"):
-                if metadata.get(name) is not None:
-                    # minari makes the environment of a set that lacks its spaces, to ask for them.
-                    lacking = "observation_space" not in metadata or "action_space" not in metadata
-                    _check_spec(json.loads(metadata[name]), dataset_id, must_be_known=lacking)
+            lacking = "observation_space" not in metadata or "action_space" not in metadata
+            if lacking and metadata.get("env_spec") is not None:
+                # minari makes the environment of a set that lacks its spaces, to ask for them.
+                _check_spec(json.loads(metadata["env_spec"]), dataset_id, made_as_it_says=True)
             return minari.load_dataset(dataset_id, download=False)
         except InputError:
             raise
@@ -120,11 +120,19 @@ def check_new_id(dataset_id: str) -> None:
         raise InputError(f"there is a Minari set {dataset_id} already; choose another id or delete that set")
 
 
-def _check_spec(spec: Mapping[str, Any], dataset_id: str, *, must_be_known: bool) -> None:
+def _check_spec(spec: Mapping[str, Any], dataset_id: str, *, made_as_it_says: bool) -> None:
     """Check that the environment a set names is code of this machine's choice.
 
-    gymnasium imports and calls whatever a specification names, so that somebody's set could run anything. What is called
-    must be what an installed package registered under the same id; an id that is unknown here is never called.
+    gymnasium imports and calls whatever a specification names, so that somebody's set could run anything. Only what an
+    installed package registered under the same id is called; the set may name another place in that package, where the
+    environment was in another version of it.
+
+    Args:
+        spec: what the set says.
+        dataset_id: the set's id.
+
+    Keyword Args:
+        made_as_it_says: whether the very place the set names is called (by minari), so that it must be the registered one.
 
     Raises:
         InputError: where the set names something else.
@@ -132,15 +140,22 @@ def _check_spec(spec: Mapping[str, Any], dataset_id: str, *, must_be_known: bool
     import gymnasium
 
     registered = gymnasium.registry.get(spec["id"])
-    strange = must_be_known if registered is None else spec["entry_point"] != registered.entry_point
-    named = [spec["entry_point"]] if strange else []
+    entry_point = None if registered is None else registered.entry_point
+    same = spec["entry_point"] == entry_point
+    if not same and not made_as_it_says and isinstance(entry_point, str):
+        same = _package(str(spec["entry_point"])) == _package(entry_point)
+    named = [] if same else [spec["entry_point"]]
     wrappers = (str(wrapper["entry_point"]) for wrapper in spec.get("additional_wrappers") or ())
-    named += [wrapper for wrapper in wrappers if re.split(r"[.:]", wrapper)[0] not in _WRAPPERS_FROM]
+    named += [wrapper for wrapper in wrappers if _package(wrapper) not in _WRAPPERS_FROM]
     if named:
         raise InputError(
             f"Minari set {dataset_id} wants {named[0]} to be called for its environment {spec['id']}; that is not what the "
-            "installed packages register, so it is not run: remove env_spec from the set's metadata.json if you trust its data"
+            "installed packages register, so it is not run"
         )
+
+
+def _package(entry_point: str) -> str:
+    return re.split(r"[.:]", entry_point)[0]
 
 
 def _download(minari: ModuleType, dataset_id: str) -> None:
@@ -513,21 +528,26 @@ def recover_environment(dataset: MinariDataset, *, eval_env: bool = True, **kwar
         warnings.filterwarnings("ignore", module="glfw")
         # minari warns of versions other than those the set was recorded with; widths and rewards are compared instead.
         try:
-            specification = dataset.storage.metadata.get("eval_env_spec") if eval_env else None
-            specification = json.loads(specification) if specification else None
-            name = specification["id"] if specification else (dataset.env_spec.id if dataset.env_spec else None)
-            if name is not None and name not in gymnasium.registry:  # gymnasium would call it all the same
+            said = dataset.storage.metadata.get("eval_env_spec") if eval_env else None
+            said = said or dataset.storage.metadata.get("env_spec")
+            if not said:
+                raise InputError("it was recorded without one")
+            fields = {name: value for name, value in json.loads(said).items() if name not in _GONE_FROM_SPECIFICATIONS}
+            name = fields["id"]
+            if name not in gymnasium.registry:  # gymnasium would call it all the same
                 raise gymnasium.error.NameNotFound(f"{name} is not registered; import the package that registers it")
-            if name is not None and "max_episode_steps" not in kwargs:
-                own = specification["max_episode_steps"] if specification else dataset.env_spec.max_episode_steps
-                kwargs |= _episode_limit(dataset.id, name, own)
-            return dataset.recover_environment(eval_env=eval_env, **{"disable_env_checker": True, **kwargs})
+            _check_spec(fields, dataset.id, made_as_it_says=False)
+            specification = gymnasium.envs.registration.EnvSpec.from_json(json.dumps(fields))
+            specification.entry_point = gymnasium.registry[name].entry_point
+            if "max_episode_steps" not in kwargs:
+                kwargs |= _episode_limit(dataset.id, name, specification.max_episode_steps)
+            return gymnasium.make(specification, **{"disable_env_checker": True, **kwargs})
+        except InputError as error:
+            raise InputError(f"the environment of Minari set {dataset.id} cannot be made ({error})") from error
         except Exception as error:
-            none = dataset.env_spec is None and "eval_env_spec" not in dataset.storage.metadata
-            reason = "it was recorded without one" if none else f"{type(error).__name__}: {_one_line(error)}"
             raise InputError(
-                f"the environment of Minari set {dataset.id} cannot be made ({reason}); install what it needs, for "
-                "gymnasium-robotics: pip install 'deflow-torchrl[minari]'"
+                f"the environment of Minari set {dataset.id} cannot be made ({type(error).__name__}: {_one_line(error)}); "
+                "install what it needs, for gymnasium-robotics: pip install 'deflow-torchrl[minari]'"
             ) from error
 
 

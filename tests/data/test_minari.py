@@ -1,3 +1,4 @@
+import json
 import logging
 import sys
 import time
@@ -14,7 +15,7 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, Text
 
 from deflow_torchrl.data import MinariExperienceReplay, load_minari_dataset
 from deflow_torchrl.data.schema import ACTION_LIMIT
-from deflow_torchrl.envs.minari import import_minari
+from deflow_torchrl.envs.minari import import_minari, make_minari_env
 from deflow_torchrl.errors import InputError
 from tests.minari_sets import data_folder, edit_metadata, record, write
 
@@ -298,7 +299,7 @@ def test_data_of_another_environment_are_refused():
         MinariExperienceReplay("door/random-v0", download=False)
 
 
-def test_a_set_cannot_have_code_run_for_its_environment():
+def test_a_set_cannot_have_code_run_for_its_environment(caplog):
     record(gymnasium.make("Pendulum-v1", max_episode_steps=5), "pendulum/random-v0", 1, low=-2, high=2)
     spec = (
         gymnasium.spec("Pendulum-v1")
@@ -306,12 +307,29 @@ def test_a_set_cannot_have_code_run_for_its_environment():
         .replace("gymnasium.envs.classic_control.pendulum:PendulumEnv", "os:system")
     )
     edit_metadata("pendulum/random-v0", env_spec=spec)
-    with pytest.raises(InputError, match="wants os:system to be called"):
-        MinariExperienceReplay("pendulum/random-v0", download=False, rescale_actions=True)
+    assert len(MinariExperienceReplay("pendulum/random-v0", download=False, rescale_actions=True)) == 5
+    assert "wants os:system to be called" in caplog.text
+    with pytest.raises(InputError, match=r"cannot be made.*wants os:system to be called"):
+        make_minari_env("pendulum/random-v0", download=False, rescale_actions=True)
     unknown = spec.replace("Pendulum-v1", "Nobody-v1")
     edit_metadata("pendulum/random-v0", env_spec=unknown, action_space=None)
     with pytest.raises(InputError, match="wants os:system to be called"):
         MinariExperienceReplay("pendulum/random-v0", download=False, rescale_actions=True)
+
+
+@pytest.mark.parametrize("name", ["env_spec", "eval_env_spec"])
+def test_an_older_place_in_the_same_package_is_never_called(name):
+    environment = gymnasium.make("AdroitHandDoor-v1", max_episode_steps=5)
+    old = json.loads(environment.spec.to_json())
+    place = gymnasium.spec("AdroitHandDoor-v1").entry_point
+    old = {"apply_api_compatibility": False, "autoreset": False} | old
+    old["entry_point"] = "gymnasium_robotics.gone.door:DoorEnv"
+    record(environment, "door/random-v0", 1)
+    edit_metadata("door/random-v0", **{name: json.dumps(old)})
+    assert len(MinariExperienceReplay("door/random-v0", download=False)) == 5
+    env = make_minari_env("door/random-v0", download=False)
+    assert env.spec.entry_point == place
+    assert env.spec.max_episode_steps == 5
 
 
 def test_an_environment_that_is_not_installed_leaves_the_data_usable(caplog):

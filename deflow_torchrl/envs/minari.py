@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import socket
 import sys
 import urllib.parse
@@ -28,6 +29,7 @@ from deflow_torchrl.envs.d4rl import d4rl_task, scoring_task
 from deflow_torchrl.envs.factory import register_robotics
 from deflow_torchrl.envs.observations import ObservationLayout, observation_layout
 from deflow_torchrl.errors import InputError, MissingExtraError
+from deflow_torchrl.locks import only_one_prepares
 
 if TYPE_CHECKING:
     import gymnasium
@@ -84,10 +86,13 @@ def open_minari_dataset(dataset_id: str, *, download: bool = True) -> MinariData
     except (ValueError, TypeError) as error:
         raise InputError(f"{dataset_id!r} is no Minari id; they look like D4RL/door/human-v2") from error
     with _quiet():
-        if not (get_dataset_path(dataset_id) / "data").exists():
+        folder = get_dataset_path(dataset_id)
+        if _broken_off(folder).exists() or not (folder / "data").exists():
             if not download:
-                raise InputError(f"no Minari set {dataset_id} on this machine{_near(minari, dataset_id)}")
-            _download(minari, dataset_id)
+                raise InputError(
+                    f"no Minari set {dataset_id} on this machine{_near(minari, dataset_id)}{_kept(folder)}"
+                )
+            _download(minari, dataset_id, folder)
         try:
             metadata = MinariStorage.read_raw_metadata(get_dataset_path(dataset_id) / "data")
             lacking = "observation_space" not in metadata or "action_space" not in metadata
@@ -158,16 +163,43 @@ def _package(entry_point: str) -> str:
     return re.split(r"[.:]", entry_point)[0]
 
 
-def _download(minari: ModuleType, dataset_id: str) -> None:
-    hint = f"{_near(minari, dataset_id)}; {_OTHER_WAYS}"
+def _broken_off(folder: Path) -> Path:
+    """A file beside a set's folder while it is downloaded; one that is left tells that the download was killed."""
+    return folder.with_name(f".{folder.name}.incomplete")
+
+
+def _kept(folder: Path) -> str:
+    marker = _broken_off(folder)
+    return f"; a download of it was broken off (delete {marker} if the set is complete now)" if marker.exists() else ""
+
+
+def _download(minari: ModuleType, dataset_id: str, folder: Path) -> None:
+    """Download a set, all of it or nothing, in one process at a time."""
+    hint = f"{_near(minari, dataset_id)}{_kept(folder)}; {_OTHER_WAYS}"
     try:
         from minari.storage.remotes import get_cloud_storage
 
         get_cloud_storage()  # imports the remote's client
         _check_network()
-        # The set's files come with progress bars on standard error and lines on standard output: keep that one clean.
-        with contextlib.redirect_stdout(sys.stderr):
-            minari.download_dataset(dataset_id)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with only_one_prepares(folder.name, folder.parent):
+            marker = _broken_off(folder)
+            if marker.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+            if folder.exists():
+                return  # another process was faster
+            marker.touch()
+            try:
+                # The set's files come with progress bars on standard error and lines on standard output, to be kept clean.
+                with contextlib.redirect_stdout(sys.stderr):
+                    minari.download_dataset(dataset_id)
+            except BaseException:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
+            finally:
+                marker.unlink(missing_ok=True)
+    except InputError:
+        raise
     except ImportError as error:
         raise InputError(
             f"no Minari set {dataset_id} on this machine, and downloading needs another package "

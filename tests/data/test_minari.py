@@ -271,6 +271,75 @@ def test_without_a_network_one_line_names_other_ways_within_seconds(monkeypatch)
     assert time.monotonic() - begin < 30
 
 
+@pytest.fixture
+def remote(monkeypatch):
+    """Minari's remote with one set; what ``remote.during`` does happens when half of it is here."""
+    from minari.storage import remotes
+
+    class Remote:
+        fetched = 0
+
+        def during(self):
+            pass
+
+        def download_dataset(self, dataset_id):
+            self.fetched += 1
+            assert not data_folder(dataset_id).parent.exists(), "what is left of another download is removed"
+            data_folder(dataset_id).mkdir(parents=True)
+            self.during()
+            data_folder(dataset_id).rmdir()
+            data_folder(dataset_id).parent.rmdir()
+            write(dataset_id, STATE, ACTION, [arrays()])
+
+    remote = Remote()
+    monkeypatch.setattr(remotes, "get_cloud_storage", lambda: None)
+    monkeypatch.setattr("deflow_torchrl.envs.minari._check_network", lambda: None)
+    monkeypatch.setattr(import_minari(), "download_dataset", remote.download_dataset)
+    return remote
+
+
+def files():
+    root = data_folder("D4RL").parents[1]
+    return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+def test_a_download_that_fails_leaves_nothing_and_the_next_one_succeeds(remote, error):
+    def fail():
+        raise error
+
+    remote.during = fail
+    with pytest.raises((InputError, KeyboardInterrupt)):
+        MinariExperienceReplay("mine/far-v0")
+    assert not data_folder("mine/far-v0").parent.exists()
+    assert files() == []
+    remote.during = lambda: None
+    assert len(MinariExperienceReplay("mine/far-v0")) == 5
+    assert len(MinariExperienceReplay("mine/far-v0")) == 5
+    assert remote.fetched == 2
+    assert all("/data/" in name for name in files())
+
+
+def test_what_a_killed_download_left_is_fetched_again(remote):
+    write("mine/far-v0", STATE, ACTION, [arrays()])
+    marker = data_folder("mine/far-v0").parent.with_name(".far-v0.incomplete")
+    marker.touch()
+    with pytest.raises(InputError, match=r"broken off \(delete .*\.far-v0\.incomplete if the set is complete now"):
+        MinariExperienceReplay("mine/far-v0", download=False)
+    assert len(MinariExperienceReplay("mine/far-v0")) == 5
+    assert remote.fetched == 1
+    assert not marker.exists()
+
+
+def test_one_process_downloads_a_set(remote):
+    def another():
+        with pytest.raises(InputError, match="another process is preparing far-v0"):
+            MinariExperienceReplay("mine/far-v0")
+
+    remote.during = another
+    assert len(MinariExperienceReplay("mine/far-v0")) == 5
+
+
 @pytest.mark.parametrize("damage", ["truncated file", "no metadata", "bad metadata", "missing episode", "no data file"])
 def test_a_damaged_set_says_what_to_do(damage):
     write("mine/one-v0", STATE, ACTION, [arrays(5, 0), arrays(5, 1)])

@@ -6,14 +6,16 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
+import http.client
 import itertools
 import json
 import logging
 import os
 import re
 import shutil
-import socket
+import ssl
 import sys
+import urllib.error
 import urllib.parse
 import urllib.request
 import warnings
@@ -210,20 +212,34 @@ def _download(minari: ModuleType, dataset_id: str, folder: Path) -> None:
 
 
 def _check_network() -> None:
-    """Connect to the remote's host once: its client would retry for half a minute without one, or longer on a silent net."""
+    """Ask the remote's host for an answer once, through the proxies that are set: its client waits for minutes without one."""
     kind = os.environ.get("MINARI_REMOTE", "hf://").split("://")[0]
     address = {
         "hf": os.environ.get("HF_ENDPOINT") or "https://huggingface.co",
         "gcp": "https://storage.googleapis.com",
     }.get(kind)
-    if address is None or urllib.request.getproxies():
-        return  # behind a proxy only the client itself can tell
-    parts = urllib.parse.urlsplit(address)
-    host, port = parts.hostname or "", parts.port or (80 if parts.scheme == "http" else 443)
+    if address is None:
+        return
+    host = urllib.parse.urlsplit(address).netloc or address
     try:
-        socket.create_connection((host, port), timeout=_CONNECT_TIMEOUT_S).close()
-    except OSError as error:
-        raise ConnectionError(f"no connection to {host}: {error.strerror or error}") from error
+        request = urllib.request.Request(address, method="HEAD")
+        urllib.request.build_opener(_NoRedirects).open(request, timeout=_CONNECT_TIMEOUT_S).close()
+    except urllib.error.HTTPError as error:  # an answer all the same, unless the proxy's own
+        error.close()
+        if error.code == http.HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:
+            raise ConnectionError(f"no connection to {host}: the proxy asks for a password") from error
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        if isinstance(reason, ssl.SSLCertVerificationError):
+            return  # it answers; the client may know more certificates
+        if isinstance(reason, TimeoutError):
+            reason = f"no answer in {_CONNECT_TIMEOUT_S:g} seconds"
+        raise ConnectionError(f"no connection to {host}: {getattr(reason, 'strerror', None) or reason}") from error
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_: Any) -> None:
+        """A redirection is an answer."""
 
 
 def _near(minari: ModuleType, dataset_id: str) -> str:

@@ -1,7 +1,10 @@
 import json
 import logging
+import socket
 import sys
+import threading
 import time
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, Text
 
 from deflow_torchrl.data import MinariExperienceReplay, load_minari_dataset
 from deflow_torchrl.data.schema import ACTION_LIMIT
+from deflow_torchrl.envs.minari import _check_network as check_network
 from deflow_torchrl.envs.minari import import_minari, make_minari_env
 from deflow_torchrl.errors import InputError
 from tests.minari_sets import data_folder, edit_metadata, record, write
@@ -271,6 +275,46 @@ def test_without_a_network_one_line_names_other_ways_within_seconds(monkeypatch)
     assert time.monotonic() - begin < 30
 
 
+@pytest.mark.parametrize("silent", ["host", "secure host", "proxy"])
+def test_a_host_or_proxy_that_stays_silent_is_given_up(monkeypatch, silent):
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "MINARI_REMOTE"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setattr("deflow_torchrl.envs.minari._CONNECT_TIMEOUT_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:  # the system accepts, nobody answers
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setenv("HF_ENDPOINT", f"{'http' if silent == 'host' else 'https'}://{address}")
+        if silent == "proxy":
+            monkeypatch.setenv("HF_ENDPOINT", "https://no-such-host.invalid")
+            monkeypatch.setenv("https_proxy", f"http://{address}")
+        begin = time.monotonic()
+        with pytest.raises(InputError, match=r"no connection to .*: .*(no answer in 0\.5 seconds|timed out)") as caught:
+            MinariExperienceReplay("D4RL/door/human-v2")
+    assert "\n" not in str(caught.value)
+    assert time.monotonic() - begin < 20
+
+
+@pytest.mark.parametrize(
+    "answer", [b"200 OK", b"302 Found\r\nLocation: http://127.0.0.1:1/", b"404 Not Found", b"407 No"]
+)
+def test_any_answer_of_the_host_is_one(monkeypatch, answer):
+    monkeypatch.setenv("no_proxy", "*")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def respond():
+            connection = server.accept()[0]
+            with connection:
+                connection.recv(4096)
+                connection.sendall(b"HTTP/1.1 " + answer + b"\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+
+        thread = threading.Thread(target=respond)
+        thread.start()
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        with pytest.raises(ConnectionError, match="password") if answer.startswith(b"407") else nullcontext():
+            check_network()
+        thread.join()
+
+
 @pytest.fixture
 def remote(monkeypatch):
     """Minari's remote with one set; what ``remote.during`` does happens when half of it is here."""
@@ -317,7 +361,7 @@ def test_a_download_that_fails_leaves_nothing_and_the_next_one_succeeds(remote, 
     assert len(MinariExperienceReplay("mine/far-v0")) == 5
     assert len(MinariExperienceReplay("mine/far-v0")) == 5
     assert remote.fetched == 2
-    assert all("/data/" in name for name in files())
+    assert not any("/." in name for name in files()), "neither marker nor lock is left"
 
 
 def test_what_a_killed_download_left_is_fetched_again(remote):

@@ -90,6 +90,21 @@ def d4rl_task(name: str) -> D4RLTask | None:
     return (same or family)[0]
 
 
+def scoring_task(name: str, environment_id: str | None = None) -> D4RLTask | None:
+    """The task whose constants score a set: its own by name (:func:`d4rl_task`), else that of its Adroit environment.
+
+    Args:
+        name: D4RL's name, a Minari id, or a gymnasium id.
+        environment_id: gymnasium id of the set's environment.
+    """
+    task = d4rl_task(name)
+    for candidate in (environment_id, name):
+        if task is None and candidate is not None:
+            base = re.sub(r"(Dense)?-v\d+$", "", candidate)
+            task = next((known for known in _tasks().values() if known.environment == base), None)
+    return task
+
+
 def normalized_score(returns: _Returns, low: float, high: float) -> _Returns:
     """D4RL's score: 100 (R - low) / (high - low), 0 for a random policy and 100 for the expert.
 
@@ -131,11 +146,7 @@ def reference_returns(
         >>> reference_returns("D4RL/antmaze/umaze-v1")
         (0.0, 1.0)
     """
-    task = d4rl_task(name)
-    for candidate in (environment_id, name):
-        if task is None and candidate is not None:
-            base = re.sub(r"(Dense)?-v\d+$", "", candidate)
-            task = next((known for known in _tasks().values() if known.environment == base), None)
+    task = scoring_task(name, environment_id)
     given = None
     if metadata is not None and metadata.get("ref_min_score") is not None and metadata.get("ref_max_score") is not None:
         given = float(metadata["ref_min_score"]), float(metadata["ref_max_score"])

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
+import io
 import os
 import sys
 import warnings
@@ -38,6 +40,25 @@ def import_ogbench() -> ModuleType:
     return ogbench
 
 
+@functools.cache
+def register_robotics() -> None:
+    """Register the environments of ``gymnasium_robotics``, where it is installed, in this process."""
+    try:
+        import gymnasium
+    except ImportError:
+        return
+    # It prints a notice about the reward's sign when it is imported; the sign is measured (deflow_torchrl.envs.adroit).
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stderr(io.StringIO()),
+        contextlib.suppress(ImportError, gymnasium.error.Error),
+    ):
+        warnings.filterwarnings("ignore", module="glfw")  # a missing display; nothing here opens a window
+        import gymnasium_robotics
+
+        gymnasium.register_envs(gymnasium_robotics)
+
+
 def make_gym_env(task: str, **kwargs: Any) -> gymnasium.Env:
     """Make the gymnasium environment of a task; its actions are in [-1, 1].
 
@@ -46,11 +67,13 @@ def make_gym_env(task: str, **kwargs: Any) -> gymnasium.Env:
     Args:
         task: an OGBench single-task name (``info["success"]`` is its outcome), ``minari:ID`` for a Minari set's environment
             (:func:`deflow_torchrl.envs.make_minari_env`), or ``gym:ID`` for any environment registered with gymnasium
-            (as ``gymnasium.make`` reads it, ``module:ID`` included; finite action bounds are mapped to [-1, 1]).
+            (as ``gymnasium.make`` reads it, ``module:ID`` included; those of ``gymnasium_robotics`` are; finite action
+            bounds are mapped to [-1, 1]).
         **kwargs: forwarded to ``gymnasium.make``.
 
     Raises:
-        InputError: on a malformed or unknown name, or an environment without bounded continuous actions.
+        InputError: on a malformed or unknown name, or an environment without bounded continuous actions, of
+            dictionaries or without a time limit.
         MissingExtraError: if the extra it needs is not installed.
     """
     prefix, colon, rest = task.partition(":")
@@ -72,14 +95,25 @@ def _make_registered_env(environment_id: str, **kwargs: Any) -> gymnasium.Env:
 
     from deflow_torchrl.envs.seeding import SeededReset
 
+    register_robotics()
     try:
-        env = gymnasium.make(environment_id, disable_env_checker=True, **kwargs)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="glfw")
+            env = gymnasium.make(environment_id, disable_env_checker=True, **kwargs)
     except (gymnasium.error.Error, ImportError, TypeError, ValueError) as error:
         raise InputError(f"env={environment_id} cannot be made: {' '.join(str(error).split())}") from error
-    space = env.action_space
+    space, wrong = env.action_space, None
     if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1 or not space.is_bounded("both"):
+        wrong = f" takes actions in {space}; a bounded vector of real numbers is needed"
+    elif isinstance(env.observation_space, gymnasium.spaces.Dict):
+        names = ", ".join(env.observation_space.spaces)
+        wrong = f": observations are a dictionary of {names}; name a flat one or wrap it (gymnasium.wrappers)"
+    elif env.spec is None or env.spec.max_episode_steps is None:
+        wrong = " has no time limit, so that an evaluation might never end; register it with max_episode_steps"
+    if wrong is not None:
         env.close()
-        raise InputError(f"env={environment_id} takes actions in {space}; a bounded vector of real numbers is needed")
+        raise InputError(f"env={environment_id}{wrong}")
+    assert isinstance(space, gymnasium.spaces.Box)
     if not (space.low == -1).all() or not (space.high == 1).all():
         env = RescaleAction(env, np.float32(-1.0), np.float32(1.0))
     return SeededReset(env)

@@ -6,14 +6,16 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
-import io
+import http.client
 import itertools
 import json
 import logging
 import os
 import re
-import socket
+import shutil
+import ssl
 import sys
+import urllib.error
 import urllib.parse
 import urllib.request
 import warnings
@@ -25,9 +27,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deflow_torchrl.envs.d4rl import d4rl_task
+from deflow_torchrl.envs.d4rl import d4rl_task, scoring_task
+from deflow_torchrl.envs.factory import register_robotics
 from deflow_torchrl.envs.observations import ObservationLayout, observation_layout
 from deflow_torchrl.errors import InputError, MissingExtraError
+from deflow_torchrl.locks import only_one_prepares
 
 if TYPE_CHECKING:
     import gymnasium
@@ -36,7 +40,9 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 _CONNECT_TIMEOUT_S = 10.0
 _EPISODES_MEASURED = 20  # enough to tell a convention, little beside reading the set
+_SAME_BOUND = 1e-6
 _WRAPPERS_FROM = ("gymnasium", "gymnasium_robotics", "minari", "deflow_torchrl")
+_GONE_FROM_SPECIFICATIONS = ("apply_api_compatibility", "autoreset")  # of gymnasium before 1.0
 _OTHER_WAYS = (
     "record your own (minari.DataCollector, or as examples/adroit_demonstrations.py does), or copy the set's folder into "
     "$MINARI_DATASETS_PATH from a machine that has it"
@@ -55,16 +61,7 @@ def import_minari() -> ModuleType:
         import minari
     except ModuleNotFoundError as error:
         raise MissingExtraError(error.name or "minari", "minari") from error
-    import gymnasium
-
-    try:
-        # It prints a notice about the reward's sign when it is imported; the sign is measured here (envs.adroit).
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.filterwarnings("ignore", module="glfw")  # a missing display; nothing here opens a window
-            import gymnasium_robotics
-    except ModuleNotFoundError:
-        return minari
-    gymnasium.register_envs(gymnasium_robotics)
+    register_robotics()
     return minari
 
 
@@ -91,17 +88,19 @@ def open_minari_dataset(dataset_id: str, *, download: bool = True) -> MinariData
     except (ValueError, TypeError) as error:
         raise InputError(f"{dataset_id!r} is no Minari id; they look like D4RL/door/human-v2") from error
     with _quiet():
-        if not (get_dataset_path(dataset_id) / "data").exists():
+        folder = get_dataset_path(dataset_id)
+        if _broken_off(folder).exists() or not (folder / "data").exists():
             if not download:
-                raise InputError(f"no Minari set {dataset_id} on this machine{_near(minari, dataset_id)}")
-            _download(minari, dataset_id)
+                raise InputError(
+                    f"no Minari set {dataset_id} on this machine{_near(minari, dataset_id)}{_kept(folder)}"
+                )
+            _download(minari, dataset_id, folder)
         try:
             metadata = MinariStorage.read_raw_metadata(get_dataset_path(dataset_id) / "data")
-            for name in ("env_spec", "eval_env_spec"):
-                if metadata.get(name) is not None:
-                    # minari makes the environment of a set that lacks its spaces, to ask for them.
-                    lacking = "observation_space" not in metadata or "action_space" not in metadata
-                    _check_spec(json.loads(metadata[name]), dataset_id, must_be_known=lacking)
+            lacking = "observation_space" not in metadata or "action_space" not in metadata
+            if lacking and metadata.get("env_spec") is not None:
+                # minari makes the environment of a set that lacks its spaces, to ask for them.
+                _check_spec(json.loads(metadata["env_spec"]), dataset_id, made_as_it_says=True)
             return minari.load_dataset(dataset_id, download=False)
         except InputError:
             raise
@@ -128,11 +127,19 @@ def check_new_id(dataset_id: str) -> None:
         raise InputError(f"there is a Minari set {dataset_id} already; choose another id or delete that set")
 
 
-def _check_spec(spec: Mapping[str, Any], dataset_id: str, *, must_be_known: bool) -> None:
+def _check_spec(spec: Mapping[str, Any], dataset_id: str, *, made_as_it_says: bool) -> None:
     """Check that the environment a set names is code of this machine's choice.
 
-    gymnasium imports and calls whatever a specification names, so that somebody's set could run anything. What is called
-    must be what an installed package registered under the same id; an id that is unknown here is never called.
+    gymnasium imports and calls whatever a specification names, so that somebody's set could run anything. Only what an
+    installed package registered under the same id is called; the set may name another place in that package, where the
+    environment was in another version of it.
+
+    Args:
+        spec: what the set says.
+        dataset_id: the set's id.
+
+    Keyword Args:
+        made_as_it_says: whether the very place the set names is called (by minari), so that it must be the registered one.
 
     Raises:
         InputError: where the set names something else.
@@ -140,27 +147,61 @@ def _check_spec(spec: Mapping[str, Any], dataset_id: str, *, must_be_known: bool
     import gymnasium
 
     registered = gymnasium.registry.get(spec["id"])
-    strange = must_be_known if registered is None else spec["entry_point"] != registered.entry_point
-    named = [spec["entry_point"]] if strange else []
+    entry_point = None if registered is None else registered.entry_point
+    same = spec["entry_point"] == entry_point
+    if not same and not made_as_it_says and isinstance(entry_point, str):
+        same = _package(str(spec["entry_point"])) == _package(entry_point)
+    named = [] if same else [spec["entry_point"]]
     wrappers = (str(wrapper["entry_point"]) for wrapper in spec.get("additional_wrappers") or ())
-    named += [wrapper for wrapper in wrappers if re.split(r"[.:]", wrapper)[0] not in _WRAPPERS_FROM]
+    named += [wrapper for wrapper in wrappers if _package(wrapper) not in _WRAPPERS_FROM]
     if named:
         raise InputError(
             f"Minari set {dataset_id} wants {named[0]} to be called for its environment {spec['id']}; that is not what the "
-            "installed packages register, so it is not run: remove env_spec from the set's metadata.json if you trust its data"
+            "installed packages register, so it is not run"
         )
 
 
-def _download(minari: ModuleType, dataset_id: str) -> None:
-    hint = f"{_near(minari, dataset_id)}; {_OTHER_WAYS}"
+def _package(entry_point: str) -> str:
+    return re.split(r"[.:]", entry_point)[0]
+
+
+def _broken_off(folder: Path) -> Path:
+    """A file beside a set's folder while it is downloaded; one that is left tells that the download was killed."""
+    return folder.with_name(f".{folder.name}.incomplete")
+
+
+def _kept(folder: Path) -> str:
+    marker = _broken_off(folder)
+    return f"; a download of it was broken off (delete {marker} if the set is complete now)" if marker.exists() else ""
+
+
+def _download(minari: ModuleType, dataset_id: str, folder: Path) -> None:
+    """Download a set, all of it or nothing, in one process at a time."""
+    hint = f"{_near(minari, dataset_id)}{_kept(folder)}; {_OTHER_WAYS}"
     try:
         from minari.storage.remotes import get_cloud_storage
 
         get_cloud_storage()  # imports the remote's client
         _check_network()
-        # The set's files come with progress bars on standard error and lines on standard output: keep that one clean.
-        with contextlib.redirect_stdout(sys.stderr):
-            minari.download_dataset(dataset_id)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with only_one_prepares(folder.name, folder.parent):
+            marker = _broken_off(folder)
+            if marker.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+            if folder.exists():
+                return  # another process was faster
+            marker.touch()
+            try:
+                # The set's files come with progress bars on standard error and lines on standard output, to be kept clean.
+                with contextlib.redirect_stdout(sys.stderr):
+                    minari.download_dataset(dataset_id)
+            except BaseException:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
+            finally:
+                marker.unlink(missing_ok=True)
+    except InputError:
+        raise
     except ImportError as error:
         raise InputError(
             f"no Minari set {dataset_id} on this machine, and downloading needs another package "
@@ -171,20 +212,34 @@ def _download(minari: ModuleType, dataset_id: str) -> None:
 
 
 def _check_network() -> None:
-    """Connect to the remote's host once: its client would retry for half a minute without one, or longer on a silent net."""
+    """Ask the remote's host for an answer once, through the proxies that are set: its client waits for minutes without one."""
     kind = os.environ.get("MINARI_REMOTE", "hf://").split("://")[0]
     address = {
         "hf": os.environ.get("HF_ENDPOINT") or "https://huggingface.co",
         "gcp": "https://storage.googleapis.com",
     }.get(kind)
-    if address is None or urllib.request.getproxies():
-        return  # behind a proxy only the client itself can tell
-    parts = urllib.parse.urlsplit(address)
-    host, port = parts.hostname or "", parts.port or (80 if parts.scheme == "http" else 443)
+    if address is None:
+        return
+    host = urllib.parse.urlsplit(address).netloc or address
     try:
-        socket.create_connection((host, port), timeout=_CONNECT_TIMEOUT_S).close()
-    except OSError as error:
-        raise ConnectionError(f"no connection to {host}: {error.strerror or error}") from error
+        request = urllib.request.Request(address, method="HEAD")
+        urllib.request.build_opener(_NoRedirects).open(request, timeout=_CONNECT_TIMEOUT_S).close()
+    except urllib.error.HTTPError as error:  # an answer all the same, unless the proxy's own
+        error.close()
+        if error.code == http.HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:
+            raise ConnectionError(f"no connection to {host}: the proxy asks for a password") from error
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        if isinstance(reason, ssl.SSLCertVerificationError):
+            return  # it answers; the client may know more certificates
+        if isinstance(reason, TimeoutError):
+            reason = f"no answer in {_CONNECT_TIMEOUT_S:g} seconds"
+        raise ConnectionError(f"no connection to {host}: {getattr(reason, 'strerror', None) or reason}") from error
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_: Any) -> None:
+        """A redirection is an answer."""
 
 
 def _near(minari: ModuleType, dataset_id: str) -> str:
@@ -370,10 +425,10 @@ def compare_conventions(dataset: MinariDataset, env: gymnasium.Env) -> Conventio
             f"{dataset.id}: the data reward the distance from hand to object with +0.1, "
             f"{env.spec.id if env.spec else 'the environment'} with -0.1 as D4RL does; returns of both differ slightly"
         )
-    elif wanted == 1 and known is not None:
+    elif wanted == 1 or (wanted is None and simulated == 1):
         notes.append(
-            f"{dataset.id}: data and environment reward the distance from hand to object with +0.1, D4RL with -0.1; "
-            "scores normalised with D4RL's returns are a little too high"
+            f"{dataset.id}: {'data and environment reward' if wanted else 'the environment rewards'} the distance from hand "
+            "to object with +0.1, D4RL with -0.1; scores normalised with D4RL's returns are a little too high"
         )
     return Conventions(data, simulated, wanted == -1 and simulated == 1, notes=tuple(notes))
 
@@ -406,7 +461,8 @@ def make_minari_env(
     Observations are one float32 array, laid out as the data's (:func:`minari_layout`: D4RL's antmaze is ``achieved_goal`` then
     ``observation``, other dictionaries are in sorted order); images stay uint8. ``info["success"]`` is always there, false
     where the environment knows none. ``reset(seed=...)`` fixes the whole episode. Adroit and D4RL antmaze are brought to
-    the data's or D4RL's conventions where they differ (:func:`compare_conventions`), with one line in the log.
+    the data's or D4RL's conventions where they differ (:func:`compare_conventions`), and episodes of D4RL's sets are as long
+    as D4RL's, with one line in the log each.
 
     Args:
         dataset_id: for example ``D4RL/door/human-v2``.
@@ -416,7 +472,7 @@ def make_minari_env(
         observation_keys: entries of goal observations, in order.
         rescale_actions: map [-1, 1] onto the environment's own finite action bounds.
         download: fetch a set that is not here.
-        **kwargs: forwarded to ``gymnasium.make``.
+        **kwargs: forwarded to ``gymnasium.make``; ``max_episode_steps`` overrides D4RL's.
 
     Raises:
         InputError: as :func:`open_minari_dataset`; where the set names no environment, the environment is not installed, or
@@ -453,7 +509,7 @@ def adapt_environment(
         rescale_actions: map [-1, 1] onto the environment's own finite action bounds.
 
     Raises:
-        InputError: where widths of data and environment differ, or policies cannot act in it.
+        InputError: where widths or action bounds of data and environment differ, or policies cannot act in it.
     """
     from gymnasium.wrappers import RescaleAction
 
@@ -476,6 +532,7 @@ def adapt_environment(
                     "the data belong to another environment or another version of it"
                 )
         bounds = action_bounds(env.action_space, rescale_actions=rescale_actions, source=source)
+        _compare_action_bounds(dataset, env.action_space, name)
         conventions = _conventions_of(dataset, env, eval_env=eval_env)
     except BaseException:
         env.close()
@@ -492,8 +549,23 @@ def adapt_environment(
     return SeededReset(FlatObservation(env, layout))
 
 
+def _compare_action_bounds(dataset: MinariDataset, simulated: Any, name: str) -> None:
+    """Data and environment are each mapped onto [-1, 1] by their own bounds: other bounds would make other actions of it."""
+    low, high = (np.asarray(getattr(dataset.action_space, side, np.nan), np.float64) for side in ("low", "high"))
+    if not all(
+        np.allclose(data, own, rtol=0.0, atol=_SAME_BOUND)
+        for data, own in ((low, simulated.low), (high, simulated.high))
+    ):
+        raise InputError(
+            f"Minari set {dataset.id}: actions are {dataset.action_space} in the data, {simulated} in {name}; the same action "
+            "would mean something else, the data belong to another environment or another version of it"
+        )
+
+
 def recover_environment(dataset: MinariDataset, *, eval_env: bool = True, **kwargs: Any) -> gymnasium.Env:
     """The set's environment as gymnasium makes it, with errors in one line.
+
+    Episodes of D4RL's sets are as long as D4RL's (``max_episode_steps`` overrides that): scores are of whole episodes.
 
     Raises:
         InputError: where the set names none, or it cannot be made here.
@@ -504,16 +576,47 @@ def recover_environment(dataset: MinariDataset, *, eval_env: bool = True, **kwar
         warnings.filterwarnings("ignore", module="glfw")
         # minari warns of versions other than those the set was recorded with; widths and rewards are compared instead.
         try:
-            specification = dataset.storage.metadata.get("eval_env_spec") if eval_env else None
-            specification = json.loads(specification) if specification else None
-            name = specification["id"] if specification else (dataset.env_spec.id if dataset.env_spec else None)
-            if name is not None and name not in gymnasium.registry:  # gymnasium would call it all the same
+            said = dataset.storage.metadata.get("eval_env_spec") if eval_env else None
+            said = said or dataset.storage.metadata.get("env_spec")
+            if not said:
+                raise InputError("it was recorded without one")
+            fields = {name: value for name, value in json.loads(said).items() if name not in _GONE_FROM_SPECIFICATIONS}
+            name = fields["id"]
+            if name not in gymnasium.registry:  # gymnasium would call it all the same
                 raise gymnasium.error.NameNotFound(f"{name} is not registered; import the package that registers it")
-            return dataset.recover_environment(eval_env=eval_env, **{"disable_env_checker": True, **kwargs})
+            _check_spec(fields, dataset.id, made_as_it_says=False)
+            specification = gymnasium.envs.registration.EnvSpec.from_json(json.dumps(fields))
+            specification.entry_point = gymnasium.registry[name].entry_point
+            if "max_episode_steps" not in kwargs:
+                kwargs |= _episode_limit(dataset.id, name, specification.max_episode_steps)
+            return gymnasium.make(specification, **{"disable_env_checker": True, **kwargs})
+        except InputError as error:
+            raise InputError(f"the environment of Minari set {dataset.id} cannot be made ({error})") from error
         except Exception as error:
-            none = dataset.env_spec is None and "eval_env_spec" not in dataset.storage.metadata
-            reason = "it was recorded without one" if none else f"{type(error).__name__}: {_one_line(error)}"
             raise InputError(
-                f"the environment of Minari set {dataset.id} cannot be made ({reason}); install what it needs, for "
-                "gymnasium-robotics: pip install 'deflow-torchrl[minari]'"
+                f"the environment of Minari set {dataset.id} cannot be made ({type(error).__name__}: {_one_line(error)}); "
+                "install what it needs, for gymnasium-robotics: pip install 'deflow-torchrl[minari]'"
             ) from error
+
+
+def _episode_limit(dataset_id: str, environment_id: str, own: int | None) -> dict[str, int]:
+    """What ``gymnasium.make`` is to be told of the time limit: D4RL's for D4RL's sets, nothing for others."""
+    scored = scoring_task(dataset_id, environment_id)
+    if scored is None or own == scored.max_steps:
+        return {}
+    if d4rl_task(dataset_id) is None:
+        _say_once(
+            f"{dataset_id}: episodes of its environment have {own or 'any number of'} steps, D4RL's have "
+            f"{scored.max_steps}; scores normalised with D4RL's returns do not compare with D4RL's"
+        )
+        return {}
+    _say_once(
+        f"{dataset_id}: the set's environment cuts episodes after {own or 'any number of'} steps, D4RL after "
+        f"{scored.max_steps}; they are cut as in D4RL"
+    )
+    return {"max_episode_steps": scored.max_steps}
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    _LOG.warning(line)

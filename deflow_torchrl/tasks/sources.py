@@ -133,12 +133,17 @@ def _ogbench_file(path: Path) -> TransitionDataset:
 
 
 def reference_returns(task: Task) -> tuple[float, float] | None:
-    """The returns (random policy, expert) a task's normalised scores are computed with; ``None`` where nobody knows them."""
-    if task.source != "minari":
+    """The returns (random policy, expert) a task's normalised scores are computed with; ``None`` where nobody knows them.
+
+    A Minari set evaluated in another environment than its own has that environment's references, not the set's.
+    """
+    if task.source != "minari" or task.environment is None:
         return None
     from deflow_torchrl.envs.d4rl import reference_returns as known
     from deflow_torchrl.envs.minari import open_minari_dataset
 
+    if task.environment != f"minari:{task.dataset}":
+        return known(task.environment.rpartition(":")[2])  # gym:module:ID is the longest form
     dataset = open_minari_dataset(task.dataset)
     environment = dataset.env_spec
     return known(

@@ -1,6 +1,10 @@
+import json
 import logging
+import socket
 import sys
+import threading
 import time
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -14,7 +18,8 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, Text
 
 from deflow_torchrl.data import MinariExperienceReplay, load_minari_dataset
 from deflow_torchrl.data.schema import ACTION_LIMIT
-from deflow_torchrl.envs.minari import import_minari
+from deflow_torchrl.envs.minari import _check_network as check_network
+from deflow_torchrl.envs.minari import import_minari, make_minari_env
 from deflow_torchrl.errors import InputError
 from tests.minari_sets import data_folder, edit_metadata, record, write
 
@@ -270,6 +275,115 @@ def test_without_a_network_one_line_names_other_ways_within_seconds(monkeypatch)
     assert time.monotonic() - begin < 30
 
 
+@pytest.mark.parametrize("silent", ["host", "secure host", "proxy"])
+def test_a_host_or_proxy_that_stays_silent_is_given_up(monkeypatch, silent):
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "MINARI_REMOTE"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setattr("deflow_torchrl.envs.minari._CONNECT_TIMEOUT_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:  # the system accepts, nobody answers
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setenv("HF_ENDPOINT", f"{'http' if silent == 'host' else 'https'}://{address}")
+        if silent == "proxy":
+            monkeypatch.setenv("HF_ENDPOINT", "https://no-such-host.invalid")
+            monkeypatch.setenv("https_proxy", f"http://{address}")
+        begin = time.monotonic()
+        with pytest.raises(InputError, match=r"no connection to .*: .*(no answer in 0\.5 seconds|timed out)") as caught:
+            MinariExperienceReplay("D4RL/door/human-v2")
+    assert "\n" not in str(caught.value)
+    assert time.monotonic() - begin < 20
+
+
+@pytest.mark.parametrize(
+    "answer", [b"200 OK", b"302 Found\r\nLocation: http://127.0.0.1:1/", b"404 Not Found", b"407 No"]
+)
+def test_any_answer_of_the_host_is_one(monkeypatch, answer):
+    monkeypatch.setenv("no_proxy", "*")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def respond():
+            connection = server.accept()[0]
+            with connection:
+                connection.recv(4096)
+                connection.sendall(b"HTTP/1.1 " + answer + b"\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+
+        thread = threading.Thread(target=respond)
+        thread.start()
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        with pytest.raises(ConnectionError, match="password") if answer.startswith(b"407") else nullcontext():
+            check_network()
+        thread.join()
+
+
+@pytest.fixture
+def remote(monkeypatch):
+    """Minari's remote with one set; what ``remote.during`` does happens when half of it is here."""
+    from minari.storage import remotes
+
+    class Remote:
+        fetched = 0
+
+        def during(self):
+            pass
+
+        def download_dataset(self, dataset_id):
+            self.fetched += 1
+            assert not data_folder(dataset_id).parent.exists(), "what is left of another download is removed"
+            data_folder(dataset_id).mkdir(parents=True)
+            self.during()
+            data_folder(dataset_id).rmdir()
+            data_folder(dataset_id).parent.rmdir()
+            write(dataset_id, STATE, ACTION, [arrays()])
+
+    remote = Remote()
+    monkeypatch.setattr(remotes, "get_cloud_storage", lambda: None)
+    monkeypatch.setattr("deflow_torchrl.envs.minari._check_network", lambda: None)
+    monkeypatch.setattr(import_minari(), "download_dataset", remote.download_dataset)
+    return remote
+
+
+def files():
+    root = data_folder("D4RL").parents[1]
+    return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+def test_a_download_that_fails_leaves_nothing_and_the_next_one_succeeds(remote, error):
+    def fail():
+        raise error
+
+    remote.during = fail
+    with pytest.raises((InputError, KeyboardInterrupt)):
+        MinariExperienceReplay("mine/far-v0")
+    assert not data_folder("mine/far-v0").parent.exists()
+    assert files() == []
+    remote.during = lambda: None
+    assert len(MinariExperienceReplay("mine/far-v0")) == 5
+    assert len(MinariExperienceReplay("mine/far-v0")) == 5
+    assert remote.fetched == 2
+    assert not any("/." in name for name in files()), "neither marker nor lock is left"
+
+
+def test_what_a_killed_download_left_is_fetched_again(remote):
+    write("mine/far-v0", STATE, ACTION, [arrays()])
+    marker = data_folder("mine/far-v0").parent.with_name(".far-v0.incomplete")
+    marker.touch()
+    with pytest.raises(InputError, match=r"broken off \(delete .*\.far-v0\.incomplete if the set is complete now"):
+        MinariExperienceReplay("mine/far-v0", download=False)
+    assert len(MinariExperienceReplay("mine/far-v0")) == 5
+    assert remote.fetched == 1
+    assert not marker.exists()
+
+
+def test_one_process_downloads_a_set(remote):
+    def another():
+        with pytest.raises(InputError, match="another process is preparing far-v0"):
+            MinariExperienceReplay("mine/far-v0")
+
+    remote.during = another
+    assert len(MinariExperienceReplay("mine/far-v0")) == 5
+
+
 @pytest.mark.parametrize("damage", ["truncated file", "no metadata", "bad metadata", "missing episode", "no data file"])
 def test_a_damaged_set_says_what_to_do(damage):
     write("mine/one-v0", STATE, ACTION, [arrays(5, 0), arrays(5, 1)])
@@ -298,7 +412,7 @@ def test_data_of_another_environment_are_refused():
         MinariExperienceReplay("door/random-v0", download=False)
 
 
-def test_a_set_cannot_have_code_run_for_its_environment():
+def test_a_set_cannot_have_code_run_for_its_environment(caplog):
     record(gymnasium.make("Pendulum-v1", max_episode_steps=5), "pendulum/random-v0", 1, low=-2, high=2)
     spec = (
         gymnasium.spec("Pendulum-v1")
@@ -306,12 +420,29 @@ def test_a_set_cannot_have_code_run_for_its_environment():
         .replace("gymnasium.envs.classic_control.pendulum:PendulumEnv", "os:system")
     )
     edit_metadata("pendulum/random-v0", env_spec=spec)
-    with pytest.raises(InputError, match="wants os:system to be called"):
-        MinariExperienceReplay("pendulum/random-v0", download=False, rescale_actions=True)
+    assert len(MinariExperienceReplay("pendulum/random-v0", download=False, rescale_actions=True)) == 5
+    assert "wants os:system to be called" in caplog.text
+    with pytest.raises(InputError, match=r"cannot be made.*wants os:system to be called"):
+        make_minari_env("pendulum/random-v0", download=False, rescale_actions=True)
     unknown = spec.replace("Pendulum-v1", "Nobody-v1")
     edit_metadata("pendulum/random-v0", env_spec=unknown, action_space=None)
     with pytest.raises(InputError, match="wants os:system to be called"):
         MinariExperienceReplay("pendulum/random-v0", download=False, rescale_actions=True)
+
+
+@pytest.mark.parametrize("name", ["env_spec", "eval_env_spec"])
+def test_an_older_place_in_the_same_package_is_never_called(name):
+    environment = gymnasium.make("AdroitHandDoor-v1", max_episode_steps=5)
+    old = json.loads(environment.spec.to_json())
+    place = gymnasium.spec("AdroitHandDoor-v1").entry_point
+    old = {"apply_api_compatibility": False, "autoreset": False} | old
+    old["entry_point"] = "gymnasium_robotics.gone.door:DoorEnv"
+    record(environment, "door/random-v0", 1)
+    edit_metadata("door/random-v0", **{name: json.dumps(old)})
+    assert len(MinariExperienceReplay("door/random-v0", download=False)) == 5
+    env = make_minari_env("door/random-v0", download=False)
+    assert env.spec.entry_point == place
+    assert env.spec.max_episode_steps == 5
 
 
 def test_an_environment_that_is_not_installed_leaves_the_data_usable(caplog):

@@ -219,7 +219,7 @@ def _read(
             f"{dataset.id}: {at_goal} steps at the goal are not terminated in the set, so that values are bootstrapped "
             "behind them; D4RL's own files terminate there"
         )
-    return builder.finish(
+    loaded = builder.finish(
         about={
             "provenance": f"Minari set {dataset.id}",
             **{key: metadata[key] for key in _SAID_BY_THE_SET if (metadata := dataset.storage.metadata).get(key)},
@@ -227,3 +227,6 @@ def _read(
             "actions_rescaled": bounds is not None,
         }
     )
+    if loaded.report is not None and loaded.report.jump is not None:
+        _LOG.warning(f"{source}: {loaded.report.jump}")
+    return loaded

@@ -114,7 +114,7 @@ def load_any(
                 raise InputError(missing_file(path, published)) from None
             download_ogbench_dataset(published, path.parent)
         return _ogbench_file(path), None
-    found = load_task_data(task, root=root, download=download)
+    found = load_task_data(task, root=root, download=download, memmap=task.source == "own")
     assert found is not None
     return found, task
 

@@ -29,8 +29,9 @@ install: $(STAMP) ## make .venv and install the package with everything the demo
 demo: $(STAMP) ## generate data, train DeFlow, evaluate, report: SEED=0, QUICK=1 for three minutes
 	$(BIN)/deflow demo --seed $(SEED) $(if $(QUICK),--quick)
 
+# A process a core with one thread each: small operations of several threads wait for one another.
 test: $(STAMP) ## run the tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .

@@ -467,13 +467,13 @@ def iav(
 
     if domain is not None:
         suggest_target_divergence(0.0, domain=domain)  # an unknown domain is refused before the work
-    dataset, task = load_any(name, root=data_root, download=download, allow_jumps=allow_jumps)
+    dataset, task = load_any(name, root=data_root, download=download, allow_jumps=allow_jumps, images=False)
     domain = task.domain if task is not None and domain is None else domain
     paper = paper_values()
     domains = list(paper["rule"]) if domain is None else [domain]
     if dataset.observation.ndim != 2:
         raise InputError(
-            f"{name}: distances between pictures say nothing about their states; use the state's own data set"
+            f"{name} has images for observations; distances between pictures say little about their states"
         )
     states, actions = dataset.states(), dataset.action
     variance = intrinsic_action_variance(

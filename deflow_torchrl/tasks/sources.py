@@ -68,7 +68,7 @@ def load_task_data(
 
 
 def load_any(
-    name: str, *, root: str | Path | None = None, download: bool = True, allow_jumps: bool = False
+    name: str, *, root: str | Path | None = None, download: bool = True, allow_jumps: bool = False, images: bool = True
 ) -> tuple[TransitionDataset, Task | None]:
     """Load whatever a user names: a task, a data set, a folder made by ``deflow data import``, or a file.
 
@@ -81,6 +81,7 @@ def load_any(
         root: folder of OGBench's files.
         download: fetch what is missing.
         allow_jumps: accept a file whose observations jump inside an episode.
+        images: accept pictures for observations; a task that is known to have them is refused before it is loaded.
 
     Returns:
         The transitions, and the task if it was one.
@@ -114,6 +115,8 @@ def load_any(
                 raise InputError(missing_file(path, published)) from None
             download_ogbench_dataset(published, path.parent)
         return _ogbench_file(path), None
+    if task.images and not images:
+        raise InputError(f"{name} has images for observations; states are needed")
     found = load_task_data(task, root=root, download=download, memmap=task.source == "own")
     assert found is not None
     return found, task

@@ -91,7 +91,7 @@ ALLOWED = {
     "trainers": {"algorithms", "objectives", "modules", "data", "envs"},
     "reports": set(),
 }
-SHARED = {"errors", "locks", "paths", "processes", "progress", "_lazy", "_register", "__version__"}
+SHARED = {"errors", "locks", "paths", "processes", "progress", "_lazy", "_register", "versions", "__version__"}
 
 
 @pytest.mark.parametrize("room", list(ALLOWED))

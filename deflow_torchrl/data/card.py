@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,11 @@ import torch
 
 from deflow_torchrl.data.dataset import TransitionDataset
 from deflow_torchrl.paths import make_writable_folder, write_text
+from deflow_torchrl.versions import package_versions
 
 CARD_SCHEMA = 1
 _ROWS = 1 << 16
 _MOST_VALUES = 20
-_PACKAGES = ("deflow-torchrl", "ogbench", "minari", "gymnasium", "gymnasium-robotics", "mujoco", "numpy")
 
 
 def data_card(dataset: TransitionDataset, *, name: str, reward_meaning: str | None = None) -> dict[str, Any]:
@@ -62,7 +61,7 @@ def data_card(dataset: TransitionDataset, *, name: str, reward_meaning: str | No
         "source": dataset.source,
         "provenance": dataset.about.get("provenance", "unknown"),
         "about": {key: value for key, value in dataset.about.items() if key not in ("provenance", "fingerprint")},
-        "versions": _versions(),
+        "versions": package_versions(),
         "transitions": len(dataset),
         "episodes": len(lengths),
         "episode_length": {
@@ -174,13 +173,3 @@ def _cell(value: Any) -> str:
     if isinstance(value, Mapping):
         value = ", ".join(f"{key} {item}" for key, item in value.items())
     return str(value).replace("|", "\\|").replace("\n", " ")
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found

@@ -9,23 +9,12 @@ import os
 import platform
 import subprocess
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from deflow_torchrl.versions import package_versions
+
 SCHEMA = 2
-_PACKAGES = (
-    "deflow-torchrl",
-    "torch",
-    "torchrl",
-    "tensordict",
-    "numpy",
-    "gymnasium",
-    "mujoco",
-    "ogbench",
-    "minari",
-    "gymnasium-robotics",
-)
 
 
 def build_record(
@@ -61,17 +50,6 @@ def build_record(
         "git_commit": git_commit(),
         "hardware": hardware(),
     }
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of Python and of the packages a result depends on; absent ones are left out."""
-    versions = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
 
 
 def git_commit() -> str | None:

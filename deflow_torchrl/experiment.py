@@ -363,8 +363,11 @@ class _Run:
     def _evaluate(self, evaluator: Evaluator) -> dict[str, float]:
         if self.trainer.step < self.config.offline_steps + self.config.online_steps:
             result = _evaluate(evaluator, "eval", self.learner.policy, self.config.eval_episodes, self.show_progress)
+            acting = next(name for name, it in self.learner.evaluated_policies.items() if it is self.learner.policy)
+            self._note({acting: result})
             return _metrics("eval", result, self.task, self.references)
         self.outcomes = _evaluate_all(evaluator, self.learner, self.final_episodes, self.show_progress)
+        self._note(self.outcomes)
         row: dict[str, float] = {}
         for name, result in self.outcomes.items():
             row |= _metrics(
@@ -375,6 +378,14 @@ class _Run:
             )
         return row
 
+    def _note(self, results: Mapping[str, EvaluationResult]) -> None:
+        """Keep an evaluation, episode by episode, for the record."""
+        trainer = self.trainer
+        earlier = [item for item in trainer.notes.get("evaluations", []) if item["step"] < trainer.step]
+        phase = "online" if trainer.schedule.is_online(trainer.step) else "offline"
+        note = {"step": trainer.step, "phase": phase, "policies": _outcomes(results, self.references)}
+        trainer.notes["evaluations"] = [*earlier, note]
+
     def _report(self, trainer: Trainer, metrics: MetricsLog, extra_seconds: dict[str, float]) -> dict[str, Any]:
         delta = getattr(self.learner.loss, "target_divergence", None)
         record = build_record(
@@ -383,6 +394,8 @@ class _Run:
             data=self.data,
             metric=self.task.metric,
             evaluations=_outcomes(self.outcomes, self.references),
+            history=trainer.notes.get("evaluations", []),
+            online=None if trainer.online is None else trainer.online.counters,
             seconds={**extra_seconds, **self.seconds, "updates": trainer.trained_seconds},
         )
         write_text(self.out / RECORD_FILE, json.dumps(record, indent=2) + "\n")

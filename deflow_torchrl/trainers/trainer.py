@@ -130,6 +130,8 @@ class Trainer:
         self.score = score
         self.show_progress = show_progress
         self.step = 0
+        self.notes: dict[str, Any] = {}
+        """Plain values that belong to the run so far: kept in each checkpoint, found again after :meth:`restore`."""
         self.trained_seconds = 0.0
         # The row of a step that is trained but not yet evaluated and written. It goes into a checkpoint made meanwhile, so
         # that the resumed run finishes that step first.
@@ -267,6 +269,7 @@ class Trainer:
             "update": self.update.state_dict(),
             "online": None if self.online is None else self.online.state_dict(),
             "best": self._best,
+            "notes": self.notes,
             "generators": generators,
             "trained_seconds": self.trained_seconds,
             "unfinished_row": self._row,
@@ -292,6 +295,7 @@ class Trainer:
             self.online.load_state_dict(state["online"])
         self.step = state["step"]
         self._best = state["best"]
+        self.notes = state["notes"]
         self.trained_seconds = state["trained_seconds"]
         self._row = state["unfinished_row"]
         self._saved_step = self.step

@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from deflow_torchrl.trainers.evaluation import EvaluationResult as EvaluationResult
     from deflow_torchrl.trainers.evaluation import Evaluator as Evaluator
     from deflow_torchrl.trainers.metrics import MetricsLog as MetricsLog
+    from deflow_torchrl.trainers.online import OnlinePhase as OnlinePhase
     from deflow_torchrl.trainers.trainer import Trainer as Trainer
     from deflow_torchrl.trainers.trainer import TrainerSchedule as TrainerSchedule
     from deflow_torchrl.trainers.update import UpdateStep as UpdateStep
@@ -21,6 +22,7 @@ _EXPORTS = {
     "Evaluator": ".evaluation",
     "EvaluationResult": ".evaluation",
     "MetricsLog": ".metrics",
+    "OnlinePhase": ".online",
     "Trainer": ".trainer",
     "TrainerSchedule": ".trainer",
     "UpdateStep": ".update",

@@ -120,7 +120,9 @@ class OnlinePhase:
     @property
     def counters(self) -> dict[str, int]:
         """Episodes, faults, restarts and environment steps so far."""
-        return {} if self._experience is None else dict(self._experience.counters)
+        if self._experience is not None:
+            return dict(self._experience.counters)
+        return {} if self._restored is None else dict(self._restored["counters"])
 
     @property
     def waiting_seconds(self) -> float:
@@ -129,7 +131,7 @@ class OnlinePhase:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the data set and the bank's part of it."""
-        state: dict[str, Any] = {"buffer": self.buffer.state_dict(), "begun": self.begun}
+        state: dict[str, Any] = {"buffer": self.buffer.state_dict(), "begun": self.begun, "counters": self.counters}
         if self._experience is not None:
             state["experience"] = self._experience.state_dict()
             state["ended"] = [list(episode) for episode in self._ended]

@@ -8,7 +8,7 @@ from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
 from deflow_torchrl.errors import InputError, NonFiniteLossError
 from deflow_torchrl.trainers import MetricsLog, Trainer, TrainerSchedule
-from deflow_torchrl.trainers.checkpoint import list_checkpoints
+from deflow_torchrl.trainers.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from tests.conftest import make_batch
 from tests.trainers.test_update import make_update
 
@@ -179,9 +179,9 @@ def test_a_checkpoint_of_other_networks_is_refused(tmp_path):
     trainer = make_trainer(tmp_path)
     trainer.run()
     path = list_checkpoints(tmp_path / "checkpoints")[-1]
-    state = torch.load(path, weights_only=True)
+    state = load_checkpoint(path)
     key = next(name for name in state["update"]["loss"] if "weight" in name)
     state["update"]["loss"][key] = torch.zeros(3, 3)
-    torch.save(state, path)
+    save_checkpoint(path.parent, 12, state)
     with pytest.raises(InputError, match="does not fit"):
         make_trainer(tmp_path).restore(path)

@@ -58,6 +58,8 @@ class Learner:
         evaluated_policies: name -> policy, everything worth evaluating at the end of a run.
         param_groups: optimiser groups over the loss's parameters, in ``torch.optim`` form.
         target_updater: moves the target networks after each optimiser step.
+        prior: the part that writes the base action, which :meth:`~deflow_torchrl.trainers.UpdateStep.freeze_prior` fixes; None
+            in a method that has none.
         diagnostics: explains a batch the update has just seen, in scalars; None where a method has nothing to say.
     """
 
@@ -66,6 +68,7 @@ class Learner:
     evaluated_policies: Mapping[str, TensorDictModuleBase]
     param_groups: Sequence[Mapping[str, Any]]
     target_updater: TargetNetUpdater
+    prior: TensorDictModuleBase | None = None
     diagnostics: Diagnostics | None = None
 
     @property

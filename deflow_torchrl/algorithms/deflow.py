@@ -54,6 +54,7 @@ def build_deflow(config: DeFlowConfig, problem: ProblemSpec) -> Learner:
         evaluated_policies={"prior": actor.prior_policy(), "deflow": actor},
         param_groups=[{"params": trainable(loss), "lr": config.lr}],
         target_updater=SoftUpdate(loss, tau=config.tau),
+        prior=flow,
         diagnostics=DeFlowDiagnostics(loss),
     )
 

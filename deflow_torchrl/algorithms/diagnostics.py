@@ -63,8 +63,8 @@ class DeFlowDiagnostics:
         """Compute the diagnostics.
 
         Args:
-            batch: what the update was called with, ``[B]``: its |TD errors| are in it. ``is_online [B]`` (bool), where the
-                caller knows it.
+            batch: what the update was called with, ``[B]``: its |TD errors| are in it. The base actions of a frozen prior are
+                read from it, where it has them.
 
         Returns:
             Scalars on the batch's device. With b the prior's actions, d the refinement's shifts and a = clip(b + d):
@@ -74,7 +74,6 @@ class DeFlowDiagnostics:
             * ``saturation_data``: the same of the data's actions, which it is to be compared with.
             * ``q_base``, ``q_refined``: mean of Q(s, b) and of Q(s, a) over batch and critics.
             * ``td_error``: mean over the batch of |TD error|, the largest of the critics, before the step.
-            * ``online_share``: share of the batch that is online data; where ``is_online`` is given.
             * ``action_distance``: mean over the batch of the root-mean-square difference per dimension between a and the
               nearest of the data actions at the 10 nearest data states (observations divided by their standard deviation);
               after :meth:`use_data`. In units of action, like sqrt(delta).
@@ -83,7 +82,7 @@ class DeFlowDiagnostics:
         loss = self.loss
         keys = loss.tensor_keys
         with _own_generator(loss.log_alpha.device):
-            base = loss._base_action(batch, loss._noise(batch, keys.noise))
+            base = loss._current_base_action(batch)
         shift, action = loss._refine(batch, base)
         critics = loss._frozen_critics()
         bounds = loss.actor_network.refinement_policy.module
@@ -95,8 +94,6 @@ class DeFlowDiagnostics:
             "q_refined": loss._qvalues(batch, action, critics).mean(),
             "td_error": batch[keys.priority].mean(),
         }
-        if batch.get("is_online", None) is not None:
-            out["online_share"] = batch["is_online"].float().mean()
         if self._states is not None:
             nearest = torch.cdist(batch[self._observation_key] * self._scale, self._states)
             nearest = nearest.topk(min(_NEIGHBOURS, len(self._states)), largest=False, sorted=False).indices

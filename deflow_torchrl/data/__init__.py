@@ -11,6 +11,7 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from deflow_torchrl.data.action_variance import ActionVariance as ActionVariance
     from deflow_torchrl.data.action_variance import intrinsic_action_variance as intrinsic_action_variance
     from deflow_torchrl.data.action_variance import suggest_target_divergence as suggest_target_divergence
+    from deflow_torchrl.data.base_actions import BaseActionBank as BaseActionBank
     from deflow_torchrl.data.builder import TransitionBuilder as TransitionBuilder
     from deflow_torchrl.data.card import card_markdown as card_markdown
     from deflow_torchrl.data.card import data_card as data_card
@@ -27,6 +28,7 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from deflow_torchrl.data.oracles import GENERATED_DATASETS as GENERATED_DATASETS
 
 _EXPORTS = {
+    "BaseActionBank": ".base_actions",
     "OGBenchExperienceReplay": ".ogbench",
     "load_ogbench_dataset": ".ogbench",
     "MinariExperienceReplay": ".minari",

@@ -125,12 +125,9 @@ def test_the_distance_of_the_datas_own_actions_is_zero():
     update, batch = make_update(), draw(16)
     update.learner.diagnostics.use_data(batch)
     update(batch)
-    base = update.learner.loss._base_action
-    update.learner.loss._base_action = lambda td, noise: td["action"]
-    try:
-        out = update.learner.diagnostics(batch)
-    finally:
-        update.learner.loss._base_action = base
+    update.freeze_prior()
+    batch["base_action"] = batch["action"]
+    out = update.learner.diagnostics(batch)
     assert out["action_distance_base"].item() == 0.0
     assert out["action_distance"].item() > 0.0
 
@@ -145,11 +142,14 @@ def test_large_data_is_sampled_evenly_and_without_chance():
     assert math.isfinite(seen(update, batch)["action_distance"].item())
 
 
-def test_the_share_of_online_data_is_told_where_it_is_known():
+def test_a_frozen_priors_base_actions_are_those_of_the_batch():
     update, batch = make_update(), draw(8)
-    assert "online_share" not in seen(update, batch)
-    batch["is_online"] = torch.arange(8) < 2
-    assert update.learner.diagnostics(batch)["online_share"].item() == 0.25
+    update.freeze_prior()
+    batch["base_action"] = torch.full_like(batch["action"], 0.25)
+    batch["next", "base_action"] = torch.zeros_like(batch["action"])
+    out = seen(update, batch)
+    refined = update.learner.policy.refinement_policy(batch.select("observation", "base_action"))
+    assert out["divergence_ratio"].item() == pytest.approx(refined["refinement"].square().mean().item() / 0.01, rel=1e-5)
 
 
 def test_a_method_need_not_have_diagnostics():

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 from torchrl.objectives.common import LossModule
@@ -37,6 +38,16 @@ class ProblemSpec:
     device: torch.device
 
 
+class Diagnostics(Protocol):
+    """Numbers that explain a run, computed on steps that log. Neither call touches the global random generators."""
+
+    def __call__(self, batch: TensorDictBase) -> dict[str, Tensor]:
+        """Scalars of ``batch``, which the update was just called with; rows of metrics carry them as ``train/NAME``."""
+
+    def use_data(self, transitions: TensorDictBase) -> None:
+        """Compare with these transitions of the data from now on."""
+
+
 @dataclass
 class Learner:
     """A method, built.
@@ -49,6 +60,7 @@ class Learner:
         target_updater: moves the target networks after each optimiser step.
         prior: the part that writes the base action, which :meth:`~deflow_torchrl.trainers.UpdateStep.freeze_prior` fixes; None
             in a method that has none.
+        diagnostics: explains a batch the update has just seen, in scalars; None where a method has nothing to say.
     """
 
     loss: LossModule
@@ -57,6 +69,7 @@ class Learner:
     param_groups: Sequence[Mapping[str, Any]]
     target_updater: TargetNetUpdater
     prior: TensorDictModuleBase | None = None
+    diagnostics: Diagnostics | None = None
 
     @property
     def loss_names(self) -> list[str]:

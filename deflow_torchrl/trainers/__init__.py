@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from deflow_torchrl._lazy import lazy_exports
 
 if TYPE_CHECKING:  # what type checkers and editors see
+    from deflow_torchrl.trainers.alarms import Alarm as Alarm
+    from deflow_torchrl.trainers.alarms import Alarms as Alarms
     from deflow_torchrl.trainers.checkpoint import load_checkpoint as load_checkpoint
     from deflow_torchrl.trainers.checkpoint import save_checkpoint as save_checkpoint
     from deflow_torchrl.trainers.evaluation import EvaluationResult as EvaluationResult
@@ -19,6 +21,8 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from deflow_torchrl.trainers.update import UpdateStep as UpdateStep
 
 _EXPORTS = {
+    "Alarm": ".alarms",
+    "Alarms": ".alarms",
     "Evaluator": ".evaluation",
     "EvaluationResult": ".evaluation",
     "MetricsLog": ".metrics",

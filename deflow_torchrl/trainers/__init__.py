@@ -10,6 +10,8 @@ from deflow_torchrl._lazy import lazy_exports
 if TYPE_CHECKING:  # what type checkers and editors see
     from deflow_torchrl.trainers.checkpoint import load_checkpoint as load_checkpoint
     from deflow_torchrl.trainers.checkpoint import save_checkpoint as save_checkpoint
+    from deflow_torchrl.trainers.collection import OnlineExperience as OnlineExperience
+    from deflow_torchrl.trainers.collection import OnlineStep as OnlineStep
     from deflow_torchrl.trainers.evaluation import EvaluationResult as EvaluationResult
     from deflow_torchrl.trainers.evaluation import Evaluator as Evaluator
     from deflow_torchrl.trainers.metrics import MetricsLog as MetricsLog
@@ -21,6 +23,8 @@ _EXPORTS = {
     "Evaluator": ".evaluation",
     "EvaluationResult": ".evaluation",
     "MetricsLog": ".metrics",
+    "OnlineExperience": ".collection",
+    "OnlineStep": ".collection",
     "OfflineTrainer": ".trainer",
     "TrainerSchedule": ".trainer",
     "UpdateStep": ".update",

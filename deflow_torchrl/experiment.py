@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torchrl.envs import DeviceCastTransform
@@ -306,10 +306,10 @@ class _Run:
         return OfflineOnlineReplayBuffer(
             dataset,
             online_capacity=config.online_steps if capacity is None else capacity,
-            mode=config.mixing,
+            mode=cast("Any", config.mixing),
             offline_fraction=tuple(share) if isinstance(share, list) else share,
             anneal_transitions=(config.anneal_steps or config.online_steps) if config.mixing == "annealed" else None,
-            overwrite=config.overwrite,
+            overwrite=cast("Any", config.overwrite),
             batch_size=config.batch_size,
             device=self.device,
         )

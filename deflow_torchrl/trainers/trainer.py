@@ -57,6 +57,7 @@ class OfflineTrainer:
         schedule: when to log, evaluate and save.
         checkpoints: folder of checkpoints.
         metrics: where rows go; nowhere, if None.
+        identity: what the run is; checkpoints of another one are refused.
         extra_state: plain values to keep in each checkpoint beside the training state.
         validation: samples batches for ``val/`` losses at evaluations.
         evaluate: returns metrics of an evaluation; called every ``eval_interval`` steps.
@@ -74,6 +75,7 @@ class OfflineTrainer:
         schedule: TrainerSchedule,
         checkpoints: Path,
         metrics: MetricsLog | None = None,
+        identity: Mapping[str, Any] | None = None,
         extra_state: Mapping[str, Any] | None = None,
         validation: ReplayBuffer | None = None,
         evaluate: Callable[[], dict[str, float]] | None = None,
@@ -84,6 +86,7 @@ class OfflineTrainer:
         self.schedule = schedule
         self.metrics = metrics
         self.checkpoints = checkpoints
+        self.identity = identity
         self.extra_state = dict(extra_state or {})
         self.validation = validation
         self.evaluate = evaluate
@@ -180,7 +183,7 @@ class OfflineTrainer:
             "trained_seconds": self.trained_seconds,
             "unfinished_row": self._row,
         }
-        path = save_checkpoint(self.checkpoints, self.update.step, state)
+        path = save_checkpoint(self.checkpoints, self.update.step, state, identity=self.identity)
         self._saved_step = self.update.step
         return path
 
@@ -195,7 +198,7 @@ class OfflineTrainer:
         Raises:
             InputError: if it does not fit the networks.
         """
-        state = load_checkpoint(path, device="cpu")
+        state = load_checkpoint(path, device="cpu", identity=self.identity)
         restore_learner(self.update, state, path)
         self.trained_seconds = state["trained_seconds"]
         self._row = state["unfinished_row"]

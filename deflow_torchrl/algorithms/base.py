@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 from torchrl.objectives.common import LossModule
@@ -37,6 +38,16 @@ class ProblemSpec:
     device: torch.device
 
 
+class Diagnostics(Protocol):
+    """Numbers that explain a run, computed on steps that log. Neither call touches the global random generators."""
+
+    def __call__(self, batch: TensorDictBase) -> dict[str, Tensor]:
+        """Scalars of ``batch``, which the update was just called with; rows of metrics carry them as ``train/NAME``."""
+
+    def use_data(self, transitions: TensorDictBase) -> None:
+        """Compare with these transitions of the data from now on."""
+
+
 @dataclass
 class Learner:
     """A method, built.
@@ -47,6 +58,9 @@ class Learner:
         evaluated_policies: name -> policy, everything worth evaluating at the end of a run.
         param_groups: optimiser groups over the loss's parameters, in ``torch.optim`` form.
         target_updater: moves the target networks after each optimiser step.
+        prior: the part that writes the base action, which :meth:`~deflow_torchrl.trainers.UpdateStep.freeze_prior` fixes; None
+            in a method that has none.
+        diagnostics: explains a batch the update has just seen, in scalars; None where a method has nothing to say.
     """
 
     loss: LossModule
@@ -54,6 +68,8 @@ class Learner:
     evaluated_policies: Mapping[str, TensorDictModuleBase]
     param_groups: Sequence[Mapping[str, Any]]
     target_updater: TargetNetUpdater
+    prior: TensorDictModuleBase | None = None
+    diagnostics: Diagnostics | None = None
 
     @property
     def loss_names(self) -> list[str]:

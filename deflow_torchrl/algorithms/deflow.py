@@ -8,6 +8,7 @@ from typing import TypeVar
 from torchrl.objectives import SoftUpdate, ValueEstimators
 
 from deflow_torchrl.algorithms.base import Algorithm, Learner, ProblemSpec, trainable
+from deflow_torchrl.algorithms.diagnostics import DeFlowDiagnostics
 from deflow_torchrl.algorithms.settings import DeFlowConfig
 from deflow_torchrl.modules import (
     DeFlowActor,
@@ -53,6 +54,8 @@ def build_deflow(config: DeFlowConfig, problem: ProblemSpec) -> Learner:
         evaluated_policies={"prior": actor.prior_policy(), "deflow": actor},
         param_groups=[{"params": trainable(loss), "lr": config.lr}],
         target_updater=SoftUpdate(loss, tau=config.tau),
+        prior=flow,
+        diagnostics=DeFlowDiagnostics(loss),
     )
 
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from deflow_torchrl.data.action_variance import ActionVariance as ActionVariance
     from deflow_torchrl.data.action_variance import intrinsic_action_variance as intrinsic_action_variance
     from deflow_torchrl.data.action_variance import suggest_target_divergence as suggest_target_divergence
+    from deflow_torchrl.data.base_actions import BaseActionBank as BaseActionBank
     from deflow_torchrl.data.builder import TransitionBuilder as TransitionBuilder
     from deflow_torchrl.data.card import card_markdown as card_markdown
     from deflow_torchrl.data.card import data_card as data_card
@@ -25,8 +26,11 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from deflow_torchrl.data.ogbench import OGBenchExperienceReplay as OGBenchExperienceReplay
     from deflow_torchrl.data.ogbench import load_ogbench_dataset as load_ogbench_dataset
     from deflow_torchrl.data.oracles import GENERATED_DATASETS as GENERATED_DATASETS
+    from deflow_torchrl.data.union_buffer import OfflineOnlineReplayBuffer as OfflineOnlineReplayBuffer
+    from deflow_torchrl.data.union_storage import TRANSITION_KEYS as TRANSITION_KEYS
 
 _EXPORTS = {
+    "BaseActionBank": ".base_actions",
     "OGBenchExperienceReplay": ".ogbench",
     "load_ogbench_dataset": ".ogbench",
     "MinariExperienceReplay": ".minari",
@@ -41,6 +45,8 @@ _EXPORTS = {
     "download_ogbench_dataset": ".download",
     "generate_ogbench_dataset": ".generation",
     "GENERATED_DATASETS": ".oracles",
+    "OfflineOnlineReplayBuffer": ".union_buffer",
+    "TRANSITION_KEYS": ".union_storage",
     "ActionVariance": ".action_variance",
     "intrinsic_action_variance": ".action_variance",
     "suggest_target_divergence": ".action_variance",

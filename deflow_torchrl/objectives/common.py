@@ -12,7 +12,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Self, TypeAlias
 
 import torch
 from tensordict import TensorDict, TensorDictBase, TensorDictParams
@@ -89,6 +89,7 @@ class OffPolicyLoss(LossModule):
 
     reduction: str
     num_qvalue_nets: int
+    prior_frozen: bool = False
 
     def __init__(self, *, reduction: Reduction | None = None) -> None:
         self._in_keys: list[NestedKey] | None = None
@@ -101,12 +102,12 @@ class OffPolicyLoss(LossModule):
     # -- keys ---------------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def _required_keys(self) -> list[NestedKey]:
-        """Entries the loss cannot do without, computed from the current keys."""
+    def _required_keys(self, tensordict: TensorDictBase | None = None) -> list[NestedKey]:
+        """Entries the loss cannot do without, from the current keys: fewer where ``tensordict`` gives base actions."""
 
     @abstractmethod
     def _optional_keys(self) -> list[NestedKey]:
-        """Random draws the caller may give."""
+        """Random draws, and base actions of a frozen prior, that the caller may give."""
 
     @property
     def in_keys(self) -> list[NestedKey]:
@@ -121,7 +122,7 @@ class OffPolicyLoss(LossModule):
 
     @property
     def _dispatch_keys(self) -> list[NestedKey]:
-        """What keyword arguments may name: the required entries, then the random draws and the weights."""
+        """What keyword arguments may name: the required entries, then the optional ones and the weights."""
         optional = [*self._optional_keys(), self.tensor_keys.priority_weight]
         return list(dict.fromkeys([*self.in_keys, *(unravel_key(key) for key in optional)]))
 
@@ -140,7 +141,7 @@ class OffPolicyLoss(LossModule):
         Raises:
             KeyError: naming every required entry that is missing.
         """
-        missing = [key for key in dict.fromkeys(self._required_keys()) if tensordict.get(key, None) is None]
+        missing = [key for key in dict.fromkeys(self._required_keys(tensordict)) if tensordict.get(key, None) is None]
         if missing:
             raise KeyError(
                 f"{type(self).__name__} needs {missing}, which the input lacks; rename keys with set_keys, and observation "
@@ -213,14 +214,50 @@ class OffPolicyLoss(LossModule):
 
     # -- actor --------------------------------------------------------------------------------------------------------
 
-    def _set_actor(self, actor_network: DeFlowActor) -> None:
+    def _set_actor(self, actor_network: DeFlowActor, *, freeze_prior: bool) -> None:
         if not (hasattr(actor_network, "flow_policy") and hasattr(actor_network, "refinement_policy")):
             raise TypeError(f"actor_network must be a DeFlowActor, got {type(actor_network).__name__}")
         self.convert_to_functional(actor_network, "actor_network")
+        if freeze_prior:
+            self.freeze_prior_()
 
-    def _actor_keys(self) -> list[NestedKey]:
-        """Entries the actor needs: its inputs less the optional noise."""
+    def freeze_prior_(self) -> Self:
+        """Fix the prior for good: its parameters require no gradient any more, in every module that shares them.
+
+        From then on base actions are read from the input where it has them, under the refinement's base action key for s and
+        under ``("next", that key)`` for s', and drawn from the prior where it has not. Of an unfrozen prior they are never
+        read: it has moved on since they were drawn.
+
+        An optimiser made before keeps the prior's parameters but, finding no gradient, leaves them alone;
+        :meth:`deflow_torchrl.trainers.UpdateStep.freeze_prior` takes them out of it.
+        """
+        self.prior_frozen = True
+        with self.actor_network_params.to_module(self.actor_network, preserve_module_state=False):
+            for parameter in self.actor_network.flow_policy.parameters():
+                parameter.requires_grad_(False)
+                # A gradient left over from the last step would be applied once more.
+                parameter.grad = None
+        return self
+
+    @property
+    def _base_action_key(self) -> NestedKey:
+        return self.actor_network.refinement_policy.base_action_key
+
+    def _given_base_action(self, observations: TensorDictBase | None) -> Tensor | None:
+        """Base actions of a frozen prior in ``observations``: the input for s, its ``"next"`` for s'."""
+        if not self.prior_frozen or observations is None:
+            return None
+        return observations.get(self._base_action_key, None)
+
+    def _draw_keys(self) -> list[NestedKey]:
+        """What may be given of a base action: its noise, and of a frozen prior's itself."""
+        return [self.tensor_keys.noise, *([self._base_action_key] if self.prior_frozen else [])]
+
+    def _actor_keys(self, observations: TensorDictBase | None = None) -> list[NestedKey]:
+        """Entries the actor needs: its inputs less the optional noise, or the refinement's where base actions are given."""
         actor = self.actor_network
+        if self._given_base_action(observations) is not None:
+            return [actor.refinement_policy.observation_key]
         return [key for key in actor.in_keys if unravel_key(key) != unravel_key(_noise_key(actor))]
 
     def _noise(self, tensordict: TensorDictBase, key: NestedKey) -> Tensor:

@@ -11,6 +11,7 @@ the authors' released code and the paper differ. Differences of the whole:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 from tensordict import TensorDictBase
@@ -50,17 +51,22 @@ class DeFlowLoss(FlowMatchingLoss, RefinementLoss, TDCriticLoss):
         min_alpha (float, optional): lower bound of alpha. Defaults to none.
         max_alpha (float, optional): upper bound of alpha. Defaults to none.
         fixed_alpha (float, optional): a constant multiplier. Defaults to none.
+        freeze_prior (bool, optional): the prior does not learn and there is no ``loss_flow``: see :meth:`freeze_prior_`,
+            which does the same in mid-training. The prior may then be any TensorDictModule that writes the refinement's base
+            action, and it is not called where the input holds base actions of s and s' already
+            (:class:`~deflow_torchrl.data.BaseActionBank`). Defaults to ``False``.
         delay_qvalue (bool, optional): bootstrap from target critics, moved by ``SoftUpdate``. Defaults to ``True``.
         num_qvalue_nets (int, optional): copies of a single critic. Ignored for a list. Defaults to ``2``.
         reduction (str, optional): ``"mean"`` (default), ``"sum"`` over the batch, or ``"none"`` (shape ``td.shape``).
         deactivate_vmap (bool, optional): evaluate the critics in a loop. Defaults to ``False``.
 
     Raises:
-        TypeError: if the actor's prior is not a :class:`~deflow_torchrl.modules.FlowMatchingPolicy`.
+        TypeError: if the actor's prior is to learn and is not a :class:`~deflow_torchrl.modules.FlowMatchingPolicy`.
         ValueError: on a non-positive delta or alpha, crossed bounds or an unknown option.
 
     Random draws may be given in the input, else they are drawn from torch's global generator in this order: ``noise``,
-    ``("next", "noise")``, ``flow_noise`` (all N(0, I), ``[..., A]``), ``flow_time`` (U[0, 1), ``[..., 1]``).
+    ``("next", "noise")``, ``flow_noise`` (all N(0, I), ``[..., A]``), ``flow_time`` (U[0, 1), ``[..., 1]``). With a frozen
+    prior ``base_action`` and ``("next", "base_action")`` may be given, each in the place of its noise.
 
     Examples:
         >>> import torch
@@ -110,6 +116,7 @@ class DeFlowLoss(FlowMatchingLoss, RefinementLoss, TDCriticLoss):
         min_alpha: float | None = None,
         max_alpha: float | None = None,
         fixed_alpha: float | None = None,
+        freeze_prior: bool = False,
         delay_qvalue: bool = True,
         num_qvalue_nets: int = 2,
         reduction: Reduction | None = None,
@@ -117,8 +124,9 @@ class DeFlowLoss(FlowMatchingLoss, RefinementLoss, TDCriticLoss):
     ) -> None:
         # The parents' constructors would each convert the networks again: the parts are set once, here.
         OffPolicyLoss.__init__(self, reduction=reduction)
-        check_flow_policy(actor_network.flow_policy)
-        self._set_actor(actor_network)
+        if not freeze_prior:
+            check_flow_policy(actor_network.flow_policy)
+        self._set_actor(actor_network, freeze_prior=freeze_prior)
         self._set_critic(
             qvalue_network,
             num_qvalue_nets=num_qvalue_nets,
@@ -136,11 +144,26 @@ class DeFlowLoss(FlowMatchingLoss, RefinementLoss, TDCriticLoss):
             fixed_alpha=fixed_alpha,
         )
 
-    def _required_keys(self) -> list[NestedKey]:
-        return [*RefinementLoss._required_keys(self), *TDCriticLoss._required_keys(self)]
+    def freeze_prior_(self) -> Self:
+        """Fix the prior for good and drop ``loss_flow`` from the outputs; see :meth:`RefinementLoss.freeze_prior_`."""
+        self.out_keys = [key for key in self.out_keys if key != "loss_flow"]
+        return super().freeze_prior_()
+
+    def flow_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute ``loss_flow``: see :meth:`FlowMatchingLoss.flow_loss`.
+
+        Raises:
+            RuntimeError: if the prior is frozen.
+        """
+        if self.prior_frozen:
+            raise RuntimeError("the prior is frozen: it has no flow loss")
+        return super().flow_loss(tensordict)
+
+    def _required_keys(self, tensordict: TensorDictBase | None = None) -> list[NestedKey]:
+        return [*RefinementLoss._required_keys(self, tensordict), *TDCriticLoss._required_keys(self, tensordict)]
 
     def _optional_keys(self) -> list[NestedKey]:
-        parts = (RefinementLoss, TDCriticLoss, FlowMatchingLoss)
+        parts = (RefinementLoss, TDCriticLoss, *(() if self.prior_frozen else (FlowMatchingLoss,)))
         return [key for part in parts for key in part._optional_keys(self)]
 
     @property
@@ -151,19 +174,23 @@ class DeFlowLoss(FlowMatchingLoss, RefinementLoss, TDCriticLoss):
         with self.actor_network_params.to_module(self.actor_network, preserve_module_state=False):
             return self._flow_policy.module.velocity(observation, x, t)
 
+    def _base_actions(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor]:
+        """(b, b') of s and s', independent of each other."""
+        states = (tensordict, tensordict["next"])
+        if tensordict.ndim == 0 or any(self._given_base_action(state) is not None for state in states):
+            return self._current_base_action(tensordict), self._next_base_action(tensordict)
+        # One integration of [s; s'] in 2B rows instead of two: the largest cost of an update, at half the calls.
+        noise = torch.cat([self._noise(tensordict, self.tensor_keys.noise), self._next_noise(tensordict)], 0)
+        keys = self._actor_keys()
+        base_action, next_base_action = self._base_action(
+            torch.cat([state.select(*keys) for state in states], 0), noise
+        ).chunk(2, 0)
+        return base_action, next_base_action
+
     def _compute(self, tensordict: TensorDictBase) -> dict[str, Tensor]:
-        noise = self._noise(tensordict, self.tensor_keys.noise)
-        next_noise = self._next_noise(tensordict)
-        if tensordict.ndim:
-            # One integration of [s; s'] in 2B rows instead of two: the largest cost of an update, at half the calls.
-            keys = self._actor_keys()
-            both = torch.cat([tensordict.select(*keys), tensordict["next"].select(*keys)], 0)
-            base_action, next_base_action = self._base_action(both, torch.cat([noise, next_noise], 0)).chunk(2, 0)
-        else:
-            base_action = self._base_action(tensordict, noise)
-            next_base_action = self._base_action(tensordict["next"], next_noise)
+        base_action, next_base_action = self._base_actions(tensordict)
         return {
-            "loss_flow": self._flow_loss(tensordict),
+            **({} if self.prior_frozen else {"loss_flow": self._flow_loss(tensordict)}),
             **self._refinement_terms(tensordict, base_action),
             **self._critic_terms(tensordict, next_base_action),
         }

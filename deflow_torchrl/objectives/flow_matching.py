@@ -54,7 +54,7 @@ class FlowMatchingLoss(OffPolicyLoss):
         check_flow_policy(flow_policy)
         self.convert_to_functional(flow_policy, "flow_policy")
 
-    def _required_keys(self) -> list[NestedKey]:
+    def _required_keys(self, tensordict: TensorDictBase | None = None) -> list[NestedKey]:
         return [self._flow_policy.observation_key, self.tensor_keys.action]
 
     def _optional_keys(self) -> list[NestedKey]:

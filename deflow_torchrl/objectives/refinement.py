@@ -49,6 +49,8 @@ class RefinementLoss(OffPolicyLoss):
         min_alpha (float, optional): lower bound of alpha, > 0. Defaults to none.
         max_alpha (float, optional): upper bound of alpha. Defaults to none.
         fixed_alpha (float, optional): a constant multiplier; ``loss_alpha`` is then zero. Defaults to none.
+        freeze_prior (bool, optional): see :meth:`freeze_prior_`. Base actions are then read from the input where it has them.
+            Defaults to ``False``.
         num_qvalue_nets (int, optional): copies of a single critic. Ignored for a list. Defaults to ``2``.
         reduction (str, optional): ``"mean"`` (default), ``"sum"`` over the batch, or ``"none"`` (shape ``td.shape``).
         deactivate_vmap (bool, optional): evaluate the critics in a loop. Defaults to ``False``.
@@ -90,12 +92,13 @@ class RefinementLoss(OffPolicyLoss):
         min_alpha: float | None = None,
         max_alpha: float | None = None,
         fixed_alpha: float | None = None,
+        freeze_prior: bool = False,
         num_qvalue_nets: int = 2,
         reduction: Reduction | None = None,
         deactivate_vmap: bool = False,
     ) -> None:
         super().__init__(reduction=reduction)
-        self._set_actor(actor_network)
+        self._set_actor(actor_network, freeze_prior=freeze_prior)
         # The actor climbs the online critics: this loss alone needs no targets.
         self._set_critic(
             qvalue_network,
@@ -147,11 +150,13 @@ class RefinementLoss(OffPolicyLoss):
         else:
             self.log_alpha = torch.nn.Parameter(torch.tensor(float(log_alpha_init), device=device, dtype=dtype))
 
-    def _required_keys(self) -> list[NestedKey]:
-        return [*self._actor_keys(), *self._critic_keys(), self.tensor_keys.action]
+    def _required_keys(self, tensordict: TensorDictBase | None = None) -> list[NestedKey]:
+        keys = [*self._actor_keys(tensordict), *self._critic_keys()]
+        # The data's action only gives the noise its shape and type.
+        return keys if self._given_base_action(tensordict) is not None else [*keys, self.tensor_keys.action]
 
     def _optional_keys(self) -> list[NestedKey]:
-        return [self.tensor_keys.noise]
+        return self._draw_keys()
 
     @property
     def alpha(self) -> Tensor:
@@ -185,6 +190,13 @@ class RefinementLoss(OffPolicyLoss):
                 self.log_alpha.clamp_(*self._log_alpha_bounds)
         return self._reduce_term(-self.log_alpha * (divergence - self.target_divergence), tensordict)
 
+    def _current_base_action(self, tensordict: TensorDictBase) -> Tensor:
+        """Base action of s, given or drawn."""
+        given = self._given_base_action(tensordict)
+        if given is not None:
+            return given
+        return self._base_action(tensordict, self._noise(tensordict, self.tensor_keys.noise))
+
     def _refinement_terms(self, tensordict: TensorDictBase, base_action: Tensor) -> dict[str, Tensor]:
         loss_actor, divergence = self._actor_loss(tensordict, base_action)
         return {
@@ -198,8 +210,7 @@ class RefinementLoss(OffPolicyLoss):
         return divergence if self.reduction == "none" else self._batch_mean(divergence, tensordict)
 
     def _compute(self, tensordict: TensorDictBase) -> dict[str, Tensor]:
-        noise = self._noise(tensordict, self.tensor_keys.noise)
-        return self._refinement_terms(tensordict, self._base_action(tensordict, noise))
+        return self._refinement_terms(tensordict, self._current_base_action(tensordict))
 
     def actor_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute ``loss_actor``.
@@ -212,14 +223,14 @@ class RefinementLoss(OffPolicyLoss):
             The loss and metadata ``alpha`` and ``divergence``, detached.
         """
         tensordict = self._blank_masked_rows(tensordict)
-        base_action = self._base_action(tensordict, self._noise(tensordict, self.tensor_keys.noise))
+        base_action = self._current_base_action(tensordict)
         loss, divergence = self._actor_loss(tensordict, base_action)
         return loss, {"alpha": self.alpha, "divergence": self._divergence_metadata(divergence, tensordict)}
 
     def alpha_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute ``loss_alpha``; inputs and metadata as in :meth:`actor_loss`."""
         tensordict = self._blank_masked_rows(tensordict)
-        base_action = self._base_action(tensordict, self._noise(tensordict, self.tensor_keys.noise))
+        base_action = self._current_base_action(tensordict)
         with torch.no_grad():
             divergence = self._divergence(self._refine(tensordict, base_action)[0])
         loss = self._alpha_loss(tensordict, divergence)

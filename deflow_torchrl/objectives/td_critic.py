@@ -38,6 +38,8 @@ class TDCriticLoss(OffPolicyLoss):
     Keyword Args:
         q_aggregation (str, optional): ``"mean"`` (default) or ``"min"`` over the target critics.
         delay_qvalue (bool, optional): bootstrap from target critics, moved by ``SoftUpdate``. Defaults to ``True``.
+        freeze_prior (bool, optional): see :meth:`freeze_prior_`. Base actions of s' are then read from the input where it
+            has them. Defaults to ``False``.
         num_qvalue_nets (int, optional): copies of a single critic. Ignored for a list. Defaults to ``2``.
         reduction (str, optional): ``"mean"`` (default), ``"sum"`` over the batch, or ``"none"`` (shape ``td.shape``).
         deactivate_vmap (bool, optional): evaluate the critics in a loop. Defaults to ``False``.
@@ -80,12 +82,13 @@ class TDCriticLoss(OffPolicyLoss):
         *,
         q_aggregation: str = "mean",
         delay_qvalue: bool = True,
+        freeze_prior: bool = False,
         num_qvalue_nets: int = 2,
         reduction: Reduction | None = None,
         deactivate_vmap: bool = False,
     ) -> None:
         super().__init__(reduction=reduction)
-        self._set_actor(actor_network)
+        self._set_actor(actor_network, freeze_prior=freeze_prior)
         self._set_critic(
             qvalue_network,
             num_qvalue_nets=num_qvalue_nets,
@@ -99,8 +102,9 @@ class TDCriticLoss(OffPolicyLoss):
             raise ValueError(f"q_aggregation must be 'mean' or 'min', got {q_aggregation!r}")
         self.q_aggregation = q_aggregation
 
-    def _required_keys(self) -> list[NestedKey]:
-        observations = [*self._actor_keys(), *self._critic_keys()]
+    def _required_keys(self, tensordict: TensorDictBase | None = None) -> list[NestedKey]:
+        following = None if tensordict is None else tensordict.get("next", None)
+        observations = [*self._actor_keys(following), *self._critic_keys()]
         keys = self.tensor_keys
         return [
             *self._critic_keys(),
@@ -109,7 +113,7 @@ class TDCriticLoss(OffPolicyLoss):
         ]
 
     def _optional_keys(self) -> list[NestedKey]:
-        return [next_key(self.tensor_keys.noise)]
+        return [next_key(key) for key in self._draw_keys()]
 
     def _forward_value_estimator_keys(self, **kwargs: Any) -> None:
         if self._value_estimator is not None:
@@ -157,9 +161,13 @@ class TDCriticLoss(OffPolicyLoss):
     def _next_noise(self, tensordict: TensorDictBase) -> Tensor:
         return self._noise(tensordict, next_key(self.tensor_keys.noise))
 
+    def _next_base_action(self, tensordict: TensorDictBase) -> Tensor:
+        """Base action of s', given or drawn."""
+        given = self._given_base_action(tensordict["next"])
+        return self._base_action(tensordict["next"], self._next_noise(tensordict)) if given is None else given
+
     def _compute(self, tensordict: TensorDictBase) -> dict[str, Tensor]:
-        next_base_action = self._base_action(tensordict["next"], self._next_noise(tensordict))
-        return self._critic_terms(tensordict, next_base_action)
+        return self._critic_terms(tensordict, self._next_base_action(tensordict))
 
     def qvalue_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute ``loss_qvalue``.
@@ -172,6 +180,5 @@ class TDCriticLoss(OffPolicyLoss):
             The loss and metadata ``td_error [...]``, detached.
         """
         tensordict = self._blank_masked_rows(tensordict)
-        next_base_action = self._base_action(tensordict["next"], self._next_noise(tensordict))
-        loss, td_error = self._qvalue_loss(tensordict, next_base_action)
+        loss, td_error = self._qvalue_loss(tensordict, self._next_base_action(tensordict))
         return loss, {"td_error": td_error}

@@ -10,7 +10,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from deflow_torchrl.algorithms.base import Learner
-from deflow_torchrl.errors import NonFiniteLossError
+from deflow_torchrl.errors import InputError, NonFiniteLossError
 
 
 class UpdateStep:
@@ -34,9 +34,8 @@ class UpdateStep:
         self.learner = learner
         self.optimizer = torch.optim.Adam([dict(group) for group in learner.param_groups], fused=True)
         self.step = 0
-        self._names = learner.loss_names
         self._device = next(learner.loss.parameters()).device
-        self._first_bad = torch.full((len(self._names),), -1, dtype=torch.int64, device=self._device)
+        self._watch_losses()
         self._losses = torch.compile(self._compute, fullgraph=True) if compile_loss else self._compute
 
     def _compute(self, batch: TensorDictBase) -> TensorDictBase:
@@ -58,6 +57,38 @@ class UpdateStep:
             self.check_finite()
         return out.detach()
 
+    @property
+    def prior_frozen(self) -> bool:
+        """Whether the prior is fixed."""
+        return bool(getattr(self.learner.loss, "prior_frozen", False))
+
+    def freeze_prior(self) -> None:
+        """Fix the prior for good: it leaves the loss's terms and the optimiser, and its weights do not move by a bit.
+
+        Everything else goes on as it was, Adam's moments and step counts included. Without effect where the prior is frozen.
+
+        Raises:
+            InputError: if the method has no prior.
+            NonFiniteLossError: if a call so far met a NaN or infinite loss.
+        """
+        if self.learner.prior is None:
+            raise InputError(f"{type(self.learner.loss).__name__} has no prior to freeze; leave freeze_prior off")
+        if self.prior_frozen:
+            return
+        self.check_finite()
+        self.learner.loss.freeze_prior_()
+        # Left in the optimiser, the prior would be moved on by Adam's momentum as soon as it had a gradient of zero.
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                if not parameter.requires_grad:
+                    self.optimizer.state.pop(parameter, None)
+            group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
+        self._watch_losses()
+
+    def _watch_losses(self) -> None:
+        self._names = self.learner.loss_names
+        self._first_bad = torch.full((len(self._names),), -1, dtype=torch.int64, device=self._device)
+
     def _remember_bad(self, terms: Tensor) -> None:
         bad = ~terms.isfinite() & (self._first_bad < 0)
         self._first_bad.masked_fill_(bad, self.step)
@@ -74,12 +105,21 @@ class UpdateStep:
         """Everything a resumed run needs to go on as if it had not stopped: step, networks, targets, optimiser."""
         return {
             "step": self.step,
+            "prior_frozen": self.prior_frozen,
             "loss": self.learner.loss.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` gave."""
+        """Restore what :meth:`state_dict` gave; the prior is frozen if it was.
+
+        Raises:
+            ValueError: if the prior is frozen here and was not there, or the networks differ.
+        """
+        if state.get("prior_frozen", False):
+            self.freeze_prior()
+        elif self.prior_frozen:
+            raise ValueError("the prior is frozen here and was not in the state: load it first, then freeze")
         self.step = state["step"]
         self.learner.loss.load_state_dict(state["loss"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -1,0 +1,416 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
+"""Base actions of a frozen prior, drawn once and kept beside the transitions.
+
+A prior that no longer learns gives the same distribution of actions at a state for ever, so they need not be sampled again at
+every update, which is half of an update's cost and more where the prior is larger than the paper's. The bank holds K draws
+for every state of a replay buffer, and an update takes one of them at random.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from tensordict.utils import NestedKey, unravel_key
+from torchrl.data import ReplayBuffer
+from torchrl.data.replay_buffers.writers import ImmutableDatasetWriter
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+
+from deflow_torchrl.data.dataset import TransitionDataset
+from deflow_torchrl.errors import InputError
+from deflow_torchrl.paths import atomic_write
+
+_FORMAT = 1
+_OFFLINE, _ONLINE = 0, 1  # the two streams of seeds
+_PROBES = 1_000  # transitions that stand for the whole set in its digest
+
+
+class BaseActionBank:
+    """K base actions of a frozen prior for every state s and s' of a replay buffer.
+
+    ``bank.fill()`` draws those of the transitions that are in the buffer, ``bank.extend(index)`` those of transitions added
+    later, ``bank(batch)`` puts one of the K into a sampled batch, for s and for s' independently. The draws have the prior's
+    distribution and never touch torch's global generators; which of the K a batch gets does.
+
+    K trades memory for diversity. A bank takes ``K * A * bytes of a number`` for a state: 160 bytes at K = 8 and the
+    paper's A = 5 in float32. Where the buffer has a :class:`TransitionDataset`, s' of one transition is s of the next and a
+    transition is one state; otherwise, and online, it is two. A small K makes the updates see an empirical prior: with K = 1
+    the refinement learns from one base action per state, and the critic's target at s' has none of the average over the
+    prior that fresh draws give it. At K = 8 a mode of probability p is missing at a state with probability (1 - p)^8: 17% of
+    the states for p = 0.2, 0.4% for p = 0.5. Neighbouring states make up for each other as far as the networks
+    generalise.
+
+    Filling costs the prior's samples of ``N * K / (2 * B)`` updates at batch size B (one state per transition): 16,000
+    updates for a million transitions at K = 8 and B = 256. A training that is shorter does better without a bank.
+
+    The prior must not change any more: freeze it first, and put one with dropout or batch normalisation in evaluation mode.
+    Priors that draw noise of their own do so as under random exploration.
+
+    Args:
+        prior: any TensorDictModule that writes the base action ``[..., A]``. Its noise, if that is an input, is drawn.
+        buffer: the transitions: :class:`TransitionReplayBuffer`, :class:`OfflineOnlineReplayBuffer`, or any TorchRL replay
+            buffer of single transitions. States are read through its transforms.
+
+    Keyword Args:
+        num_actions: K.
+        base_action_key: what the prior writes; the refinement's base action key.
+        seed: of the draws; equal seeds and batch sizes give equal banks (on one device).
+        batch_size: rows of a call of the prior, K to a state.
+        device: where the bank is kept and gathered; the prior's device by default, where its samples are drawn.
+
+    Raises:
+        InputError: on an option out of range, a prior that does not write the key, or a buffer of another kind.
+
+    Examples:
+        >>> from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+        >>> from deflow_torchrl.modules import FlowMatchingPolicy, make_velocity_network
+        >>> prior = FlowMatchingPolicy(make_velocity_network(3, 2, (16,)), 2, out_keys=("base_action",))
+        >>> buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(100), batch_size=4)
+        >>> states = torch.randn(20, 3)
+        >>> _ = buffer.extend(TensorDict(
+        ...     observation=states, next=TensorDict(observation=states, batch_size=[20]), batch_size=[20]))
+        >>> bank = BaseActionBank(prior, buffer, num_actions=4)
+        >>> bank.fill()
+        >>> batch = bank(buffer.sample())
+        >>> batch["base_action"].shape, batch["next", "base_action"].shape
+        (torch.Size([4, 2]), torch.Size([4, 2]))
+    """
+
+    def __init__(
+        self,
+        prior: TensorDictModuleBase,
+        buffer: ReplayBuffer,
+        *,
+        num_actions: int = 8,
+        base_action_key: NestedKey = "base_action",
+        seed: int = 0,
+        batch_size: int = 8_192,
+        device: torch.device | str | None = None,
+    ) -> None:
+        for name, value, least in (("num_actions", num_actions, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
+            if not least <= value < 2**63:
+                raise InputError(f"{name} must be at least {least} (and below 2**63), got {value}")
+        self.base_action_key = unravel_key(base_action_key)
+        if self.base_action_key not in [unravel_key(key) for key in prior.out_keys]:
+            raise InputError(f"the prior writes {prior.out_keys}, not {base_action_key!r}; build it with that out_key")
+        if getattr(buffer.storage, "ndim", 1) != 1:
+            raise InputError("a bank needs a buffer of single transitions, this storage has more than one dimension")
+        self.prior, self.buffer = prior, buffer
+        self.num_actions, self.seed, self.batch_size = num_actions, seed, batch_size
+        self.device = _device_of(prior, buffer) if device is None else torch.device(device)
+        self._num_offline = int(getattr(buffer, "num_offline", len(buffer)))
+        self._capacity = _capacity(buffer)
+        dataset = getattr(buffer, "dataset", None)
+        # Frames serve where no transform comes between them and the prior, and no row is ever another transition's.
+        frames = isinstance(dataset, TransitionDataset) and not len(buffer.transform)
+        self._dataset = dataset if frames and getattr(buffer, "overwrite", "online") != "fifo" else None
+        self._starts = None if self._dataset is None else self._dataset.episode_starts.to(self.device)
+        self._filled = False
+        self._extensions = 0
+        self._extended = torch.zeros(self._capacity, dtype=torch.bool, device=self.device)
+        self._actions: torch.Tensor | None = None  # [states, K, A]; made when A is known
+
+    # -- drawing ------------------------------------------------------------------------------------------------------
+
+    def fill(self, progress: Callable[[Iterator[int], int], Iterator[int]] | None = None) -> None:
+        """Draw the base actions of the buffer's offline transitions, or of all it holds if it makes no difference.
+
+        Args:
+            progress: wraps the iterator of finished calls of the prior (iterator, total), for a progress bar.
+
+        Raises:
+            InputError: if the transitions lack what the prior reads, or what it writes is not ``[rows, A]``, floating
+                point, finite and as wide as the data's actions.
+        """
+        total = -(-self._offline_states // self._states_per_call)
+        for _ in self._fill() if progress is None else progress(self._fill(), total):
+            pass
+        if not self._filled:
+            raise InputError("progress did not go through the iterator it was given; return an iterator over all of it")
+
+    @property
+    def _states_per_call(self) -> int:
+        """States in a call of the prior while filling: even, so that s and s' of a row are not parted."""
+        return max(self.batch_size // self.num_actions // 2, 1) * 2
+
+    @property
+    def _offline_states(self) -> int:
+        return 2 * self._num_offline if self._dataset is None else len(self._dataset.observation)
+
+    def _fill(self) -> Iterator[int]:
+        for call, begin in enumerate(range(0, self._offline_states, self._states_per_call)):
+            states = self._read_states(begin, min(begin + self._states_per_call, self._offline_states))
+            drawn = self._draw(states, _OFFLINE, call)
+            self._table(drawn)[begin : begin + len(drawn)] = drawn
+            yield call
+        if self._dataset is not None:
+            self._dataset.release()
+        self._filled = True
+
+    def _read_states(self, begin: int, end: int) -> TensorDictBase:
+        """States by their places in the table: frames, or s and s' of row after row."""
+        if self._dataset is not None:
+            return TensorDict({"observation": self._dataset.observation[begin:end]}, batch_size=[end - begin])
+        return self._both_states(self.buffer[begin // 2 : end // 2])
+
+    def _both_states(self, transitions: TensorDictBase) -> TensorDictBase:
+        """What the prior reads of s and s', alternating, ``[2 n]``."""
+        keys = self._prior_keys
+        states = [transitions.select(*keys, strict=False), transitions["next"].select(*keys, strict=False)]
+        return torch.stack([state.exclude("next").reshape(-1) for state in states], 1).reshape(-1)
+
+    @property
+    def _prior_keys(self) -> list[NestedKey]:
+        noise = getattr(self.prior, "noise_key", None)
+        return [key for key in self.prior.in_keys if noise is None or unravel_key(key) != unravel_key(noise)]
+
+    def extend(self, index: torch.Tensor) -> None:
+        """Draw the base actions of transitions that were added to the buffer, or written over others.
+
+        Args:
+            index: their rows ``[n]``, as ``buffer.extend`` returned them.
+
+        Raises:
+            InputError: as :meth:`fill`.
+        """
+        index = torch.as_tensor(index).reshape(-1)
+        if not len(index):
+            return
+        if self._dataset is not None and int(index.min()) < self._num_offline:
+            raise InputError(f"row {int(index.min())} is offline and never changes; extend the bank by online rows")
+        drawn = self._draw(self._both_states(self.buffer[index]), _ONLINE, self._extensions)
+        self._put(index.to(self.device), drawn)
+        self._extensions += 1
+
+    def _put(self, rows: torch.Tensor, actions: torch.Tensor) -> None:
+        first = self._first_state(rows)
+        self._table(actions)[torch.stack([first, first + 1], 1).reshape(-1)] = actions
+        self._extended[rows] = True
+
+    def _draw(self, states: TensorDictBase, stream: int, call: int) -> torch.Tensor:
+        """K base actions for each of the states, ``[n, K, A]``; the same whenever this call of this stream is repeated."""
+        missing = [key for key in self._prior_keys if states.get(key, None) is None]
+        if missing:
+            raise InputError(
+                f"the prior reads {missing}, which the buffer's transitions lack; store them or rename keys"
+            )
+        states = states.select(*self._prior_keys).to(self.device)
+        rows = states.unsqueeze(1).expand(len(states), self.num_actions).reshape(-1)
+        # Under deterministic exploration a prior such as a DiffusionActor gives one action, not its distribution.
+        exploration = set_exploration_type(ExplorationType.RANDOM)
+        with torch.no_grad(), exploration, _generators_set_aside(self.device, (self.seed, stream, call)):
+            actions = self.prior(rows).get(self.base_action_key)
+        self._check(actions, len(rows))
+        return actions.reshape(len(states), self.num_actions, -1)
+
+    def _check(self, actions: Any, rows: int) -> None:
+        if not isinstance(actions, torch.Tensor) or not actions.is_floating_point():
+            kind = actions.dtype if isinstance(actions, torch.Tensor) else type(actions).__name__
+            raise InputError(f"the prior writes {self.base_action_key!r} of type {kind}, expected floating point")
+        like = self._actions
+        if like is None:  # the first draw: where the data's actions have another name, its own width counts
+            row = self.buffer[:1].get("action", None) if len(self.buffer) else None
+            like = actions if row is None else row.to(actions.dtype)
+        if actions.shape != (rows, *like.shape[-1:]) or actions.dtype != like.dtype:
+            raise InputError(
+                f"the prior writes {self.base_action_key!r} of shape {tuple(actions.shape)} and {actions.dtype} for {rows} "
+                f"states, expected {[rows, *like.shape[-1:]]} and {like.dtype}"
+            )
+        if not bool(actions.isfinite().all()):
+            raise InputError(f"the prior writes NaN or infinity into {self.base_action_key!r}; check its weights")
+
+    def _table(self, actions: torch.Tensor) -> torch.Tensor:
+        if self._actions is None:
+            # A CPU gives the memory of zeros as it is written: the online zone costs what is in it.
+            states = self._offline_states + 2 * (self._capacity - self._num_offline)
+            self._actions = torch.zeros(states, *actions.shape[-2:], dtype=actions.dtype, device=self.device)
+        return self._actions
+
+    # -- sampling -----------------------------------------------------------------------------------------------------
+
+    def _first_state(self, rows: torch.Tensor) -> torch.Tensor:
+        """Place of s in the table; s' is the next."""
+        if self._starts is None:
+            return 2 * rows
+        frame = rows + torch.searchsorted(self._starts, rows, right=True) - 1
+        if self._capacity == self._num_offline:
+            return frame
+        return torch.where(rows < self._num_offline, frame, self._offline_states + 2 * (rows - self._num_offline))
+
+    def __call__(self, batch: TensorDictBase) -> TensorDictBase:
+        """Write ``base_action`` and ``("next", "base_action")`` ``[..., A]`` into a batch sampled from the buffer.
+
+        Each is one of the state's K, at random from the global generator of the bank's device. On an accelerator the host
+        does not wait; a row the bank has not seen is then NaN there.
+
+        Args:
+            batch: transitions with their rows in ``"index"``.
+
+        Returns:
+            the same batch.
+
+        Raises:
+            InputError: if the batch has no ``"index"`` or, on a CPU, a row the bank has not seen.
+        """
+        rows = batch.get("index", None)
+        if rows is None:
+            raise InputError("the batch has no 'index'; give the bank what its buffer's sample() returned")
+        if self._actions is None:
+            raise InputError("the bank is empty; call fill() or load() first")
+        rows = rows.reshape(batch.batch_size).to(self.device)
+        first = self._first_state(rows)
+        states = torch.stack([first, first + 1])
+        chosen = states * self.num_actions + torch.randint(self.num_actions, states.shape, device=self.device)
+        actions = self._actions.flatten(0, 1)[chosen]
+        actions = self._refuse_unseen(rows, actions)
+        batch.set(self.base_action_key, actions[0])
+        batch.set(unravel_key(("next", self.base_action_key)), actions[1])
+        return batch
+
+    def _refuse_unseen(self, rows: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        unseen = ~self._extended[rows]
+        if self._filled:
+            unseen &= rows >= self._num_offline
+        if self.device.type != "cpu":
+            return actions.masked_fill(unseen.unsqueeze(-1), torch.nan)
+        if bool(unseen.any()):
+            raise InputError(
+                f"row {int(rows[unseen].reshape(-1)[0])} has no base actions; call extend() after buffer.extend()"
+            )
+        return actions
+
+    # -- keeping ------------------------------------------------------------------------------------------------------
+
+    def _identity(self) -> dict[str, Any]:
+        """What the offline part depends on."""
+        return {
+            "format": _FORMAT,
+            "base_action_key": repr(self.base_action_key),
+            "num_actions": self.num_actions,
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "transitions": self._num_offline,
+            "states": self._offline_states,
+            "prior": _digest(self.prior.state_dict().items()),
+            "data": self._data_digest(),
+        }
+
+    def _data_digest(self) -> str:
+        step = max(self._offline_states // _PROBES, 1)
+        probes = (self._read_states(place, place + 2) for place in range(0, self._offline_states - 1, 2 * step))
+        chosen = (probe.select(*self._prior_keys, strict=False) for probe in probes)
+        return _digest(item for probe in chosen for item in probe.flatten_keys(".").items())
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the offline part into one file, beside and renamed.
+
+        Raises:
+            InputError: if the bank is not filled, or the file cannot be written.
+        """
+        if not self._filled or self._actions is None:
+            raise InputError("the bank is empty; call fill() first")
+        path = Path(path)
+        try:
+            with atomic_write(path) as temporary:
+                # A view would be saved with the online zone behind it.
+                torch.save({**self._identity(), "actions": self._actions[: self._offline_states].clone()}, temporary)
+        except (OSError, RuntimeError) as error:
+            raise InputError(f"cannot write {path} ({' '.join(str(error).split())}); choose another folder") from error
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Read what :meth:`save` wrote for this prior, these data, this K, seed and batch size; never runs code from it.
+
+        Raises:
+            InputError: if the file is missing, damaged or of another bank: what differs is named.
+        """
+        path = Path(path)
+        try:
+            if path.exists() and not zipfile.is_zipfile(path):
+                raise EOFError("no archive of tensors")
+            state = torch.load(path, map_location=self.device, weights_only=True)
+            actions = state.pop("actions")
+        except FileNotFoundError as error:
+            raise InputError(f"no base actions {path}") from error
+        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, AttributeError) as error:
+            raise InputError(
+                f"{path} is damaged or holds no base actions; delete it and fill the bank again"
+            ) from error
+        own = self._identity()
+        differs = [name for name in sorted(own.keys() | state.keys()) if own.get(name) != state.get(name)]
+        if differs:
+            raise InputError(f"{path} is of another bank (different: {', '.join(differs)}); fill this one")
+        self._table(actions)[: self._offline_states] = actions
+        self._filled = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """The online part and the position in its stream of draws; :meth:`save` keeps the offline part."""
+        rows = self._extended.nonzero().squeeze(-1)
+        state: dict[str, Any] = {"num_actions": self.num_actions, "extensions": self._extensions, "rows": rows}
+        if self._actions is not None:
+            first = self._first_state(rows)
+            state["actions"] = self._actions[torch.stack([first, first + 1], 1).reshape(-1)]
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` gave, over a bank that is filled or loaded as that one was.
+
+        Raises:
+            InputError: if it is of a bank with another K or action, or of a larger buffer.
+        """
+        rows, actions = state["rows"].to(self.device), state.get("actions")
+        if state["num_actions"] != self.num_actions:
+            raise InputError(f"the state has {state['num_actions']} base actions a state, this bank {self.num_actions}")
+        if len(rows) and int(rows.max()) >= self._capacity:
+            raise InputError(f"the state has row {int(rows.max())}, this bank's buffer {self._capacity} rows")
+        if self._actions is not None and actions is not None and actions.shape[1:] != self._actions.shape[1:]:
+            raise InputError(f"the state has actions of width {actions.shape[-1]}, this bank {self._actions.shape[-1]}")
+        self._extended.zero_()
+        if actions is not None:
+            self._put(rows, actions.to(self.device))
+        self._extensions = state["extensions"]
+
+
+@contextmanager
+def _generators_set_aside(device: torch.device, numbers: tuple[int, ...]) -> Iterator[None]:
+    """Seed torch's generators from ``numbers``, the CPU's and the device's, and give them their states back at the end."""
+    seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        # Not torch.manual_seed, which seeds every device: also those that are not given back.
+        torch.default_generator.manual_seed(seed)
+        for one in cuda:
+            with torch.cuda.device(one):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
+def _device_of(prior: TensorDictModuleBase, buffer: ReplayBuffer) -> torch.device:
+    for tensor in (*prior.parameters(), *prior.buffers()):
+        return tensor.device
+    device = getattr(buffer.storage, "device", "cpu")
+    return torch.device("cpu" if device in (None, "auto") else device)
+
+
+def _capacity(buffer: ReplayBuffer) -> int:
+    if isinstance(buffer.writer, ImmutableDatasetWriter):
+        return len(buffer)
+    return int(getattr(buffer, "capacity", buffer.storage.max_size))
+
+
+def _digest(items: Any) -> str:
+    digest = hashlib.sha256()
+    for name, value in items:
+        if isinstance(value, torch.Tensor):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

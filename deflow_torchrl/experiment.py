@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import shlex
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from torchrl.envs import DeviceCastTransform
 
 from deflow_torchrl.algorithms import Learner, get_algorithm
 from deflow_torchrl.algorithms.base import ProblemSpec
-from deflow_torchrl.config import TrainConfig, config_from_dict, config_to_dict, default_out
+from deflow_torchrl.config import TrainConfig, apply_overrides, config_from_dict, config_to_dict, default_out
 from deflow_torchrl.data import OfflineOnlineReplayBuffer, TransitionDataset, TransitionReplayBuffer
 from deflow_torchrl.data.base_actions import BaseActionBank
 from deflow_torchrl.envs.factory import make_gym_env
@@ -35,6 +35,7 @@ from deflow_torchrl.trainers.collection import OnlineExperience
 from deflow_torchrl.trainers.identity import run_identity
 from deflow_torchrl.trainers.loggers import check_logger, make_logger
 from deflow_torchrl.trainers.online import OnlinePhase
+from deflow_torchrl.trainers.resuming import check_resumable, drop_later_checkpoints, find_checkpoint
 from deflow_torchrl.trainers.trainer import restore_learner
 
 CONFIG_FILE = "config.yaml"
@@ -92,16 +93,45 @@ def check_free(out: Path) -> None:
         )
 
 
-def resume(out: Path, *, command: str, show_progress: bool = True) -> dict[str, Any]:
-    """Go on with an interrupted run from its last checkpoint (from the start, if it has none); arguments as in :func:`train`.
+def resume(
+    out: Path,
+    *,
+    command: str,
+    overrides: Sequence[str] = (),
+    force: bool = False,
+    step: int | None = None,
+    show_progress: bool = True,
+) -> dict[str, Any]:
+    """Go on with an interrupted run from its last checkpoint (from the start, if it has none); see also :func:`train`.
+
+    Args:
+        out: run folder.
+
+    Keyword Args:
+        command: the command line, for the record.
+        overrides: ``key=value`` settings to change.
+        force: go on although settings differ from the checkpoint's.
+        step: go on from this kept checkpoint; the later ones are removed.
+        show_progress: show progress bars on standard error.
 
     Raises:
-        InputError: if ``out`` is no run folder or its checkpoint is damaged.
+        InputError: if ``out`` is no run folder, its checkpoint is damaged or of another run, or settings differ.
     """
     settings = read_run_settings(out)
-    config = replace(config_from_dict(settings["config"]), out=str(out))
+    saved = config_from_dict(settings["config"])
+    if any(override.startswith("out=") for override in overrides):
+        raise InputError(f"out= cannot be changed; move {out} to where you want it")
+    config = replace(_resumable_from_anywhere(apply_overrides(saved, overrides)), out=str(out))
+    checkpoint = find_checkpoint(out / "checkpoints", step)
+    check_resumable(
+        config_to_dict(config),
+        saved=config_to_dict(saved),
+        checkpoint=checkpoint,
+        config_file=out / CONFIG_FILE,
+        force=force,
+    )
     run = _Run(config, out, command=command, final_episodes=settings["final_episodes"], show_progress=show_progress)
-    return run.go(resume=True, extra_seconds={})
+    return run.go(resume=True, checkpoint=checkpoint, extra_seconds={})
 
 
 def evaluate_run(
@@ -128,7 +158,8 @@ def evaluate_run(
     checkpoints = list_checkpoints(out / "checkpoints")
     if not checkpoints:
         raise InputError(f"{out} has no checkpoint yet; train it with `deflow resume {out}`")
-    state = load_checkpoint(checkpoints[-1])
+    identity = run_identity(config_to_dict(config), data_sha256=None)
+    state = load_checkpoint(checkpoints[-1], identity=identity)
     where = _device(device or config.device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)  # the number of threads can move the last digits of a matrix product
@@ -213,10 +244,10 @@ class _Run:
         settings = {"config": config_to_dict(self.config), "final_episodes": self.final_episodes}
         write_text(self.out / CONFIG_FILE, yaml.safe_dump(settings, sort_keys=False))
 
-    def go(self, *, resume: bool, extra_seconds: dict[str, float]) -> dict[str, Any]:
+    def go(self, *, resume: bool, checkpoint: Path | None = None, extra_seconds: dict[str, float]) -> dict[str, Any]:
         folder = self.out / "checkpoints"
         try:
-            return self._go(folder, resume=resume, extra_seconds=extra_seconds)
+            return self._go(folder, resume=resume, checkpoint=checkpoint, extra_seconds=extra_seconds)
         except KeyboardInterrupt as error:
             kept = list_checkpoints(folder)
             state = f"saved at step {step_of(kept[-1])}" if kept else "before anything was trained"
@@ -229,7 +260,9 @@ class _Run:
             where = f"the last good checkpoint is {kept[-1]}" if kept else "there was no checkpoint yet"
             raise NonFiniteLossError(f"{error}; {where}") from error
 
-    def _go(self, folder: Path, *, resume: bool, extra_seconds: dict[str, float]) -> dict[str, Any]:
+    def _go(
+        self, folder: Path, *, resume: bool, checkpoint: Path | None, extra_seconds: dict[str, float]
+    ) -> dict[str, Any]:
         config = self.config
         trainer = self.trainer = Trainer(
             self.update,
@@ -252,9 +285,11 @@ class _Run:
             validation=self.validation,
             show_progress=self.show_progress,
         )
-        checkpoints = list_checkpoints(folder) if resume else []
-        if checkpoints:
-            trainer.restore(checkpoints[-1])
+        if checkpoint is not None:
+            trainer.restore(checkpoint)
+            drop_later_checkpoints(checkpoint)
+        if resume:
+            self.write_config()
         metrics = trainer.metrics = MetricsLog(
             self.out,
             logger=make_logger(self.config.logger, self.out),

@@ -149,7 +149,9 @@ def test_a_frozen_priors_base_actions_are_those_of_the_batch():
     batch["next", "base_action"] = torch.zeros_like(batch["action"])
     out = seen(update, batch)
     refined = update.learner.policy.refinement_policy(batch.select("observation", "base_action"))
-    assert out["divergence_ratio"].item() == pytest.approx(refined["refinement"].square().mean().item() / 0.01, rel=1e-5)
+    assert out["divergence_ratio"].item() == pytest.approx(
+        refined["refinement"].square().mean().item() / 0.01, rel=1e-5
+    )
 
 
 def test_a_method_need_not_have_diagnostics():

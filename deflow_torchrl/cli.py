@@ -115,7 +115,7 @@ def train(
     settings: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="Settings, as in Hydra.")] = None,
     json_: _JSON = False,
 ) -> None:
-    """Train a method on a data set: deflow train task=NAME [KEY=VALUE...]
+    """Train a method on a data set, then online: deflow train task=NAME [online_steps=N] [KEY=VALUE...]
 
     NAME: an OGBench single-task name; one of the paper's D4RL names (door-human-v1); minari:ID, any Minari set; own:FOLDER, a
     set made by deflow data import. env=GYMNASIUM_ID says where own data is evaluated; env=none does without for a Minari set.
@@ -124,11 +124,15 @@ def train(
     eval_episodes, save_interval, data_root, download, storage (device, memmap), out, device, compile, threads,
     eval_workers, logger (none, wandb, tensorboard, mlflow).
 
+    Online, after the offline steps: online_steps (environment steps), utd (gradient steps for each), warmup_steps,
+    freeze_prior (with base_actions of each state in a bank), mixing (uniform, balanced, annealed) with offline_fraction and
+    anneal_steps, online_capacity, overwrite (online, fifo), collector_workers with steps_per_collection, max_fault_share.
+
     Settings of the method: algo.lr, algo.tau, algo.flow_steps, algo.gamma, algo.q_aggregation, algo.target_divergence,
     algo.normalize_q_loss, algo.divergence_reduction, algo.log_alpha_init, algo.min_alpha, algo.max_alpha,
     algo.fixed_alpha. Defaults are the paper's; gamma, q_aggregation and target_divergence are the task's.
 
-    Example: deflow train task=cube-single-play-singletask-task2-v0 seed=1 offline_steps=200000 out=runs/cube
+    Example: deflow train task=cube-single-play-singletask-task2-v0 seed=1 offline_steps=200000 online_steps=50000 out=runs/cube
     """
     from deflow_torchrl.config import compose_config
 

@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +16,8 @@ from deflow_torchrl.algorithms.settings import DeFlowConfig
 from deflow_torchrl.errors import InputError, MissingExtraError
 
 ALGORITHM_CONFIGS = {"deflow": DeFlowConfig}
+MIXINGS = ("uniform", "balanced", "annealed")
+OVERWRITES = ("online", "fifo")
 STORAGES = ("device", "memmap")
 LOGGERS = ("none", "wandb", "tensorboard", "mlflow")
 
@@ -31,7 +33,21 @@ class TrainConfig:
             Minari set's own environment where None.
         seed: seed of networks, batches and noise.
         offline_steps: gradient steps on the data set.
-        online_steps: gradient steps with an environment; this version trains offline only, so 0.
+        online_steps: environment steps after them, on the policy's own experience and the data set.
+        utd: gradient steps per environment step.
+        warmup_steps: environment steps before the first online gradient step.
+        mixing: how batches mix data set and experience: ``uniform`` over their union (the paper's), ``balanced`` (a fixed
+            share) or ``annealed`` (a share that moves).
+        offline_fraction: ``balanced``: the data set's share of a batch; ``annealed``: ``[START,END]``.
+        anneal_steps: ``annealed``: environment steps from START to END; all online steps where None.
+        overwrite: what new experience replaces when there is no room: the oldest experience (``online``), or the oldest
+            transition of all (``fifo``, the authors' code: their buffer has room for two million).
+        online_capacity: transitions of experience kept; all where None (with ``fifo``: room up to two million in all).
+        freeze_prior: keep the flow prior as the offline phase left it: its base actions are drawn once, into a bank.
+        base_actions: ``freeze_prior``: base actions kept of each state.
+        collector_workers: processes that act; 0 acts in the learner's process, with the weights of the very last update.
+        steps_per_collection: environment steps acted with the same weights (for processes: a multiple of them).
+        max_fault_share: share of online episodes that may fail (an environment that raises or returns NaN).
         batch_size: transitions per gradient step.
         hidden_dims: widths of the hidden layers of every network.
         log_interval: steps between rows of metrics.
@@ -57,6 +73,18 @@ class TrainConfig:
     seed: int = 0
     offline_steps: int = 1_000_000
     online_steps: int = 0
+    utd: float = 1.0
+    warmup_steps: int = 0
+    mixing: str = "uniform"
+    offline_fraction: Any = 0.5
+    anneal_steps: int | None = None
+    overwrite: str = "online"
+    online_capacity: int | None = None
+    freeze_prior: bool = False
+    base_actions: int = 8
+    collector_workers: int = 0
+    steps_per_collection: int = 1
+    max_fault_share: float = 0.1
     batch_size: int = 256
     hidden_dims: list[int] = field(default_factory=lambda: [512, 512, 512, 512])
     log_interval: int = 1_000
@@ -187,12 +215,14 @@ def _check_values(config: TrainConfig) -> None:
 
     if config.task == "???":
         raise InputError("no task given; name one, for example task=cube-single-play-singletask-task2-v0")
-    if config.online_steps:
-        raise InputError(f"online_steps={config.online_steps}: this version trains offline only; set online_steps=0")
-    for name in ("offline_steps", "batch_size", "eval_episodes", "log_interval"):
+    for name in ("batch_size", "eval_episodes", "log_interval", "base_actions", "steps_per_collection"):
         need(getattr(config, name) >= 1, name, getattr(config, name), "at least 1")
-    for name in ("eval_interval", "save_interval", "seed"):
+    for name in (
+        "offline_steps", "online_steps", "warmup_steps", "collector_workers", "eval_interval", "save_interval", "seed",
+    ):  # fmt: skip
         need(getattr(config, name) >= 0, name, getattr(config, name), "at least 0")
+    need(config.offline_steps + config.online_steps >= 1, "offline_steps", 0, "at least 1, or online_steps")
+    _check_online(config, need)
     need(
         bool(config.hidden_dims) and min(config.hidden_dims) >= 1, "hidden_dims", config.hidden_dims, "positive widths"
     )
@@ -233,3 +263,31 @@ def _check_values(config: TrainConfig) -> None:
     need(
         algo.fixed_alpha is None or not bounded, "algo.fixed_alpha", algo.fixed_alpha, "no bounds beside a fixed alpha"
     )
+
+
+def _check_online(config: TrainConfig, need: Callable[[bool, str, Any, str], None]) -> None:
+    need(config.mixing in MIXINGS, "mixing", config.mixing, f"one of {', '.join(MIXINGS)}")
+    need(config.overwrite in OVERWRITES, "overwrite", config.overwrite, f"one of {', '.join(OVERWRITES)}")
+    need(config.utd > 0 and math.isfinite(config.utd), "utd", config.utd, "a positive number")
+    need(0 <= config.max_fault_share <= 1, "max_fault_share", config.max_fault_share, "a share between 0 and 1")
+    for name in ("anneal_steps", "online_capacity"):
+        value = getattr(config, name)
+        need(value is None or value >= 1, name, value, "at least 1")
+    share = config.offline_fraction
+    shares = list(share) if isinstance(share, (list, tuple)) else [share]
+    fits = all(isinstance(value, (int, float)) and 0 <= value <= 1 for value in shares)
+    if config.mixing == "annealed":
+        need(fits and len(shares) == 2, "offline_fraction", share, "two shares, for example [1.0,0.5], with annealed")
+    else:
+        need(fits and not isinstance(share, (list, tuple)), "offline_fraction", share, "a share between 0 and 1")
+    workers = config.collector_workers
+    need(
+        workers == 0 or config.steps_per_collection % workers == 0,
+        "steps_per_collection",
+        config.steps_per_collection,
+        f"a multiple of collector_workers={workers}",
+    )
+    if config.online_steps == 0 and config.freeze_prior:
+        raise InputError("freeze_prior=true freezes the prior in the online phase; set online_steps too")
+    if config.online_steps and config.env == "none":
+        raise InputError(f"online_steps={config.online_steps} needs an environment, and env=none asks for none")

@@ -18,7 +18,8 @@ from torchrl.envs import DeviceCastTransform
 from deflow_torchrl.algorithms import Learner, get_algorithm
 from deflow_torchrl.algorithms.base import ProblemSpec
 from deflow_torchrl.config import TrainConfig, config_from_dict, config_to_dict, default_out
-from deflow_torchrl.data import TransitionDataset, TransitionReplayBuffer
+from deflow_torchrl.data import OfflineOnlineReplayBuffer, TransitionDataset, TransitionReplayBuffer
+from deflow_torchrl.data.base_actions import BaseActionBank
 from deflow_torchrl.envs.factory import make_gym_env
 from deflow_torchrl.errors import InputError, NonFiniteLossError, RunInterrupted
 from deflow_torchrl.paths import make_writable_folder, write_text
@@ -27,14 +28,18 @@ from deflow_torchrl.progress import progress_bar
 from deflow_torchrl.reports import build_record, check_report_extra, plot_learning_curve, write_html_report
 from deflow_torchrl.tasks import Task, get_task
 from deflow_torchrl.tasks.sources import data_digest, load_task_data, reference_returns
-from deflow_torchrl.trainers import EvaluationResult, Evaluator, MetricsLog, OfflineTrainer, TrainerSchedule, UpdateStep
+from deflow_torchrl.trainers import EvaluationResult, Evaluator, MetricsLog, Trainer, TrainerSchedule, UpdateStep
 from deflow_torchrl.trainers.checkpoint import list_checkpoints, load_checkpoint, step_of
+from deflow_torchrl.trainers.collection import OnlineExperience
 from deflow_torchrl.trainers.loggers import check_logger, make_logger
+from deflow_torchrl.trainers.online import OnlinePhase
 from deflow_torchrl.trainers.trainer import restore_learner
 
 CONFIG_FILE = "config.yaml"
 RECORD_FILE = "record.json"
+BANK_FILE = "base_actions.pt"
 _NUM_ENVS = 10
+_REFERENCE_CAPACITY = 2_000_000
 
 
 def train(
@@ -186,7 +191,7 @@ class _Run:
                 raise _images(config.task)
             validation = self._load_data("val")
             self._check_environment(dataset)
-            self.buffer = self._buffer(dataset)
+            self.buffer = self._union(dataset) if config.online_steps else self._buffer(dataset)
             self.validation = None if validation is None else self._buffer(validation)
             self.data = self._describe_data(dataset)
             self.references = reference_returns(self.task)
@@ -208,8 +213,9 @@ class _Run:
         except KeyboardInterrupt as error:
             kept = list_checkpoints(folder)
             state = f"saved at step {step_of(kept[-1])}" if kept else "before anything was trained"
+            steps = self.config.offline_steps + self.config.online_steps
             raise RunInterrupted(
-                f"interrupted, {state} of {self.config.offline_steps}; go on with: deflow resume {shlex.quote(str(self.out))}"
+                f"interrupted, {state} of {steps}; go on with: deflow resume {shlex.quote(str(self.out))}"
             ) from error
         except NonFiniteLossError as error:
             kept = list_checkpoints(folder)
@@ -217,16 +223,22 @@ class _Run:
             raise NonFiniteLossError(f"{error}; {where}") from error
 
     def _go(self, folder: Path, *, resume: bool, extra_seconds: dict[str, float]) -> dict[str, Any]:
-        trainer = OfflineTrainer(
+        config = self.config
+        trainer = self.trainer = Trainer(
             self.update,
             self.buffer,
             schedule=TrainerSchedule(
-                steps=self.config.offline_steps,
-                log_interval=self.config.log_interval,
-                eval_interval=self.config.eval_interval,
-                save_interval=self.config.save_interval,
+                offline_steps=config.offline_steps,
+                online_steps=config.online_steps,
+                log_interval=config.log_interval,
+                eval_interval=config.eval_interval,
+                save_interval=config.save_interval,
+                utd=config.utd,
+                warmup_steps=config.warmup_steps,
             ),
             checkpoints=folder,
+            online=self._online_phase() if config.online_steps else None,
+            score=f"eval/{self.task.metric}",
             extra_state=self.learner_sizes,
             validation=self.validation,
             show_progress=self.show_progress,
@@ -270,6 +282,57 @@ class _Run:
             buffer.append_transform(DeviceCastTransform(self.device))
         return buffer
 
+    def _union(self, dataset: TransitionDataset) -> OfflineOnlineReplayBuffer:
+        """The data set and room for what the online phase brings."""
+        config = self.config
+        capacity = config.online_capacity
+        if capacity is None and config.overwrite == "fifo":
+            capacity = max(_REFERENCE_CAPACITY - len(dataset), 1)  # the authors': max(2M, N + 1) in all
+        share = config.offline_fraction
+        return OfflineOnlineReplayBuffer(
+            dataset,
+            online_capacity=config.online_steps if capacity is None else capacity,
+            mode=config.mixing,
+            offline_fraction=tuple(share) if isinstance(share, list) else share,
+            anneal_transitions=(config.anneal_steps or config.online_steps) if config.mixing == "annealed" else None,
+            overwrite=config.overwrite,
+            batch_size=config.batch_size,
+            device=self.device,
+        )
+
+    def _online_phase(self) -> OnlinePhase:
+        config, environment = self.config, self.task.environment
+        assert isinstance(self.buffer, OfflineOnlineReplayBuffer)
+        if environment is None:
+            raise InputError(f"online_steps={config.online_steps} needs an environment; name one with env=")
+
+        def make_experience(add: Any, discard: Any) -> OnlineExperience:
+            return OnlineExperience(
+                environment,
+                self.learner.policy,
+                seed=config.seed,
+                add=add,
+                discard=discard,
+                device=self.device,
+                workers=config.collector_workers,
+                steps_per_collection=config.steps_per_collection,
+                max_fault_share=config.max_fault_share,
+            )
+
+        def progress(batches: Any, total: int) -> Any:
+            return progress_bar(
+                batches, total=total, desc="base actions", unit="batch", leave=False, disable=not self.show_progress
+            )
+
+        bank = None
+        if config.freeze_prior:
+            if self.learner.prior is None:
+                raise InputError(f"freeze_prior=true: {config.algo.name} has no prior to freeze")
+            bank = BaseActionBank(self.learner.prior, self.buffer, num_actions=config.base_actions, seed=config.seed)
+        return OnlinePhase(
+            self.buffer, make_experience, bank=bank, bank_file=self.out / BANK_FILE, bank_progress=progress
+        )
+
     def _check_environment(self, dataset: TransitionDataset) -> None:
         """Make the environment once, before anything is written or trained, and compare its widths with the data's."""
         if self.task.source == "ogbench" or self.task.environment is None:
@@ -298,10 +361,13 @@ class _Run:
         }
 
     def _evaluate(self, evaluator: Evaluator) -> dict[str, float]:
-        if self.update.step < self.config.offline_steps:
+        if self.trainer.step < self.config.offline_steps + self.config.online_steps:
             result = _evaluate(evaluator, "eval", self.learner.policy, self.config.eval_episodes, self.show_progress)
+            acting = next(name for name, it in self.learner.evaluated_policies.items() if it is self.learner.policy)
+            self._note({acting: result})
             return _metrics("eval", result, self.task, self.references)
         self.outcomes = _evaluate_all(evaluator, self.learner, self.final_episodes, self.show_progress)
+        self._note(self.outcomes)
         row: dict[str, float] = {}
         for name, result in self.outcomes.items():
             row |= _metrics(
@@ -312,7 +378,15 @@ class _Run:
             )
         return row
 
-    def _report(self, trainer: OfflineTrainer, metrics: MetricsLog, extra_seconds: dict[str, float]) -> dict[str, Any]:
+    def _note(self, results: Mapping[str, EvaluationResult]) -> None:
+        """Keep an evaluation, episode by episode, for the record."""
+        trainer = self.trainer
+        earlier = [item for item in trainer.notes.get("evaluations", []) if item["step"] < trainer.step]
+        phase = "online" if trainer.schedule.is_online(trainer.step) else "offline"
+        note = {"step": trainer.step, "phase": phase, "policies": _outcomes(results, self.references)}
+        trainer.notes["evaluations"] = [*earlier, note]
+
+    def _report(self, trainer: Trainer, metrics: MetricsLog, extra_seconds: dict[str, float]) -> dict[str, Any]:
         delta = getattr(self.learner.loss, "target_divergence", None)
         record = build_record(
             command=self.command,
@@ -320,6 +394,8 @@ class _Run:
             data=self.data,
             metric=self.task.metric,
             evaluations=_outcomes(self.outcomes, self.references),
+            history=trainer.notes.get("evaluations", []),
+            online=None if trainer.online is None else trainer.online.counters,
             seconds={**extra_seconds, **self.seconds, "updates": trainer.trained_seconds},
         )
         write_text(self.out / RECORD_FILE, json.dumps(record, indent=2) + "\n")

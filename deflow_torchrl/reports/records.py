@@ -8,13 +8,13 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from deflow_torchrl.versions import package_versions
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 def build_record(
@@ -24,6 +24,8 @@ def build_record(
     data: Mapping[str, Any],
     metric: str,
     evaluations: Mapping[str, Any],
+    history: Sequence[Mapping[str, Any]] = (),
+    online: Mapping[str, int] | None = None,
     seconds: Mapping[str, float],
 ) -> dict[str, Any]:
     """Collect what a reader needs to trust and repeat a run.
@@ -33,7 +35,9 @@ def build_record(
         config: all settings.
         data: description of the data (file, transitions, checksum, provenance).
         metric: what the task is judged by: ``success``, ``score`` or ``return``.
-        evaluations: policy name -> outcome with per-episode results.
+        evaluations: policy name -> outcome with per-episode results, at the end.
+        history: every evaluation of the run: ``step``, ``phase`` and, by policy, the outcome.
+        online: counters of the online phase; None without one.
         seconds: wall time by phase.
     """
     settings = dict(config)
@@ -45,6 +49,8 @@ def build_record(
         "data": dict(data),
         "metric": metric,
         "evaluations": dict(evaluations),
+        "history": [dict(evaluation) for evaluation in history],
+        "online": None if online is None else dict(online),
         "time": dict(seconds),
         "versions": package_versions(),
         "git_commit": git_commit(),

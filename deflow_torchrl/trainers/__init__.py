@@ -15,7 +15,8 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from deflow_torchrl.trainers.evaluation import EvaluationResult as EvaluationResult
     from deflow_torchrl.trainers.evaluation import Evaluator as Evaluator
     from deflow_torchrl.trainers.metrics import MetricsLog as MetricsLog
-    from deflow_torchrl.trainers.trainer import OfflineTrainer as OfflineTrainer
+    from deflow_torchrl.trainers.online import OnlinePhase as OnlinePhase
+    from deflow_torchrl.trainers.trainer import Trainer as Trainer
     from deflow_torchrl.trainers.trainer import TrainerSchedule as TrainerSchedule
     from deflow_torchrl.trainers.update import UpdateStep as UpdateStep
 
@@ -25,7 +26,8 @@ _EXPORTS = {
     "Evaluator": ".evaluation",
     "EvaluationResult": ".evaluation",
     "MetricsLog": ".metrics",
-    "OfflineTrainer": ".trainer",
+    "OnlinePhase": ".online",
+    "Trainer": ".trainer",
     "TrainerSchedule": ".trainer",
     "UpdateStep": ".update",
     "load_checkpoint": ".checkpoint",

@@ -1,36 +1,102 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""Checkpoints: plain tensors and numbers in one file, written beside and renamed, loaded without running anybody's code."""
+"""Checkpoints: plain tensors and numbers in one file, written beside and renamed, loaded without running anybody's code.
+
+A checkpoint is the zip archive of ``torch.save``. The archive's comment holds a header in JSON (format, step, score, the
+run's identity), which is read without unpickling anything, and the SHA-256 of archive and header, which is compared
+before anything is unpickled: a byte that differs from what was written is refused. The digest finds damage and hand-made
+changes; it is no signature, so loading stays with ``weights_only=True`` for files that somebody made to deceive.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
+import os
 import pickle
+import shlex
+import struct
 import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import torch
+from torch import Tensor
 
 from deflow_torchrl.errors import InputError
-from deflow_torchrl.paths import atomic_write
+from deflow_torchrl.trainers.identity import check_identity
 
-FORMAT = 1
-_KEPT = 3
+FORMAT = 2
+_HEX = 64
+_COMMENT_LIMIT = 65_535
+_BLOCK = 1 << 22
 
 
-def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
-    """Write ``folder/step_NNNNNNNNN.pt`` atomically and drop all but the last three.
+class CheckpointNotWritten(OSError):
+    """A checkpoint could not be written, for example on a full disk; those before it are whole and a run can go on.
+
+    Args:
+        path: the checkpoint.
+        cause: what the system said.
+    """
+
+    def __init__(self, path: Path, cause: OSError) -> None:
+        super().__init__(cause.errno, f"checkpoint {path} was not written ({cause.strerror or cause})")
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    state: Mapping[str, Any],
+    *,
+    identity: Mapping[str, Any] | None = None,
+    keep_last: int = 3,
+    score: float | None = None,
+) -> Path:
+    """Write ``folder/step_NNNNNNNNN.pt`` and drop all but the last few and the best.
+
+    The file is whole and on the disk before it has its name: a kill or a power cut at any moment leaves the old
+    checkpoints and, at worst, a hidden ``.part`` file, which the next checkpoint removes.
 
     Args:
         folder: the run's ``checkpoints`` folder.
-        step: gradient steps done.
-        state: nested dictionaries and lists of tensors, numbers and strings.
+        step: steps done.
+        state: nested dictionaries and lists of tensors, numbers and strings. A tensor that is a part of a larger one is
+            written without the rest.
+
+    Keyword Args:
+        identity: what the checkpoint belongs to, in plain values; see :func:`~.identity.run_identity`.
+        keep_last: newest checkpoints to keep.
+        score: the evaluation's number at this step, larger is better; the kept checkpoint with the best one stays (of
+            equals the later). None or NaN: not evaluated.
+
+    Raises:
+        CheckpointNotWritten: on a full disk or another error of the system; the old checkpoints are left as they were.
+        TypeError: if ``state`` holds anything that would have to be pickled.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    if keep_last < 1:
+        raise ValueError(f"keep_last must be at least 1, got {keep_last}")
     path = folder / f"step_{step:09d}.pt"
-    with atomic_write(path) as temporary:
-        torch.save({"format": FORMAT, **state}, temporary)
-    for old in list_checkpoints(folder)[:-_KEPT]:
-        old.unlink()
+    scored = score is not None and math.isfinite(score)
+    header = {"format": FORMAT, "step": step, "score": score if scored else None, "identity": dict(identity or {})}
+    plain = _plain(state, "state")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(".step_*.part"):  # of a process that was killed while it wrote
+            left.unlink(missing_ok=True)
+        with _written_beside(path) as file:
+            _write(file, plain, header)
+        best = best_checkpoint(folder)
+        for old in list_checkpoints(folder)[:-keep_last]:
+            if old != best:
+                old.unlink(missing_ok=True)
+    except OSError as error:
+        raise CheckpointNotWritten(path, error) from error
     return path
 
 
@@ -39,26 +105,223 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step_*.pt"))
 
 
+def best_checkpoint(folder: Path) -> Path | None:
+    """The kept checkpoint with the highest score, of equals the later; None where none has a score."""
+    scores = {}
+    for path in list_checkpoints(folder):
+        try:
+            score = read_header(path)["score"]
+        except InputError:
+            continue  # damaged; it is refused where somebody wants to load it
+        if score is not None:
+            scores[path] = score
+    return max(scores, key=lambda path: (scores[path], path.name), default=None)
+
+
 def step_of(path: Path) -> int:
-    """Gradient steps done when a checkpoint was written."""
+    """Steps done when a checkpoint was written."""
     return int(path.stem.removeprefix("step_"))
 
 
-def load_checkpoint(path: Path, *, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Load a checkpoint with ``weights_only=True``: a pickled object in it is refused, never executed.
+def read_header(path: Path) -> dict[str, Any]:
+    """``format``, ``step``, ``score`` and ``identity`` of a checkpoint, without its state and without unpickling anything.
 
     Raises:
-        InputError: if the file is missing, damaged, of another format or holds anything but data.
+        InputError: if the file is missing, no checkpoint or of another format.
     """
-    if path.exists() and not zipfile.is_zipfile(path):
-        raise InputError(f"{path} is damaged or not a checkpoint of this program; it was not loaded")
+    return _read_comment(path)[0]
+
+
+def load_checkpoint(
+    path: Path, *, device: torch.device | str = "cpu", identity: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Load a checkpoint's state. A pickled object in it is refused, never executed.
+
+    Args:
+        path: the file.
+
+    Keyword Args:
+        device: where its tensors go.
+        identity: what this run is; a checkpoint of another one is refused.
+
+    Raises:
+        InputError: if the file is missing, damaged, altered, of another format, of another task, method, version or data
+            (with what differs), or holds anything but data.
+    """
+    try:
+        header, comment = _read_comment(path)
+        if _file_digest(path, comment) != comment[-_HEX:].decode("ascii", "replace"):
+            raise _damaged(path)
+    except InputError as error:
+        raise InputError(f"{error}{_advice(path)}") from error
+    if identity is not None:
+        check_identity(path, header["identity"], identity)
     try:
         state = torch.load(path, map_location=device, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, LookupError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{path} holds something else than tensors, numbers and strings, or is damaged; it was not loaded"
+        ) from error
+    if not isinstance(state, dict):
+        raise InputError(
+            f"{path} holds a {type(state).__name__} where a checkpoint has a dictionary; it was not loaded"
+        )
+    return state
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a checkpoint is byte for byte what was written."""
+    try:
+        _, comment = _read_comment(path)
+        return _file_digest(path, comment) == comment[-_HEX:].decode("ascii", "replace")
+    except InputError:
+        return False
+
+
+class _HashingFile:
+    """What ``torch.save`` writes to: hashes the bytes, and keeps the first error until the writing is over.
+
+    An exception inside torch's writer would come out as an error of its own, without what the system said.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.hash = hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        size = memoryview(data).nbytes
+        if self.error is None:
+            self.hash.update(data)
+            try:
+                self.file.write(data)
+            except OSError as error:
+                self.error = error
+        return size
+
+    def flush(self) -> None:
+        """Left to the end of the writing."""
+
+
+def _write(file: BinaryIO, state: Mapping[str, Any], header: Mapping[str, Any]) -> None:
+    hashing = _HashingFile(file)
+    torch.save(state, cast("BinaryIO", hashing))
+    if hashing.error is not None:
+        raise hashing.error
+    text = json.dumps(header, allow_nan=False).encode()
+    hashing.hash.update(text)
+    comment = text + hashing.hash.hexdigest().encode()
+    if len(comment) > _COMMENT_LIMIT:
+        raise ValueError(f"the header of a checkpoint has {len(comment)} bytes; {_COMMENT_LIMIT} fit")
+    file.seek(-2, os.SEEK_END)  # the length of the comment, 0 so far, ends the archive
+    file.write(len(comment).to_bytes(2, "little") + comment)
+
+
+def _read_comment(path: Path) -> tuple[dict[str, Any], bytes]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            comment = archive.comment
+        if not comment:
+            raise InputError(
+                f"{path} has no digest: it was altered, or written by an earlier version (checkpoint format 1; this version "
+                f"reads {FORMAT}); it was not loaded"
+            )
+        header = json.loads(comment[:-_HEX])
+        found = header["format"]
+        whole = {"step", "score", "identity"} <= set(header) or found != FORMAT
     except FileNotFoundError as error:
         raise InputError(f"no checkpoint {path}") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise InputError(f"{path} is damaged or not a checkpoint of this program; it was not loaded") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        found = state.get("format") if isinstance(state, dict) else type(state).__name__
+    except InputError:
+        raise
+    except (
+        zipfile.BadZipFile,
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        NotImplementedError,
+        struct.error,
+    ) as error:
+        raise _damaged(path) from error
+    if found != FORMAT:
         raise InputError(f"{path} has checkpoint format {found}, this version reads {FORMAT}")
-    return state
+    if not whole:
+        raise _damaged(path)
+    return header, comment
+
+
+def _file_digest(path: Path, comment: bytes) -> str:
+    """SHA-256 of the archive as it was before its comment was set, and of the header."""
+    digest = hashlib.sha256()
+    remaining = path.stat().st_size - len(comment) - 2
+    with path.open("rb") as file:
+        while remaining > 0 and (block := file.read(min(_BLOCK, remaining))):
+            digest.update(block)
+            remaining -= len(block)
+        length = int.from_bytes(file.read(2), "little")
+    # The comment's length was 0 when the archive was hashed; a length that is not the comment's was altered since.
+    digest.update(b"\0\0" if length == len(comment) else b"altered")
+    digest.update(comment[:-_HEX])
+    return digest.hexdigest()
+
+
+@contextmanager
+def _written_beside(path: Path) -> Iterator[BinaryIO]:
+    """Yield a file beside ``path`` that becomes ``path``, on the disk for good, if the block succeeds."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with temporary.open("w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Put the folder's list of names on the disk: without it a power cut can undo the rename."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _damaged(path: Path) -> InputError:
+    return InputError(f"{path} is damaged or altered; it was not loaded")
+
+
+def _advice(path: Path) -> str:
+    """Which checkpoint of the run is whole, for a message about one that is not."""
+    others = [other for other in list_checkpoints(path.parent) if other != path]
+    whole = next((other for other in reversed(others) if is_whole(other)), None)
+    if whole is None:
+        return ""
+    run = shlex.quote(str(path.parent.parent))
+    return f"; the newest whole one is of step {step_of(whole)}: deflow resume {run} --step {step_of(whole)}"
+
+
+def _plain(value: Any, where: str) -> Any:
+    """``value`` in types that load with ``weights_only=True``; tensors lose their classes and what they are parts of."""
+    if isinstance(value, Tensor):
+        tensor = value.detach().as_subclass(Tensor)
+        is_part = tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size()
+        return tensor.cpu().clone() if is_part else tensor  # torch.save writes the whole storage
+    if isinstance(value, dict):
+        for key in value:
+            if not isinstance(key, (str, int)):
+                raise TypeError(f"{where} has the key {key!r}; the keys of a checkpoint are strings and whole numbers")
+        return {key: _plain(item, f"{where}[{key!r}]") for key, item in value.items()}
+    if isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
+        items = [_plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
+        return items if isinstance(value, list) else tuple(items)
+    if value is None or isinstance(value, (bool, bytes, torch.Size, torch.device, torch.dtype)):
+        return value
+    for kind in (int, float, str):  # NumPy's float64 and str_ are subclasses that would be pickled
+        if isinstance(value, kind):
+            return kind(value)
+    raise TypeError(
+        f"{where} is a {type(value).__name__}; a checkpoint holds tensors, numbers, strings and lists of them"
+    )

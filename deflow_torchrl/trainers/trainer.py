@@ -1,8 +1,10 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""The offline training loop: sample, update, log, evaluate, save."""
+"""The training loop, offline and then online: act, sample, update, log, evaluate, save."""
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,36 +20,68 @@ from deflow_torchrl.progress import progress_bar
 from deflow_torchrl.trainers.checkpoint import load_checkpoint, save_checkpoint
 from deflow_torchrl.trainers.interrupts import Interrupts
 from deflow_torchrl.trainers.metrics import MetricsLog
+from deflow_torchrl.trainers.online import OnlinePhase
 from deflow_torchrl.trainers.update import UpdateStep
+
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class TrainerSchedule:
-    """When things happen, in gradient steps; 0 means never (but for the last step, which always logs and saves).
+    """When things happen, in steps: gradient steps offline, then environment steps.
+
+    An interval of 0 means never, but for the last step of each phase, which always logs, evaluates and saves.
 
     Attributes:
-        steps: total gradient steps.
+        offline_steps: gradient steps on the data set.
+        online_steps: environment steps after them.
         log_interval: steps between rows of metrics.
         eval_interval: steps between evaluations.
         save_interval: steps between checkpoints.
+        utd: gradient steps per environment step.
+        warmup_steps: environment steps before the first of those.
     """
 
-    steps: int
+    offline_steps: int
     log_interval: int
     eval_interval: int
     save_interval: int
+    online_steps: int = 0
+    utd: float = 1.0
+    warmup_steps: int = 0
+
+    @property
+    def steps(self) -> int:
+        """Steps of both phases."""
+        return self.offline_steps + self.online_steps
 
     def due(self, interval: int, step: int) -> bool:
         """Whether something of this interval happens at this step."""
-        return (interval > 0 and step % interval == 0) or step == self.steps
+        return (interval > 0 and step % interval == 0) or step in (self.offline_steps, self.steps)
+
+    def is_online(self, step: int) -> bool:
+        """Whether this step (counted from 1) acts in the environment."""
+        return step > self.offline_steps
+
+    def updates_at(self, step: int) -> int:
+        """Gradient steps of this step."""
+        if not self.is_online(step):
+            return 1
+        acted = step - self.offline_steps - self.warmup_steps
+        # A share of the count so far, not of this step: with utd=0.5 every second step has one.
+        return self._updates_after(acted) - self._updates_after(acted - 1)
+
+    def _updates_after(self, acted: int) -> int:
+        return math.floor(max(acted, 0) * self.utd + 1e-9)
 
 
-class OfflineTrainer:
-    """Trains a learner on a replay buffer.
+class Trainer:
+    """Trains a learner on a data set and, where there is an online phase, on its own experience.
 
-    A checkpoint is written at every ``save_interval``, at the end and on Ctrl-C (once the step is whole), never after a
-    non-finite loss. A run
-    resumed from one continues bit for bit on a CPU.
+    A checkpoint is written at every ``save_interval``, at the end of each phase, after the best evaluation so far and on
+    Ctrl-C (once the step is whole), never after a non-finite loss. A run resumed from one continues bit for bit on a CPU. An
+    environment that cannot be restored in mid-episode moves the checkpoint to the episode's end.
 
     Args:
         update: the update to call.
@@ -56,14 +90,17 @@ class OfflineTrainer:
     Keyword Args:
         schedule: when to log, evaluate and save.
         checkpoints: folder of checkpoints.
+        online: acts and samples in the online phase; ``schedule.online_steps`` need it.
         metrics: where rows go; nowhere, if None.
         extra_state: plain values to keep in each checkpoint beside the training state.
         validation: samples batches for ``val/`` losses at evaluations.
         evaluate: returns metrics of an evaluation; called every ``eval_interval`` steps.
+        score: name of the metric the best checkpoint has most of.
         show_progress: show a progress bar on standard error.
 
     Raises:
         NonFiniteLossError: by :meth:`run`; the last checkpoint is from before.
+        EnvironmentFaultError: by :meth:`run`, if too many episodes failed; a checkpoint was saved.
     """
 
     def __init__(
@@ -73,10 +110,12 @@ class OfflineTrainer:
         *,
         schedule: TrainerSchedule,
         checkpoints: Path,
+        online: OnlinePhase | None = None,
         metrics: MetricsLog | None = None,
         extra_state: Mapping[str, Any] | None = None,
         validation: ReplayBuffer | None = None,
         evaluate: Callable[[], dict[str, float]] | None = None,
+        score: str | None = None,
         show_progress: bool = True,
     ) -> None:
         self.update = update
@@ -84,29 +123,37 @@ class OfflineTrainer:
         self.schedule = schedule
         self.metrics = metrics
         self.checkpoints = checkpoints
+        self.online = online
         self.extra_state = dict(extra_state or {})
         self.validation = validation
         self.evaluate = evaluate
+        self.score = score
         self.show_progress = show_progress
+        self.step = 0
+        self.notes: dict[str, Any] = {}
+        """Plain values that belong to the run so far: kept in each checkpoint, found again after :meth:`restore`."""
         self.trained_seconds = 0.0
         # The row of a step that is trained but not yet evaluated and written. It goes into a checkpoint made meanwhile, so
         # that the resumed run finishes that step first.
         self._row: dict[str, Any] | None = None
         self._saved_step = 0
+        self._best: float | None = None
+        self._save_at_episode_end = False
 
     def run(self) -> None:
         """Train from the current step to ``schedule.steps``."""
         bar = progress_bar(
             total=self.schedule.steps,
-            initial=self.update.step,
+            initial=self.step,
             desc="train",
             unit="step",
             disable=not self.show_progress,
         )
         with bar, Interrupts() as interrupts:
             try:
-                while self._row is not None or self.update.step < self.schedule.steps:
+                while self._row is not None or self.step < self.schedule.steps:
                     if self._row is None:
+                        self._begin_online_if_due()
                         with interrupts.deferred():
                             self._row = self._train_step()
                             bar.update()
@@ -119,33 +166,76 @@ class OfflineTrainer:
             except (KeyboardInterrupt, Exception):
                 # A failed evaluation costs its own time, never the steps before it.
                 with interrupts.deferred():
-                    if self._saved_step != self.update.step or self._row is not None:
+                    if (self._saved_step != self.step or self._row is not None) and self._restorable:
                         self.save()
                 raise
+            finally:
+                if self.online is not None:
+                    self.online.close()
+
+    def _begin_online_if_due(self) -> None:
+        if self.online is not None and not self.online.begun and self.schedule.is_online(self.step + 1):
+            self.online.begin(self.update)
+
+    @property
+    def _restorable(self) -> bool:
+        return self.online is None or self.online.restorable
 
     def _train_step(self) -> dict[str, Any]:
-        """Update once and return the step's row of metrics, empty where no row is due."""
-        began = time.perf_counter()
-        out = self.update(self.buffer.sample())
-        self.trained_seconds += time.perf_counter() - began
-        if not self.schedule.due(self.schedule.log_interval, self.update.step):
+        """Act (online), update, and return the step's row of metrics, empty where no row is due."""
+        step = self.step + 1
+        online = self.online if self.schedule.is_online(step) else None
+        if online is not None:
+            online.step()
+        out, batch = None, None
+        for _ in range(self.schedule.updates_at(step)):
+            began = time.perf_counter()
+            batch = self.buffer.sample() if online is None else online.sample()
+            out = self.update(batch)
+            self.trained_seconds += time.perf_counter() - began
+        self.step = step
+        if not self.schedule.due(self.schedule.log_interval, step):
             return {}
         self.update.check_finite()
-        return {f"train/{name}": float(value) for name, value in out.items()}
+        row = {} if out is None else {f"train/{name}": float(value) for name, value in out.items()}
+        if online is not None:
+            row |= online.metrics(batch)
+        return row
 
     def _evaluate_if_due(self, row: dict[str, Any]) -> None:
-        if self.schedule.due(self.schedule.eval_interval, self.update.step):
+        if self.schedule.due(self.schedule.eval_interval, self.step):
             self.update.check_finite()
             row.update(self._validation_losses() | ({} if self.evaluate is None else self.evaluate()))
 
     def _finish_step(self, row: dict[str, Any]) -> None:
-        step = self.update.step
+        step = self.step
         if row and self.metrics is not None:
-            seconds = {"time/trained_seconds": round(self.trained_seconds, 3)}
-            self.metrics.write({"step": step, "phase": "offline", **row, **seconds})
-        if self.schedule.due(self.schedule.save_interval, step):
+            phase = "online" if self.schedule.is_online(step) else "offline"
+            self.metrics.write({"step": step, "phase": phase, **row, **self._seconds()})
+        score = row.get(self.score) if self.score is not None else None
+        best = score is not None and (self._best is None or score >= self._best)
+        if best:
+            self._best = score
+        if best or self._save_at_episode_end or self.schedule.due(self.schedule.save_interval, step):
             self._row = None
+            self._save_when_restorable()
+
+    def _seconds(self) -> dict[str, float]:
+        seconds = {"time/trained_seconds": round(self.trained_seconds, 3)}
+        if self.online is not None and self.online.begun:
+            seconds["time/waiting_seconds"] = round(self.online.waiting_seconds, 3)
+        return seconds
+
+    def _save_when_restorable(self) -> None:
+        if self._restorable or self.step == self.schedule.steps:
+            self._save_at_episode_end = False
             self.save()
+        elif not self._save_at_episode_end:
+            self._save_at_episode_end = True
+            _log.warning(
+                "the environment cannot be restored in mid-episode: the checkpoint of step %d falls on the end of this episode",
+                self.step,
+            )
 
     def _validation_losses(self) -> dict[str, float]:
         if self.validation is None:
@@ -175,19 +265,23 @@ class OfflineTrainer:
             generators["cuda"] = torch.cuda.get_rng_state_all()
         state = {
             **self.extra_state,
+            "step": self.step,
             "update": self.update.state_dict(),
+            "online": None if self.online is None else self.online.state_dict(),
+            "best": self._best,
+            "notes": self.notes,
             "generators": generators,
             "trained_seconds": self.trained_seconds,
             "unfinished_row": self._row,
         }
-        path = save_checkpoint(self.checkpoints, self.update.step, state)
-        self._saved_step = self.update.step
+        path = save_checkpoint(self.checkpoints, self.step, state)
+        self._saved_step = self.step
         return path
 
     @property
     def written_step(self) -> int:
         """The last step whose row of metrics is final: the current one, or the one before while its row is unfinished."""
-        return self.update.step if self._row is None else self.update.step - 1
+        return self.step if self._row is None else self.step - 1
 
     def restore(self, path: Path) -> None:
         """Go on from a checkpoint of an equal run.
@@ -197,9 +291,14 @@ class OfflineTrainer:
         """
         state = load_checkpoint(path, device="cpu")
         restore_learner(self.update, state, path)
+        if self.online is not None and state["online"] is not None:
+            self.online.load_state_dict(state["online"])
+        self.step = state["step"]
+        self._best = state["best"]
+        self.notes = state["notes"]
         self.trained_seconds = state["trained_seconds"]
         self._row = state["unfinished_row"]
-        self._saved_step = self.update.step
+        self._saved_step = self.step
         torch.random.set_rng_state(state["generators"]["torch"])
         if "cuda" in state["generators"] and torch.cuda.is_available():
             torch.cuda.set_rng_state_all(state["generators"]["cuda"])

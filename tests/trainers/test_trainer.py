@@ -7,8 +7,8 @@ import torch
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
 from deflow_torchrl.errors import InputError, NonFiniteLossError
-from deflow_torchrl.trainers import MetricsLog, OfflineTrainer, TrainerSchedule
-from deflow_torchrl.trainers.checkpoint import list_checkpoints
+from deflow_torchrl.trainers import MetricsLog, Trainer, TrainerSchedule
+from deflow_torchrl.trainers.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from tests.conftest import make_batch
 from tests.trainers.test_update import make_update
 
@@ -25,8 +25,8 @@ def make_trainer(folder, *, steps=12, buffer=None, evaluate=None, save_interval=
     buffer = buffer or make_buffer()
     update = make_update()
     torch.manual_seed(3)
-    schedule = TrainerSchedule(steps=steps, log_interval=3, eval_interval=eval_interval, save_interval=save_interval)
-    return OfflineTrainer(
+    schedule = TrainerSchedule(offline_steps=steps, log_interval=3, eval_interval=eval_interval, save_interval=save_interval)
+    return Trainer(
         update,
         buffer,
         schedule=schedule,
@@ -44,7 +44,7 @@ def without_time(rows):
 
 def test_rows_checkpoints_and_evaluations_come_when_they_are_due(tmp_path):
     evaluated = []
-    trainer = make_trainer(tmp_path, evaluate=lambda: evaluated.append(trainer.update.step) or {"eval/success": 0.5})
+    trainer = make_trainer(tmp_path, evaluate=lambda: evaluated.append(trainer.step) or {"eval/success": 0.5})
     trainer.run()
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [3, 6, 9, 12]
@@ -179,9 +179,9 @@ def test_a_checkpoint_of_other_networks_is_refused(tmp_path):
     trainer = make_trainer(tmp_path)
     trainer.run()
     path = list_checkpoints(tmp_path / "checkpoints")[-1]
-    state = torch.load(path, weights_only=True)
+    state = load_checkpoint(path)
     key = next(name for name in state["update"]["loss"] if "weight" in name)
     state["update"]["loss"][key] = torch.zeros(3, 3)
-    torch.save(state, path)
+    save_checkpoint(path.parent, 12, state)
     with pytest.raises(InputError, match="does not fit"):
         make_trainer(tmp_path).restore(path)

@@ -1,0 +1,222 @@
+"""Offline to online: DeFlow deliberately trained too short offline, then on its own experience, with and without a frozen prior.
+
+    python benchmarks/offline_to_online.py run --out runs/offline_to_online
+    python benchmarks/offline_to_online.py render --runs runs/offline_to_online --out benchmarks/results/offline_to_online
+
+`run` generates cube-single-play data with OGBench's oracle (100 episodes, seed 0), trains every seed with the full update and
+with the frozen prior, `--jobs` runs at a time, and goes on where it was after Ctrl-C or a kill. `render` keeps the records and
+rows of metrics of finished runs and writes the table and the curves from them. The data are regenerated and the protocol is
+small: the numbers are not comparable with the paper's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from deflow_torchrl.data.generation import generate_ogbench_dataset, generated_root
+from deflow_torchrl.paths import dataset_path
+from deflow_torchrl.progress import progress_bar
+from deflow_torchrl.trainers.metrics import read_rows
+
+DATASET = "cube-single-play-v0"
+TASK = "cube-single-play-singletask-task2-v0"
+EPISODES, VAL_EPISODES = 100, 4
+# A quarter of an hour to half an hour a run on one core: small networks, a large learning rate, fast targets.
+SETTINGS = {
+    "offline_steps": 4_000,
+    "online_steps": 20_000,
+    "batch_size": 128,
+    "hidden_dims": "[256,256]",
+    "log_interval": 500,
+    "eval_interval": 4_000,
+    "eval_episodes": 50,
+    "save_interval": 4_000,
+    "algo.lr": 1e-3,
+    "algo.tau": 0.02,
+    "algo.gamma": 0.98,
+    "algo.target_divergence": 0.005,
+}
+PRIORS = {"full": "false", "frozen": "true"}
+
+
+def settings_of(prior: str, seed: int, root: str, out: Path | str) -> list[str]:
+    pairs = {"task": TASK, "data_root": root, **SETTINGS, "freeze_prior": PRIORS[prior], "seed": seed, "out": out}
+    return [f"{name}={value}" for name, value in pairs.items()]
+
+
+def run(arguments: argparse.Namespace) -> None:
+    root = arguments.data_root or generated_root(DATASET, episodes=EPISODES, val_episodes=VAL_EPISODES, seed=0)
+    if not dataset_path(DATASET, root, "train").is_file():
+        generate_ogbench_dataset(
+            DATASET,
+            root,
+            episodes=EPISODES,
+            val_episodes=VAL_EPISODES,
+            seed=0,
+            progress=lambda finished, total: progress_bar(finished, total=total, desc="generate", unit="episode"),
+        )
+    waiting = [(prior, seed) for seed in arguments.seeds for prior in PRIORS]
+    waiting = [cell for cell in waiting if not (folder(arguments.out, *cell) / "record.json").is_file()]
+    threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
+    running: dict[subprocess.Popen[bytes], tuple[str, int]] = {}
+    bar = progress_bar(total=len(waiting), desc="runs", unit="run")
+    try:
+        while waiting or running:
+            while waiting and len(running) < arguments.jobs:
+                cell = waiting.pop(0)
+                running[start(arguments.out, *cell, str(root), threads)] = cell
+            time.sleep(1)
+            for process in [process for process in running if process.poll() is not None]:
+                prior, seed = running.pop(process)
+                if process.returncode:
+                    raise SystemExit(f"{prior}, seed {seed}, failed: see {folder(arguments.out, prior, seed)}.log")
+                bar.update()
+    finally:
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.wait()
+
+
+def folder(out: Path, prior: str, seed: int) -> Path:
+    return out / f"{prior}-seed{seed}"
+
+
+def start(out: Path, prior: str, seed: int, root: str, threads: int) -> subprocess.Popen[bytes]:
+    target = folder(out, prior, seed)
+    if (target / "config.yaml").is_file():
+        verb = ["resume", str(target)]
+    else:
+        verb = ["train", *settings_of(prior, seed, root, target), f"threads={threads}", f"eval_workers={threads}"]
+    out.mkdir(parents=True, exist_ok=True)
+    with Path(f"{target}.log").open("ab") as log:
+        return subprocess.Popen([sys.executable, "-m", "deflow_torchrl.cli", *verb], stdout=log, stderr=log)
+
+
+def render(arguments: argparse.Namespace) -> None:
+    cells = {}
+    for prior in PRIORS:
+        for path in sorted(arguments.runs.glob(f"{prior}-seed*/record.json")):
+            kept = arguments.out / path.parent.name
+            if kept.resolve() != path.parent.resolve():
+                kept.mkdir(parents=True, exist_ok=True)
+                for name in ("record.json", "metrics.jsonl"):
+                    shutil.copyfile(path.with_name(name), kept / name)
+            cells[prior, int(path.parent.name.rpartition("seed")[2])] = (
+                json.loads(path.read_text(encoding="utf-8")),
+                read_rows(path.with_name("metrics.jsonl")),
+            )
+    if not cells:
+        raise SystemExit(f"{arguments.runs} holds no finished run; make them with: {sys.argv[0]} run")
+    (arguments.out / "README.md").write_text(table(cells), encoding="utf-8")
+    draw(cells, arguments.out / "curves.png")
+    print((arguments.out / "README.md").read_text(encoding="utf-8"))
+
+
+def outcome(record: dict[str, Any], step: int) -> list[int]:
+    (note,) = [note for note in record["history"] if note["step"] == step]
+    return note["policies"]["deflow"]["success"]
+
+
+def rate(successes: list[int]) -> str:
+    mean = sum(successes) / len(successes)
+    return f"{mean:.2f} +- {math.sqrt(mean * (1 - mean) / len(successes)):.2f}"
+
+
+def table(cells: dict[tuple[str, int], tuple[dict[str, Any], list[dict[str, Any]]]]) -> str:
+    record = next(iter(cells.values()))[0]
+    lines = [
+        "# Offline to online on cube-single-play",
+        "",
+        "**Regenerated data, small protocol: not comparable with the paper's numbers.** Written by",
+        "`python benchmarks/offline_to_online.py render` from the records beside this file; the runs are made by",
+        f"`python benchmarks/offline_to_online.py run`. Task {TASK}, {record['data']['transitions']:,} transitions of OGBench's",
+        f"oracle (SHA-256 {record['data']['sha256'][:16]}...), {len(outcome(record, offline_steps(record)))} evaluation",
+        "episodes from the same starts for every policy, +- one standard error of the rate. `time` is wall time of the updates",
+        "per environment step against the full update of the same seed; runs shared their machine, so it is a rough figure.",
+        "",
+        "| prior | seed | offline steps | online steps | success offline | success after | gain | update time |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for (prior, seed), (record, rows) in sorted(cells.items(), key=lambda cell: (cell[0][1], cell[0][0])):
+        before, after = outcome(record, offline_steps(record)), outcome(record, total_steps(record))
+        gain = sum(after) / len(after) - sum(before) / len(before)
+        mine, full = seconds_a_step(rows, record), cells.get(("full", seed))
+        ratio = "" if full is None else f"{mine / seconds_a_step(full[1], full[0]):.2f}"
+        lines.append(
+            f"| {prior} | {seed} | {offline_steps(record)} | {total_steps(record) - offline_steps(record)} | {rate(before)} "
+            f"| {rate(after)} | {gain:+.2f} | {ratio} |"
+        )
+    lines += ["", "![success over steps](curves.png)", "", "Commands:", "", "```bash"]
+    lines += [f"deflow train {shlex.join(settings_of(*cell, 'DATA', f'runs/{cell[0]}-seed{cell[1]}'))}" for cell in sorted(cells)]
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version)
+    hardware = record["hardware"]
+    return "\n".join(
+        [*lines, "```", "", f"{hardware['cpu']}, {hardware['torch_threads']} thread(s) a run. {versions}.", ""]
+    )
+
+
+def offline_steps(record: dict[str, Any]) -> int:
+    return record["config"]["offline_steps"]
+
+
+def total_steps(record: dict[str, Any]) -> int:
+    return offline_steps(record) + record["config"]["online_steps"]
+
+
+def seconds_a_step(rows: list[dict[str, Any]], record: dict[str, Any]) -> float:
+    """Seconds of updates per step of the online phase."""
+    seconds = {row["step"]: row["time/trained_seconds"] for row in rows}
+    begin, end = offline_steps(record), total_steps(record)
+    return (seconds[end] - seconds[begin]) / (end - begin)
+
+
+def draw(cells: dict[tuple[str, int], tuple[dict[str, Any], list[dict[str, Any]]]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+    axis = figure.subplots()
+    for (prior, seed), (record, _) in sorted(cells.items()):
+        notes = record["history"]
+        rates = [(note["step"], note["policies"]["deflow"]["success_rate"]) for note in notes]
+        axis.plot(
+            *zip(*rates, strict=True),
+            marker="o",
+            color=f"C{list(PRIORS).index(prior)}",
+            linestyle="-" if seed % 2 == 0 else "--",
+            label=f"{prior} update, seed {seed}" if prior == "full" else f"frozen prior, seed {seed}",
+        )
+    axis.axvline(offline_steps(record), color="black", linestyle=":", label="offline | online")
+    axis.set(ylim=(-0.03, 1.03), xlabel="gradient steps offline, environment steps online", ylabel="success rate")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    verb = verbs.add_parser("run", help="make the runs")
+    verb.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    verb.add_argument("--jobs", type=int, default=2, help="runs at a time; the cores are shared out among them")
+    verb.add_argument("--data-root", help="folder of the data; generated where absent")
+    verb.add_argument("--out", type=Path, default=Path("runs/offline_to_online"))
+    verb = verbs.add_parser("render", help="table and curves of the finished runs")
+    verb.add_argument("--runs", type=Path, default=Path("runs/offline_to_online"))
+    verb.add_argument("--out", type=Path, default=Path("benchmarks/results/offline_to_online"))
+    arguments = parser.parse_args()
+    {"run": run, "render": render}[arguments.verb](arguments)
+
+
+if __name__ == "__main__":
+    main()

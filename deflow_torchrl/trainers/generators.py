@@ -1,0 +1,43 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
+"""The process's random generators, as plain tensors and numbers for a checkpoint."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def capture_generators() -> dict[str, Any]:
+    """States of torch's generators (CPU and every CUDA device), NumPy's global one and Python's ``random``."""
+    version, words, gauss = random.getstate()
+    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.random.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": {
+            "keys": torch.from_numpy(np.asarray(keys).astype(np.int64)),
+            "position": int(position),
+            "has_gauss": int(has_gauss),
+            "cached_gaussian": float(cached),
+        },
+        "python": {"version": version, "words": torch.tensor(words), "gauss": gauss},
+    }
+
+
+def restore_generators(state: dict[str, Any]) -> None:
+    """Set the generators to what :func:`capture_generators` gave.
+
+    States of CUDA devices that this machine lacks are left out: a run that goes on elsewhere is another run there anyway.
+    """
+    torch.random.set_rng_state(state["torch"].cpu())
+    if torch.cuda.is_available():
+        for device, words in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
+            torch.cuda.set_rng_state(words.cpu(), device)
+    numpy = state["numpy"]
+    keys = numpy["keys"].cpu().numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", keys, numpy["position"], numpy["has_gauss"], numpy["cached_gaussian"]))
+    python = state["python"]
+    random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))

@@ -29,5 +29,13 @@ class NonFiniteLossError(RuntimeError):
     """A loss became NaN or infinite: the message names the term and the step."""
 
 
+class EnvironmentFaultError(RuntimeError):
+    """Too many episodes failed in the environment: the message names the share, the cause and what to set."""
+
+
+class RestoreError(RuntimeError):
+    """An environment did not come back to its recorded state: the message names the episode."""
+
+
 class RunInterrupted(KeyboardInterrupt):
     """Ctrl-C or a polite kill during training: a checkpoint was saved, the message says how to go on."""

@@ -29,8 +29,10 @@ from deflow_torchrl.reports import build_record, check_report_extra, plot_learni
 from deflow_torchrl.tasks import Task, get_task
 from deflow_torchrl.tasks.sources import data_digest, load_task_data, reference_returns
 from deflow_torchrl.trainers import EvaluationResult, Evaluator, MetricsLog, Trainer, TrainerSchedule, UpdateStep
+from deflow_torchrl.trainers.alarms import Alarms
 from deflow_torchrl.trainers.checkpoint import list_checkpoints, load_checkpoint, step_of
 from deflow_torchrl.trainers.collection import OnlineExperience
+from deflow_torchrl.trainers.identity import run_identity
 from deflow_torchrl.trainers.loggers import check_logger, make_logger
 from deflow_torchrl.trainers.online import OnlinePhase
 from deflow_torchrl.trainers.trainer import restore_learner
@@ -39,6 +41,7 @@ CONFIG_FILE = "config.yaml"
 RECORD_FILE = "record.json"
 BANK_FILE = "base_actions.pt"
 _NUM_ENVS = 10
+_DIAGNOSED_TRANSITIONS = 10_000
 _REFERENCE_CAPACITY = 2_000_000
 
 
@@ -194,10 +197,14 @@ class _Run:
             self.buffer = self._union(dataset) if config.online_steps else self._buffer(dataset)
             self.validation = None if validation is None else self._buffer(validation)
             self.data = self._describe_data(dataset)
+            self.reward_bound = float(dataset.reward.abs().max())
             self.references = reference_returns(self.task)
         sample = self.buffer[:1]
         torch.manual_seed(config.seed)
         self.learner = _build(config, sample["observation"].shape[-1], sample["action"].shape[-1], self.device)
+        if self.learner.diagnostics is not None:
+            rows = torch.linspace(0, len(dataset) - 1, min(len(dataset), _DIAGNOSED_TRANSITIONS)).round().long()
+            self.learner.diagnostics.use_data(dataset[rows])
         self.update = UpdateStep(self.learner, compile_loss=config.compile)
 
     def write_config(self) -> None:
@@ -239,6 +246,8 @@ class _Run:
             checkpoints=folder,
             online=self._online_phase() if config.online_steps else None,
             score=f"eval/{self.task.metric}",
+            identity=run_identity(config_to_dict(config), data_sha256=self.data["sha256"]),
+            alarms=Alarms(gamma=self._gamma, reward_bound=self.reward_bound),
             extra_state=self.learner_sizes,
             validation=self.validation,
             show_progress=self.show_progress,
@@ -259,6 +268,11 @@ class _Run:
             if evaluator is not None and not self.outcomes:  # killed between the last checkpoint and the record
                 self._evaluate(evaluator)
         return self._report(trainer, metrics, extra_seconds)
+
+    @property
+    def _gamma(self) -> float:
+        given = self.config.algo.gamma
+        return self.task.gamma if given is None else given
 
     @property
     def learner_sizes(self) -> dict[str, int]:

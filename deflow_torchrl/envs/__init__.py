@@ -15,11 +15,19 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from deflow_torchrl.envs.factory import make_env as make_env
     from deflow_torchrl.envs.factory import make_gym_env as make_gym_env
     from deflow_torchrl.envs.minari import make_minari_env as make_minari_env
+    from deflow_torchrl.envs.online import EpisodeStart as EpisodeStart
+    from deflow_torchrl.envs.online import OnlineEpisodes as OnlineEpisodes
+    from deflow_torchrl.envs.online import is_replayable as is_replayable
+    from deflow_torchrl.envs.online import make_online_env as make_online_env
 
 _EXPORTS = {
     "make_env": ".factory",
     "make_gym_env": ".factory",
     "make_minari_env": ".minari",
+    "make_online_env": ".online",
+    "is_replayable": ".online",
+    "EpisodeStart": ".online",
+    "OnlineEpisodes": ".online",
     "D4RLAdroitReward": ".adroit",
     "PenDrop": ".adroit",
     "normalized_score": ".d4rl",

@@ -12,6 +12,8 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from deflow_torchrl.trainers.alarms import Alarms as Alarms
     from deflow_torchrl.trainers.checkpoint import load_checkpoint as load_checkpoint
     from deflow_torchrl.trainers.checkpoint import save_checkpoint as save_checkpoint
+    from deflow_torchrl.trainers.collection import OnlineExperience as OnlineExperience
+    from deflow_torchrl.trainers.collection import OnlineStep as OnlineStep
     from deflow_torchrl.trainers.evaluation import EvaluationResult as EvaluationResult
     from deflow_torchrl.trainers.evaluation import Evaluator as Evaluator
     from deflow_torchrl.trainers.metrics import MetricsLog as MetricsLog
@@ -28,6 +30,8 @@ _EXPORTS = {
     "MetricsLog": ".metrics",
     "OnlinePhase": ".online",
     "Trainer": ".trainer",
+    "OnlineExperience": ".collection",
+    "OnlineStep": ".collection",
     "TrainerSchedule": ".trainer",
     "UpdateStep": ".update",
     "load_checkpoint": ".checkpoint",

@@ -53,6 +53,7 @@ class OnlinePhase:
         self._restored: dict[str, Any] | None = None
         # Finished episodes since the last row of metrics: return, length, success.
         self._ended: list[list[float]] = []
+        self.largest_reward = 0.0
 
     @property
     def begun(self) -> bool:
@@ -92,6 +93,7 @@ class OnlinePhase:
             self._ended.append([outcome.episode_return, outcome.length, float(outcome.success)])
 
     def _add(self, transition: TensorDictBase) -> torch.Tensor:
+        self.largest_reward = max(self.largest_reward, float(transition["next", "reward"].abs().max()))
         index = self.buffer.extend(transition)
         if self.bank is not None:
             self.bank.extend(index)
@@ -102,8 +104,11 @@ class OnlinePhase:
         batch = self.buffer.sample()
         return batch if self.bank is None or not self.begun else self.bank(batch)
 
-    def metrics(self, batch: TensorDictBase) -> dict[str, float]:
-        """What a row says of the online phase; statistics are of the episodes that ended since the row before."""
+    def metrics(self, batch: TensorDictBase | None) -> dict[str, float]:
+        """What a row says of the online phase and of the step's last batch, if it had one.
+
+        Statistics are of the episodes that ended since the row before.
+        """
         assert self._experience is not None
         row = {f"online/{name}": float(value) for name, value in self._experience.counters.items()}
         if self._ended:
@@ -114,7 +119,8 @@ class OnlinePhase:
                 "online/success": float(successes.mean()),
             }
             self._ended = []
-        row["train/online_share"] = float(self.buffer.is_online(batch["index"]).float().mean())
+        if batch is not None:
+            row["train/online_share"] = float(self.buffer.is_online(batch["index"]).float().mean())
         return row
 
     @property

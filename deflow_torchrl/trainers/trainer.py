@@ -17,7 +17,9 @@ from torchrl.data import ReplayBuffer
 
 from deflow_torchrl.errors import InputError, NonFiniteLossError
 from deflow_torchrl.progress import progress_bar
-from deflow_torchrl.trainers.checkpoint import load_checkpoint, save_checkpoint
+from deflow_torchrl.trainers.alarms import Alarms
+from deflow_torchrl.trainers.checkpoint import CheckpointNotWritten, load_checkpoint, save_checkpoint
+from deflow_torchrl.trainers.generators import capture_generators, restore_generators
 from deflow_torchrl.trainers.interrupts import Interrupts
 from deflow_torchrl.trainers.metrics import MetricsLog
 from deflow_torchrl.trainers.online import OnlinePhase
@@ -92,7 +94,9 @@ class Trainer:
         checkpoints: folder of checkpoints.
         online: acts and samples in the online phase; ``schedule.online_steps`` need it.
         metrics: where rows go; nowhere, if None.
+        identity: what the checkpoints belong to (:func:`~deflow_torchrl.trainers.identity.run_identity`).
         extra_state: plain values to keep in each checkpoint beside the training state.
+        alarms: look at each row of metrics.
         validation: samples batches for ``val/`` losses at evaluations.
         evaluate: returns metrics of an evaluation; called every ``eval_interval`` steps.
         score: name of the metric the best checkpoint has most of.
@@ -112,7 +116,9 @@ class Trainer:
         checkpoints: Path,
         online: OnlinePhase | None = None,
         metrics: MetricsLog | None = None,
+        identity: Mapping[str, Any] | None = None,
         extra_state: Mapping[str, Any] | None = None,
+        alarms: Alarms | None = None,
         validation: ReplayBuffer | None = None,
         evaluate: Callable[[], dict[str, float]] | None = None,
         score: str | None = None,
@@ -124,7 +130,9 @@ class Trainer:
         self.metrics = metrics
         self.checkpoints = checkpoints
         self.online = online
+        self.identity = identity
         self.extra_state = dict(extra_state or {})
+        self.alarms = alarms
         self.validation = validation
         self.evaluate = evaluate
         self.score = score
@@ -138,6 +146,7 @@ class Trainer:
         self._row: dict[str, Any] | None = None
         self._saved_step = 0
         self._best: float | None = None
+        self._scored: float | None = None  # of an evaluation at the current step
         self._save_at_episode_end = False
 
     def run(self) -> None:
@@ -167,7 +176,7 @@ class Trainer:
                 # A failed evaluation costs its own time, never the steps before it.
                 with interrupts.deferred():
                     if (self._saved_step != self.step or self._row is not None) and self._restorable:
-                        self.save()
+                        self._save_or_warn()
                 raise
             finally:
                 if self.online is not None:
@@ -197,10 +206,22 @@ class Trainer:
         if not self.schedule.due(self.schedule.log_interval, step):
             return {}
         self.update.check_finite()
-        row = {} if out is None else {f"train/{name}": float(value) for name, value in out.items()}
+        numbers: dict[str, torch.Tensor] = {} if out is None else dict(out.items())
+        if batch is not None and self.update.learner.diagnostics is not None:
+            numbers |= self.update.learner.diagnostics(batch)
+        row = {f"train/{name}": float(value) for name, value in numbers.items()}
         if online is not None:
             row |= online.metrics(batch)
+        self._check_alarms(step, row)
         return row
+
+    def _check_alarms(self, step: int, row: Mapping[str, float]) -> None:
+        if self.alarms is None:
+            return
+        if self.online is not None:
+            self.alarms.see_reward(self.online.largest_reward)
+        for alarm in self.alarms.check({"step": step, **row}):
+            _log.warning("step %d: %s", alarm.step, alarm.message)
 
     def _evaluate_if_due(self, row: dict[str, Any]) -> None:
         if self.schedule.due(self.schedule.eval_interval, self.step):
@@ -212,10 +233,10 @@ class Trainer:
         if row and self.metrics is not None:
             phase = "online" if self.schedule.is_online(step) else "offline"
             self.metrics.write({"step": step, "phase": phase, **row, **self._seconds()})
-        score = row.get(self.score) if self.score is not None else None
-        best = score is not None and (self._best is None or score >= self._best)
+        self._scored = row.get(self.score) if self.score is not None else None
+        best = self._scored is not None and (self._best is None or self._scored >= self._best)
         if best:
-            self._best = score
+            self._best = self._scored
         if best or self._save_at_episode_end or self.schedule.due(self.schedule.save_interval, step):
             self._row = None
             self._save_when_restorable()
@@ -229,13 +250,19 @@ class Trainer:
     def _save_when_restorable(self) -> None:
         if self._restorable or self.step == self.schedule.steps:
             self._save_at_episode_end = False
-            self.save()
+            self._save_or_warn()
         elif not self._save_at_episode_end:
             self._save_at_episode_end = True
             _log.warning(
                 "the environment cannot be restored in mid-episode: the checkpoint of step %d falls on the end of this episode",
                 self.step,
             )
+
+    def _save_or_warn(self) -> None:
+        try:
+            self.save()
+        except CheckpointNotWritten as error:
+            _log.warning("%s; the older ones are whole and the run goes on", error)
 
     def _validation_losses(self) -> dict[str, float]:
         if self.validation is None:
@@ -258,11 +285,9 @@ class Trainer:
 
         Raises:
             NonFiniteLossError: if a loss was not finite; nothing is written then.
+            CheckpointNotWritten: on a full disk; the older checkpoints stay whole.
         """
         self.update.check_finite()
-        generators: dict[str, Any] = {"torch": torch.random.get_rng_state()}
-        if torch.cuda.is_available():
-            generators["cuda"] = torch.cuda.get_rng_state_all()
         state = {
             **self.extra_state,
             "step": self.step,
@@ -270,11 +295,12 @@ class Trainer:
             "online": None if self.online is None else self.online.state_dict(),
             "best": self._best,
             "notes": self.notes,
-            "generators": generators,
+            "generators": capture_generators(),
+            "alarms": None if self.alarms is None else self.alarms.state_dict(),
             "trained_seconds": self.trained_seconds,
             "unfinished_row": self._row,
         }
-        path = save_checkpoint(self.checkpoints, self.step, state)
+        path = save_checkpoint(self.checkpoints, self.step, state, identity=self.identity, score=self._scored)
         self._saved_step = self.step
         return path
 
@@ -287,9 +313,9 @@ class Trainer:
         """Go on from a checkpoint of an equal run.
 
         Raises:
-            InputError: if it does not fit the networks.
+            InputError: if it is damaged, of another run, or does not fit the networks.
         """
-        state = load_checkpoint(path, device="cpu")
+        state = load_checkpoint(path, device="cpu", identity=self.identity)
         restore_learner(self.update, state, path)
         if self.online is not None and state["online"] is not None:
             self.online.load_state_dict(state["online"])
@@ -299,9 +325,9 @@ class Trainer:
         self.trained_seconds = state["trained_seconds"]
         self._row = state["unfinished_row"]
         self._saved_step = self.step
-        torch.random.set_rng_state(state["generators"]["torch"])
-        if "cuda" in state["generators"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(state["generators"]["cuda"])
+        if self.alarms is not None and state["alarms"] is not None:
+            self.alarms.load_state_dict(state["alarms"])
+        restore_generators(state["generators"])
 
 
 def restore_learner(update: UpdateStep, state: dict[str, Any], path: Path) -> None:

@@ -1,0 +1,277 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
+"""Environments to act in: numbered episodes that can be restored, and that survive a simulator's faults.
+
+1. **A running episode is a number and a list of actions.** Episode e is reset with a seed derived from (run seed, e), and
+   the policy's noise in it comes from a generator derived from (run seed, e). Simulators are deterministic, so the state of
+   an episode is restored by its reset and a replay of the actions so far (:class:`EpisodeStart`), the time limit's counter and
+   the noise included; nothing of a simulator's memory has to be saved. Where one is not deterministic,
+   :func:`is_replayable` says so.
+2. **A fault ends the episode, not the run.** An exception in ``reset`` or ``step``, or a number that is not finite, cuts the
+   episode (``truncated``, ``fault``) at the last good observation; the simulator is made anew before the next one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import gymnasium
+import numpy as np
+import torch
+from tensordict import TensorDictBase
+from torchrl.data import Binary, Unbounded
+from torchrl.envs.gym_like import BaseInfoDictReader
+
+from deflow_torchrl.envs.factory import make_gym_env
+
+if TYPE_CHECKING:
+    from torchrl.envs import EnvBase
+
+CAUSE_BYTES = 200
+"""Room for the text of a fault's cause in a transition."""
+
+_RESET_STREAM, _NOISE_STREAM = 0, 1
+
+
+@dataclass(frozen=True)
+class EpisodeStart:
+    """Where a worker begins.
+
+    Attributes:
+        episode: number of its first episode.
+        actions: those already taken in it, ``[t, A]`` float32; they are replayed at the first reset.
+    """
+
+    episode: int
+    actions: np.ndarray
+
+
+def reset_seed(seed: int, episode: int) -> int:
+    """Seed of an episode's reset, in [2^30, 2^31): away from evaluation's, which count from a million."""
+    state = np.random.SeedSequence([seed, episode, _RESET_STREAM]).generate_state(1)
+    return 2**30 + int(state[0]) % 2**30
+
+
+def noise_stream(seed: int, episode: int) -> np.random.Generator:
+    """The generator of an episode's noise."""
+    return np.random.default_rng(np.random.SeedSequence([seed, episode, _NOISE_STREAM]))
+
+
+class OnlineEpisodes(gymnasium.Wrapper):
+    """A task's environment as an endless row of numbered episodes, each fixed by its number and its actions.
+
+    Every ``reset`` begins the next of the episodes ``first``, ``first + stride``, ``first + 2 stride``...; its own seed is
+    used whatever the caller gives. ``info`` holds ``episode`` (int), ``noise`` (``[A]`` float32, N(0, I): for the coming
+    action), ``success`` and ``fault`` (bool) and ``cause`` (text, of a fault). A reset that fails gives an observation of
+    zeros, or the last one, and the fault with the step that follows.
+
+    Args:
+        task: as for :func:`deflow_torchrl.envs.make_gym_env`.
+
+    Keyword Args:
+        seed: the run's.
+        first: number of the first episode.
+        stride: distance between numbers: with W workers, worker w runs w, w + W, w + 2W...
+        start: begin in the middle of an episode instead.
+        **kwargs: forwarded to ``gymnasium.make``.
+
+    Raises:
+        InputError: if the environment cannot be made.
+    """
+
+    def __init__(
+        self, task: str, *, seed: int, first: int = 0, stride: int = 1, start: EpisodeStart | None = None, **kwargs: Any
+    ) -> None:
+        self._make = functools.partial(make_gym_env, task, **kwargs)
+        super().__init__(self._make())
+        space = self.env.observation_space
+        if space.dtype != np.uint8:  # images stay as they are
+            self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, space.shape, np.float32)
+        self._seed = seed
+        self._stride = stride
+        self._start = start or EpisodeStart(first, np.zeros((0, self._action_dim), np.float32))
+        self._episode = self._start.episode
+        self._observation = np.zeros(self.observation_space.shape or (), self.observation_space.dtype)
+        self._cause = ""
+        self._broken = False
+
+    @property
+    def _action_dim(self) -> int:
+        return int(np.prod(self.env.action_space.shape or ()))
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Begin the next episode."""
+        self._episode = self._start.episode
+        actions = self._start.actions
+        self._start = EpisodeStart(self._episode + self._stride, actions[:0])
+        self._noise = noise_stream(self._seed, self._episode)
+        self._cause = ""
+        try:
+            if self._broken:
+                with contextlib.suppress(Exception):
+                    self.env.close()
+                self.env = self._make()
+                self._broken = False
+            observation, _ = self.env.reset(seed=reset_seed(self._seed, self._episode), options=options)
+            self._observation = self._checked(observation)
+            for action in actions:
+                self._draw()
+                observation, _, terminated, truncated, _ = self.env.step(action)
+                self._observation = self._checked(observation)
+                if terminated or truncated:
+                    raise RuntimeError("the replayed episode ended before its last recorded action")
+        except Exception as error:  # whatever a simulator raises
+            self._fail("reset", error)
+        return self._observation, self._info()
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        """Step the environment; a fault, of this step or of the reset before it, truncates the episode."""
+        if not self._cause:
+            try:
+                observation, reward, terminated, truncated, info = self.env.step(action)
+                observation, reward = self._checked(observation), float(reward)
+                if not np.isfinite(reward):
+                    raise FloatingPointError(f"the reward is {reward}")
+                self._observation = observation
+                success = bool(info.get("success", False))
+                return observation, reward, bool(terminated), bool(truncated), self._info(success)
+            except Exception as error:  # whatever a simulator raises
+                self._fail("step", error)
+        return self._observation, 0.0, False, True, self._info()
+
+    def _checked(self, observation: Any) -> np.ndarray:
+        with np.errstate(over="ignore"):  # what is too large for float32 becomes infinite and is found below
+            # A copy, always: some simulators hand out the array that they go on writing to.
+            array = np.array(observation, self.observation_space.dtype)
+        if not np.isfinite(array).all():
+            raise FloatingPointError("the observation is not finite")
+        return array
+
+    def _fail(self, where: str, error: Exception) -> None:
+        self._broken = True
+        text = " ".join(str(error).split())
+        self._cause = f"{where}: {type(error).__name__}{': ' if text else ''}{text}"
+
+    def _draw(self) -> np.ndarray:
+        return self._noise.standard_normal(self._action_dim, dtype=np.float32)
+
+    def _info(self, success: bool = False) -> dict[str, Any]:
+        return {
+            "episode": self._episode,
+            "noise": self._draw(),
+            "success": success,
+            "fault": bool(self._cause),
+            "cause": self._cause,
+        }
+
+
+class _EpisodeReader(BaseInfoDictReader):
+    """Write what :class:`OnlineEpisodes` says of a step into TorchRL's step data."""
+
+    def __init__(self, action_dim: int) -> None:
+        super().__init__()
+        self._spec = {
+            "episode": Unbounded(shape=(1,), dtype=torch.int64),
+            "noise": Unbounded(shape=(action_dim,), dtype=torch.float32),
+            "success": Binary(shape=(1,), dtype=torch.bool),
+            "fault": Binary(shape=(1,), dtype=torch.bool),
+            "cause": Unbounded(shape=(CAUSE_BYTES,), dtype=torch.uint8),
+        }
+        self._no_cause = torch.zeros(CAUSE_BYTES, dtype=torch.uint8)
+
+    def __call__(self, info_dict: dict[str, Any], tensordict: TensorDictBase) -> TensorDictBase:
+        """Add the entries to ``tensordict``."""
+        cause = encode_cause(info_dict["cause"]) if info_dict["fault"] else self._no_cause
+        tensordict.set("episode", torch.tensor([info_dict["episode"]]))
+        tensordict.set("noise", torch.from_numpy(info_dict["noise"]))
+        tensordict.set("success", torch.tensor([info_dict["success"]]))
+        tensordict.set("fault", torch.tensor([info_dict["fault"]]))
+        return tensordict.set("cause", cause)
+
+    @property
+    def info_spec(self) -> dict[str, Any]:
+        """The entries' specs."""
+        return self._spec
+
+
+def encode_cause(cause: str) -> torch.Tensor:
+    """A text as bytes, ``[CAUSE_BYTES]`` uint8, cut or filled with zeros: so it travels in a transition."""
+    data = cause.encode()[:CAUSE_BYTES]
+    return torch.frombuffer(bytearray(data.ljust(CAUSE_BYTES, b"\0")), dtype=torch.uint8)
+
+
+def decode_cause(encoded: torch.Tensor) -> str:
+    """The text again."""
+    return bytes(encoded.tolist()).rstrip(b"\0").decode(errors="ignore")
+
+
+def make_online_env(
+    task: str, *, seed: int, first: int = 0, stride: int = 1, start: EpisodeStart | None = None, **kwargs: Any
+) -> EnvBase:
+    """Make the TorchRL environment of :class:`OnlineEpisodes`.
+
+    Its step data holds ``observation`` (``[O]`` float32; images ``[H, W, C]`` uint8), ``reward [1]``, ``terminated``,
+    ``truncated``, ``done``, ``success``, ``fault`` (bool ``[1]``), ``episode`` (int64 ``[1]``), ``noise [A]`` for the coming
+    action, and ``cause`` (:func:`decode_cause`). It lives on the CPU.
+
+    Args:
+        task: as for :func:`deflow_torchrl.envs.make_gym_env`.
+
+    Keyword Args:
+        seed: the run's.
+        first: number of the first episode.
+        stride: distance between episode numbers.
+        start: begin in the middle of an episode instead.
+        **kwargs: forwarded to ``gymnasium.make``.
+
+    Raises:
+        InputError: if the environment cannot be made.
+    """
+    from torchrl.envs import GymWrapper, RenameTransform, TransformedEnv
+
+    episodes = OnlineEpisodes(task, seed=seed, first=first, stride=stride, start=start, **kwargs)
+    env = GymWrapper(episodes, device="cpu")
+    env.set_info_dict_reader(_EpisodeReader(int(np.prod(episodes.action_space.shape or ()))))
+    return TransformedEnv(env, RenameTransform(["pixels"], ["observation"])) if env.from_pixels else env
+
+
+@functools.cache
+def is_replayable(task: str, *, steps: int = 20) -> bool:
+    """Whether an episode of this task is fixed by its seed and actions, so that a replay restores it bit for bit.
+
+    Measured: the same episode in an environment that has run another before, and in a fresh one.
+
+    Args:
+        task: as for :func:`deflow_torchrl.envs.make_gym_env`.
+
+    Keyword Args:
+        steps: how many actions are compared.
+
+    Raises:
+        InputError: if the environment cannot be made.
+    """
+
+    def trajectory(env: gymnasium.Env, episode: int) -> Sequence[np.ndarray]:
+        generator = noise_stream(0, episode)
+        seen = [np.asarray(env.reset(seed=reset_seed(0, episode))[0])]
+        for _ in range(steps):
+            action = generator.uniform(-1.0, 1.0, env.action_space.shape or ()).astype(np.float32)
+            observation, reward, terminated, truncated, _ = env.step(action)
+            seen += [np.array(observation), np.array([reward, terminated, truncated])]
+            if terminated or truncated:
+                break
+        return seen
+
+    used, fresh = make_gym_env(task), make_gym_env(task)
+    try:
+        trajectory(used, 0)
+        pairs = zip(trajectory(used, 1), trajectory(fresh, 1), strict=True)
+        return all(np.array_equal(first, second) for first, second in pairs)
+    except Exception:  # one that fails here cannot be relied on to repeat itself
+        return False
+    finally:
+        used.close()
+        fresh.close()

@@ -1,0 +1,368 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
+"""Online experience, one transition at a time, from TorchRL's collectors.
+
+The collector acts in numbered episodes (:mod:`deflow_torchrl.envs.online`), so what was collected is a function of the run's
+seed and the weights alone, and the state of a running episode is its number and its actions. That makes a checkpoint exact:
+:meth:`OnlineExperience.state_dict` holds numbers, never a simulator.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
+
+from deflow_torchrl.errors import EnvironmentFaultError, InputError, RestoreError
+
+_LOG = logging.getLogger(__name__)
+
+MINIMUM_EPISODES = 20
+"""Fewer do not make a share of faulty episodes: one early accident does not stop a run."""
+
+HOPELESS_EPISODES = 10
+"""As many episodes in a row without a single good transition stop the run, whatever share is allowed."""
+
+_TRANSITION = (
+    "observation",
+    "action",
+    ("next", "observation"),
+    ("next", "reward"),
+    ("next", "terminated"),
+    ("next", "truncated"),
+    ("next", "done"),
+)
+
+
+@dataclass(frozen=True)
+class OnlineStep:
+    """What one call of :meth:`OnlineExperience.step` brought.
+
+    Attributes:
+        episode_return: undiscounted sum of rewards of the episode that ended with this step; ``None`` while it runs.
+        length: its steps.
+        success: its last ``info["success"]``.
+        fault: the environment failed: the episode was dropped, and this step added no transition.
+        cause: of the fault.
+    """
+
+    episode_return: float | None = None
+    length: int | None = None
+    success: bool | None = None
+    fault: bool = False
+    cause: str = ""
+
+
+@dataclass
+class _Simulator:
+    """Where a worker's simulator stands: the collected side."""
+
+    episode: int
+    actions: list[Tensor] = field(default_factory=list)  # of the running episode
+    observation: Tensor | None = None  # the last; None where no action has been taken
+
+
+@dataclass
+class _Episode:
+    """What was delivered of a worker's running episode: the learner's side."""
+
+    rows: dict[int, None] = field(default_factory=dict)  # its row numbers in the buffer, an ordered set
+    episode_return: float = 0.0
+    length: int = 0
+
+
+class OnlineExperience:
+    """Acts with a policy and hands each transition to a buffer.
+
+    Args:
+        task: as for :func:`deflow_torchrl.envs.make_gym_env`.
+        policy: the learner's own acting policy: it reads ``observation`` and ``noise``, and writes ``action``.
+
+    Keyword Args:
+        seed: fixes the episodes' starts and the policy's noise.
+        add: takes one transition (TED, batch ``[1]``) and returns its row number ``[1]``.
+        discard: takes row numbers ``[n]`` of transitions that must not be learned from: those of a faulty episode.
+        device: of the policy.
+        workers: processes that act; 0 acts in this process.
+        steps_per_collection: environment steps between two publications of the policy's weights, over all workers. With
+            ``workers=0`` and 1 every step acts with the weights of the very last update, as in the paper.
+        max_fault_share: share of faulty episodes above which :meth:`step` raises.
+
+    Raises:
+        InputError: on settings that do not fit, or an environment that cannot be made.
+    """
+
+    def __init__(
+        self,
+        task: str,
+        policy: TensorDictModuleBase,
+        *,
+        seed: int,
+        add: Callable[[TensorDictBase], Tensor],
+        discard: Callable[[Tensor], None],
+        device: torch.device | str = "cpu",
+        workers: int = 0,
+        steps_per_collection: int = 1,
+        max_fault_share: float = 0.1,
+    ) -> None:
+        if workers < 0 or steps_per_collection < 1 or steps_per_collection % max(workers, 1):
+            raise InputError(
+                f"collector_workers={workers} with {steps_per_collection} steps per collection cannot be used; the workers "
+                "must not be negative, and the steps a positive multiple of them"
+            )
+        if not 0.0 <= max_fault_share <= 1.0:
+            raise InputError(f"max_fault_share={max_fault_share} must lie between 0 and 1")
+        self.task = task
+        self.policy = policy
+        self.workers = workers
+        self.steps_per_collection = steps_per_collection
+        self.max_fault_share = max_fault_share
+        self.waiting_seconds = 0.0
+        self.counters = {"episodes": 0, "faults": 0, "worker_restarts": 0, "env_steps": 0}
+        self._seed = seed
+        self._device = torch.device(device)
+        self._add, self._discard = add, discard
+        slots = range(max(workers, 1))
+        self._simulators = [_Simulator(slot) for slot in slots]
+        self._episodes = [_Episode() for _ in slots]
+        self._hopeless = 0  # faulty episodes in a row without a good transition
+        self._said: set[str] = set()
+        # Rows collected, not yet delivered, in the order of delivery: row i of a chunk is worker i % W's.
+        self._chunk: TensorDictBase | None = None
+        self._cursor = 0
+        self._source: _LocalSource | None = None
+
+    # The acting side.
+
+    def _collect(self) -> TensorDictBase:
+        if self._source is None:
+            self._source = _LocalSource(self._envs()[0], self.policy, self._device, self.steps_per_collection)
+        return self._follow(self._source.collect())
+
+    def _envs(self) -> list[Callable[[], Any]]:
+        """Makers of each worker's environment, beginning where its simulator stands."""
+        from deflow_torchrl.envs.online import EpisodeStart, make_online_env
+
+        envs: list[Callable[[], Any]] = []
+        for simulator in self._simulators:
+            actions = torch.stack(simulator.actions) if simulator.actions else torch.zeros(0, 0)
+            start = EpisodeStart(simulator.episode, actions.numpy())
+            envs.append(partial(make_online_env, self.task, seed=self._seed, stride=len(self._simulators), start=start))
+        return envs
+
+    def _follow(self, chunk: TensorDictBase) -> TensorDictBase:
+        """Keep the simulators' records up with a chunk they have collected.
+
+        Raises:
+            RestoreError: if an episode was not restored as it was recorded.
+        """
+        done = chunk["next", "done"].flatten().tolist()
+        episodes = chunk["episode"].flatten().tolist()
+        for row, episode in enumerate(episodes):
+            simulator = self._simulators[row % len(self._simulators)]
+            if simulator.observation is not None and not torch.equal(simulator.observation, chunk["observation"][row]):
+                from deflow_torchrl.envs.online import decode_cause
+
+                cause = decode_cause(chunk["next", "cause"][row])
+                raise RestoreError(
+                    f"episode {episode} of {self.task} was not restored exactly: after a replay of its "
+                    f"{len(simulator.actions)} actions the observation differs from the recorded one"
+                    f"{f' ({cause})' if cause else ''}; resume from a checkpoint at an episode's end"
+                )
+            if done[row]:
+                simulator.episode, simulator.actions, simulator.observation = episode + len(self._simulators), [], None
+            else:
+                simulator.actions.append(chunk["action"][row])
+                simulator.observation = chunk["next", "observation"][row]
+        return chunk
+
+    # The learner's side.
+
+    def step(self) -> OnlineStep:
+        """Deliver one transition.
+
+        Raises:
+            EnvironmentFaultError: when the share of faulty episodes is above ``max_fault_share``.
+            RestoreError: if an episode could not be restored as it was recorded.
+        """
+        if self._chunk is None or self._cursor == len(self._chunk):
+            began = time.perf_counter()
+            self._chunk, self._cursor = self._collect(), 0
+            self.waiting_seconds += time.perf_counter() - began
+        row, worker = self._chunk[self._cursor : self._cursor + 1], self._cursor % len(self._episodes)
+        self._cursor += 1
+        self.counters["env_steps"] += 1
+        episode = self._episodes[worker]
+        if row["next", "fault"].item():
+            self._episodes[worker] = _Episode()
+            return self._drop(episode, row)
+        self._hopeless = 0
+        for number in self._add(row.select(*_TRANSITION)).tolist():
+            for other in self._episodes:  # a buffer that is full gives a row of an old transition to a new one
+                other.rows.pop(number, None)
+            episode.rows[number] = None
+        episode.episode_return += row["next", "reward"].item()
+        episode.length += 1
+        if not row["next", "done"].item():
+            return OnlineStep()
+        self._episodes[worker] = _Episode()
+        self.counters["episodes"] += 1
+        return OnlineStep(episode.episode_return, episode.length, bool(row["next", "success"].item()))
+
+    def _drop(self, episode: _Episode, row: TensorDictBase) -> OnlineStep:
+        """Forget a faulty episode."""
+        from deflow_torchrl.envs.online import decode_cause
+
+        cause = decode_cause(row["next", "cause"][0])
+        if episode.rows:
+            self._discard(torch.tensor(list(episode.rows)))
+        self.counters["episodes"] += 1
+        self.counters["faults"] += 1
+        self._hopeless += 0 if episode.length else 1
+        kind = re.sub(r"\d+(\.\d+)?", "#", cause)  # "at time 1.20" and "at time 1.25" are one cause
+        if kind not in self._said:
+            self._said.add(kind)
+            _LOG.warning(
+                "%s failed in step %d of episode %d (%s); the episode is dropped and counted, the run goes on",
+                self.task, episode.length + 1, int(row["episode"]), cause,
+            )  # fmt: skip
+        faults, episodes = self.counters["faults"], self.counters["episodes"]
+        if episodes >= MINIMUM_EPISODES and faults > self.max_fault_share * episodes:
+            raise EnvironmentFaultError(
+                f"{faults} of {episodes} episodes of {self.task} failed ({faults / episodes:.0%}), the last with {cause}; "
+                f"max_fault_share={self.max_fault_share:g} allows fewer: mend the environment, or set a larger share"
+            )
+        if self._hopeless >= HOPELESS_EPISODES:
+            raise EnvironmentFaultError(
+                f"{self._hopeless} episodes of {self.task} in a row failed in their first step, the last with {cause}; "
+                "mend the environment"
+            )
+        return OnlineStep(fault=True, cause=cause)
+
+    # Checkpoints.
+
+    @cached_property
+    def _replayable(self) -> bool:
+        from deflow_torchrl.envs.online import is_replayable
+
+        return is_replayable(self.task)
+
+    @property
+    def restorable(self) -> bool:
+        """Whether a checkpoint made now can be continued exactly: always, or only where no episode is running."""
+        return not any(simulator.actions for simulator in self._simulators) or self._replayable
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything another object needs to go on bit for bit: plain numbers, texts and tensors."""
+        chunk = None if self._chunk is None else self._chunk[self._cursor :]
+        return {
+            "task": self.task,
+            "seed": self._seed,
+            "counters": dict(self.counters),
+            "hopeless": self._hopeless,
+            "waiting_seconds": self.waiting_seconds,
+            "simulators": [
+                {
+                    "episode": simulator.episode,
+                    "actions": torch.stack(simulator.actions) if simulator.actions else None,
+                    "observation": simulator.observation,
+                }
+                for simulator in self._simulators
+            ],
+            "episodes": [
+                {"rows": list(episode.rows), "episode_return": episode.episode_return, "length": episode.length}
+                for episode in self._episodes
+            ],
+            "chunk": None if chunk is None or not len(chunk) else _packed(chunk),
+            "cursor": self._cursor,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` gave.
+
+        Raises:
+            InputError: if the state is of another task, seed or number of workers.
+        """
+        mine = {"task": self.task, "seed": self._seed, "workers": len(self._simulators)}
+        theirs = {"task": state["task"], "seed": state["seed"], "workers": len(state["simulators"])}
+        for name, value in theirs.items():
+            if value != mine[name]:
+                raise InputError(f"the online experience was saved with {name}={value}, this run has {mine[name]}")
+        self.close()
+        self.counters = dict(state["counters"])
+        self._hopeless = state["hopeless"]
+        self.waiting_seconds = state["waiting_seconds"]
+        self._simulators = [
+            _Simulator(
+                saved["episode"], [] if saved["actions"] is None else list(saved["actions"]), saved["observation"]
+            )
+            for saved in state["simulators"]
+        ]
+        self._episodes = [
+            _Episode(dict.fromkeys(saved["rows"]), saved["episode_return"], saved["length"])
+            for saved in state["episodes"]
+        ]
+        self._chunk, self._cursor = None, 0
+        if state["chunk"] is not None:
+            # Rows keep their places, so that a row's place still tells its worker.
+            rest = _unpacked(state["chunk"])
+            self._chunk = torch.cat([rest[:1].expand(state["cursor"]), rest])
+            self._cursor = state["cursor"]
+
+    def close(self) -> None:
+        """Close the environments and end the processes; :meth:`step` would start them anew where they stood."""
+        if self._source is not None:
+            self._source.close()
+            self._source = None
+
+
+class _LocalSource:
+    """TorchRL's ``Collector`` in this process: it acts with the policy object itself, so always with its live weights."""
+
+    def __init__(self, env: Callable[[], Any], policy: TensorDictModuleBase, device: torch.device, steps: int) -> None:
+        from torchrl.collectors import Collector
+
+        # What costs time and is not used is off: numbering of trajectories, wrapping and probing of the policy, buffers
+        # (a chunk is stacked anew each time, so nothing needs to be cloned), host synchronisation.
+        self._collector = Collector(
+            env,
+            policy,
+            frames_per_batch=steps,
+            total_frames=-1,
+            policy_device=device,
+            env_device="cpu",
+            storing_device="cpu",
+            trust_policy=True,
+            track_traj_ids=False,
+            use_buffers=False,
+            return_same_td=True,
+            no_cuda_sync=True,
+            auto_register_policy_transforms=False,
+        )
+        self._chunks = iter(self._collector)
+
+    def collect(self) -> TensorDictBase:
+        chunk = next(self._chunks)
+        chunk.names = None  # TorchRL's name "time" would be one more difference to other transitions
+        return chunk
+
+    def close(self) -> None:
+        self._collector.shutdown()
+
+
+def _packed(chunk: TensorDictBase) -> dict[str, Tensor]:
+    """A chunk's entries under flat names: what a checkpoint can hold."""
+    return {key: value.clone() for key, value in chunk.flatten_keys("/").items()}
+
+
+def _unpacked(entries: dict[str, Tensor]) -> TensorDictBase:
+    rows = len(next(iter(entries.values())))
+    return TensorDict(dict(entries), batch_size=[rows]).unflatten_keys("/")

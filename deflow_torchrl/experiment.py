@@ -8,7 +8,7 @@ import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -445,6 +445,9 @@ class _Run:
             evaluations=_outcomes(self.outcomes, self.references),
             history=trainer.notes.get("evaluations", []),
             online=None if trainer.online is None else trainer.online.counters,
+            alarms=None
+            if trainer.alarms is None or self.learner.diagnostics is None
+            else [asdict(alarm) for alarm in trainer.alarms.raised],
             seconds={**extra_seconds, **self.seconds, "updates": trainer.trained_seconds},
         )
         write_text(self.out / RECORD_FILE, json.dumps(record, indent=2) + "\n")
@@ -461,6 +464,7 @@ class _Run:
             self.out / "report.html",
             title=title,
             record=record,
+            rows=metrics.rows,
             figure=figure,
             target_divergence=None if delta is None else round(float(delta), 8),
         )

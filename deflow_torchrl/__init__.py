@@ -10,6 +10,7 @@ from deflow_torchrl._register import register_datasets
 
 if TYPE_CHECKING:  # what type checkers and editors see
     from deflow_torchrl.data import MinariExperienceReplay as MinariExperienceReplay
+    from deflow_torchrl.data import OfflineOnlineReplayBuffer as OfflineOnlineReplayBuffer
     from deflow_torchrl.data import OGBenchExperienceReplay as OGBenchExperienceReplay
     from deflow_torchrl.data import TransitionDataset as TransitionDataset
     from deflow_torchrl.data import TransitionReplayBuffer as TransitionReplayBuffer
@@ -39,6 +40,7 @@ _EXPORTS = {
     "TDCriticLoss": ".objectives",
     "OGBenchExperienceReplay": ".data",
     "MinariExperienceReplay": ".data",
+    "OfflineOnlineReplayBuffer": ".data",
     "TransitionDataset": ".data",
     "TransitionReplayBuffer": ".data",
 }

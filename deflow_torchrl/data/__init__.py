@@ -26,6 +26,8 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from deflow_torchrl.data.ogbench import OGBenchExperienceReplay as OGBenchExperienceReplay
     from deflow_torchrl.data.ogbench import load_ogbench_dataset as load_ogbench_dataset
     from deflow_torchrl.data.oracles import GENERATED_DATASETS as GENERATED_DATASETS
+    from deflow_torchrl.data.union_buffer import OfflineOnlineReplayBuffer as OfflineOnlineReplayBuffer
+    from deflow_torchrl.data.union_storage import TRANSITION_KEYS as TRANSITION_KEYS
 
 _EXPORTS = {
     "BaseActionBank": ".base_actions",
@@ -43,6 +45,8 @@ _EXPORTS = {
     "download_ogbench_dataset": ".download",
     "generate_ogbench_dataset": ".generation",
     "GENERATED_DATASETS": ".oracles",
+    "OfflineOnlineReplayBuffer": ".union_buffer",
+    "TRANSITION_KEYS": ".union_storage",
     "ActionVariance": ".action_variance",
     "intrinsic_action_variance": ".action_variance",
     "suggest_target_divergence": ".action_variance",

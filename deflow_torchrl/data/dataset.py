@@ -336,30 +336,7 @@ class TransitionDataset:
         write_text(folder / _ABOUT_FILE, json.dumps(written, indent=2) + "\n")
 
     def _rows(self, index: Any) -> torch.Tensor:
-        if isinstance(index, tuple) and len(index) == 1:
-            (index,) = index
-        if index is Ellipsis:
-            index = slice(None)
-        if isinstance(index, slice):
-            return torch.arange(*index.indices(len(self)), device=self.device)
-        if isinstance(index, (list, range)) and len(index) == 0:
-            return torch.empty(0, dtype=torch.int64, device=self.device)
-        try:
-            rows = torch.as_tensor(index, device=self.device)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise IndexError(f"{index!r} is no index of transitions") from error
-        if rows.dtype == torch.bool:
-            if rows.shape != (len(self),):
-                raise IndexError(f"a mask of shape {tuple(rows.shape)} for {len(self)} transitions")
-            return rows.nonzero().squeeze(-1)
-        if rows.dtype.is_floating_point or rows.dtype.is_complex:
-            raise IndexError(f"an index of type {rows.dtype}; integers are needed")
-        rows = rows.to(torch.int64)
-        rows = torch.where(rows < 0, rows + len(self), rows)
-        # An accelerator checks by itself, without making the host wait.
-        if rows.device.type == "cpu" and bool(((rows < 0) | (rows >= len(self))).any()):
-            raise IndexError(f"an index is out of range for {len(self)} transitions")
-        return rows
+        return row_numbers(index, len(self), self.device)
 
     def states(self) -> torch.Tensor:
         """Copy s of every transition, ``[N, ...]``; ``dataset[:]`` makes a second copy for s'."""
@@ -391,6 +368,43 @@ class TransitionDataset:
         return (
             f"TransitionDataset({len(self)} transitions, {self.num_episodes} episodes, {where}, source={self.source!r})"
         )
+
+
+def row_numbers(index: Any, length: int, device: torch.device) -> torch.Tensor:
+    """Any index as non-negative row numbers, int64 of the index's shape.
+
+    Args:
+        index: an integer, slice, list, range, array or tensor of integers of any shape, or a mask ``[length]``.
+        length: how many rows there are.
+        device: where the numbers are wanted.
+
+    Raises:
+        IndexError: if it is no index, or out of range (an accelerator notices that when it reads).
+    """
+    if isinstance(index, tuple) and len(index) == 1:
+        (index,) = index
+    if index is Ellipsis:
+        index = slice(None)
+    if isinstance(index, slice):
+        return torch.arange(*index.indices(length), device=device)
+    if isinstance(index, (list, range)) and len(index) == 0:
+        return torch.empty(0, dtype=torch.int64, device=device)
+    try:
+        rows = torch.as_tensor(index, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise IndexError(f"{index!r} is no index of transitions") from error
+    if rows.dtype == torch.bool:
+        if rows.shape != (length,):
+            raise IndexError(f"a mask of shape {tuple(rows.shape)} for {length} transitions")
+        return rows.nonzero().squeeze(-1)
+    if rows.dtype.is_floating_point or rows.dtype.is_complex:
+        raise IndexError(f"an index of type {rows.dtype}; integers are needed")
+    rows = rows.to(torch.int64)
+    rows = torch.where(rows < 0, rows + length, rows)
+    # An accelerator checks by itself, without making the host wait.
+    if rows.device.type == "cpu" and bool(((rows < 0) | (rows >= length)).any()):
+        raise IndexError(f"an index is out of range for {length} transitions")
+    return rows
 
 
 def prepared(

@@ -1,0 +1,473 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
+"""Offline transitions and online experience in one TorchRL replay buffer.
+
+The paper samples uniformly from the union of both, RLPD a fixed share of each: modes ``"uniform"`` and ``"balanced"``. Which
+row is which, and what is overwritten when, is :mod:`deflow_torchrl.data.union_storage`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn.utils import _set_dispatch_td_nn_modules
+from torchrl.data import ReplayBuffer, TensorDictReplayBuffer
+from torchrl.data.replay_buffers.samplers import PrioritizedSampler, Sampler
+from torchrl.data.replay_buffers.utils import pin_memory_output
+from torchrl.data.replay_buffers.writers import ImmutableDatasetWriter
+
+from deflow_torchrl.data.dataset import TransitionDataset, TransitionReplayBuffer, _as_it_is
+from deflow_torchrl.data.union_sampler import MODES, UnionSampler, native_sampler_state, sampler_state
+from deflow_torchrl.data.union_storage import (
+    NAMES,
+    FrameRows,
+    Rows,
+    UnionStorage,
+    UnionWriter,
+    check_finite,
+    columns_of,
+    offline_schema,
+)
+from deflow_torchrl.errors import InputError
+from deflow_torchrl.paths import atomic_write, make_writable_folder
+
+_STATE_FILE = "buffer.pt"
+
+
+class OfflineOnlineReplayBuffer(TensorDictReplayBuffer):
+    """An offline set and the online transitions that :meth:`extend` adds, sampled as one TorchRL replay buffer.
+
+    A batch is a TensorDict ``[B]`` in TED (:mod:`deflow_torchrl.data.schema`) with the row numbers in ``index`` ``[B]``. Rows
+    0..num_offline-1 are the offline set, the online zone follows; ``buffer[i]`` and ``buffer[:]`` read rows in this order.
+    Of what :meth:`extend` is given, only :data:`~deflow_torchrl.data.union_storage.TRANSITION_KEYS` are kept, and they
+    must have the offline set's shapes and types.
+
+    ==============  ===================================================================================================
+    mode            a batch of B
+    ==============  ===================================================================================================
+    ``"uniform"``   every held transition is equally likely at every place, offline or online (the paper's)
+    ``"balanced"``  exactly ``round(offline_fraction * B)`` offline transitions, then online ones (RLPD's)
+    ``"annealed"``  the same with a share that goes linearly from ``offline_fraction[0]`` to ``offline_fraction[1]``
+                    while the first ``anneal_transitions`` online transitions are added
+    ==============  ===================================================================================================
+
+    Where there is no online (or no offline) transition, a batch holds the other kind alone.
+
+    Unlike TorchRL's ``OfflineToOnlineReplayBuffer`` this is a ``ReplayBuffer`` (state, transforms, priorities, prefetch,
+    generator), uniform sampling over the union is available and exact, extra keys of a data set do no harm, types are
+    checked instead of promoted, and both sides are on one device.
+
+    Args:
+        offline: a :class:`TransitionDataset` or :class:`TransitionReplayBuffer`, never copied unless ``device`` says so; any
+            TorchRL replay buffer or data set, read once through its transforms; or a TensorDict ``[N]`` or ``[B, T]`` in TED.
+
+    Keyword Args:
+        online_capacity: rows of the online zone.
+        mode: see above.
+        offline_fraction: the share of offline transitions in [0, 1], a pair of them for ``"annealed"``; ``"uniform"``
+            does not use it.
+        anneal_transitions: for ``"annealed"``.
+        overwrite: which transitions go when the online zone is full. ``"online"``: the oldest online ones, the offline set
+            stays. ``"fifo"``: the oldest of all, offline first, as in the reference's array; the columns of online
+            transitions are then as long as the whole buffer (on a CPU, memory is taken as it is written).
+        batch_size: transitions per :meth:`sample`.
+        device: where all transitions are kept; where the offline set is by default. On a GPU, sampling never makes the
+            host wait.
+        online_dir: folder for memory-mapped files of the online columns, written anew by every buffer.
+        sampler: another TorchRL sampler of single transitions, in mode ``"uniform"`` only: ``PrioritizedSampler`` (its
+            ``max_capacity`` must reach ``capacity``; offline rows start with the default priority),
+            ``SamplerWithoutReplacement``...
+        **kwargs: forwarded to :class:`torchrl.data.TensorDictReplayBuffer`: ``transform``, ``prefetch``, ``pin_memory``,
+            ``generator``, ``priority_key``.
+
+    Raises:
+        InputError: on a bad option, or offline data that do not fit the schema or hold NaN or infinity.
+
+    Examples:
+        >>> offline = TensorDict(
+        ...     observation=torch.zeros(100, 3), action=torch.zeros(100, 2),
+        ...     next=TensorDict(
+        ...         observation=torch.zeros(100, 3), reward=torch.zeros(100, 1),
+        ...         terminated=torch.zeros(100, 1, dtype=torch.bool), truncated=torch.zeros(100, 1, dtype=torch.bool),
+        ...         done=torch.zeros(100, 1, dtype=torch.bool), batch_size=[100],
+        ...     ),
+        ...     batch_size=[100],
+        ... )
+        >>> buffer = OfflineOnlineReplayBuffer(offline, online_capacity=50, mode="balanced", batch_size=8)
+        >>> buffer.extend(offline[:2])
+        tensor([100, 101])
+        >>> batch = buffer.sample()
+        >>> batch["observation"].shape, buffer.is_online(batch["index"]).sum()
+        (torch.Size([8, 3]), tensor(4))
+        >>> buffer.num_offline, buffer.num_online, len(buffer), buffer.capacity
+        (100, 2, 102, 150)
+    """
+
+    _storage: UnionStorage
+
+    def __init__(
+        self,
+        offline: TransitionDataset | ReplayBuffer | TensorDictBase,
+        *,
+        online_capacity: int,
+        mode: Literal["uniform", "balanced", "annealed"] = "uniform",
+        offline_fraction: float | tuple[float, float] = 0.5,
+        anneal_transitions: int | None = None,
+        overwrite: Literal["online", "fifo"] = "online",
+        batch_size: int | None = None,
+        device: torch.device | str | None = None,
+        online_dir: str | os.PathLike[str] | None = None,
+        sampler: Sampler | Callable[[], Sampler] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        _refuse_unknown(kwargs)
+        own_sampler = _union_sampler(mode, offline_fraction, anneal_transitions)
+        if overwrite not in ("online", "fifo"):
+            raise InputError(f"overwrite={overwrite!r} is neither 'online' nor 'fifo'")
+        if not _is_count(online_capacity):
+            raise InputError(f"online_capacity={online_capacity!r} is no positive number of transitions")
+        if batch_size is not None and not _is_count(batch_size):
+            raise InputError(f"batch_size={batch_size!r} is no positive number of transitions")
+        self.mode, self.overwrite = mode, overwrite
+        rows, where = _offline_rows(offline, device)
+        folder = None
+        if online_dir is not None:
+            if where.type != "cpu":
+                raise InputError(f"online_dir={str(online_dir)!r}: files are for the CPU, the data are on {where}")
+            folder = _fresh_folder(Path(online_dir).expanduser())
+        storage = UnionStorage(rows, where, online_capacity=online_capacity, fifo=overwrite == "fifo", folder=folder)
+        super().__init__(
+            storage=storage,
+            sampler=own_sampler if sampler is None else self._usable(sampler, storage.max_size),
+            writer=UnionWriter(),
+            collate_fn=_as_it_is,
+            batch_size=batch_size,
+            **kwargs,
+        )
+
+    # Who is where.
+
+    @property
+    def dataset(self) -> TransitionDataset | None:
+        """The offline set in use, or ``None`` if the offline data came as something else."""
+        offline = self._storage.offline
+        return offline.dataset if isinstance(offline, FrameRows) else None
+
+    @property
+    def num_offline(self) -> int:
+        """Transitions of the offline set, overwritten or not."""
+        return self._storage.num_offline
+
+    @property
+    def num_online(self) -> int:
+        """Online transitions that may be sampled: held and not discarded."""
+        return self._storage.num_online
+
+    @property
+    def num_discarded(self) -> int:
+        """Online transitions that are held but never sampled."""
+        return self._storage.num_discarded
+
+    @property
+    def online_capacity(self) -> int:
+        """Rows of the online zone."""
+        return self._storage.online_capacity
+
+    @property
+    def capacity(self) -> int:
+        """Rows of both zones."""
+        return self._storage.max_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where transitions are kept and batches delivered."""
+        return self._storage.device
+
+    @property
+    def offline_fraction(self) -> float:
+        """The expected share of offline transitions in a batch sampled now, by this buffer's own sampler."""
+        sampler = self._sampler if isinstance(self._sampler, UnionSampler) else UnionSampler("uniform", 0.5, None)
+        return sampler.offline_fraction(self._storage)
+
+    def is_online(self, index: torch.Tensor) -> torch.Tensor:
+        """Whether rows hold online transitions.
+
+        Args:
+            index: row numbers of any shape, as ``batch["index"]``.
+
+        Returns:
+            bool of the same shape, on its device.
+        """
+        return self._storage.is_online(index)
+
+    def __len__(self) -> int:
+        """Rows that hold a transition, as in ``buffer[:]``: discarded ones count."""
+        return len(self._storage)
+
+    # Writing.
+
+    def add(self, data: TensorDictBase) -> int:
+        """Add one online transition (batch size ``[]``); its row. Raises as :meth:`extend`."""
+        return int(self.extend(data)[0])
+
+    def extend(self, tensordicts: TensorDictBase, *, update_priority: bool | None = None) -> torch.Tensor:
+        """Add online transitions.
+
+        Args:
+            tensordicts: ``[n]``, ``[B, T]`` or any other batch in TED, as a collector delivers it, on any device; flattened
+                in this order. It is left as it is.
+
+        Keyword Args:
+            update_priority: as in TorchRL.
+
+        Returns:
+            their rows ``[n]``, int64, on the buffer's device.
+
+        Raises:
+            InputError: if an entry is missing, has another shape or type than the offline set's, or is not finite, or if
+                they are more than the online zone holds. Nothing is added then.
+        """
+        if not isinstance(tensordicts, TensorDictBase):
+            raise InputError(f"new transitions: a TensorDict is needed, not a {type(tensordicts).__name__}")
+        if tensordicts.numel() == 0:
+            return torch.empty(0, dtype=torch.int64, device=self.device)
+        return super().extend(tensordicts.reshape(-1), update_priority=update_priority)
+
+    def discard(self, index: torch.Tensor) -> None:
+        """Never sample these online rows again, until they are overwritten (the transitions of a faulty episode).
+
+        Args:
+            index: row numbers of any shape, as :meth:`extend` gave them.
+
+        Raises:
+            InputError: if a row holds no online transition.
+        """
+        rows = torch.as_tensor(index)
+        if self._prefetch:
+            with self._futures_lock:  # a batch that was drawn ahead may hold them
+                self._clear_prefetch_queue_locked()
+        with self._replay_lock, self._write_lock:
+            self._storage.discard(rows)
+            if isinstance(self._sampler, PrioritizedSampler):
+                self._forget_priorities(rows.reshape(-1))
+
+    def empty(self, empty_write_count: bool = True) -> None:
+        """Forget the online transitions, and all priorities."""
+        super().empty(empty_write_count)
+        self._initialize_prioritized_sampler()
+
+    def set_at_(self, key: Any, value: Any, index: Any) -> NoReturn:
+        """Refused: transitions are added, never changed."""
+        self._storage.set(index, value)
+
+    def set_(self, key: Any, value: Any) -> NoReturn:
+        """Refused: transitions are added, never changed."""
+        self._storage.set(None, value)
+
+    def update_(self, input_dict_or_td: Any, clone: bool = False, *, keys_to_update: Any = None) -> NoReturn:
+        """Refused: transitions are added, never changed."""
+        self._storage.set(None, input_dict_or_td)
+
+    # Sampling.
+
+    @pin_memory_output
+    def _sample(self, batch_size: int) -> tuple[TensorDictBase, dict]:
+        with self._replay_lock, self._write_lock:
+            index, info = self._sampler.sample(self._storage, batch_size)
+            if self._storage.num_discarded and not isinstance(self._sampler, UnionSampler):
+                self._draw_discarded_again(index, info)
+            info["index"] = index
+            data: TensorDictBase = self._storage.transitions(index.to(self.device))
+        if len(self._transform):
+            with _set_dispatch_td_nn_modules(True):
+                data = self._transform(data)
+        return data, info
+
+    def _draw_discarded_again(self, index: torch.Tensor, info: dict) -> None:
+        if not self._sampler_has_a_choice():
+            raise RuntimeError("every transition of the buffer was discarded; there is nothing to sample")
+        while len(bad := self._storage.is_discarded(index).nonzero().squeeze(1)):
+            again, info_again = self._sampler.sample(self._storage, len(bad))
+            bad = bad[: len(again)]
+            index[bad] = again
+            for name, value in info_again.items():
+                info[name][bad] = value
+
+    def _sampler_has_a_choice(self) -> bool:
+        return self._storage.num_discarded < len(self._storage)
+
+    def set_sampler(self, sampler: Sampler) -> Sampler:
+        """Replace the sampler, in mode ``"uniform"``; the previous one. All priorities start at the default.
+
+        Raises:
+            InputError: as the constructor.
+        """
+        previous = super().set_sampler(self._usable(sampler, self.capacity))
+        self._initialize_prioritized_sampler()
+        return previous
+
+    def _usable(self, sampler: Sampler | Callable[[], Sampler], capacity: int) -> Sampler:
+        sampler = self._maybe_make_sampler(sampler)
+        if self.mode != "uniform":
+            raise InputError(f"mode={self.mode!r} draws by itself; give sampler={sampler} with mode='uniform' only")
+        if isinstance(sampler, PrioritizedSampler) and sampler.max_size < capacity:
+            raise InputError(f"PrioritizedSampler(max_capacity={sampler.max_size}) is too small; give {capacity}")
+        return sampler
+
+    def update_priority(self, index: Any, priority: Any) -> None:
+        """As in TorchRL; discarded rows are left out."""
+        if self._storage.num_discarded:
+            index = torch.as_tensor(index).reshape(-1)
+            priority = (
+                torch.as_tensor(priority).expand(index.shape) if torch.as_tensor(priority).ndim == 0 else priority
+            )
+            kept = ~self._storage.is_discarded(index)
+            index, priority = index[kept], torch.as_tensor(priority).reshape(len(kept), -1)[kept.to(priority.device), 0]
+            if len(index) == 0:
+                return
+        super().update_priority(index, priority)
+
+    def _forget_priorities(self, rows: torch.Tensor) -> None:
+        # The trees' neutral values; a priority of 0 would become the smallest one, which importance weights divide by.
+        rows = rows.to(self._sampler.device)
+        self._sampler._sum_tree[rows] = torch.zeros(len(rows), dtype=self._sampler.dtype, device=rows.device)
+        self._sampler._min_tree[rows] = torch.full_like(rows, torch.inf, dtype=self._sampler.dtype)
+
+    # State.
+
+    def state_dict(self) -> dict[str, Any]:
+        """What goes on: online transitions, their position, discarded rows, sampler, transforms, generator, prefetched batches.
+
+        Of the offline set there is the number of rows and a digest. Nothing but tensors, numbers, strings and containers of
+        these, so that ``torch.load(..., weights_only=True)`` reads it; a copy, on the CPU where it is large. Torch's global
+        generators are the caller's to save (and NumPy's, from which ``PrioritizedSampler`` draws without ``generator=``).
+
+        Raises:
+            InputError: if a sampler's state holds something else.
+        """
+        state = super().state_dict()
+        state["_sampler"] = {"class": type(self._sampler).__name__, "state": sampler_state(self._sampler)}
+        prefetched = state["_prefetch_state"]
+        state["_prefetch_state"] = {
+            **prefetched,
+            "queue": [{"batch": batch.to_dict(), "info": dict(info)} for batch, info in prefetched["queue"]],
+        }
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`, bit for bit where the generators are restored as well.
+
+        Mode, shares and batch size may have changed; what was prefetched is kept.
+
+        Raises:
+            InputError: if the state is of another offline set, capacity, schema, ``overwrite`` or sampler; nothing is loaded.
+        """
+        self._storage.check_state(state_dict["_storage"])
+        theirs, own = state_dict["_sampler"]["class"], type(self._sampler).__name__
+        if theirs != own:
+            raise InputError(f"the state is of another buffer: its sampler is a {theirs}, here it is a {own}")
+        prefetched = state_dict["_prefetch_state"]
+        queue = [
+            (TensorDict(entry["batch"], batch_size=entry["info"]["index"].shape, device=self.device), entry["info"])
+            for entry in prefetched["queue"]
+        ]
+        super().load_state_dict(
+            {
+                **state_dict,
+                "_sampler": native_sampler_state(self._sampler, state_dict["_sampler"]["state"]),
+                "_prefetch_state": {**prefetched, "queue": queue},
+                "_batch_size": self._batch_size,
+            }
+        )
+
+    def dumps(self, path: str | os.PathLike[str]) -> None:
+        """Write :meth:`state_dict` into the folder ``path``, beside and renamed; TorchRL's own way would pickle.
+
+        Raises:
+            InputError: if the folder cannot be written or the disk is full.
+        """
+        folder = Path(path)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with atomic_write(folder / _STATE_FILE) as temporary:
+                torch.save(self.state_dict(), temporary)
+        except (OSError, RuntimeError) as error:  # torch.save has a RuntimeError for a full disk
+            raise InputError(f"cannot write in {folder} ({error}); choose another folder") from error
+
+    def loads(self, path: str | os.PathLike[str]) -> None:
+        """Go on from what :meth:`dumps` wrote; no code in the file is run.
+
+        Raises:
+            InputError: if there is no such file, or it is damaged, and as :meth:`load_state_dict`.
+        """
+        file = Path(path) / _STATE_FILE
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise InputError(f"{file} is missing or damaged ({' '.join(str(error).split())[:200]})") from error
+        self.load_state_dict(state)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
+
+
+def _refuse_unknown(options: dict[str, Any]) -> None:
+    known = ("transform", "transform_factory", "prefetch", "pin_memory", "generator", "priority_key")
+    for name in options:
+        if name not in known:
+            raise TypeError(f"OfflineOnlineReplayBuffer takes no option {name!r}; beside its own: {', '.join(known)}")
+
+
+def _union_sampler(mode: str, offline_fraction: Any, anneal_transitions: Any) -> UnionSampler:
+    if mode not in MODES:
+        raise InputError(f"mode={mode!r} is none of {', '.join(MODES)}")
+    if mode == "annealed":
+        pair = tuple(offline_fraction) if isinstance(offline_fraction, (tuple, list)) else ()
+        if len(pair) != 2 or not all(_is_share(share) for share in pair):
+            raise InputError(f"offline_fraction={offline_fraction!r} is no pair of shares in [0, 1]")
+        if not _is_count(anneal_transitions):
+            raise InputError(f"anneal_transitions={anneal_transitions!r} is no positive number of transitions")
+        return UnionSampler(mode, pair, anneal_transitions)
+    if not _is_share(offline_fraction):
+        raise InputError(f"offline_fraction={offline_fraction!r} is no share in [0, 1]")
+    return UnionSampler(mode, offline_fraction, None)
+
+
+def _offline_rows(offline: Any, device: torch.device | str | None) -> tuple[Rows | FrameRows, torch.device]:
+    if isinstance(offline, TransitionReplayBuffer) and not len(offline.transform):
+        offline = offline.dataset
+    if isinstance(offline, TransitionDataset):
+        if device is not None and torch.device(device) != offline.device:
+            offline = offline.to(device)
+        return FrameRows(offline), offline.device
+    owned = isinstance(offline, ReplayBuffer) and isinstance(offline.writer, ImmutableDatasetWriter)
+    source = "offline data"
+    transitions = offline[:] if isinstance(offline, ReplayBuffer) else offline
+    if not isinstance(transitions, TensorDictBase):
+        raise InputError(
+            f"{source}: a TransitionDataset, a replay buffer or a TensorDict is needed, not a {type(offline).__name__}"
+        )
+    columns = columns_of(transitions.reshape(-1), source=source)
+    if len(columns[0]) == 0:
+        raise InputError(f"{source}: there is no transition")
+    offline_schema(columns, source=source)
+    check_finite(columns, source=source)
+    where = columns[0].device if device is None else torch.device(device)
+    # The caller may go on writing into what is his; an immutable data set stays where it is.
+    return Rows(tuple(column.as_subclass(torch.Tensor).to(where, copy=not owned) for column in columns)), where
+
+
+def _fresh_folder(folder: Path) -> Path:
+    make_writable_folder(folder)
+    for name in NAMES:  # another buffer that still maps such a file keeps it
+        (folder / f"{name}.bin").unlink(missing_ok=True)
+    return folder

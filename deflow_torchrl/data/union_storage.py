@@ -1,0 +1,458 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
+"""Offline rows and a ring of online rows under one numbering, as TorchRL's Storage and Writer.
+
+Rows 0..num_offline-1 are the offline set, read where it lies; the rows behind them are the online zone. Online transition
+number w (counted from the first ever) goes to row num_offline + w. What happens when the last row is taken is ``overwrite``:
+
+* ``"online"``: on from row num_offline, so that the offline rows stay;
+* ``"fifo"``: on from row 0, as in the reference, whose array is full after online_capacity steps: the oldest offline rows
+  go first. The offline set itself is not written: a row that was overwritten is read from the online columns.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torchrl.data.replay_buffers.storages import Storage
+from torchrl.data.replay_buffers.writers import Writer
+
+from deflow_torchrl.data.columns import allocate
+from deflow_torchrl.data.dataset import TransitionDataset, row_numbers
+from deflow_torchrl.errors import InputError
+
+TRANSITION_KEYS = (
+    "observation",
+    "action",
+    ("next", "observation"),
+    ("next", "reward"),
+    ("next", "terminated"),
+    ("next", "truncated"),
+    ("next", "done"),
+)
+"""What a transition consists of, in the order of every tuple of columns here; anything else is dropped on the way in."""
+
+NAMES = tuple(key if isinstance(key, str) else ".".join(key) for key in TRANSITION_KEYS)
+_FLAGS = ("next.terminated", "next.truncated", "next.done")
+_FORMAT = 1
+_DIGEST_ROWS = 4096
+
+Columns = tuple[torch.Tensor, ...]
+Schema = tuple[tuple[tuple[int, ...], torch.dtype], ...]
+"""Shape of one row and type of every column."""
+
+
+def columns_of(transitions: TensorDictBase, *, source: str) -> Columns:
+    """The columns of a batch ``[n]`` in the order of :data:`TRANSITION_KEYS`.
+
+    Raises:
+        InputError: if one is missing or no tensor.
+    """
+    columns = []
+    for key, name in zip(TRANSITION_KEYS, NAMES, strict=True):
+        column = transitions.get(key, None)
+        if not isinstance(column, torch.Tensor):
+            found = ", ".join(
+                sorted(".".join(key) if isinstance(key, tuple) else key for key in transitions.keys(True, True))
+            )
+            raise InputError(f"{source}: {name} is {'missing' if column is None else 'no tensor'}; found {found}")
+        columns.append(column)
+    return tuple(columns)
+
+
+def check_schema(columns: Columns, schema: Schema, *, source: str) -> None:
+    """Refuse rows of another shape or type.
+
+    Raises:
+        InputError: naming the key, what is expected and what was found.
+    """
+    for name, column, (shape, dtype) in zip(NAMES, columns, schema, strict=True):
+        if column.dtype != dtype or column.shape[1:] != shape:
+            raise InputError(
+                f"{source}: {name} is {_described(tuple(column.shape[1:]), column.dtype)} a transition, "
+                f"{_described(shape, dtype)} is needed"
+            )
+
+
+def check_finite(columns: Columns, *, source: str) -> None:
+    """Refuse NaN and infinity.
+
+    Raises:
+        InputError: naming the key and the first bad row.
+    """
+    floats = [(name, column) for name, column in zip(NAMES, columns, strict=True) if column.is_floating_point()]
+    # One question to the device, whatever the number of columns.
+    if bool(torch.stack([column.isfinite().all() for _, column in floats]).all()):
+        return
+    for name, column in floats:
+        bad = (~column.isfinite()).flatten(1).any(1).nonzero()
+        if len(bad):
+            raise InputError(f"{source}: {name} of transition {int(bad[0])} is not finite; drop its episode")
+
+
+def offline_schema(columns: Columns, *, source: str) -> Schema:
+    """The schema of an offline set; it fixes what online transitions must look like.
+
+    Raises:
+        InputError: if a column is not as :mod:`deflow_torchrl.data.schema` has it.
+    """
+    observation, action = columns[:2]
+    images = observation.dtype == torch.uint8
+    frame = (tuple(observation.shape[1:]), torch.uint8 if images else torch.float32)
+    flag = ((1,), torch.bool)
+    schema = (frame, (tuple(action.shape[1:]), torch.float32), frame, ((1,), torch.float32), flag, flag, flag)
+    check_schema(columns, schema, source=source)
+    if observation.ndim < 2 or action.ndim != 2:
+        raise InputError(f"{source}: observation [N, ...] and action [N, A] are needed, found {_shapes(columns[:2])}")
+    return schema
+
+
+def _shapes(columns: Columns) -> str:
+    return ", ".join(str(list(column.shape)) for column in columns)
+
+
+def _described(shape: tuple[int, ...], dtype: torch.dtype) -> str:
+    return f"{str(dtype).removeprefix('torch.')} {list(shape)}"
+
+
+class Rows:
+    """Columns with a row for every transition; also what an offline set that is no :class:`TransitionDataset` is read as."""
+
+    def __init__(self, columns: Columns) -> None:
+        self.columns = columns
+
+    def __len__(self) -> int:
+        return len(self.columns[0])
+
+    def gather(self, rows: torch.Tensor) -> Columns:
+        """Transitions ``rows`` [n]."""
+        return tuple(column.index_select(0, rows) for column in self.columns)
+
+    def write(self, begin: int, columns: Columns) -> None:
+        """Put rows from ``begin`` on, round at the end."""
+        until_end = min(len(columns[0]), len(self) - begin)
+        for own, new in zip(self.columns, columns, strict=True):
+            own[begin : begin + until_end] = new[:until_end]
+            own[: len(new) - until_end] = new[until_end:]
+
+
+class FrameRows:
+    """The same of a :class:`TransitionDataset`, which keeps every observation once: nothing is copied."""
+
+    def __init__(self, dataset: TransitionDataset) -> None:
+        self.dataset = dataset
+        self._ends = dataset.episode_starts + dataset.episode_lengths
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def gather(self, rows: torch.Tensor) -> Columns:
+        """Transitions ``rows`` [n]."""
+        dataset = self.dataset
+        following = torch.searchsorted(dataset.episode_starts, rows, right=True)  # the number of the next episode
+        frame = rows + following
+        if dataset.folder is None:
+            observation = dataset.observation.index_select(0, frame - 1)
+            next_observation = dataset.observation.index_select(0, frame)
+            action, reward, terminated = (
+                column.index_select(0, rows) for column in (dataset.action, dataset.reward, dataset.terminated)
+            )
+        else:
+            observation, next_observation, action, reward, terminated = dataset._gather(rows, frame - 1)
+        last = self._ends.index_select(0, following - 1) == rows + 1
+        flags = (terminated, last & ~terminated, last | terminated)
+        return observation, action, next_observation, reward.unsqueeze(1), *(flag.unsqueeze(1) for flag in flags)
+
+
+class UnionStorage(Storage):
+    """Offline rows followed by online rows; see the module.
+
+    Args:
+        offline: the offline rows.
+        device: where batches are put together; the offline rows are there.
+
+    Keyword Args:
+        online_capacity: rows of the online zone.
+        fifo: whether offline rows are overwritten.
+        folder: where the online columns are memory-mapped; ``None`` in memory.
+    """
+
+    def __init__(
+        self,
+        offline: Rows | FrameRows,
+        device: torch.device,
+        *,
+        online_capacity: int,
+        fifo: bool,
+        folder: Path | None,
+    ) -> None:
+        self.offline = offline
+        self.device = device
+        self.num_offline = len(offline)
+        self.online_capacity = online_capacity
+        self.fifo = fifo
+        super().__init__(self.num_offline + online_capacity)
+        first = offline.gather(torch.zeros(1, dtype=torch.int64, device=device))
+        self.schema = offline_schema(first, source="offline data")
+        self.slots = self.max_size if fifo else online_capacity
+        """Rows of the online columns: every row of the union may become an online one where offline rows go."""
+        self.online = Rows(
+            tuple(
+                allocate(name, (self.slots, *shape), dtype, folder)
+                if folder is not None or device.type == "cpu"
+                else torch.zeros((self.slots, *shape), dtype=dtype, device=device)
+                for name, (shape, dtype) in zip(NAMES, self.schema, strict=True)
+            )
+        )
+        self.written = 0
+        """Online transitions ever added."""
+        self._digest: str | None = None
+        self._set_discarded(np.empty(0, dtype=np.int64))
+
+    # What is where.
+
+    def __len__(self) -> int:
+        """Rows that hold a transition; they are the first ones. Discarded ones count."""
+        return min(self.num_offline + self.written, self.max_size)
+
+    @property
+    def held_online(self) -> int:
+        """Rows that hold an online transition, discarded ones too."""
+        return min(self.written, self.slots)
+
+    @property
+    def overwritten(self) -> int:
+        """Offline rows that hold an online transition by now; they are the first ones."""
+        return min(max(self.written - self.online_capacity, 0), self.num_offline) if self.fifo else 0
+
+    def is_online(self, rows: torch.Tensor) -> torch.Tensor:
+        """Whether these rows hold online transitions, bool of their shape."""
+        online = rows >= self.num_offline
+        return online | (rows < self.overwritten) if self.overwritten else online
+
+    def contains(self, item: Any) -> torch.Tensor:
+        """Whether there are transitions of these numbers, bool of the numbers' shape."""
+        rows = torch.as_tensor(item)
+        return (rows >= -len(self)) & (rows < len(self))
+
+    # Reading.
+
+    def get(self, index: Any) -> TensorDict:
+        """Transitions in TED."""
+        if isinstance(index, torch.Tensor):  # checked here: an index out of range would read another row
+            index = index.cpu()
+        rows = row_numbers(index, len(self), torch.device("cpu")).to(self.device)
+        return self.transitions(rows.reshape(-1)).reshape(rows.shape)
+
+    def transitions(self, rows: torch.Tensor) -> TensorDict:
+        """Transitions ``rows`` [n], which must be held; on an accelerator the host does not wait."""
+        observation, action, next_observation, reward, terminated, truncated, done = self._gather(rows)
+        batch_size = rows.shape
+        following = TensorDict._new_unsafe(
+            {
+                "observation": next_observation,
+                "reward": reward,
+                "terminated": terminated,
+                "truncated": truncated,
+                "done": done,
+            },
+            batch_size=batch_size,
+            device=self.device,
+        )
+        return TensorDict._new_unsafe(
+            {"observation": observation, "action": action, "next": following},
+            batch_size=batch_size,
+            device=self.device,
+        )
+
+    def _gather(self, rows: torch.Tensor) -> Columns:
+        if not self.written:
+            return self.offline.gather(rows)
+        # Every row is looked up on both sides, clamped to one that is there: no count, no wait for the device.
+        online = self.is_online(rows)
+        slots = rows - self.num_offline
+        slots = slots.remainder_(self.slots).mul_(online) if self.fifo else slots.clamp_(min=0)
+        ours = self.offline.gather(rows.clamp(max=self.num_offline - 1))
+        theirs = self.online.gather(slots)
+        return tuple(
+            torch.where(online.view(-1, *(1,) * (a.ndim - 1)), b, a) for a, b in zip(ours, theirs, strict=True)
+        )
+
+    # Writing.
+
+    def checked(self, transitions: TensorDictBase) -> Columns:
+        """The columns of new online transitions ``[n]``, found usable.
+
+        Raises:
+            InputError: if they do not fit the schema, hold NaN or infinity, or are more than the ring takes at once.
+        """
+        source = "new transitions"
+        columns = columns_of(transitions, source=source)
+        check_schema(columns, self.schema, source=source)
+        check_finite(columns, source=source)
+        if len(transitions) > self.slots:
+            raise InputError(f"{source}: {len(transitions)} at once, the online zone holds {self.slots}; add fewer")
+        return columns
+
+    def append(self, columns: Columns) -> torch.Tensor:
+        """Write checked transitions; their rows ``[n]``."""
+        count = len(columns[0])
+        begin = self.written % self.slots
+        self.online.write(begin, columns)
+        slots = (np.arange(count) + begin) % self.slots
+        if self.num_discarded:
+            self._set_discarded(np.setdiff1d(self._discarded, slots))
+        self.written += count
+        return torch.from_numpy((self.num_offline + slots) % self.max_size).to(self.device, non_blocking=True)
+
+    def set(self, cursor: Any, data: Any, *, set_cursor: bool = True) -> NoReturn:
+        """Refused: transitions are added, never changed."""
+        raise RuntimeError("transitions of this buffer are not changed; add new ones with extend()")
+
+    def _empty(self) -> None:
+        """Forget the online transitions."""
+        self.written = 0
+        self._set_discarded(np.empty(0, dtype=np.int64))
+
+    # Discarded rows, kept as the ascending numbers of their slots in the online columns.
+
+    @property
+    def num_discarded(self) -> int:
+        """Online rows that are held but never sampled."""
+        return len(self._discarded)
+
+    @property
+    def num_online(self) -> int:
+        """Online rows that may be sampled."""
+        return self.held_online - self.num_discarded
+
+    def discard(self, rows: torch.Tensor) -> None:
+        """Never sample these online rows again, until they are overwritten.
+
+        Raises:
+            InputError: if one holds no online transition.
+        """
+        rows = rows.reshape(-1).cpu()
+        bad = rows[(rows < 0) | (rows >= len(self)) | ~self.is_online(rows)]
+        if len(bad):
+            raise InputError(f"row {int(bad[0])} holds no online transition and cannot be discarded")
+        self._set_discarded(np.union1d(self._discarded, (rows.numpy() - self.num_offline) % self.slots))
+
+    def is_discarded(self, rows: torch.Tensor) -> torch.Tensor:
+        """Whether these rows were discarded, bool of their shape."""
+        slots = (rows - self.num_offline) % self.slots
+        return torch.isin(slots, torch.from_numpy(self._discarded).to(rows.device)) & self.is_online(rows)
+
+    def online_rows(self, positions: torch.Tensor) -> torch.Tensor:
+        """Rows of the online transitions that may be sampled, by their position among these (0..num_online-1)."""
+        slots = positions
+        if self.num_discarded:
+            # As many discarded slots lie before the wanted one as there are discarded[i] - i <= position.
+            slots = slots + torch.searchsorted(self._gaps, slots, right=True)
+        rows = slots + self.num_offline
+        return rows % self.max_size if self.fifo else rows
+
+    def _set_discarded(self, slots: np.ndarray) -> None:
+        self._discarded = slots
+        self._gaps = torch.from_numpy(slots - np.arange(len(slots))).to(self.device)
+
+    # State.
+
+    def offline_reference(self) -> dict[str, Any]:
+        """What tells one offline set from another: its rows, and a digest over some thousands of them."""
+        if self._digest is None:
+            count = min(self.num_offline, _DIGEST_ROWS)
+            rows = torch.arange(count, device=self.device) * (self.num_offline - 1) // max(count - 1, 1)
+            digest = hashlib.sha256()
+            for column in self.offline.gather(rows):
+                digest.update(column.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            self._digest = digest.hexdigest()
+        return {"rows": self.num_offline, "sha256": self._digest}
+
+    def _reference(self) -> dict[str, Any]:
+        return {
+            "format": _FORMAT,
+            "schema": {name: _described(*entry) for name, entry in zip(NAMES, self.schema, strict=True)},
+            "offline": self.offline_reference(),
+            "online_capacity": self.online_capacity,
+            "overwrite": "fifo" if self.fifo else "online",
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """The online rows written so far, on the CPU, and what the offline rows must be."""
+        return {
+            **self._reference(),
+            "written": self.written,
+            "discarded": torch.from_numpy(self._discarded.copy()),
+            "online": {
+                name: column[: self.held_online].to("cpu", copy=True)
+                for name, column in zip(NAMES, self.online.columns, strict=True)
+            },
+        }
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Refuse a state that is not of this storage.
+
+        Raises:
+            InputError: naming what differs.
+        """
+        for name, own in self._reference().items():
+            if state.get(name) != own:
+                raise InputError(f"the state is of another buffer: {name} is {state.get(name)} there, {own} here")
+        held = min(state["written"], self.slots)
+        columns = tuple(state["online"][name] for name in NAMES)
+        check_schema(columns, self.schema, source="the state")
+        if any(len(column) != held for column in columns):
+            raise InputError(f"the state is damaged: it says {held} online transitions and holds {_shapes(columns)}")
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the online rows back.
+
+        Raises:
+            InputError: as :meth:`check_state`.
+        """
+        self.check_state(state_dict)
+        self.online.write(0, tuple(state_dict["online"][name] for name in NAMES))
+        self.written = state_dict["written"]
+        self._set_discarded(state_dict["discarded"].cpu().numpy().copy())
+
+
+class UnionWriter(Writer):
+    """Adds to the online zone of a :class:`UnionStorage`, which knows the position itself."""
+
+    _storage: UnionStorage
+
+    @property
+    def _write_count(self) -> int:
+        return self._storage.written
+
+    def add(self, data: TensorDictBase) -> int:
+        """Add one transition; its row."""
+        return int(self.extend(data.unsqueeze(0))[0])
+
+    def extend(self, data: TensorDictBase) -> torch.Tensor:
+        """Add transitions ``[n]``; their rows ``[n]``."""
+        index = self._storage.append(self._storage.checked(data))
+        for entity in self._storage._attached_entities_iter():
+            entity.mark_update(index)
+        return index
+
+    def _empty(self, empty_write_count: bool = True) -> None:
+        pass
+
+    def dumps(self, path: Any) -> None:
+        """Nothing: the storage knows."""
+
+    def loads(self, path: Any) -> None:
+        """Nothing: the storage knows."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the storage knows."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing: the storage knows."""

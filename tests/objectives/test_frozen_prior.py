@@ -57,9 +57,7 @@ def build(kind, actor=None, critics=None, **kwargs):
 
 
 def prior_parameters(loss):
-    return [
-        p for name, p in loss.named_parameters() if name.startswith("actor_network_params") and "module.0" in name
-    ]
+    return [p for name, p in loss.named_parameters() if name.startswith("actor_network_params") and "module.0" in name]
 
 
 def with_base_actions(actor, batch):
@@ -82,7 +80,7 @@ def test_given_base_actions_replace_the_prior_and_nothing_else(kind):
         strict=False,
     )
     out = frozen(given)
-    assert {name for name in out.keys() if name.startswith("loss")} == TERMS[kind]
+    assert {name for name in out.to_dict() if name.startswith("loss")} == TERMS[kind]
     for name in TERMS[kind]:
         torch.testing.assert_close(out[name], expected[name], rtol=0, atol=0)
     for name in TERMS[kind]:
@@ -106,7 +104,7 @@ def test_one_of_the_two_is_given_and_only_the_other_is_drawn(given):
     expected = loss(batch.clone())
     both = with_base_actions(actor, batch.clone())
     batch[given] = both[given]
-    batch[given[:-1] + ("noise",) if isinstance(given, tuple) else "noise"].fill_(float("nan"))
+    batch[(*given[:-1], "noise") if isinstance(given, tuple) else "noise"].fill_(float("nan"))
     out = loss(batch)
     for name in TERMS[DeFlowLoss]:
         torch.testing.assert_close(out[name], expected[name])

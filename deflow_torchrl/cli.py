@@ -20,9 +20,11 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 from deflow_torchrl import __version__
 from deflow_torchrl.errors import (
     CheckpointNotWritten,
+    EnvironmentFaultError,
     InputError,
     MissingExtraError,
     NonFiniteLossError,
+    RestoreError,
     RunInterrupted,
 )
 
@@ -82,7 +84,7 @@ def _verb(function: Callable[..., None]) -> Callable[..., None]:
             function(*args, **kwargs)
         except InputError as error:
             _fail(error, EXIT_BAD_INPUT)
-        except (NonFiniteLossError, CheckpointNotWritten) as error:
+        except (NonFiniteLossError, CheckpointNotWritten, EnvironmentFaultError, RestoreError) as error:
             _fail(error, EXIT_FAILED)
         except RunInterrupted as error:
             _fail(error, EXIT_INTERRUPTED)

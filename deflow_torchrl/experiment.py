@@ -8,9 +8,9 @@ import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torchrl.envs import DeviceCastTransform
@@ -21,7 +21,7 @@ from deflow_torchrl.config import TrainConfig, apply_overrides, config_from_dict
 from deflow_torchrl.data import OfflineOnlineReplayBuffer, TransitionDataset, TransitionReplayBuffer
 from deflow_torchrl.data.base_actions import BaseActionBank
 from deflow_torchrl.envs.factory import make_gym_env
-from deflow_torchrl.errors import InputError, NonFiniteLossError, RunInterrupted
+from deflow_torchrl.errors import EnvironmentFaultError, InputError, NonFiniteLossError, RunInterrupted
 from deflow_torchrl.paths import make_writable_folder, write_text
 from deflow_torchrl.processes import available_cores
 from deflow_torchrl.progress import progress_bar
@@ -174,7 +174,7 @@ def evaluate_run(
             evaluator, learner, episodes or settings["final_episodes"] or config.eval_episodes, show_progress
         )
     return {
-        "step": state["update"]["step"],
+        "step": state["step"],
         "metric": task.metric,
         "evaluations": _outcomes(outcomes, reference_returns(task)),
     }
@@ -214,6 +214,8 @@ class _Run:
         self.task = _task(config)
         if self.task.images:
             raise _images(config.task)
+        if config.online_steps and self.task.environment is None:
+            raise InputError(f"online_steps={config.online_steps} needs an environment; name one with env=")
         check_logger(config.logger)
         check_report_extra()
         self.device = _device(config.device)
@@ -234,9 +236,10 @@ class _Run:
         sample = self.buffer[:1]
         seed_generators(config.seed)
         self.learner = _build(config, sample["observation"].shape[-1], sample["action"].shape[-1], self.device)
-        if self.learner.diagnostics is not None:
+        if self.learner.diagnostics is not None:  # a few thousand rows of a set that may not fit into memory
             rows = torch.linspace(0, len(dataset) - 1, min(len(dataset), _DIAGNOSED_TRANSITIONS)).round().long()
             self.learner.diagnostics.use_data(dataset[rows])
+        self.alarms = Alarms(gamma=self._gamma, reward_bound=self.reward_bound)
         self.update = UpdateStep(self.learner, compile_loss=config.compile)
 
     def write_config(self) -> None:
@@ -260,6 +263,10 @@ class _Run:
             kept = list_checkpoints(folder)
             where = f"the last good checkpoint is {kept[-1]}" if kept else "there was no checkpoint yet"
             raise NonFiniteLossError(f"{error}; {where}") from error
+        except EnvironmentFaultError as error:
+            raise EnvironmentFaultError(
+                f"{error}; when it is mended go on with: deflow resume {shlex.quote(str(self.out))}"
+            ) from error
 
     def _go(
         self, folder: Path, *, resume: bool, checkpoint: Path | None, extra_seconds: dict[str, float]
@@ -281,7 +288,7 @@ class _Run:
             online=self._online_phase() if config.online_steps else None,
             score=f"eval/{self.task.metric}",
             identity=run_identity(config_to_dict(config), data_sha256=self.data["sha256"]),
-            alarms=Alarms(gamma=self._gamma, reward_bound=self.reward_bound),
+            alarms=self.alarms,
             extra_state=self.learner_sizes,
             validation=self.validation,
             show_progress=self.show_progress,
@@ -342,10 +349,10 @@ class _Run:
         return OfflineOnlineReplayBuffer(
             dataset,
             online_capacity=config.online_steps if capacity is None else capacity,
-            mode=config.mixing,
+            mode=cast("Any", config.mixing),
             offline_fraction=tuple(share) if isinstance(share, list) else share,
             anneal_transitions=(config.anneal_steps or config.online_steps) if config.mixing == "annealed" else None,
-            overwrite=config.overwrite,
+            overwrite=cast("Any", config.overwrite),
             batch_size=config.batch_size,
             device=self.device,
         )
@@ -353,8 +360,7 @@ class _Run:
     def _online_phase(self) -> OnlinePhase:
         config, environment = self.config, self.task.environment
         assert isinstance(self.buffer, OfflineOnlineReplayBuffer)
-        if environment is None:
-            raise InputError(f"online_steps={config.online_steps} needs an environment; name one with env=")
+        assert environment is not None
 
         def make_experience(add: Any, discard: Any) -> OnlineExperience:
             return OnlineExperience(
@@ -446,6 +452,7 @@ class _Run:
             evaluations=_outcomes(self.outcomes, self.references),
             history=trainer.notes.get("evaluations", []),
             online=None if trainer.online is None else trainer.online.counters,
+            alarms=None if self.learner.diagnostics is None else [asdict(alarm) for alarm in self.alarms.raised],
             seconds={**extra_seconds, **self.seconds, "updates": trainer.trained_seconds},
         )
         write_text(self.out / RECORD_FILE, json.dumps(record, indent=2) + "\n")
@@ -462,6 +469,7 @@ class _Run:
             self.out / "report.html",
             title=title,
             record=record,
+            rows=metrics.rows,
             figure=figure,
             target_divergence=None if delta is None else round(float(delta), 8),
         )

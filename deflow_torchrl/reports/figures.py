@@ -3,13 +3,18 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deflow_torchrl.paths import atomic_write
 from deflow_torchrl.reports.extra import check_report_extra
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _OUTCOMES = {
     "success": ("eval/success", "success rate", "fraction of evaluation episodes"),
@@ -21,6 +26,92 @@ _PANELS = (
     ("train/loss_qvalue", "critic loss", "mean squared TD error"),
     ("train/divergence", "divergence D against delta", "mean squared shift per dimension"),
     ("train/alpha", "multiplier alpha", "alpha"),
+)
+_POINTS_WITH_MARKERS = 30
+
+
+@dataclass(frozen=True)
+class Diagnostic:
+    """A panel of the run's page.
+
+    Attributes:
+        title: heading.
+        reading: how to read it, in one sentence.
+        curves: column of the rows -> label.
+        unit: of the vertical axis.
+        logarithmic: whether that axis is.
+        level: label and value of a horizontal line.
+    """
+
+    title: str
+    reading: str
+    curves: Mapping[str, str]
+    unit: str
+    logarithmic: bool = False
+    level: tuple[str, float] | None = None
+
+
+DIAGNOSTICS = (
+    Diagnostic(
+        "divergence over delta",
+        "How far the refinement shifts the prior's actions, squared, in units of the allowed delta: it should settle near 1; "
+        "above, the trust region does not hold (yet), far below, the critics see nothing to gain.",
+        {"train/divergence_ratio": "D / delta"},
+        "D / delta",
+        logarithmic=True,
+        level=("delta", 1.0),
+    ),
+    Diagnostic(
+        "multiplier alpha",
+        "The price of shifting an action: it rises while the divergence exceeds delta, falls while it does not, and should "
+        "level off.",
+        {"train/alpha": "alpha"},
+        "alpha",
+        logarithmic=True,
+    ),
+    Diagnostic(
+        "action dimensions at a bound",
+        "Share of the refined actions' dimensions that are clipped: it should stay near the data's own share; one that climbs "
+        "towards 1 means the refinement runs into the corners of the action space.",
+        {"train/saturation": "refined", "train/saturation_data": "data"},
+        "share",
+    ),
+    Diagnostic(
+        "Q of base and of refined actions",
+        "What the critics promise for the prior's actions and for the refined ones: refined should lie a little above base; "
+        "a gap that keeps growing, or values no return can reach, means that the critics' errors are being exploited.",
+        {"train/q_base": "base action", "train/q_refined": "refined action"},
+        "mean Q",
+    ),
+    Diagnostic(
+        "TD error",
+        "How far the critics are from their own targets: small against the scale of Q, it should level off; a jump where the "
+        "online phase begins is experience they had not seen, and should come down again.",
+        {"train/td_error": "|TD error|"},
+        "mean of the largest |TD error|",
+        logarithmic=True,
+    ),
+    Diagnostic(
+        "distance to the data's actions",
+        "Root-mean-square difference per dimension to the nearest action that the data took in like states: the refined curve "
+        "should stay within about sqrt(delta) of the base curve; a widening gap means that it leaves what the data knows.",
+        {"train/action_distance": "refined action", "train/action_distance_base": "base action"},
+        "action units",
+    ),
+    Diagnostic(
+        "share of online data",
+        "Share of a batch that is the run's own experience: with uniform mixing it grows with the experience, with balanced "
+        "mixing it stands still.",
+        {"train/online_share": "online"},
+        "share of the batch",
+    ),
+    Diagnostic(
+        "episodes while learning",
+        "Mean return of the online episodes that ended since the row before: what the acting policy earned while it learned, "
+        "noisier than an evaluation.",
+        {"online/return": "return"},
+        "sum of rewards",
+    ),
 )
 
 
@@ -36,7 +127,7 @@ def plot_learning_curve(
     """Draw a run's curves as one PNG: outcome, flow and critic losses, divergence and alpha.
 
     Args:
-        rows: rows of ``metrics.jsonl``.
+        rows: rows of ``metrics.jsonl``; a vertical line stands where their phase changes from offline to online.
         path: PNG to write, beside and renamed.
 
     Keyword Args:
@@ -63,25 +154,93 @@ def plot_learning_curve(
     for spare in axes[len(panels) :]:
         spare.set_axis_off()
     for axis, (name, heading, unit) in zip(axes, panels, strict=False):
-        points = [(row["step"], row[name]) for row in rows if name in row]
-        if points:
-            axis.plot(*zip(*points, strict=True), marker="o" if len(points) < 30 else None, markersize=4)
-        axis.set(title=heading, xlabel="gradient steps", ylabel=unit)
-        axis.grid(alpha=0.3)
+        _draw(axis, rows, {name: heading}, unit=unit)
+        axis.set(title=heading)
         if name == outcome[0]:
             if metric == "success":
                 axis.set_ylim(-0.03, 1.03)
             for number, (policy, rate) in enumerate(final.items()):
                 axis.axhline(rate, linestyle="--", color=f"C{number + 1}", label=f"{policy}: {rate:.4g} at the end")
             if final:
-                axis.legend(loc="best", fontsize="small")
+                axis.legend(
+                    handles=[line for line in axis.lines if "at the end" in str(line.get_label())],
+                    loc="best",
+                    fontsize="small",
+                )
         elif name == "train/divergence":
             axis.set_yscale("log")
             if target_divergence is not None:
-                axis.axhline(target_divergence, linestyle=":", color="black", label="delta")
-                axis.legend(loc="best", fontsize="small")
+                axis.legend(
+                    handles=[axis.axhline(target_divergence, linestyle=":", color="black", label="delta")],
+                    loc="best",
+                    fontsize="small",
+                )
         elif name in ("train/alpha", "train/loss_qvalue"):
             axis.set_yscale("log")
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
     return path
+
+
+def draw_diagnostics(rows: Sequence[Mapping[str, Any]]) -> list[tuple[Diagnostic, bytes]]:
+    """Draw each diagnostic that the rows have, as a PNG.
+
+    Args:
+        rows: rows of ``metrics.jsonl``.
+
+    Raises:
+        MissingExtraError: without the ``reports`` extra.
+    """
+    check_report_extra()
+    from matplotlib.figure import Figure
+
+    drawn = []
+    for diagnostic in DIAGNOSTICS:
+        if not any(name in row for row in rows for name in diagnostic.curves):
+            continue
+        figure = Figure(figsize=(5.0, 3.2), layout="constrained")
+        axis = figure.subplots()
+        _draw(axis, rows, diagnostic.curves, unit=diagnostic.unit)
+        if diagnostic.level is not None:
+            label, value = diagnostic.level
+            axis.axhline(value, linestyle=":", color="black", label=label)
+        if diagnostic.logarithmic and all(row.get(name, 1.0) > 0 for row in rows for name in diagnostic.curves):
+            axis.set_yscale("log")
+        if len(diagnostic.curves) > 1 or diagnostic.level is not None:
+            axis.legend(loc="best", fontsize="small")
+        png = io.BytesIO()
+        figure.savefig(png, format="png", dpi=90)
+        drawn.append((diagnostic, png.getvalue()))
+    return drawn
+
+
+def online_boundary(rows: Sequence[Mapping[str, Any]]) -> int | None:
+    """The last offline step of a run that went online; None where it did not, or began online."""
+    if not any(row.get("phase") == "online" for row in rows):
+        return None
+    return max((row["step"] for row in rows if row.get("phase") == "offline"), default=None)
+
+
+def _draw(axis: Axes, rows: Sequence[Mapping[str, Any]], curves: Mapping[str, str], *, unit: str) -> None:
+    """Draw columns of the rows over their steps, with the boundary between the phases."""
+    for name, label in curves.items():
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        if points:
+            marker = "o" if len(points) < _POINTS_WITH_MARKERS else None
+            axis.plot(*zip(*points, strict=True), marker=marker, markersize=4, label=label)
+    boundary = online_boundary(rows)
+    if boundary is not None:
+        axis.axvline(boundary, color="grey", linewidth=1)
+        axis.annotate(
+            "offline | online",
+            (boundary, 1.0),
+            xycoords=("data", "axes fraction"),
+            ha="center",
+            va="bottom",
+            fontsize="x-small",
+            color="grey",
+            annotation_clip=False,
+        )
+    online = any(row.get("phase") == "online" for row in rows)
+    axis.set(xlabel="gradient steps offline, then environment steps" if online else "gradient steps", ylabel=unit)
+    axis.grid(alpha=0.3)

@@ -4,19 +4,28 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from deflow_torchrl.paths import write_text
 from deflow_torchrl.reports.extra import check_report_extra
+from deflow_torchrl.reports.figures import draw_diagnostics
 
 
 def write_html_report(
-    path: Path, *, title: str, record: Mapping[str, Any], figure: Path, target_divergence: float | None
+    path: Path,
+    *,
+    title: str,
+    record: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]] = (),
+    figure: Path,
+    target_divergence: float | None,
 ) -> Path:
-    """Write the page: success table, curve (embedded), command, numbers, settings, versions. It loads nothing from anywhere.
+    """Write the page: outcome, curves, alarms, diagnostics, command, numbers, settings, versions.
+
+    Everything is in the one file; it loads nothing from anywhere.
 
     Args:
         path: HTML file to write, beside and renamed.
@@ -24,6 +33,7 @@ def write_html_report(
     Keyword Args:
         title: heading.
         record: see :func:`deflow_torchrl.reports.build_record`.
+        rows: rows of ``metrics.jsonl``, for the diagnostics.
         figure: PNG to embed.
         target_divergence: delta, for the explanation.
 
@@ -38,12 +48,17 @@ def write_html_report(
     page = template.render(
         title=title,
         record=record,
-        figure=base64.b64encode(figure.read_bytes()).decode("ascii"),
+        figure=_base64(figure.read_bytes()),
+        diagnostics=[(diagnostic, _base64(png)) for diagnostic, png in draw_diagnostics(rows)],
         settings=_flatten(record["config"]),
         target_divergence=target_divergence,
     )
     write_text(path, page)
     return path
+
+
+def _base64(png: bytes) -> str:
+    return base64.b64encode(png).decode("ascii")
 
 
 def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -26,6 +26,7 @@ def build_record(
     evaluations: Mapping[str, Any],
     history: Sequence[Mapping[str, Any]] = (),
     online: Mapping[str, int] | None = None,
+    alarms: Sequence[Mapping[str, Any]] | None = None,
     seconds: Mapping[str, float],
 ) -> dict[str, Any]:
     """Collect what a reader needs to trust and repeat a run.
@@ -38,6 +39,7 @@ def build_record(
         evaluations: policy name -> outcome with per-episode results, at the end.
         history: every evaluation of the run: ``step``, ``phase`` and, by policy, the outcome.
         online: counters of the online phase; None without one.
+        alarms: every alarm raised: ``name``, ``step``, ``message``, ``cleared``; None for a method that has no diagnostics.
         seconds: wall time by phase.
     """
     settings = dict(config)
@@ -51,6 +53,7 @@ def build_record(
         "evaluations": dict(evaluations),
         "history": [dict(evaluation) for evaluation in history],
         "online": None if online is None else dict(online),
+        "alarms": None if alarms is None else [dict(alarm) for alarm in alarms],
         "time": dict(seconds),
         "versions": package_versions(),
         "git_commit": git_commit(),

@@ -32,6 +32,7 @@ from deflow_torchrl.trainers import EvaluationResult, Evaluator, MetricsLog, Tra
 from deflow_torchrl.trainers.alarms import Alarms
 from deflow_torchrl.trainers.checkpoint import list_checkpoints, load_checkpoint, step_of
 from deflow_torchrl.trainers.collection import OnlineExperience
+from deflow_torchrl.trainers.generators import seed_generators
 from deflow_torchrl.trainers.identity import run_identity
 from deflow_torchrl.trainers.loggers import check_logger, make_logger
 from deflow_torchrl.trainers.online import OnlinePhase
@@ -233,7 +234,7 @@ class _Run:
             self.reward_bound = float(dataset.reward.abs().max())
             self.references = reference_returns(self.task)
         sample = self.buffer[:1]
-        torch.manual_seed(config.seed)
+        seed_generators(config.seed)
         self.learner = _build(config, sample["observation"].shape[-1], sample["action"].shape[-1], self.device)
         if self.learner.diagnostics is not None:  # a few thousand rows of a set that may not fit into memory
             rows = torch.linspace(0, len(dataset) - 1, min(len(dataset), _DIAGNOSED_TRANSITIONS)).round().long()

@@ -33,14 +33,14 @@ TASK = "cube-single-play-singletask-task2-v0"
 EPISODES, VAL_EPISODES = 100, 4
 # A quarter of an hour to half an hour a run on one core: small networks, a large learning rate, fast targets.
 SETTINGS = {
-    "offline_steps": 4_000,
-    "online_steps": 20_000,
+    "offline_steps": 5_000,
+    "online_steps": 15_000,
     "batch_size": 128,
     "hidden_dims": "[256,256]",
     "log_interval": 500,
-    "eval_interval": 4_000,
+    "eval_interval": 5_000,
     "eval_episodes": 50,
-    "save_interval": 4_000,
+    "save_interval": 2_500,
     "algo.lr": 1e-3,
     "algo.tau": 0.02,
     "algo.gamma": 0.98,
@@ -158,7 +158,10 @@ def table(cells: dict[tuple[str, int], tuple[dict[str, Any], list[dict[str, Any]
             f"| {rate(after)} | {gain:+.2f} | {ratio} |"
         )
     lines += ["", "![success over steps](curves.png)", "", "Commands:", "", "```bash"]
-    lines += [f"deflow train {shlex.join(settings_of(*cell, 'DATA', f'runs/{cell[0]}-seed{cell[1]}'))}" for cell in sorted(cells)]
+    lines += [
+        f"deflow train {shlex.join(settings_of(*cell, 'DATA', f'runs/{cell[0]}-seed{cell[1]}'))}"
+        for cell in sorted(cells)
+    ]
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version)
     hardware = record["hardware"]
     return "\n".join(

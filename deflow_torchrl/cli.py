@@ -18,7 +18,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 from deflow_torchrl import __version__
-from deflow_torchrl.errors import InputError, MissingExtraError, NonFiniteLossError, RunInterrupted
+from deflow_torchrl.errors import (
+    CheckpointNotWritten,
+    EnvironmentFaultError,
+    InputError,
+    MissingExtraError,
+    NonFiniteLossError,
+    RestoreError,
+    RunInterrupted,
+)
 
 try:
     import typer
@@ -76,7 +84,7 @@ def _verb(function: Callable[..., None]) -> Callable[..., None]:
             function(*args, **kwargs)
         except InputError as error:
             _fail(error, EXIT_BAD_INPUT)
-        except NonFiniteLossError as error:
+        except (NonFiniteLossError, CheckpointNotWritten, EnvironmentFaultError, RestoreError) as error:
             _fail(error, EXIT_FAILED)
         except RunInterrupted as error:
             _fail(error, EXIT_INTERRUPTED)
@@ -144,11 +152,32 @@ def train(
 
 @app.command()
 @_verb
-def resume(run: Annotated[Path, typer.Argument(help="Run folder.")], json_: _JSON = False) -> None:
-    """Go on with an interrupted run from its last checkpoint; on a CPU the result is that of a run never interrupted."""
+def resume(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="Settings to change, as in Hydra.")
+    ] = None,
+    *,
+    force: Annotated[bool, typer.Option("--force", help="Go on although settings differ.")] = False,
+    step: Annotated[
+        int | None,
+        typer.Option(min=0, help="Go on from this kept checkpoint; later ones are removed. [default: the last]"),
+    ] = None,
+    json_: _JSON = False,
+) -> None:
+    """Go on with an interrupted run from its last checkpoint; on a CPU the result is that of a run never interrupted.
+
+    Settings, given here or edited in RUN/config.yaml, are compared with those the checkpoint was trained with. Where any that
+    can change a result differs (more steps too), the command lists them and stops; --force goes on with the new ones and
+    writes them to RUN/config.yaml. Another task or method is another run. Versions of torch and the simulators count as
+    settings; out, data_root, download, eval_workers, logger and save_interval may change freely.
+
+    Example: deflow resume runs/cube online_steps=200000 --force
+    """
     from deflow_torchrl.experiment import resume as resume_training
 
-    _print_record(resume_training(run, command=_command()), json_)
+    record = resume_training(run, command=_command(), overrides=settings or [], force=force, step=step)
+    _print_record(record, json_)
 
 
 @app.command("eval")

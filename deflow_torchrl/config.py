@@ -150,6 +150,45 @@ def compose_config(overrides: Sequence[str]) -> TrainConfig:
     return config_from_dict(values)
 
 
+def apply_overrides(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
+    """The settings of a run with ``key=value`` overrides on top, checked as :func:`compose_config` does.
+
+    Raises:
+        InputError: on what ``compose_config`` refuses, and on another method: its settings are others.
+        MissingExtraError: without the ``cli`` extra.
+    """
+    if not overrides:
+        return config
+    try:
+        from hydra.core.override_parser.overrides_parser import OverridesParser
+        from hydra.errors import HydraException
+        from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(error.name or "hydra", "cli") from error
+    _check_keys([f"algo={config.algo.name}", *overrides])
+    node = OmegaConf.structured(TrainConfig)
+    node.algo = OmegaConf.structured(type(config.algo))
+    values = OmegaConf.merge(node, config_to_dict(config))
+    for text in overrides:
+        try:
+            override = OverridesParser.create().parse_override(text)
+            if override.is_sweep_override():
+                raise InputError(f"{text!r} names several values; a run has one")
+            if override.key_or_group == "algo":
+                if override.value() != config.algo.name:
+                    raise InputError(
+                        f"{text}: this run's method is {config.algo.name}; train another run with another one"
+                    )
+                continue
+            OmegaConf.update(values, override.key_or_group, override.value())
+        except (HydraException, OmegaConfBaseException) as error:
+            raise InputError(
+                f"cannot read {text!r}: {str(error).splitlines()[0]}; write key=value as in Hydra"
+            ) from error
+    return config_from_dict(cast("dict[str, Any]", OmegaConf.to_container(values, resolve=True)))
+
+
 def config_from_dict(values: dict[str, Any]) -> TrainConfig:
     """Build and check the settings from a plain dictionary, as a run folder keeps them.
 

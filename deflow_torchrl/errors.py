@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 class InputError(ValueError):
     """Something the user gave cannot be used: the message says what, where and what to do, in one line."""
@@ -27,6 +29,26 @@ class MissingExtraError(InputError, ImportError):
 
 class NonFiniteLossError(RuntimeError):
     """A loss became NaN or infinite: the message names the term and the step."""
+
+
+class CheckpointNotWritten(OSError):
+    """A checkpoint could not be written, for example on a full disk; those before it are whole and a run can go on.
+
+    Args:
+        path: the checkpoint.
+        cause: what the system said.
+    """
+
+    def __init__(self, path: Path, cause: OSError) -> None:
+        super().__init__(cause.errno, f"checkpoint {path} was not written ({cause.strerror or cause})")
+        self._arguments = path, cause
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+    def __reduce__(self) -> tuple[type[CheckpointNotWritten], tuple[Path, OSError]]:
+        """Pickle what the constructor takes: an exception's own way would call it with the number and the message."""
+        return type(self), self._arguments
 
 
 class EnvironmentFaultError(RuntimeError):

@@ -6,22 +6,22 @@ from __future__ import annotations
 import json
 import shlex
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torchrl.envs import DeviceCastTransform
 
 from deflow_torchrl.algorithms import Learner, get_algorithm
 from deflow_torchrl.algorithms.base import ProblemSpec
-from deflow_torchrl.config import TrainConfig, config_from_dict, config_to_dict, default_out
+from deflow_torchrl.config import TrainConfig, apply_overrides, config_from_dict, config_to_dict, default_out
 from deflow_torchrl.data import OfflineOnlineReplayBuffer, TransitionDataset, TransitionReplayBuffer
 from deflow_torchrl.data.base_actions import BaseActionBank
 from deflow_torchrl.envs.factory import make_gym_env
-from deflow_torchrl.errors import InputError, NonFiniteLossError, RunInterrupted
+from deflow_torchrl.errors import EnvironmentFaultError, InputError, NonFiniteLossError, RunInterrupted
 from deflow_torchrl.paths import make_writable_folder, write_text
 from deflow_torchrl.processes import available_cores
 from deflow_torchrl.progress import progress_bar
@@ -33,9 +33,11 @@ from deflow_torchrl.trainers.alarms import Alarms
 from deflow_torchrl.trainers.checkpoint import list_checkpoints, load_checkpoint, step_of
 from deflow_torchrl.trainers.collection import OnlineExperience
 from deflow_torchrl.trainers.evaluation import DEFAULT_EVALUATION_SEED
+from deflow_torchrl.trainers.generators import seed_generators
 from deflow_torchrl.trainers.identity import run_identity
 from deflow_torchrl.trainers.loggers import check_logger, make_logger
 from deflow_torchrl.trainers.online import OnlinePhase
+from deflow_torchrl.trainers.resuming import check_resumable, drop_later_checkpoints, find_checkpoint
 from deflow_torchrl.trainers.trainer import restore_learner
 
 CONFIG_FILE = "config.yaml"
@@ -94,16 +96,45 @@ def check_free(out: Path) -> None:
         )
 
 
-def resume(out: Path, *, command: str, show_progress: bool = True) -> dict[str, Any]:
-    """Go on with an interrupted run from its last checkpoint (from the start, if it has none); arguments as in :func:`train`.
+def resume(
+    out: Path,
+    *,
+    command: str,
+    overrides: Sequence[str] = (),
+    force: bool = False,
+    step: int | None = None,
+    show_progress: bool = True,
+) -> dict[str, Any]:
+    """Go on with an interrupted run from its last checkpoint (from the start, if it has none); see also :func:`train`.
+
+    Args:
+        out: run folder.
+
+    Keyword Args:
+        command: the command line, for the record.
+        overrides: ``key=value`` settings to change.
+        force: go on although settings differ from the checkpoint's.
+        step: go on from this kept checkpoint; the later ones are removed.
+        show_progress: show progress bars on standard error.
 
     Raises:
-        InputError: if ``out`` is no run folder or its checkpoint is damaged.
+        InputError: if ``out`` is no run folder, its checkpoint is damaged or of another run, or settings differ.
     """
     settings = read_run_settings(out)
-    config = replace(config_from_dict(settings["config"]), out=str(out))
+    saved = config_from_dict(settings["config"])
+    if any(override.startswith("out=") for override in overrides):
+        raise InputError(f"out= cannot be changed; move {out} to where you want it")
+    config = replace(_resumable_from_anywhere(apply_overrides(saved, overrides)), out=str(out))
+    checkpoint = find_checkpoint(out / "checkpoints", step)
+    check_resumable(
+        config_to_dict(config),
+        saved=config_to_dict(saved),
+        checkpoint=checkpoint,
+        config_file=out / CONFIG_FILE,
+        force=force,
+    )
     run = _Run(config, out, command=command, final_episodes=settings["final_episodes"], show_progress=show_progress)
-    return run.go(resume=True, extra_seconds={})
+    return run.go(resume=True, checkpoint=checkpoint, extra_seconds={})
 
 
 def evaluate_run(
@@ -140,7 +171,8 @@ def evaluate_run(
     checkpoints = list_checkpoints(out / "checkpoints")
     if not checkpoints:
         raise InputError(f"{out} has no checkpoint yet; train it with `deflow resume {out}`")
-    state = load_checkpoint(checkpoints[-1])
+    identity = run_identity(config_to_dict(config), data_sha256=None)
+    state = load_checkpoint(checkpoints[-1], identity=identity)
     where = _device(device or config.device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)  # the number of threads can move the last digits of a matrix product
@@ -203,6 +235,8 @@ class _Run:
         self.task = _task(config)
         if self.task.images:
             raise _images(config.task)
+        if config.online_steps and self.task.environment is None:
+            raise InputError(f"online_steps={config.online_steps} needs an environment; name one with env=")
         check_logger(config.logger)
         check_report_extra()
         self.device = _device(config.device)
@@ -221,11 +255,12 @@ class _Run:
             self.reward_bound = float(dataset.reward.abs().max())
             self.references = reference_returns(self.task)
         sample = self.buffer[:1]
-        torch.manual_seed(config.seed)
+        seed_generators(config.seed)
         self.learner = _build(config, sample["observation"].shape[-1], sample["action"].shape[-1], self.device)
-        if self.learner.diagnostics is not None:
+        if self.learner.diagnostics is not None:  # a few thousand rows of a set that may not fit into memory
             rows = torch.linspace(0, len(dataset) - 1, min(len(dataset), _DIAGNOSED_TRANSITIONS)).round().long()
             self.learner.diagnostics.use_data(dataset[rows])
+        self.alarms = Alarms(gamma=self._gamma, reward_bound=self.reward_bound)
         self.update = UpdateStep(self.learner, compile_loss=config.compile)
 
     def write_config(self) -> None:
@@ -234,10 +269,10 @@ class _Run:
         settings = {"config": config_to_dict(self.config), "final_episodes": self.final_episodes}
         write_text(self.out / CONFIG_FILE, yaml.safe_dump(settings, sort_keys=False))
 
-    def go(self, *, resume: bool, extra_seconds: dict[str, float]) -> dict[str, Any]:
+    def go(self, *, resume: bool, checkpoint: Path | None = None, extra_seconds: dict[str, float]) -> dict[str, Any]:
         folder = self.out / "checkpoints"
         try:
-            return self._go(folder, resume=resume, extra_seconds=extra_seconds)
+            return self._go(folder, resume=resume, checkpoint=checkpoint, extra_seconds=extra_seconds)
         except KeyboardInterrupt as error:
             kept = list_checkpoints(folder)
             state = f"saved at step {step_of(kept[-1])}" if kept else "before anything was trained"
@@ -249,8 +284,14 @@ class _Run:
             kept = list_checkpoints(folder)
             where = f"the last good checkpoint is {kept[-1]}" if kept else "there was no checkpoint yet"
             raise NonFiniteLossError(f"{error}; {where}") from error
+        except EnvironmentFaultError as error:
+            raise EnvironmentFaultError(
+                f"{error}; when it is mended go on with: deflow resume {shlex.quote(str(self.out))}"
+            ) from error
 
-    def _go(self, folder: Path, *, resume: bool, extra_seconds: dict[str, float]) -> dict[str, Any]:
+    def _go(
+        self, folder: Path, *, resume: bool, checkpoint: Path | None, extra_seconds: dict[str, float]
+    ) -> dict[str, Any]:
         config = self.config
         trainer = self.trainer = Trainer(
             self.update,
@@ -268,14 +309,16 @@ class _Run:
             online=self._online_phase() if config.online_steps else None,
             score=f"eval/{self.task.metric}",
             identity=run_identity(config_to_dict(config), data_sha256=self.data["sha256"]),
-            alarms=Alarms(gamma=self._gamma, reward_bound=self.reward_bound),
+            alarms=self.alarms,
             extra_state=self.learner_sizes,
             validation=self.validation,
             show_progress=self.show_progress,
         )
-        checkpoints = list_checkpoints(folder) if resume else []
-        if checkpoints:
-            trainer.restore(checkpoints[-1])
+        if checkpoint is not None:
+            trainer.restore(checkpoint)
+            drop_later_checkpoints(checkpoint)
+        if resume:
+            self.write_config()
         metrics = trainer.metrics = MetricsLog(
             self.out,
             logger=make_logger(self.config.logger, self.out),
@@ -327,10 +370,10 @@ class _Run:
         return OfflineOnlineReplayBuffer(
             dataset,
             online_capacity=config.online_steps if capacity is None else capacity,
-            mode=config.mixing,
+            mode=cast("Any", config.mixing),
             offline_fraction=tuple(share) if isinstance(share, list) else share,
             anneal_transitions=(config.anneal_steps or config.online_steps) if config.mixing == "annealed" else None,
-            overwrite=config.overwrite,
+            overwrite=cast("Any", config.overwrite),
             batch_size=config.batch_size,
             device=self.device,
         )
@@ -338,8 +381,7 @@ class _Run:
     def _online_phase(self) -> OnlinePhase:
         config, environment = self.config, self.task.environment
         assert isinstance(self.buffer, OfflineOnlineReplayBuffer)
-        if environment is None:
-            raise InputError(f"online_steps={config.online_steps} needs an environment; name one with env=")
+        assert environment is not None
 
         def make_experience(add: Any, discard: Any) -> OnlineExperience:
             return OnlineExperience(
@@ -430,9 +472,7 @@ class _Run:
             evaluations=_outcomes(self.outcomes, self.references),
             history=trainer.notes.get("evaluations", []),
             online=None if trainer.online is None else trainer.online.counters,
-            alarms=None
-            if trainer.alarms is None or self.learner.diagnostics is None
-            else [asdict(alarm) for alarm in trainer.alarms.raised],
+            alarms=None if self.learner.diagnostics is None else [asdict(alarm) for alarm in self.alarms.raised],
             seconds={**extra_seconds, **self.seconds, "updates": trainer.trained_seconds},
         )
         write_text(self.out / RECORD_FILE, json.dumps(record, indent=2) + "\n")

@@ -23,7 +23,6 @@ from torchrl.data.replay_buffers.writers import ImmutableDatasetWriter
 from deflow_torchrl.data.dataset import TransitionDataset, TransitionReplayBuffer, _as_it_is
 from deflow_torchrl.data.union_sampler import MODES, UnionSampler, native_sampler_state, sampler_state
 from deflow_torchrl.data.union_storage import (
-    NAMES,
     FrameRows,
     Rows,
     UnionStorage,
@@ -274,14 +273,24 @@ class OfflineOnlineReplayBuffer(TensorDictReplayBuffer):
 
     # Sampling.
 
+    def sample(
+        self, batch_size: int | None = None, return_info: bool = False, include_info: bool | None = None
+    ) -> TensorDictBase:
+        """A batch ``[B]`` in TED with ``index`` and whatever else the sampler says of each row; options as in TorchRL."""
+        if return_info or include_info is not None:
+            return super().sample(batch_size, return_info, include_info)
+        return ReplayBuffer.sample(self, batch_size)  # it is all in the batch already
+
     @pin_memory_output
     def _sample(self, batch_size: int) -> tuple[TensorDictBase, dict]:
         with self._replay_lock, self._write_lock:
             index, info = self._sampler.sample(self._storage, batch_size)
             if self._storage.num_discarded and not isinstance(self._sampler, UnionSampler):
                 self._draw_discarded_again(index, info)
-            info["index"] = index
-            data: TensorDictBase = self._storage.transitions(index.to(self.device))
+            info = {"index": index, **info}
+            if index.device != self.device:  # trees of priorities may be elsewhere
+                info = {name: value.to(self.device) for name, value in info.items()}
+            data: TensorDictBase = self._storage.transitions(info["index"], info)
         if len(self._transform):
             with _set_dispatch_td_nn_modules(True):
                 data = self._transform(data)
@@ -468,6 +477,6 @@ def _offline_rows(offline: Any, device: torch.device | str | None) -> tuple[Rows
 
 def _fresh_folder(folder: Path) -> Path:
     make_writable_folder(folder)
-    for name in NAMES:  # another buffer that still maps such a file keeps it
-        (folder / f"{name}.bin").unlink(missing_ok=True)
+    for file in folder.glob("online_*.bin"):  # another buffer that still maps such a file keeps it
+        file.unlink()
     return folder

@@ -25,28 +25,13 @@ from typing import Any, BinaryIO, cast
 import torch
 from torch import Tensor
 
-from deflow_torchrl.errors import InputError
+from deflow_torchrl.errors import CheckpointNotWritten, InputError
 from deflow_torchrl.trainers.identity import check_identity
 
 FORMAT = 2
 _HEX = 64
 _COMMENT_LIMIT = 65_535
 _BLOCK = 1 << 22
-
-
-class CheckpointNotWritten(OSError):
-    """A checkpoint could not be written, for example on a full disk; those before it are whole and a run can go on.
-
-    Args:
-        path: the checkpoint.
-        cause: what the system said.
-    """
-
-    def __init__(self, path: Path, cause: OSError) -> None:
-        super().__init__(cause.errno, f"checkpoint {path} was not written ({cause.strerror or cause})")
-
-    def __str__(self) -> str:
-        return str(self.strerror)
 
 
 def save_checkpoint(

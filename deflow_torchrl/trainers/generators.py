@@ -10,6 +10,13 @@ import numpy as np
 import torch
 
 
+def seed_generators(seed: int) -> None:
+    """Seed torch's generators, NumPy's global one and Python's ``random``, so that equal runs begin in equal states."""
+    torch.manual_seed(seed)
+    np.random.seed(np.random.SeedSequence(seed).generate_state(8))
+    random.seed(seed)
+
+
 def capture_generators() -> dict[str, Any]:
     """States of torch's generators (CPU and every CUDA device), NumPy's global one and Python's ``random``."""
     version, words, gauss = random.getstate()

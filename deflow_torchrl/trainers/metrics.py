@@ -5,10 +5,14 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
+import os
 from pathlib import Path
 from typing import Any, Protocol
 
 from deflow_torchrl.paths import atomic_write, write_text
+
+_LOG = logging.getLogger(__name__)
 
 
 class ScalarLogger(Protocol):
@@ -23,7 +27,8 @@ class MetricsLog:
 
     A row holds ``step``, ``phase`` and numbers under names with slashes; wall-clock values stand under ``time/`` only, so
     that two equal runs differ nowhere else. The JSONL file is the record; the CSV is rewritten from it when a row brings
-    a new column.
+    a new column. A row that cannot be written, for example on a full disk, costs a warning and is written with the next
+    one.
 
     Args:
         folder: the run folder.
@@ -42,11 +47,39 @@ class MetricsLog:
             self.rows = [row for row in self.rows if row["step"] <= resume_step]
             write_text(self.jsonl, "".join(json.dumps(row) + "\n" for row in self.rows))
         self._columns: list[str] = []
+        self._behind = False
         self._write_csv()
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row and flush it."""
         self.rows.append(row)
+        try:
+            if self._behind:
+                self._write_again()
+            else:
+                self._append(row)
+        except OSError as error:
+            if not self._behind:
+                _LOG.warning("%s was not written (%s); it is tried again with the next row", self.jsonl, error.strerror)
+            self._behind = True
+        if self.logger is not None:
+            for name, value in row.items():
+                if isinstance(value, (int, float)) and name != "step":
+                    self.logger.log_scalar(name, value, step=row["step"])
+
+    def sync(self) -> None:
+        """Put every row on the disk: before a checkpoint, whose run will not write them again.
+
+        Raises:
+            OSError: if that fails.
+        """
+        if self._behind:
+            self._write_again()
+        if self.jsonl.exists():
+            with self.jsonl.open("rb") as file:
+                os.fsync(file.fileno())
+
+    def _append(self, row: dict[str, Any]) -> None:
         with self.jsonl.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         if set(row) <= set(self._columns):
@@ -54,10 +87,13 @@ class MetricsLog:
                 csv.DictWriter(file, self._columns).writerow(row)
         else:
             self._write_csv()
-        if self.logger is not None:
-            for name, value in row.items():
-                if isinstance(value, (int, float)) and name != "step":
-                    self.logger.log_scalar(name, value, step=row["step"])
+
+    def _write_again(self) -> None:
+        """Write both files whole: an append that failed may have left half a row."""
+        with atomic_write(self.jsonl) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
+        self._write_csv()
+        self._behind = False
 
     def _write_csv(self) -> None:
         self._columns = list(dict.fromkeys(name for row in self.rows for name in row)) or ["step", "phase"]

@@ -90,7 +90,7 @@ class OnlinePhase:
         assert self._experience is not None
         outcome = self._experience.step()
         if outcome.episode_return is not None:
-            self._ended.append([outcome.episode_return, outcome.length, float(outcome.success)])
+            self._ended.append([outcome.episode_return, float(outcome.length or 0), float(bool(outcome.success))])
 
     def _add(self, transition: TensorDictBase) -> torch.Tensor:
         self.largest_reward = max(self.largest_reward, float(transition["next", "reward"].abs().max()))

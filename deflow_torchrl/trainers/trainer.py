@@ -25,7 +25,6 @@ from deflow_torchrl.trainers.metrics import MetricsLog
 from deflow_torchrl.trainers.online import OnlinePhase
 from deflow_torchrl.trainers.update import UpdateStep
 
-
 _log = logging.getLogger(__name__)
 
 

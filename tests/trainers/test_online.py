@@ -10,7 +10,15 @@ import torch
 from deflow_torchrl.algorithms import DeFlowConfig, get_algorithm
 from deflow_torchrl.algorithms.base import ProblemSpec
 from deflow_torchrl.data import BaseActionBank, OfflineOnlineReplayBuffer, TransitionDataset
-from deflow_torchrl.trainers import Evaluator, MetricsLog, OnlineExperience, OnlinePhase, Trainer, TrainerSchedule, UpdateStep
+from deflow_torchrl.trainers import (
+    Evaluator,
+    MetricsLog,
+    OnlineExperience,
+    OnlinePhase,
+    Trainer,
+    TrainerSchedule,
+    UpdateStep,
+)
 from deflow_torchrl.trainers.checkpoint import list_checkpoints, step_of
 from tests.trainers.test_trainer import without_time
 
@@ -34,9 +42,7 @@ def pendulum():
                 columns[name].append(value)
             observation = following
     env.close()
-    return TransitionDataset.from_arrays(
-        **{name: np.array(values, np.float32) for name, values in columns.items()}
-    )
+    return TransitionDataset.from_arrays(**{name: np.array(values, np.float32) for name, values in columns.items()})
 
 
 def make_trainer(

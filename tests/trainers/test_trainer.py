@@ -25,7 +25,9 @@ def make_trainer(folder, *, steps=12, buffer=None, evaluate=None, save_interval=
     buffer = buffer or make_buffer()
     update = make_update()
     torch.manual_seed(3)
-    schedule = TrainerSchedule(offline_steps=steps, log_interval=3, eval_interval=eval_interval, save_interval=save_interval)
+    schedule = TrainerSchedule(
+        offline_steps=steps, log_interval=3, eval_interval=eval_interval, save_interval=save_interval
+    )
     return Trainer(
         update,
         buffer,

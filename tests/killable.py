@@ -1,0 +1,207 @@
+"""Runs in child processes that can be killed at any moment.
+
+Importing torch takes seconds, so children are forked from a process that has imported everything and has done nothing else:
+``python -m tests.killable`` reads a job a line and answers with the child's number and, when it has ended, its exit status.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+EPISODE_STEPS = 15
+ENVIRONMENT = "tests.killable:ShortPendulum-v0"
+
+if "ShortPendulum-v0" not in gymnasium.registry:
+    gymnasium.register(
+        "ShortPendulum-v0",
+        entry_point="gymnasium.envs.classic_control.pendulum:PendulumEnv",
+        max_episode_steps=EPISODE_STEPS,
+    )
+
+
+def record_pendulum(folder: Path, *, episodes: int = 20) -> str:
+    """Record random actions in the short pendulum; the task's name."""
+    from deflow_torchrl.data.card import data_card, write_card
+    from deflow_torchrl.data.dataset import make_folder
+    from deflow_torchrl.data.files import import_files
+    from deflow_torchrl.envs.factory import make_gym_env
+
+    env, rng = make_gym_env(f"gym:{ENVIRONMENT}"), np.random.default_rng(0)
+    rows: dict[str, list] = {name: [] for name in ("obs", "action", "reward", "next_obs", "truncated")}
+    for episode in range(episodes):
+        observation, _ = env.reset(seed=episode)
+        truncated = False
+        while not truncated:
+            action = rng.uniform(-1, 1, 1).astype(np.float32)
+            successor, reward, _, truncated, _ = env.step(action)
+            for name, value in zip(rows, (observation, action, reward, successor, truncated), strict=True):
+                rows[name].append(value)
+            observation = successor
+    env.close()
+    np.savez(folder / "pendulum.npz", **{name: np.asarray(values) for name, values in rows.items()})
+    columns = {"observations": "obs", "actions": "action", "rewards": "reward", "next_observations": "next_obs"}
+    columns["timeouts"] = "truncated"
+    make_folder(
+        folder / "pendulum",
+        lambda into: import_files(folder / "pendulum.npz", columns=columns, never_terminates=True, folder=into),
+        describe=lambda dataset, into: write_card(data_card(dataset, name="pendulum"), into),
+    )
+    return f"own:{folder / 'pendulum'}"
+
+
+class Children:
+    """Starts one run at a time in a child; to be used in a ``with`` block.
+
+    Args:
+        log: file for what the children print.
+    """
+
+    def __init__(self, log: Path) -> None:
+        self.log = log
+
+    def __enter__(self) -> Children:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+        self._server = subprocess.Popen(
+            [sys.executable, "-m", "tests.killable", str(self.log)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=environment,
+        )
+        assert self._server.stdout.readline() == "ready\n"
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._server.stdin.close()
+        self._server.wait(timeout=60)
+        self._server.stdout.close()
+
+    def start(self, out: Path, config: dict | None = None, *, die: tuple[str, int] | None = None) -> int:
+        """Train a new run with these settings, or resume the run where there are none; returns the child's number.
+
+        ``die=(moment, n)`` has it killed at the n-th time of a moment inside the writing of a checkpoint; see :func:`_die`.
+        """
+        self._server.stdin.write(json.dumps({"out": str(out), "config": config, "die": die}) + "\n")
+        self._server.stdin.flush()
+        return int(self._server.stdout.readline())
+
+    def wait(self) -> int:
+        """The child's exit code; minus the signal's number, if one killed it."""
+        return int(self._server.stdout.readline())
+
+    def run(self, out: Path, config: dict | None = None, *, die: tuple[str, int] | None = None) -> int:
+        """:meth:`start` and :meth:`wait`."""
+        self.start(out, config, die=die)
+        return self.wait()
+
+    def kill_after(self, out: Path, seconds: float, config: dict | None = None) -> bool:
+        """Start as :meth:`start`, kill after so many seconds; whether there was anything left to kill."""
+        child = self.start(out, config)
+        time.sleep(seconds)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(
+                child, signal.SIGKILL
+            )  # it stays a zombie until the server has waited: no other process has its number
+        return self.wait() == -signal.SIGKILL
+
+
+def _die(moment: str, number: int) -> None:
+    """Have this process killed in the writing of a checkpoint, the ``number``-th time it comes there.
+
+    ``writing``: some of the temporary file is there; ``written``: all of it; ``renamed``: the old ones are still there too.
+    """
+    from deflow_torchrl.trainers import checkpoint
+
+    count = 0
+
+    def at(place: str) -> None:
+        nonlocal count
+        count += place == moment
+        if place == moment and count == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    write, replace, sync_folder = checkpoint._HashingFile.write, os.replace, checkpoint._sync_folder
+
+    def write_and_die(self, data):
+        size = write(self, data)
+        if self.file.tell() > 4096 and not getattr(self, "counted", False):
+            self.counted = True
+            self.file.flush()
+            at("writing")
+        return size
+
+    def replace_and_die(source, target):
+        if str(target).endswith(".pt"):
+            at("written")
+        replace(source, target)
+
+    def sync_and_die(folder):
+        at("renamed")
+        sync_folder(folder)
+
+    checkpoint._HashingFile.write, os.replace, checkpoint._sync_folder = write_and_die, replace_and_die, sync_and_die
+
+
+def _child(job: dict) -> None:
+    from deflow_torchrl import experiment
+    from deflow_torchrl.config import config_from_dict
+
+    # The page with its curve takes as long as a tiny run and is drawn from what the tests compare.
+    experiment.plot_learning_curve = experiment.write_html_report = lambda *_, **__: None
+    if job["die"] is not None:
+        _die(*job["die"])
+    if job["config"] is None:
+        experiment.resume(Path(job["out"]), command="resume", show_progress=False)
+    else:
+        config = config_from_dict(job["config"] | {"out": job["out"]})
+        experiment.train(config, command="train", show_progress=False)
+
+
+def _say(what: object) -> None:
+    sys.stdout.write(f"{what}\n")
+    sys.stdout.flush()
+
+
+def _serve(log: Path) -> None:
+    import yaml  # noqa: F401
+
+    import deflow_torchrl.envs.factory
+    import deflow_torchrl.experiment
+
+    deflow_torchrl.envs.factory.register_robotics()
+    _say("ready")
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+                os.dup2(descriptor, 1)
+                os.dup2(descriptor, 2)
+                _child(json.loads(line))
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+        _say(child)
+        _, status = os.waitpid(child, 0)
+        _say(os.waitstatus_to_exitcode(status))
+
+
+if __name__ == "__main__":
+    _serve(Path(sys.argv[1]))

@@ -1,0 +1,160 @@
+"""A run that is killed at any moment and resumed is, bit for bit, the run that was not killed."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import time
+
+import pytest
+import torch
+
+pytest.importorskip("gymnasium", reason="needs gymnasium's pendulum")
+pytest.importorskip("hydra", reason="needs the extra cli")
+
+from deflow_torchrl.algorithms.settings import DeFlowConfig
+from deflow_torchrl.config import TrainConfig, config_to_dict
+from deflow_torchrl.trainers.checkpoint import list_checkpoints, load_checkpoint, step_of
+from tests.killable import ENVIRONMENT, Children, record_pendulum
+
+# Episodes have 15 steps, so that checkpoints every 7 fall inside them and the phases' boundary on none.
+KINDS = {
+    "offline": {"offline_steps": 120},
+    "across": {"offline_steps": 60, "online_steps": 60},
+    "frozen": {"offline_steps": 30, "online_steps": 90, "freeze_prior": True, "base_actions": 2},
+    "online": {
+        "offline_steps": 0, "online_steps": 120, "warmup_steps": 10, "utd": 0.5, "mixing": "balanced", "online_capacity": 40,
+    },
+}  # fmt: skip
+SLOW = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    return record_pendulum(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def children(tmp_path_factory):
+    with Children(tmp_path_factory.mktemp("children") / "log") as group:
+        yield group
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(task, children, tmp_path_factory):
+    """Kind of run -> its settings, folder and wall seconds, each made once."""
+    made = {}
+
+    def run(kind):
+        if kind not in made:
+            config = config_to_dict(
+                TrainConfig(
+                    task=task, env=ENVIRONMENT, seed=1, batch_size=8, hidden_dims=[8], log_interval=3, eval_interval=40,
+                    eval_episodes=2, eval_workers=1, save_interval=7, algo=DeFlowConfig(flow_steps=2), **KINDS[kind],
+                )
+            )  # fmt: skip
+            folder = tmp_path_factory.mktemp("runs") / kind
+            began = time.perf_counter()
+            assert children.run(folder, config) == 0, children.log.read_text()
+            made[kind] = config, folder, time.perf_counter() - began
+        return made[kind]
+
+    return run
+
+
+def finish(children, out, config):
+    """Resume what is there, or start what never came to be."""
+    started = (out / "config.yaml").exists()
+    assert children.run(out, None if started else config) == 0, children.log.read_text()
+
+
+def next_of(out, config):
+    return None if (out / "config.yaml").exists() else config
+
+
+def assert_equal_runs(one, other):
+    assert rows(one) == rows(other)
+    last, same = (list_checkpoints(folder / "checkpoints")[-1] for folder in (one, other))
+    assert step_of(last) == step_of(same)
+    assert_bitwise(without_times(load_checkpoint(last)), without_times(load_checkpoint(same)))
+    evaluations = [json.loads((folder / "record.json").read_text())["evaluations"] for folder in (one, other)]
+    assert evaluations[0] == evaluations[1]
+    assert not list((other / "checkpoints").glob(".*"))
+
+
+def rows(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{name: value for name, value in json.loads(line).items() if not name.startswith("time/")} for line in lines]
+
+
+def without_times(state):
+    if not isinstance(state, dict):
+        return state
+    return {name: without_times(value) for name, value in state.items() if not str(name).endswith("seconds")}
+
+
+def assert_bitwise(one, other, where="state"):
+    assert type(one) is type(other), where
+    if isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype, where
+        assert one.shape == other.shape, where
+        assert one.numpy().tobytes() == other.numpy().tobytes(), where
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for name in one:
+            assert_bitwise(one[name], other[name], f"{where}.{name}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other), where
+        for index, pair in enumerate(zip(one, other, strict=True)):
+            assert_bitwise(*pair, f"{where}[{index}]")
+    else:
+        assert one == other, where
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=SLOW)])
+def test_a_run_killed_at_random_moments_is_bit_for_bit_the_uninterrupted_one(
+    kind, kills, children, uninterrupted, tmp_path
+):
+    config, straight, seconds = uninterrupted(kind)
+    rng, killed, trial = random.Random(f"{kind} {kills}"), 0, 0
+    while killed < kills:
+        out = tmp_path / f"trial{trial}" / straight.name
+        for _ in range(min(4, kills - killed)):  # more than one of a run: what was resumed is killed too
+            if not children.kill_after(out, rng.uniform(0.02, 0.9) * seconds, next_of(out, config)):
+                break  # it was done before
+            killed += 1
+        else:
+            finish(children, out, config)
+        assert_equal_runs(straight, out)
+        trial += 1
+    assert killed == kills
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_killed_while_it_writes_checkpoints_is_bit_for_bit_the_uninterrupted_one(
+    kind, children, uninterrupted, tmp_path
+):
+    config, straight, _ = uninterrupted(kind)
+    out = tmp_path / straight.name
+    checkpoints = out / "checkpoints"
+    left_before = 0
+    for moment, number in (
+        ("writing", 1),
+        ("written", 1),
+        ("renamed", 1),
+        ("writing", 3),
+        ("written", 4),
+        ("renamed", 5),
+    ):
+        assert children.run(out, next_of(out, config), die=(moment, number)) == -signal.SIGKILL
+        left = list(checkpoints.glob(".step_*.pt.*.part"))
+        assert len(left) == (moment != "renamed")
+        assert all(path.stat().st_size > 4096 for path in left)
+        kept = len(list_checkpoints(checkpoints))
+        assert kept == {("writing", 1): 0, ("written", 1): 0, ("renamed", 1): 1}.get((moment, number), kept)
+        assert kept >= left_before
+        left_before = kept
+    finish(children, out, config)
+    assert_equal_runs(straight, out)

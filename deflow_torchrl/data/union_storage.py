@@ -493,6 +493,8 @@ class UnionStorage(Storage):
             InputError: naming what differs.
         """
         for name, own in self._reference().items():
+            if name == "online_capacity" and state["written"] <= min(state[name], own):
+                continue  # nothing was overwritten: the rows lie where they would have in a zone of this size
             if state.get(name) != own:
                 raise InputError(f"the state is of another buffer: {name} is {state.get(name)} there, {own} here")
         written, discarded = state.get("written"), state.get("discarded")

@@ -37,18 +37,20 @@ class CheckpointNotWritten(OSError):
     Args:
         path: the checkpoint.
         cause: what the system said.
+        advice: what to do.
     """
 
-    def __init__(self, path: Path, cause: OSError) -> None:
-        super().__init__(cause.errno, f"checkpoint {path} was not written ({cause.strerror or cause})")
-        self._arguments = path, cause
+    def __init__(self, path: Path, cause: OSError, advice: str = "") -> None:
+        more = f"; {advice}" if advice else ""
+        super().__init__(cause.errno, f"{path} was not written ({cause.strerror or cause}){more}")
+        self.path, self.cause, self.advice = path, cause, advice
 
     def __str__(self) -> str:
         return str(self.strerror)
 
-    def __reduce__(self) -> tuple[type[CheckpointNotWritten], tuple[Path, OSError]]:
+    def __reduce__(self) -> tuple[type[CheckpointNotWritten], tuple[Path, OSError, str]]:
         """Pickle what the constructor takes: an exception's own way would call it with the number and the message."""
-        return type(self), self._arguments
+        return type(self), (self.path, self.cause, self.advice)
 
 
 class EnvironmentFaultError(RuntimeError):

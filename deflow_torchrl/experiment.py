@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -21,7 +20,13 @@ from deflow_torchrl.config import TrainConfig, apply_overrides, config_from_dict
 from deflow_torchrl.data import OfflineOnlineReplayBuffer, TransitionDataset, TransitionReplayBuffer
 from deflow_torchrl.data.base_actions import BaseActionBank
 from deflow_torchrl.envs.factory import make_gym_env
-from deflow_torchrl.errors import EnvironmentFaultError, InputError, NonFiniteLossError, RunInterrupted
+from deflow_torchrl.errors import (
+    CheckpointNotWritten,
+    EnvironmentFaultError,
+    InputError,
+    NonFiniteLossError,
+    RunInterrupted,
+)
 from deflow_torchrl.paths import make_writable_folder, write_text
 from deflow_torchrl.processes import available_cores
 from deflow_torchrl.progress import progress_bar
@@ -34,8 +39,9 @@ from deflow_torchrl.trainers.checkpoint import list_checkpoints, load_checkpoint
 from deflow_torchrl.trainers.collection import OnlineExperience
 from deflow_torchrl.trainers.evaluation import DEFAULT_EVALUATION_SEED
 from deflow_torchrl.trainers.generators import seed_generators
+from deflow_torchrl.trainers.history import RunHistory
 from deflow_torchrl.trainers.identity import run_identity
-from deflow_torchrl.trainers.loggers import check_logger, make_logger
+from deflow_torchrl.trainers.loggers import check_logger, logger_state, make_logger
 from deflow_torchrl.trainers.online import OnlinePhase
 from deflow_torchrl.trainers.resuming import check_resumable, drop_later_checkpoints, find_checkpoint
 from deflow_torchrl.trainers.trainer import restore_learner
@@ -82,10 +88,17 @@ def train(
             f"{out} already holds a run; go on with `deflow resume {out}` or choose another folder with out="
         )
     config = _resumable_from_anywhere(replace(config, out=str(out)))
-    run = _Run(config, out, command=command, final_episodes=final_episodes, show_progress=show_progress)
+    run = _Run(
+        config,
+        out,
+        commands=[command],
+        extra_seconds=extra_seconds,
+        final_episodes=final_episodes,
+        show_progress=show_progress,
+    )
     make_writable_folder(out)
     run.write_config()
-    return run.go(resume=False, extra_seconds=dict(extra_seconds or {}))
+    return run.go(resume=False)
 
 
 def check_free(out: Path) -> None:
@@ -126,15 +139,16 @@ def resume(
         raise InputError(f"out= cannot be changed; move {out} to where you want it")
     config = replace(_resumable_from_anywhere(apply_overrides(saved, overrides)), out=str(out))
     checkpoint = find_checkpoint(out / "checkpoints", step)
-    check_resumable(
+    changes = check_resumable(
         config_to_dict(config),
         saved=config_to_dict(saved),
         checkpoint=checkpoint,
         config_file=out / CONFIG_FILE,
         force=force,
     )
-    run = _Run(config, out, command=command, final_episodes=settings["final_episodes"], show_progress=show_progress)
-    return run.go(resume=True, checkpoint=checkpoint, extra_seconds={})
+    commands = [settings["command"], command] if settings["command"] else [command]
+    run = _Run(config, out, commands=commands, final_episodes=settings["final_episodes"], show_progress=show_progress)
+    return run.go(resume=True, checkpoint=checkpoint, keep_settings=bool(changes))
 
 
 def evaluate_run(
@@ -202,7 +216,7 @@ def evaluate_run(
 
 
 def read_run_settings(out: Path) -> dict[str, Any]:
-    """Read the settings a run folder keeps: ``config`` and ``final_episodes``.
+    """Read the settings a run folder keeps: ``config``, ``final_episodes`` and the ``command`` that began it (or None).
 
     Raises:
         InputError: if ``out`` is no run folder.
@@ -214,7 +228,7 @@ def read_run_settings(out: Path) -> dict[str, Any]:
         raise InputError(f"{out} is not a run folder: it has no {CONFIG_FILE}")
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return {"config": settings["config"], "final_episodes": settings["final_episodes"]}
+        return {key: settings[key] for key in ("config", "final_episodes")} | {"command": settings.get("command")}
     except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError) as error:
         raise InputError(f"{path} is damaged: {' '.join(str(error).split())}") from error
 
@@ -223,15 +237,21 @@ class _Run:
     """One run's parts, put together before anything is written."""
 
     def __init__(
-        self, config: TrainConfig, out: Path, *, command: str, final_episodes: int | None, show_progress: bool
+        self,
+        config: TrainConfig,
+        out: Path,
+        *,
+        commands: Sequence[str],
+        extra_seconds: Mapping[str, float] | None = None,
+        final_episodes: int | None,
+        show_progress: bool,
     ) -> None:
         self.config = config
         self.out = out
-        self.command = command
+        self.history = RunHistory(commands, seconds=extra_seconds)
         self.final_episodes = final_episodes or config.eval_episodes
         self.show_progress = show_progress
         self.outcomes: dict[str, EvaluationResult] = {}
-        self.seconds: dict[str, float] = {}
         self.task = _task(config)
         if self.task.images:
             raise _images(config.task)
@@ -242,7 +262,7 @@ class _Run:
         self.device = _device(config.device)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        with self._timed("load_data"):
+        with self.history.timed("load_data"):
             dataset = self._load_data("train")
             assert dataset is not None
             if dataset.observation.ndim != 2:
@@ -266,13 +286,17 @@ class _Run:
     def write_config(self) -> None:
         import yaml
 
-        settings = {"config": config_to_dict(self.config), "final_episodes": self.final_episodes}
+        settings = {
+            "config": config_to_dict(self.config),
+            "final_episodes": self.final_episodes,
+            "command": self.history.commands[0],
+        }
         write_text(self.out / CONFIG_FILE, yaml.safe_dump(settings, sort_keys=False))
 
-    def go(self, *, resume: bool, checkpoint: Path | None = None, extra_seconds: dict[str, float]) -> dict[str, Any]:
+    def go(self, *, resume: bool, checkpoint: Path | None = None, keep_settings: bool = False) -> dict[str, Any]:
         folder = self.out / "checkpoints"
         try:
-            return self._go(folder, resume=resume, checkpoint=checkpoint, extra_seconds=extra_seconds)
+            return self._go(folder, resume=resume, checkpoint=checkpoint, keep_settings=keep_settings)
         except KeyboardInterrupt as error:
             kept = list_checkpoints(folder)
             state = f"saved at step {step_of(kept[-1])}" if kept else "before anything was trained"
@@ -284,14 +308,15 @@ class _Run:
             kept = list_checkpoints(folder)
             where = f"the last good checkpoint is {kept[-1]}" if kept else "there was no checkpoint yet"
             raise NonFiniteLossError(f"{error}; {where}") from error
+        except CheckpointNotWritten as error:
+            advice = f"make room and go on with: deflow resume {shlex.quote(str(self.out))}"
+            raise CheckpointNotWritten(error.path, error.cause, advice) from error
         except EnvironmentFaultError as error:
             raise EnvironmentFaultError(
                 f"{error}; when it is mended go on with: deflow resume {shlex.quote(str(self.out))}"
             ) from error
 
-    def _go(
-        self, folder: Path, *, resume: bool, checkpoint: Path | None, extra_seconds: dict[str, float]
-    ) -> dict[str, Any]:
+    def _go(self, folder: Path, *, resume: bool, checkpoint: Path | None, keep_settings: bool) -> dict[str, Any]:
         config = self.config
         trainer = self.trainer = Trainer(
             self.update,
@@ -309,29 +334,29 @@ class _Run:
             online=self._online_phase() if config.online_steps else None,
             score=f"eval/{self.task.metric}",
             identity=run_identity(config_to_dict(config), data_sha256=self.data["sha256"]),
+            history=self.history,
             alarms=self.alarms,
             extra_state=self.learner_sizes,
             validation=self.validation,
             show_progress=self.show_progress,
         )
         if checkpoint is not None:
-            trainer.restore(checkpoint)
+            trainer.restore(checkpoint, keep_settings=keep_settings)
             drop_later_checkpoints(checkpoint)
         if resume:
             self.write_config()
-        metrics = trainer.metrics = MetricsLog(
-            self.out,
-            logger=make_logger(self.config.logger, self.out),
-            resume_step=trainer.written_step if resume else None,
-        )
+        written = trainer.written_step if resume else None
+        logger = make_logger(config.logger, self.out, state=trainer.notes.get("logger"), step=written)
+        trainer.notes["logger"] = logger_state(config.logger, logger)
+        metrics = trainer.metrics = MetricsLog(self.out, logger=logger, resume_step=written)
         with _evaluator(self.task, self.config, self.device) as evaluator:
             if evaluator is not None:
                 trainer.evaluate = lambda: self._evaluate(evaluator)
-            with self._timed("train_and_evaluate"):
+            with self.history.timed("train_and_evaluate"):
                 trainer.run()
             if evaluator is not None and not self.outcomes:  # killed between the last checkpoint and the record
                 self._evaluate(evaluator)
-        return self._report(trainer, metrics, extra_seconds)
+        return self._report(trainer, metrics)
 
     @property
     def _gamma(self) -> float:
@@ -462,10 +487,10 @@ class _Run:
         note = {"step": trainer.step, "phase": phase, "policies": _outcomes(results, self.references)}
         trainer.notes["evaluations"] = [*earlier, note]
 
-    def _report(self, trainer: Trainer, metrics: MetricsLog, extra_seconds: dict[str, float]) -> dict[str, Any]:
+    def _report(self, trainer: Trainer, metrics: MetricsLog) -> dict[str, Any]:
         delta = getattr(self.learner.loss, "target_divergence", None)
         record = build_record(
-            command=self.command,
+            commands=self.history.commands,
             config=config_to_dict(self.config),
             data=self.data,
             metric=self.task.metric,
@@ -473,7 +498,7 @@ class _Run:
             history=trainer.notes.get("evaluations", []),
             online=None if trainer.online is None else trainer.online.counters,
             alarms=None if self.learner.diagnostics is None else [asdict(alarm) for alarm in self.alarms.raised],
-            seconds={**extra_seconds, **self.seconds, "updates": trainer.trained_seconds},
+            seconds={**self.history.seconds, "updates": trainer.trained_seconds},
         )
         write_text(self.out / RECORD_FILE, json.dumps(record, indent=2) + "\n")
         title = f"{self.config.algo.name} on {self.config.task}, seed {self.config.seed}"
@@ -494,12 +519,6 @@ class _Run:
             target_divergence=None if delta is None else round(float(delta), 8),
         )
         return record
-
-    @contextmanager
-    def _timed(self, phase: str) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - began
 
 
 def _device(name: str) -> torch.device:

@@ -327,7 +327,9 @@ def test_train_goes_on_online(generated, tmp_path, options):
     ]  # fmt: skip
     assert rows[-1]["online/env_steps"] == 8
     assert ("train/loss_flow" in rows[-1]) == (not options)
-    assert {"train/divergence_ratio", "train/saturation", "train/q_base", "train/q_refined", "train/td_error"} <= set(rows[0])
+    assert {"train/divergence_ratio", "train/saturation", "train/q_base", "train/q_refined", "train/td_error"} <= set(
+        rows[0]
+    )
     assert [row["train/online_share"] for row in rows if row["step"] == 14] != [0.0]
     record = json.loads((out / "record.json").read_text())
     assert record["online"] == {"episodes": 0, "faults": 0, "worker_restarts": 0, "env_steps": 8}
@@ -352,5 +354,7 @@ def test_an_environment_that_keeps_failing_ends_the_run_in_one_line(generated, t
     result = deflow("train", *settings(generated, out, "online_steps=100", "eval_interval=0", "offline_steps=2"))
     assert result.returncode == 1
     line = result.stderr.strip().splitlines()[-1]
-    assert line.startswith("deflow: ") and "mj_step failed" in line and "deflow resume" in line
+    assert line.startswith("deflow: ")
+    assert "mj_step failed" in line
+    assert "deflow resume" in line
     assert list((out / "checkpoints").glob("step_*.pt"))

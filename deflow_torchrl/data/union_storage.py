@@ -174,8 +174,9 @@ class FrameRows:
             self._pairs = frames.as_strided(
                 (len(frames) - 1, 2, *frames.shape[1:]), (frames.stride(0), *frames.stride())
             )
-            rows = torch.arange(len(dataset), device=dataset.device)
-            self._flags = self._flags_of(dataset.terminated, torch.isin(rows, self._last))
+            last = torch.zeros_like(dataset.terminated)
+            last[self._last[lengths > 0]] = True
+            self._flags = self._flags_of(dataset.terminated, last)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -389,7 +390,10 @@ class UnionStorage(Storage):
         self.online.write(begin, columns)
         slots = (np.arange(count) + begin) % self.slots
         if self.num_discarded:
-            self._set_discarded(np.setdiff1d(self._discarded, slots))
+            places = np.searchsorted(self._discarded, slots).clip(max=self.num_discarded - 1)
+            places = places[self._discarded[places] == slots]
+            if len(places):
+                self._set_discarded(np.delete(self._discarded, places))
         self.written += count
         return torch.from_numpy((self.num_offline + slots) % self.max_size).to(self.device, non_blocking=True)
 
@@ -425,6 +429,10 @@ class UnionStorage(Storage):
         if len(bad):
             raise InputError(f"row {int(bad[0])} holds no online transition and cannot be discarded")
         self._set_discarded(np.union1d(self._discarded, (rows.numpy() - self.num_offline) % self.slots))
+
+    def discarded_rows(self) -> torch.Tensor:
+        """Their numbers, on the CPU."""
+        return torch.from_numpy((self._discarded + self.num_offline) % self.max_size)
 
     def is_discarded(self, rows: torch.Tensor) -> torch.Tensor:
         """Whether these rows were discarded, bool of their shape."""
@@ -485,13 +493,20 @@ class UnionStorage(Storage):
             InputError: naming what differs.
         """
         for name, own in self._reference().items():
+            if name == "online_capacity" and state["written"] <= min(state[name], own):
+                continue  # nothing was overwritten: the rows lie where they would have in a zone of this size
             if state.get(name) != own:
                 raise InputError(f"the state is of another buffer: {name} is {state.get(name)} there, {own} here")
-        held = min(state["written"], self.slots)
+        written, discarded = state.get("written"), state.get("discarded")
+        if not isinstance(written, int) or written < 0 or not isinstance(discarded, torch.Tensor):
+            raise InputError("the state is damaged: it does not say how many transitions were written or discarded")
+        held = min(written, self.slots)
         columns = tuple(state["online"][name] for name in NAMES)
         check_schema(columns, self.schema, source="the state")
         if any(len(column) != held for column in columns):
             raise InputError(f"the state is damaged: it says {held} online transitions and holds {_shapes(columns)}")
+        if bool((discarded.diff() <= 0).any() | (discarded < 0).any() | (discarded >= held).any()):
+            raise InputError("the state is damaged: it names discarded transitions that are not there")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the online rows back.

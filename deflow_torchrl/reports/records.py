@@ -19,7 +19,7 @@ SCHEMA = 3
 
 def build_record(
     *,
-    command: str,
+    commands: Sequence[str],
     config: Mapping[str, Any],
     data: Mapping[str, Any],
     metric: str,
@@ -32,7 +32,7 @@ def build_record(
     """Collect what a reader needs to trust and repeat a run.
 
     Keyword Args:
-        command: the command line that made it.
+        commands: the command lines that worked on it: the first began it, the others resumed it.
         config: all settings.
         data: description of the data (file, transitions, checksum, provenance).
         metric: what the task is judged by: ``success``, ``score`` or ``return``.
@@ -45,7 +45,8 @@ def build_record(
     settings = dict(config)
     return {
         "schema": SCHEMA,
-        "command": command,
+        "command": commands[0],
+        "commands": list(commands),
         "config": settings,
         "config_sha256": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
         "data": dict(data),

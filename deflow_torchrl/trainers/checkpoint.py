@@ -95,7 +95,7 @@ def best_checkpoint(folder: Path) -> Path | None:
     scores = {}
     for path in list_checkpoints(folder):
         try:
-            score = read_header(path)["score"]
+            score = _read_comment(path)[0]["score"]
         except InputError:
             continue  # damaged; it is refused where somebody wants to load it
         if score is not None:
@@ -114,7 +114,8 @@ def read_header(path: Path) -> dict[str, Any]:
     Raises:
         InputError: if the file is missing, no checkpoint or of another format.
     """
-    return _read_comment(path)[0]
+    with _advising(path):
+        return _read_comment(path)[0]
 
 
 def load_checkpoint(
@@ -133,12 +134,10 @@ def load_checkpoint(
         InputError: if the file is missing, damaged, altered, of another format, of another task, method, version or data
             (with what differs), or holds anything but data.
     """
-    try:
+    with _advising(path):
         header, comment = _read_comment(path)
         if _file_digest(path, comment) != comment[-_HEX:].decode("ascii", "replace"):
             raise _damaged(path)
-    except InputError as error:
-        raise InputError(f"{error}{_advice(path)}") from error
     if identity is not None:
         check_identity(path, header["identity"], identity)
     try:
@@ -278,14 +277,20 @@ def _damaged(path: Path) -> InputError:
     return InputError(f"{path} is damaged or altered; it was not loaded")
 
 
-def _advice(path: Path) -> str:
-    """Which checkpoint of the run is whole, for a message about one that is not."""
-    others = [other for other in list_checkpoints(path.parent) if other != path]
-    whole = next((other for other in reversed(others) if is_whole(other)), None)
-    if whole is None:
-        return ""
-    run = shlex.quote(str(path.parent.parent))
-    return f"; the newest whole one is of step {step_of(whole)}: deflow resume {run} --step {step_of(whole)}"
+@contextmanager
+def _advising(path: Path) -> Iterator[None]:
+    """Add to an InputError about ``path`` which checkpoint of the run is whole and how to go on from it."""
+    try:
+        yield
+    except InputError as error:
+        others = [other for other in list_checkpoints(path.parent) if other != path]
+        whole = next((other for other in reversed(others) if is_whole(other)), None)
+        if whole is None:
+            raise
+        step, run = step_of(whole), shlex.quote(str(path.parent.parent))
+        raise InputError(
+            f"{error}; the newest whole one is of step {step}: deflow resume {run} --step {step}"
+        ) from error
 
 
 def _plain(value: Any, where: str) -> Any:

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Any, Protocol
 
+from deflow_torchrl.errors import CheckpointNotWritten
 from deflow_torchrl.paths import atomic_write, write_text
 
 _LOG = logging.getLogger(__name__)
@@ -71,13 +72,16 @@ class MetricsLog:
         """Put every row on the disk: before a checkpoint, whose run will not write them again.
 
         Raises:
-            OSError: if that fails.
+            CheckpointNotWritten: if that fails.
         """
-        if self._behind:
-            self._write_again()
-        if self.jsonl.exists():
-            with self.jsonl.open("rb") as file:
-                os.fsync(file.fileno())
+        try:
+            if self._behind:
+                self._write_again()
+            if self.jsonl.exists():
+                with self.jsonl.open("rb") as file:
+                    os.fsync(file.fileno())
+        except OSError as error:
+            raise CheckpointNotWritten(self.jsonl, error) from error
 
     def _append(self, row: dict[str, Any]) -> None:
         with self.jsonl.open("a", encoding="utf-8") as file:

@@ -78,7 +78,8 @@ class OnlinePhase:
         self._experience = experience
 
     def _fill_bank(self, bank: BaseActionBank) -> None:
-        if self._bank_file is not None and self._bank_file.is_file():
+        # A file of before the checkpoint that the phase begins from may be of another prior: of settings given up since.
+        if self._restored is not None and self._bank_file is not None and self._bank_file.is_file():
             bank.load(self._bank_file)
             return
         bank.fill(progress=self._bank_progress)

@@ -11,6 +11,9 @@ from deflow_torchrl.errors import InputError
 from deflow_torchrl.trainers.checkpoint import list_checkpoints, read_header, step_of
 from deflow_torchrl.trainers.identity import changed_settings, check_identity, run_identity
 
+# What the experience and the base actions of a running online phase were made with.
+_FIXED_ONLINE = ("offline_steps", "freeze_prior", "base_actions", "env", "seed", "collector_workers", "overwrite")
+
 
 def find_checkpoint(folder: Path, step: int | None = None) -> Path | None:
     """The checkpoint to go on from: the one of ``step``, else the last; None where there is none yet.
@@ -46,8 +49,8 @@ def check_resumable(
         What differs, one ``name: theirs -> ours`` each; empty without ``force``.
 
     Raises:
-        InputError: on another task, method or version; on settings that differ, without ``force``; and on numbers of steps
-            that the checkpoint has passed.
+        InputError: on another task, method or version; on settings that differ, without ``force``; on numbers of steps that
+            the checkpoint has passed, and on settings that an online phase is built on, once it has begun.
     """
     ours = run_identity(settings, data_sha256=None)
     if checkpoint is None:
@@ -74,11 +77,11 @@ def drop_later_checkpoints(checkpoint: Path) -> None:
 
 
 def _check_steps(done: int, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    before, after = theirs.get("offline_steps", 0), ours.get("offline_steps", 0)
-    if done > before != after:
-        raise InputError(
-            f"offline_steps: {before} -> {after}: the run is in its online phase (step {done}); the offline one is over"
-        )
-    steps = after + ours.get("online_steps", 0)
+    if done > theirs.get("offline_steps", done):
+        fixed = [name for name in _FIXED_ONLINE if theirs.get(name) != ours.get(name)]
+        if fixed:
+            lines = "; ".join(f"{name}: {theirs.get(name)} -> {ours.get(name)}" for name in fixed)
+            raise InputError(f"{lines}: cannot change any more, the run is in its online phase (step {done})")
+    steps = ours["offline_steps"] + ours.get("online_steps", 0)
     if done > steps:
         raise InputError(f"the run is at step {done} already, past the {steps} it is to have; choose an older --step")

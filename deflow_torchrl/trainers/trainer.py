@@ -20,6 +20,7 @@ from deflow_torchrl.progress import progress_bar
 from deflow_torchrl.trainers.alarms import Alarms
 from deflow_torchrl.trainers.checkpoint import CheckpointNotWritten, load_checkpoint, save_checkpoint
 from deflow_torchrl.trainers.generators import capture_generators, restore_generators
+from deflow_torchrl.trainers.history import RunHistory
 from deflow_torchrl.trainers.interrupts import Interrupts
 from deflow_torchrl.trainers.metrics import MetricsLog
 from deflow_torchrl.trainers.online import OnlinePhase
@@ -94,6 +95,7 @@ class Trainer:
         online: acts and samples in the online phase; ``schedule.online_steps`` need it.
         metrics: where rows go; nowhere, if None.
         identity: what the checkpoints belong to (:func:`~deflow_torchrl.trainers.identity.run_identity`).
+        history: commands and wall times of the run, kept in each checkpoint.
         extra_state: plain values to keep in each checkpoint beside the training state.
         alarms: look at each row of metrics.
         validation: samples batches for ``val/`` losses at evaluations.
@@ -116,6 +118,7 @@ class Trainer:
         online: OnlinePhase | None = None,
         metrics: MetricsLog | None = None,
         identity: Mapping[str, Any] | None = None,
+        history: RunHistory | None = None,
         extra_state: Mapping[str, Any] | None = None,
         alarms: Alarms | None = None,
         validation: ReplayBuffer | None = None,
@@ -130,6 +133,7 @@ class Trainer:
         self.checkpoints = checkpoints
         self.online = online
         self.identity = identity
+        self.history = history
         self.extra_state = dict(extra_state or {})
         self.alarms = alarms
         self.validation = validation
@@ -192,6 +196,7 @@ class Trainer:
     def _train_step(self) -> dict[str, Any]:
         """Act (online), update, and return the step's row of metrics, empty where no row is due."""
         step = self.step + 1
+        self._scored = None
         online = self.online if self.schedule.is_online(step) else None
         if online is not None:
             online.step()
@@ -261,6 +266,8 @@ class Trainer:
         try:
             self.save()
         except CheckpointNotWritten as error:
+            if self.step == self.schedule.steps:
+                raise  # nothing comes after it that could make up for it
             _log.warning("%s; the older ones are whole and the run goes on", error)
 
     def _validation_losses(self) -> dict[str, float]:
@@ -287,6 +294,8 @@ class Trainer:
             CheckpointNotWritten: on a full disk; the older checkpoints stay whole.
         """
         self.update.check_finite()
+        if self.metrics is not None:
+            self.metrics.sync()
         state = {
             **self.extra_state,
             "step": self.step,
@@ -294,6 +303,7 @@ class Trainer:
             "online": None if self.online is None else self.online.state_dict(),
             "best": self._best,
             "notes": self.notes,
+            "history": None if self.history is None else self.history.state_dict(),
             "generators": capture_generators(),
             "alarms": None if self.alarms is None else self.alarms.state_dict(),
             "trained_seconds": self.trained_seconds,
@@ -308,19 +318,27 @@ class Trainer:
         """The last step whose row of metrics is final: the current one, or the one before while its row is unfinished."""
         return self.step if self._row is None else self.step - 1
 
-    def restore(self, path: Path) -> None:
+    def restore(self, path: Path, *, keep_settings: bool = False) -> None:
         """Go on from a checkpoint of an equal run.
+
+        Args:
+            path: the checkpoint.
+
+        Keyword Args:
+            keep_settings: where settings have changed, go on with this run's; see :meth:`UpdateStep.load_state_dict`.
 
         Raises:
             InputError: if it is damaged, of another run, or does not fit the networks.
         """
         state = load_checkpoint(path, device="cpu", identity=self.identity)
-        restore_learner(self.update, state, path)
+        restore_learner(self.update, state, path, keep_settings=keep_settings)
         if self.online is not None and state["online"] is not None:
             self.online.load_state_dict(state["online"])
         self.step = state["step"]
         self._best = state["best"]
         self.notes = state["notes"]
+        if self.history is not None and state["history"] is not None:
+            self.history.load_state_dict(state["history"])
         self.trained_seconds = state["trained_seconds"]
         self._row = state["unfinished_row"]
         self._saved_step = self.step
@@ -329,13 +347,13 @@ class Trainer:
         restore_generators(state["generators"])
 
 
-def restore_learner(update: UpdateStep, state: dict[str, Any], path: Path) -> None:
-    """Load networks and optimiser of a loaded checkpoint.
+def restore_learner(update: UpdateStep, state: dict[str, Any], path: Path, *, keep_settings: bool = False) -> None:
+    """Load networks and optimiser of a loaded checkpoint; ``keep_settings`` as in :meth:`UpdateStep.load_state_dict`.
 
     Raises:
         InputError: if it does not fit the networks.
     """
     try:
-        update.load_state_dict(state["update"])
+        update.load_state_dict(state["update"], keep_settings=keep_settings)
     except (RuntimeError, KeyError, ValueError) as error:
         raise InputError(f"{path} does not fit this run's networks: {str(error).splitlines()[0]}") from error

@@ -110,8 +110,15 @@ class UpdateStep:
             "optimizer": self.optimizer.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], *, keep_settings: bool = False) -> None:
         """Restore what :meth:`state_dict` gave; the prior is frozen if it was.
+
+        Args:
+            state: what it gave.
+
+        Keyword Args:
+            keep_settings: leave learning rates and the loss's constants (gamma, delta, a fixed alpha) as they are here, for a
+                run that goes on with other settings; the state's otherwise.
 
         Raises:
             ValueError: if the prior is frozen here and was not there, or the networks differ.
@@ -120,6 +127,22 @@ class UpdateStep:
             self.freeze_prior()
         elif self.prior_frozen:
             raise ValueError("the prior is frozen here and was not in the state: load it first, then freeze")
+        options = [{name: value for name, value in group.items() if name != "params"} for group in self._groups]
+        constants = {name: buffer.clone() for name, buffer in self._constants.items()}
         self.step = state["step"]
         self.learner.loss.load_state_dict(state["loss"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if keep_settings:
+            for group, own in zip(self._groups, options, strict=True):
+                group.update(own)
+            for name, buffer in self._constants.items():
+                buffer.copy_(constants[name])
+
+    @property
+    def _groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
+
+    @property
+    def _constants(self) -> dict[str, Tensor]:
+        """The loss's buffers that are settings; those of networks are state."""
+        return {name: buffer for name, buffer in self.learner.loss.named_buffers() if "_params." not in name}

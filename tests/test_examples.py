@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -51,6 +52,50 @@ def test_a_frozen_diffusion_policy_is_refined_without_being_called(run, capsys):
     assert "5 updates" in (out := capsys.readouterr().out)
     assert f"refined {found['refined']:.0f}" in out
     assert found["refined"] != found["diffusion"]
+
+
+# minari's DataCollector removes its folder behind tempfile's back, which then says so.
+@pytest.mark.filterwarnings("ignore:Implicitly cleaning up:ResourceWarning")
+@pytest.mark.filterwarnings("ignore:Exception ignored:pytest.PytestUnraisableExceptionWarning")
+def test_a_minari_set_is_recorded_trained_on_and_evaluated(run, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("minari", reason="needs the extra minari")
+    pytest.importorskip("jax", reason="minari's DataCollector needs jax (minari[create])")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    assert len((EXAMPLES / "minari_offline.py").read_text().splitlines()) < 100
+    first = run("minari_offline.py", "--steps", "5", "--episodes", "1")
+    out = capsys.readouterr().out
+    assert out.count("loss_qvalue") == 5
+    assert f"DeFlow {first:.0f}" in out
+    assert (tmp_path / "pendulum" / "noisy-swing-up-v0").is_dir()
+    assert run("minari_offline.py", "--steps", "5", "--episodes", "1") == first, (
+        "found again, and the seed fixes the rest"
+    )
+
+
+def test_a_torchrl_collector_takes_the_policy_online(run, tmp_path, monkeypatch, capsys, in_process):
+    pytest.importorskip("ogbench", reason="needs the extra ogbench")
+    from deflow_torchrl.data import OfflineOnlineReplayBuffer
+    from deflow_torchrl.trainers import evaluation
+
+    buffers = []
+    real_env, real_extend = evaluation.make_gym_env, OfflineOnlineReplayBuffer.extend
+    monkeypatch.setenv("DEFLOW_HOME", str(tmp_path))
+    monkeypatch.setattr(evaluation, "make_gym_env", lambda task: real_env(task, max_episode_steps=20))
+
+    def extend(self, transition):
+        buffers.append(self)
+        return real_extend(self, transition)
+
+    monkeypatch.setattr(OfflineOnlineReplayBuffer, "extend", extend)
+    assert len((EXAMPLES / "offline_to_online.py").read_text().splitlines()) < 100
+    before, after = run("offline_to_online.py", "--episodes", "1", "--offline-steps", "4", "--online-steps", "6")
+    assert 0 <= before <= 1
+    assert f"{before:.2f}, {after:.2f} (4 offline and 6 online steps)" in capsys.readouterr().out
+    assert len(buffers) == 6
+    assert buffers[0].num_online == 6
+    online = buffers[0][buffers[0].num_offline :]
+    # The observation after a step is the one before the next.
+    torch.testing.assert_close(online["next", "observation"][:-1], online["observation"][1:], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("frozen", [False, True])

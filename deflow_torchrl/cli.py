@@ -183,18 +183,65 @@ def resume(
 @app.command("eval")
 @_verb
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
+    *,
+    paired: Annotated[
+        bool, typer.Option("--paired", help="Compare two runs of one task episode by episode: B - A with an interval.")
+    ] = False,
     episodes: Annotated[int | None, typer.Option(min=1, help="Episodes of each policy. [default: the run's]")] = None,
+    policy: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="This policy alone: deflow, prior. [default: all; with --paired the acting one]"
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes that step environments; they change no number. [default: the run's]"),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, max=2**31, help="Seed of starts and noise. [default: that of training's evaluations]"),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="Device of the policies. [default: the run's]")] = None,
     json_: _JSON = False,
 ) -> None:
-    """Evaluate the policies of a run's last checkpoint on common starts; the same run gives the same numbers twice."""
-    from deflow_torchrl.experiment import evaluate_run
+    """Evaluate the policies of a run's last checkpoint on common starts; the same run gives the same numbers twice.
 
-    result = evaluate_run(run, episodes=episodes, device=device)
-    _print_evaluations(result["evaluations"], result["metric"])
+    Several runs are evaluated one after the other. With --paired two runs of one task meet the same starts and the same noise,
+    and the difference B - A is reported with its 95% interval (bootstrap over the episodes); where the task is judged by
+    success also how often both, only one or neither succeeded, with the exact p-value of that.
+
+    Example: deflow eval runs/offline runs/online --paired --episodes 200
+    """
+    if paired and len(runs) != 2:
+        raise InputError(f"--paired compares two runs, {len(runs)} given: deflow eval RUN_A RUN_B --paired")
+    from deflow_torchrl.experiment import evaluate_run
+    from deflow_torchrl.trainers.evaluation import DEFAULT_EVALUATION_SEED
+
+    seed = DEFAULT_EVALUATION_SEED if seed is None else seed
+    options: dict[str, Any] = {
+        "episodes": episodes, "policy": policy, "workers": workers, "seed": seed, "device": device,
+    }  # fmt: skip
+    if paired:
+        from deflow_torchrl.comparison import compare_runs
+
+        compared = compare_runs(*runs, **options)
+        _print_comparison(compared)
+        if json_:
+            print(json.dumps(compared))
+        return
+    results = []
+    for run in runs:
+        result = evaluate_run(run, **options)
+        if len(runs) > 1:
+            print(f"{run}, step {result['step']}:")
+        _print_evaluations(result["evaluations"], result["metric"])
+        results.append({"run": str(run), **_summary(result), **result})
+    if len(runs) > 1:
+        print("each run by itself; for the difference of two with its interval add --paired")
     if json_:
-        print(json.dumps({"run": str(run), **_summary(result), **result}))
+        print(json.dumps(results[0] if len(runs) == 1 else {"runs": results}))
 
 
 @data.command("download")
@@ -591,6 +638,25 @@ def _print_evaluations(evaluations: dict[str, Any], metric: str) -> None:
         parts += [f"normalised score {outcome['mean_score']:.1f}"] if "mean_score" in outcome else []
         parts += [f"return {outcome['mean_return']:.1f}"] if metric == "return" else []
         print(f"{name}: {', '.join(parts)} over {outcome['episodes']} episodes")
+
+
+def _print_comparison(compared: dict[str, Any]) -> None:
+    for label, run in compared["runs"].items():
+        print(f"{label}: {run['run']}, step {run['step']}")
+        _print_evaluations({run["policy"]: run["outcome"]}, compared["metric"])
+    name = {"success": "success", "score": "normalised score", "return": "return"}[compared["metric"]]
+    digits = ".3f" if compared["metric"] == "success" else ".1f"
+    mean, low, high = (format(compared["difference"][key], f"+{digits}") for key in ("mean", "low", "high"))
+    print(
+        f"B - A: {name} {mean}, 95% interval {low} to {high} "
+        f"(paired bootstrap over {compared['difference']['pairs']} episodes, seed {compared['seed']})"
+    )
+    if "counts" in compared:
+        counts = compared["counts"]
+        print(
+            f"both succeed {counts['both']}, only A {counts['only_a']}, only B {counts['only_b']}, neither {counts['neither']}; "
+            f"exact two-sided p-value of only A against only B: {compared['p_value']:.3g}"
+        )
 
 
 def _command() -> str:

@@ -37,6 +37,7 @@ from deflow_torchrl.trainers import EvaluationResult, Evaluator, MetricsLog, Tra
 from deflow_torchrl.trainers.alarms import Alarms
 from deflow_torchrl.trainers.checkpoint import list_checkpoints, load_checkpoint, step_of
 from deflow_torchrl.trainers.collection import OnlineExperience
+from deflow_torchrl.trainers.evaluation import DEFAULT_EVALUATION_SEED
 from deflow_torchrl.trainers.generators import seed_generators
 from deflow_torchrl.trainers.history import RunHistory
 from deflow_torchrl.trainers.identity import run_identity
@@ -47,6 +48,7 @@ from deflow_torchrl.trainers.trainer import restore_learner
 
 CONFIG_FILE = "config.yaml"
 RECORD_FILE = "record.json"
+ACTING = "acting"
 BANK_FILE = "base_actions.pt"
 _NUM_ENVS = 10
 _DIAGNOSED_TRANSITIONS = 10_000
@@ -150,7 +152,14 @@ def resume(
 
 
 def evaluate_run(
-    out: Path, *, episodes: int | None, device: str | None = None, show_progress: bool = True
+    out: Path,
+    *,
+    episodes: int | None,
+    device: str | None = None,
+    policy: str | None = None,
+    workers: int | None = None,
+    seed: int = DEFAULT_EVALUATION_SEED,
+    show_progress: bool = True,
 ) -> dict[str, Any]:
     """Evaluate the policies of a run's last checkpoint, each on the same starts.
 
@@ -160,13 +169,16 @@ def evaluate_run(
     Keyword Args:
         episodes: episodes of each policy; the run's own number by default.
         device: device of the policies; the run's own by default.
+        policy: evaluate this one alone, ``acting`` being the run's acting policy; all by default.
+        workers: processes that step environments; the run's own setting by default.
+        seed: of the starts and the noise.
         show_progress: show progress bars on standard error.
 
     Returns:
-        Step, and policy name -> outcome.
+        Step, seed, metric, and policy name -> outcome.
 
     Raises:
-        InputError: if ``out`` is no run folder or holds no checkpoint.
+        InputError: if ``out`` is no run folder, holds no checkpoint or has no such policy.
     """
     settings = read_run_settings(out)
     config = config_from_dict(settings["config"])
@@ -180,15 +192,24 @@ def evaluate_run(
         torch.set_num_threads(config.threads)  # the number of threads can move the last digits of a matrix product
     learner = _build(config, state["observation_dim"], state["action_dim"], where)
     restore_learner(UpdateStep(learner), state, checkpoints[-1])
+    policies = learner.evaluated_policies
+    if policy is not None:
+        name = learner.acting_policy if policy == ACTING else policy
+        if name not in policies:
+            raise InputError(f"{out} has no policy {name!r}; there are {', '.join(policies)}")
+        learner = replace(learner, evaluated_policies={name: policies[name]})
     task = _task(config)
+    if workers is not None:
+        config = replace(config, eval_workers=workers)
     with _evaluator(task, config, where) as evaluator:
         if evaluator is None:
             raise InputError(f"{out} was trained without an environment (env=); there is nothing to evaluate it in")
         outcomes = _evaluate_all(
-            evaluator, learner, episodes or settings["final_episodes"] or config.eval_episodes, show_progress
+            evaluator, learner, episodes or settings["final_episodes"] or config.eval_episodes, show_progress, seed=seed
         )
     return {
         "step": state["step"],
+        "seed": seed,
         "metric": task.metric,
         "evaluations": _outcomes(outcomes, reference_returns(task)),
     }
@@ -444,8 +465,7 @@ class _Run:
     def _evaluate(self, evaluator: Evaluator) -> dict[str, float]:
         if self.trainer.step < self.config.offline_steps + self.config.online_steps:
             result = _evaluate(evaluator, "eval", self.learner.policy, self.config.eval_episodes, self.show_progress)
-            acting = next(name for name, it in self.learner.evaluated_policies.items() if it is self.learner.policy)
-            self._note({acting: result})
+            self._note({self.learner.acting_policy: result})
             return _metrics("eval", result, self.task, self.references)
         self.outcomes = _evaluate_all(evaluator, self.learner, self.final_episodes, self.show_progress)
         self._note(self.outcomes)
@@ -555,18 +575,31 @@ def _evaluator(task: Task, config: TrainConfig, device: torch.device) -> Iterato
         yield evaluator
 
 
-def _evaluate(evaluator: Evaluator, label: str, policy: Any, episodes: int, show_progress: bool) -> EvaluationResult:
+def _evaluate(
+    evaluator: Evaluator,
+    label: str,
+    policy: Any,
+    episodes: int,
+    show_progress: bool,
+    *,
+    seed: int = DEFAULT_EVALUATION_SEED,
+) -> EvaluationResult:
     with progress_bar(
         total=episodes, desc=f"evaluate {label}", unit="episode", leave=False, disable=not show_progress
     ) as bar:
-        return evaluator.run(policy, episodes=episodes, on_episode=bar.update)
+        return evaluator.run(policy, episodes=episodes, seed=seed, on_episode=bar.update)
 
 
 def _evaluate_all(
-    evaluator: Evaluator, learner: Learner, episodes: int, show_progress: bool
+    evaluator: Evaluator,
+    learner: Learner,
+    episodes: int,
+    show_progress: bool,
+    *,
+    seed: int = DEFAULT_EVALUATION_SEED,
 ) -> dict[str, EvaluationResult]:
     return {
-        name: _evaluate(evaluator, name, policy, episodes, show_progress)
+        name: _evaluate(evaluator, name, policy, episodes, show_progress, seed=seed)
         for name, policy in learner.evaluated_policies.items()
     }
 

@@ -11,6 +11,7 @@ import pytest
 from tests.conftest import heed_ctrl_c
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "data_memory.py"
+REPLAY_BUFFER = SCRIPT.with_name("replay_buffer.py")
 TINY = ("--updates", "4", "--batches", "6", "--batch-size", "32", "--hidden-dims", "8", "--json")
 
 
@@ -72,3 +73,19 @@ def test_an_interrupted_measurement_leaves_nothing(tmp_path):
     assert "Traceback" not in err
     assert err.splitlines()[-1].startswith("data_memory.py: interrupted")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("mode", ["uniform", "balanced"])
+def test_the_union_buffer_is_timed_against_torchrls_storages(mode, tmp_path):
+    sizes = ("--offline", "3000", "--online", "2000", "--repeats", "5", "--warmup", "1", "--batch-size", "16")
+    result = subprocess.run(
+        [sys.executable, str(REPLAY_BUFFER), *sizes, "--mode", mode, "--folder", str(tmp_path), "--json"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert list(tmp_path.iterdir()) == []
+    measured = json.loads(result.stdout.splitlines()[-1])
+    assert (measured["offline"], measured["online"], measured["batch_size"]) == (3000, 2000, 16)
+    for name in ("memory", "files"):
+        assert measured[name]["ms"] > 0
+        assert measured[name]["ratio"] == pytest.approx(measured[name]["ms"] / measured[name]["torchrl_ms"])

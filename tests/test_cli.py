@@ -277,7 +277,16 @@ def test_iav_refuses_bad_input_in_one_line(generated, tmp_path, capsys):
         (["task=x", "hidden_dims=[]"], "positive widths"),
         (["task=x", "hidden_dims=[a"], "hidden_dims"),
         (["task=x", "offline_steps=0"], "at least 1"),
-        (["task=x", "online_steps=5"], "offline only"),
+        (["task=x", "offline_steps=0"], "offline_steps=0"),
+        (["task=x", "online_steps=5", "utd=0"], "utd=0"),
+        (["task=x", "online_steps=5", "mixing=half"], "mixing=half"),
+        (["task=x", "online_steps=5", "mixing=annealed"], "two shares"),
+        (["task=x", "online_steps=5", "offline_fraction=2"], "offline_fraction=2"),
+        (["task=x", "online_steps=5", "overwrite=offline"], "overwrite=offline"),
+        (["task=x", "online_steps=5", "collector_workers=2"], "multiple of collector_workers=2"),
+        (["task=x", "online_steps=5", "max_fault_share=7"], "max_fault_share=7"),
+        (["task=x", "online_steps=5", "env=none"], "env=none asks for none"),
+        (["task=x", "freeze_prior=true"], "set online_steps too"),
         (["task=x", "algo.tau=0"], r"\(0, 1\]"),
         (["task=x", "algo.min_alpha=2", "algo.max_alpha=1"], "at most algo.max_alpha"),
         (["task=x", "algo.q_aggregation=max"], "mean or min"),
@@ -304,3 +313,48 @@ def test_settings_survive_the_run_folder():
     config = compose_config(["task=x", "hidden_dims=[8,8]", "algo.fixed_alpha=0.5", "device=cpu"])
     assert config.hidden_dims == [8, 8]
     assert config_to_dict(config_from_dict(config_to_dict(config))) == config_to_dict(config)
+
+
+@pytest.mark.parametrize("options", [[], ["freeze_prior=true", "base_actions=2", "mixing=balanced", "utd=0.5"]])
+def test_train_goes_on_online(generated, tmp_path, options):
+    out = tmp_path / "run"
+    trained = deflow("train", *settings(generated, out, "online_steps=8", *options), "--json")
+    assert trained.returncode == 0, trained.stderr
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["phase"]) for row in rows] == [
+        (2, "offline"), (3, "offline"), (4, "offline"), (6, "offline"), (8, "online"), (9, "online"), (10, "online"),
+        (12, "online"), (14, "online"),
+    ]  # fmt: skip
+    assert rows[-1]["online/env_steps"] == 8
+    assert ("train/loss_flow" in rows[-1]) == (not options)
+    assert {"train/divergence_ratio", "train/saturation", "train/q_base", "train/q_refined", "train/td_error"} <= set(
+        rows[0]
+    )
+    assert [row["train/online_share"] for row in rows if row["step"] == 14] != [0.0]
+    record = json.loads((out / "record.json").read_text())
+    assert record["online"] == {"episodes": 0, "faults": 0, "worker_restarts": 0, "env_steps": 8}
+    assert [(note["step"], note["phase"]) for note in record["history"]] == [
+        (3, "offline"), (6, "offline"), (9, "online"), (12, "online"), (14, "online"),
+    ]  # fmt: skip
+    assert deflow("eval", out, "--episodes", "1").returncode == 0
+    again = deflow("resume", out, "--json")
+    assert again.returncode == 0, again.stderr
+    assert json.loads((out / "record.json").read_text())["online"] == record["online"]
+
+
+def test_an_environment_that_keeps_failing_ends_the_run_in_one_line(generated, tmp_path, monkeypatch):
+    """The simulator's own step raises: what a broken build of it would do."""
+    from ogbench.manipspace.envs.cube_env import CubeEnv
+
+    def broken(self, action):
+        raise RuntimeError("mj_step failed")
+
+    monkeypatch.setattr(CubeEnv, "step", broken)
+    out = tmp_path / "run"
+    result = deflow("train", *settings(generated, out, "online_steps=100", "eval_interval=0", "offline_steps=2"))
+    assert result.returncode == 1
+    line = result.stderr.strip().splitlines()[-1]
+    assert line.startswith("deflow: ")
+    assert "mj_step failed" in line
+    assert "deflow resume" in line
+    assert list((out / "checkpoints").glob("step_*.pt"))

@@ -44,7 +44,8 @@ def test_torchrls_trainer_drives_the_loss(run):
     assert loss.log_alpha.item() != 1.0
 
 
-def test_the_benchmark_prints_milliseconds_per_update():
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_benchmark_prints_milliseconds_per_update(frozen):
     import json
 
     script = Path(__file__).parents[1] / "benchmarks" / "throughput.py"
@@ -61,9 +62,12 @@ def test_the_benchmark_prints_milliseconds_per_update():
         "--steps",
         "2",
         "--json",
+        *(["--frozen-prior"] if frozen else []),
     ]
     out = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, check=True).stdout
-    assert json.loads(out.splitlines()[-1])["ms_per_update"] > 0
+    printed = json.loads(out.splitlines()[-1])
+    assert printed["ms_per_update"] > 0
+    assert {"full_ms_per_update", "speedup"} <= printed.keys() or not frozen
 
 
 @pytest.fixture

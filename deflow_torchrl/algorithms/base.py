@@ -76,6 +76,11 @@ class Learner:
         """Names of the summed terms."""
         return [key for key in self.loss.out_keys if key.startswith("loss_")]
 
+    @property
+    def acting_policy(self) -> str:
+        """Name of the acting policy among the evaluated ones."""
+        return next(name for name, policy in self.evaluated_policies.items() if policy is self.policy)
+
 
 @dataclass(frozen=True)
 class Algorithm:

@@ -339,9 +339,11 @@ class BaseActionBank:
                 raise EOFError("no archive of tensors")
             state = torch.load(path, map_location=self.device, weights_only=True)
             actions = state.pop("actions")
+            if actions.shape[:2] != (state["states"], state["num_actions"]) or not bool(actions.isfinite().all()):
+                raise EOFError("not K finite actions a state")
         except FileNotFoundError as error:
             raise InputError(f"no base actions {path}") from error
-        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, AttributeError) as error:
+        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, AttributeError, TypeError) as error:
             raise InputError(
                 f"{path} is damaged or holds no base actions; delete it and fill the bank again"
             ) from error

@@ -21,9 +21,8 @@ from torchrl.data.replay_buffers.utils import pin_memory_output
 from torchrl.data.replay_buffers.writers import ImmutableDatasetWriter
 
 from deflow_torchrl.data.dataset import TransitionDataset, TransitionReplayBuffer, _as_it_is
-from deflow_torchrl.data.union_sampler import MODES, UnionSampler, native_sampler_state, sampler_state
+from deflow_torchrl.data.union_sampler import UnionSampler, is_count, native_sampler_state, sampler_state
 from deflow_torchrl.data.union_storage import (
-    NAMES,
     FrameRows,
     Rows,
     UnionStorage,
@@ -55,7 +54,8 @@ class OfflineOnlineReplayBuffer(TensorDictReplayBuffer):
                     while the first ``anneal_transitions`` online transitions are added
     ==============  ===================================================================================================
 
-    Where there is no online (or no offline) transition, a batch holds the other kind alone.
+    Where there is no online (or no offline) transition, a batch holds the other kind alone. The entries of a batch are views
+    of three tensors that were read as one: take ``reshape`` rather than ``view`` on them.
 
     Unlike TorchRL's ``OfflineToOnlineReplayBuffer`` this is a ``ReplayBuffer`` (state, transforms, priorities, prefetch,
     generator), uniform sampling over the union is available and exact, extra keys of a data set do no harm, types are
@@ -73,7 +73,7 @@ class OfflineOnlineReplayBuffer(TensorDictReplayBuffer):
         anneal_transitions: for ``"annealed"``.
         overwrite: which transitions go when the online zone is full. ``"online"``: the oldest online ones, the offline set
             stays. ``"fifo"``: the oldest of all, offline first, as in the reference's array; the columns of online
-            transitions are then as long as the whole buffer (on a CPU, memory is taken as it is written).
+            transitions are then as long as the whole buffer (in a CPU's memory, space is taken as it is written).
         batch_size: transitions per :meth:`sample`.
         device: where all transitions are kept; where the offline set is by default. On a GPU, sampling never makes the
             host wait.
@@ -125,12 +125,12 @@ class OfflineOnlineReplayBuffer(TensorDictReplayBuffer):
         **kwargs: Any,
     ) -> None:
         _refuse_unknown(kwargs)
-        own_sampler = _union_sampler(mode, offline_fraction, anneal_transitions)
+        own_sampler = UnionSampler(mode, offline_fraction, anneal_transitions)
         if overwrite not in ("online", "fifo"):
             raise InputError(f"overwrite={overwrite!r} is neither 'online' nor 'fifo'")
-        if not _is_count(online_capacity):
+        if not is_count(online_capacity):
             raise InputError(f"online_capacity={online_capacity!r} is no positive number of transitions")
-        if batch_size is not None and not _is_count(batch_size):
+        if batch_size is not None and not is_count(batch_size):
             raise InputError(f"batch_size={batch_size!r} is no positive number of transitions")
         self.mode, self.overwrite = mode, overwrite
         rows, where = _offline_rows(offline, device)
@@ -146,6 +146,7 @@ class OfflineOnlineReplayBuffer(TensorDictReplayBuffer):
             writer=UnionWriter(),
             collate_fn=_as_it_is,
             batch_size=batch_size,
+            delayed_init=False,
             **kwargs,
         )
 
@@ -204,6 +205,12 @@ class OfflineOnlineReplayBuffer(TensorDictReplayBuffer):
         """
         return self._storage.is_online(index)
 
+    def __repr__(self) -> str:
+        return (
+            f"OfflineOnlineReplayBuffer({self.num_offline} offline, {self.num_online} online of at most "
+            f"{self.online_capacity}, overwrite={self.overwrite!r}, sampler={self._sampler}, on {self.device})"
+        )
+
     def __len__(self) -> int:
         """Rows that hold a transition, as in ``buffer[:]``: discarded ones count."""
         return len(self._storage)
@@ -233,7 +240,7 @@ class OfflineOnlineReplayBuffer(TensorDictReplayBuffer):
         """
         if not isinstance(tensordicts, TensorDictBase):
             raise InputError(f"new transitions: a TensorDict is needed, not a {type(tensordicts).__name__}")
-        if tensordicts.numel() == 0:
+        if tensordicts.shape.numel() == 0:  # TensorDict.numel() is never 0
             return torch.empty(0, dtype=torch.int64, device=self.device)
         return super().extend(tensordicts.reshape(-1), update_priority=update_priority)
 
@@ -252,8 +259,7 @@ class OfflineOnlineReplayBuffer(TensorDictReplayBuffer):
                 self._clear_prefetch_queue_locked()
         with self._replay_lock, self._write_lock:
             self._storage.discard(rows)
-            if isinstance(self._sampler, PrioritizedSampler):
-                self._forget_priorities(rows.reshape(-1))
+            self._forget_priorities(rows.reshape(-1))
 
     def empty(self, empty_write_count: bool = True) -> None:
         """Forget the online transitions, and all priorities."""
@@ -274,31 +280,38 @@ class OfflineOnlineReplayBuffer(TensorDictReplayBuffer):
 
     # Sampling.
 
+    def sample(
+        self, batch_size: int | None = None, return_info: bool = False, include_info: bool | None = None
+    ) -> TensorDictBase:
+        """A batch ``[B]`` in TED with ``index`` and whatever else the sampler says of each row; options as in TorchRL."""
+        if return_info or include_info is not None:
+            return super().sample(batch_size, return_info, include_info)
+        return ReplayBuffer.sample(self, batch_size)  # it is all in the batch already
+
     @pin_memory_output
     def _sample(self, batch_size: int) -> tuple[TensorDictBase, dict]:
         with self._replay_lock, self._write_lock:
             index, info = self._sampler.sample(self._storage, batch_size)
             if self._storage.num_discarded and not isinstance(self._sampler, UnionSampler):
                 self._draw_discarded_again(index, info)
-            info["index"] = index
-            data: TensorDictBase = self._storage.transitions(index.to(self.device))
+            info = {"index": index, **info}
+            if index.device != self.device:  # trees of priorities may be elsewhere
+                info = {name: value.to(self.device) for name, value in info.items()}
+            data: TensorDictBase = self._storage.transitions(info["index"], info)
         if len(self._transform):
             with _set_dispatch_td_nn_modules(True):
                 data = self._transform(data)
         return data, info
 
     def _draw_discarded_again(self, index: torch.Tensor, info: dict) -> None:
-        if not self._sampler_has_a_choice():
+        if self._storage.num_discarded == len(self._storage):
             raise RuntimeError("every transition of the buffer was discarded; there is nothing to sample")
         while len(bad := self._storage.is_discarded(index).nonzero().squeeze(1)):
             again, info_again = self._sampler.sample(self._storage, len(bad))
-            bad = bad[: len(again)]
+            bad = bad[: len(again)]  # an epoch may end here
             index[bad] = again
             for name, value in info_again.items():
                 info[name][bad] = value
-
-    def _sampler_has_a_choice(self) -> bool:
-        return self._storage.num_discarded < len(self._storage)
 
     def set_sampler(self, sampler: Sampler) -> Sampler:
         """Replace the sampler, in mode ``"uniform"``; the previous one. All priorities start at the default.
@@ -307,7 +320,9 @@ class OfflineOnlineReplayBuffer(TensorDictReplayBuffer):
             InputError: as the constructor.
         """
         previous = super().set_sampler(self._usable(sampler, self.capacity))
+        sampler._rng = self._rng
         self._initialize_prioritized_sampler()
+        self._forget_priorities(self._storage.discarded_rows())
         return previous
 
     def _usable(self, sampler: Sampler | Callable[[], Sampler], capacity: int) -> Sampler:
@@ -321,21 +336,22 @@ class OfflineOnlineReplayBuffer(TensorDictReplayBuffer):
     def update_priority(self, index: Any, priority: Any) -> None:
         """As in TorchRL; discarded rows are left out."""
         if self._storage.num_discarded:
-            index = torch.as_tensor(index).reshape(-1)
-            priority = (
-                torch.as_tensor(priority).expand(index.shape) if torch.as_tensor(priority).ndim == 0 else priority
-            )
+            index, priority = torch.as_tensor(index).reshape(-1), torch.as_tensor(priority)
             kept = ~self._storage.is_discarded(index)
-            index, priority = index[kept], torch.as_tensor(priority).reshape(len(kept), -1)[kept.to(priority.device), 0]
+            index = index[kept]
+            if priority.numel() > 1:
+                priority = priority.reshape(-1)[kept.to(priority.device)]
             if len(index) == 0:
                 return
         super().update_priority(index, priority)
 
     def _forget_priorities(self, rows: torch.Tensor) -> None:
-        # The trees' neutral values; a priority of 0 would become the smallest one, which importance weights divide by.
-        rows = rows.to(self._sampler.device)
-        self._sampler._sum_tree[rows] = torch.zeros(len(rows), dtype=self._sampler.dtype, device=rows.device)
-        self._sampler._min_tree[rows] = torch.full_like(rows, torch.inf, dtype=self._sampler.dtype)
+        sampler = self._sampler
+        if isinstance(sampler, PrioritizedSampler) and len(rows):
+            # The trees' neutral values; a priority of 0 would become the smallest one, by which weights are divided.
+            rows = rows.to(sampler.device)
+            sampler._sum_tree[rows] = torch.zeros(len(rows), dtype=sampler.dtype, device=rows.device)
+            sampler._min_tree[rows] = torch.full((len(rows),), torch.inf, dtype=sampler.dtype, device=rows.device)
 
     # State.
 
@@ -366,6 +382,8 @@ class OfflineOnlineReplayBuffer(TensorDictReplayBuffer):
         Raises:
             InputError: if the state is of another offline set, capacity, schema, ``overwrite`` or sampler; nothing is loaded.
         """
+        if missing := {"_storage", "_sampler", "_transforms", "_prefetch_state"} - state_dict.keys():
+            raise InputError(f"this is no state of a buffer: {', '.join(sorted(missing))} is missing")
         self._storage.check_state(state_dict["_storage"])
         theirs, own = state_dict["_sampler"]["class"], type(self._sampler).__name__
         if theirs != own:
@@ -412,14 +430,6 @@ class OfflineOnlineReplayBuffer(TensorDictReplayBuffer):
         self.load_state_dict(state)
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _is_share(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
-
-
 def _refuse_unknown(options: dict[str, Any]) -> None:
     known = ("transform", "transform_factory", "prefetch", "pin_memory", "generator", "priority_key")
     for name in options:
@@ -427,26 +437,11 @@ def _refuse_unknown(options: dict[str, Any]) -> None:
             raise TypeError(f"OfflineOnlineReplayBuffer takes no option {name!r}; beside its own: {', '.join(known)}")
 
 
-def _union_sampler(mode: str, offline_fraction: Any, anneal_transitions: Any) -> UnionSampler:
-    if mode not in MODES:
-        raise InputError(f"mode={mode!r} is none of {', '.join(MODES)}")
-    if mode == "annealed":
-        pair = tuple(offline_fraction) if isinstance(offline_fraction, (tuple, list)) else ()
-        if len(pair) != 2 or not all(_is_share(share) for share in pair):
-            raise InputError(f"offline_fraction={offline_fraction!r} is no pair of shares in [0, 1]")
-        if not _is_count(anneal_transitions):
-            raise InputError(f"anneal_transitions={anneal_transitions!r} is no positive number of transitions")
-        return UnionSampler(mode, pair, anneal_transitions)
-    if not _is_share(offline_fraction):
-        raise InputError(f"offline_fraction={offline_fraction!r} is no share in [0, 1]")
-    return UnionSampler(mode, offline_fraction, None)
-
-
 def _offline_rows(offline: Any, device: torch.device | str | None) -> tuple[Rows | FrameRows, torch.device]:
     if isinstance(offline, TransitionReplayBuffer) and not len(offline.transform):
         offline = offline.dataset
     if isinstance(offline, TransitionDataset):
-        if device is not None and torch.device(device) != offline.device:
+        if device is not None and not _is_on(offline.device, torch.device(device)):
             offline = offline.to(device)
         return FrameRows(offline), offline.device
     owned = isinstance(offline, ReplayBuffer) and isinstance(offline.writer, ImmutableDatasetWriter)
@@ -456,18 +451,23 @@ def _offline_rows(offline: Any, device: torch.device | str | None) -> tuple[Rows
         raise InputError(
             f"{source}: a TransitionDataset, a replay buffer or a TensorDict is needed, not a {type(offline).__name__}"
         )
-    columns = columns_of(transitions.reshape(-1), source=source)
-    if len(columns[0]) == 0:
+    if transitions.shape.numel() == 0:
         raise InputError(f"{source}: there is no transition")
+    columns = columns_of(transitions.reshape(-1), source=source)
     offline_schema(columns, source=source)
     check_finite(columns, source=source)
     where = columns[0].device if device is None else torch.device(device)
     # The caller may go on writing into what is his; an immutable data set stays where it is.
-    return Rows(tuple(column.as_subclass(torch.Tensor).to(where, copy=not owned) for column in columns)), where
+    columns = tuple(column.as_subclass(torch.Tensor).to(where, copy=not owned) for column in columns)
+    return Rows(columns), columns[0].device
+
+
+def _is_on(device: torch.device, wanted: torch.device) -> bool:
+    return device.type == wanted.type and wanted.index in (None, device.index)
 
 
 def _fresh_folder(folder: Path) -> Path:
     make_writable_folder(folder)
-    for name in NAMES:  # another buffer that still maps such a file keeps it
-        (folder / f"{name}.bin").unlink(missing_ok=True)
+    for file in folder.glob("online_*.bin"):  # another buffer that still maps such a file keeps it
+        file.unlink()
     return folder

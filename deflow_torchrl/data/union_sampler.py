@@ -22,13 +22,27 @@ class UnionSampler(Sampler):
         mode: ``"uniform"``, ``"balanced"`` or ``"annealed"``; see :class:`OfflineOnlineReplayBuffer`.
         offline_fraction: the share, or the pair (first, last).
         anneal_transitions: online transitions over which the share goes from the first to the last.
+
+    Raises:
+        InputError: if one of them is not as it must be.
     """
 
     def __init__(
-        self, mode: str, offline_fraction: float | tuple[float, float], anneal_transitions: int | None
+        self,
+        mode: str,
+        offline_fraction: float | tuple[float, float] = 0.5,
+        anneal_transitions: int | None = None,
     ) -> None:
+        shares = offline_fraction if isinstance(offline_fraction, (tuple, list)) else (offline_fraction,)
+        if mode not in MODES:
+            raise InputError(f"mode={mode!r} is none of {', '.join(MODES)}")
+        if len(shares) != (2 if mode == "annealed" else 1) or not all(_is_share(share) for share in shares):
+            needed = "pair of shares" if mode == "annealed" else "share"
+            raise InputError(f"offline_fraction={offline_fraction!r} is no {needed} in [0, 1]")
+        if mode == "annealed" and not is_count(anneal_transitions):
+            raise InputError(f"anneal_transitions={anneal_transitions!r} is no positive number of transitions")
         self.mode = mode
-        self._first, self._last = offline_fraction if isinstance(offline_fraction, tuple) else (offline_fraction,) * 2
+        self._first, self._last = shares[0], shares[-1]
         self._over = anneal_transitions or 1
 
     def offline_fraction(self, storage: UnionStorage) -> float:
@@ -143,3 +157,12 @@ def _check_plain(value: Any, name: str) -> None:
             _check_plain(part, name)
     elif value is not None and not isinstance(value, (torch.Tensor, bool, int, float, str)):
         raise InputError(f"the state of {name} holds a {type(value).__name__}, which cannot be saved without pickle")
+
+
+def is_count(value: Any) -> bool:
+    """Whether it is a positive integer."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1

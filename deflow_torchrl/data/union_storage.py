@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -119,53 +119,128 @@ def _described(shape: tuple[int, ...], dtype: torch.dtype) -> str:
     return f"{str(dtype).removeprefix('torch.')} {list(shape)}"
 
 
+class Blocks(NamedTuple):
+    """Transitions as they are moved: few large tensors instead of seven, of which :meth:`columns` are views.
+
+    Attributes:
+        frames: s and s' ``[n, 2, ...]``.
+        numbers: a and r ``[n, A + 1]``.
+        flags: terminated, truncated and done ``[n, 3]``.
+    """
+
+    frames: torch.Tensor
+    numbers: torch.Tensor
+    flags: torch.Tensor
+
+    def columns(self) -> Columns:
+        """Views in the order of :data:`TRANSITION_KEYS`."""
+        observation, next_observation = self.frames.unbind(1)
+        width = self.numbers.shape[1] - 1
+        action, reward = self.numbers.narrow(1, 0, width), self.numbers.narrow(1, width, 1)
+        return observation, action, next_observation, reward, *(self.flags.narrow(1, i, 1) for i in range(3))
+
+
 class Rows:
-    """Columns with a row for every transition; also what an offline set that is no :class:`TransitionDataset` is read as."""
+    """An offline set that is no :class:`TransitionDataset`: a column for every entry."""
 
     def __init__(self, columns: Columns) -> None:
-        self.columns = columns
+        self._columns = columns
 
     def __len__(self) -> int:
-        return len(self.columns[0])
+        return len(self._columns[0])
 
-    def gather(self, rows: torch.Tensor) -> Columns:
-        """Transitions ``rows`` [n]."""
-        return tuple(column.index_select(0, rows) for column in self.columns)
-
-    def write(self, begin: int, columns: Columns) -> None:
-        """Put rows from ``begin`` on, round at the end."""
-        until_end = min(len(columns[0]), len(self) - begin)
-        for own, new in zip(self.columns, columns, strict=True):
-            own[begin : begin + until_end] = new[:until_end]
-            own[: len(new) - until_end] = new[until_end:]
+    def gather(self, rows: torch.Tensor) -> Blocks:
+        """Copies of the transitions ``rows`` [n]."""
+        observation, action, next_observation, reward, *flags = (
+            column.index_select(0, rows) for column in self._columns
+        )
+        return Blocks(
+            torch.stack([observation, next_observation], 1), torch.cat([action, reward], 1), torch.cat(flags, 1)
+        )
 
 
 class FrameRows:
-    """The same of a :class:`TransitionDataset`, which keeps every observation once: nothing is copied."""
+    """The same of a :class:`TransitionDataset`, which keeps every observation once: nothing but the flags is copied."""
 
     def __init__(self, dataset: TransitionDataset) -> None:
         self.dataset = dataset
-        self._ends = dataset.episode_starts + dataset.episode_lengths
+        starts, lengths = dataset.episode_starts, dataset.episode_lengths
+        self._last = starts + lengths - 1
+        # OGBench's episodes are equally long; a division is many times faster than a search.
+        self._length = int(lengths[0]) if bool((lengths[:-1] == lengths[0]).all() & (lengths[-1] <= lengths[0])) else 0
+        if dataset.folder is None:
+            frames = dataset.observation
+            # s and s' lie behind one another: row i of this view is frames i and i + 1.
+            self._pairs = frames.as_strided(
+                (len(frames) - 1, 2, *frames.shape[1:]), (frames.stride(0), *frames.stride())
+            )
+            last = torch.zeros_like(dataset.terminated)
+            last[self._last[lengths > 0]] = True
+            self._flags = self._flags_of(dataset.terminated, last)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def gather(self, rows: torch.Tensor) -> Columns:
-        """Transitions ``rows`` [n]."""
+    def gather(self, rows: torch.Tensor) -> Blocks:
+        """Copies of the transitions ``rows`` [n]."""
         dataset = self.dataset
-        following = torch.searchsorted(dataset.episode_starts, rows, right=True)  # the number of the next episode
-        frame = rows + following
-        if dataset.folder is None:
-            observation = dataset.observation.index_select(0, frame - 1)
-            next_observation = dataset.observation.index_select(0, frame)
-            action, reward, terminated = (
-                column.index_select(0, rows) for column in (dataset.action, dataset.reward, dataset.terminated)
-            )
+        if self._length:
+            episode = rows.floor_divide(self._length)
         else:
-            observation, next_observation, action, reward, terminated = dataset._gather(rows, frame - 1)
-        last = self._ends.index_select(0, following - 1) == rows + 1
-        flags = (terminated, last & ~terminated, last | terminated)
-        return observation, action, next_observation, reward.unsqueeze(1), *(flag.unsqueeze(1) for flag in flags)
+            episode = torch.searchsorted(dataset.episode_starts, rows, right=True) - 1
+        if dataset.folder is None:
+            frames = self._pairs.index_select(0, rows + episode)
+            action, reward = dataset.action.index_select(0, rows), dataset.reward.index_select(0, rows)
+            flags = self._flags.index_select(0, rows)
+        else:
+            observation, next_observation, action, reward, terminated = dataset._gather(rows, rows + episode)
+            frames = torch.stack([observation, next_observation], 1)
+            flags = self._flags_of(terminated, self._last.index_select(0, episode) == rows)
+        return Blocks(frames, torch.cat([action, reward.unsqueeze(1)], 1), flags)
+
+    @staticmethod
+    def _flags_of(terminated: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+        return torch.stack([terminated, last & ~terminated, last | terminated], 1)
+
+
+class OnlineRows:
+    """The columns of online transitions, kept as they are moved: three places in memory a row.
+
+    Args:
+        length: rows.
+        schema: of a transition.
+        device: where they are.
+        folder: for memory-mapped files; ``None`` in memory.
+    """
+
+    def __init__(self, length: int, schema: Schema, device: torch.device, folder: Path | None) -> None:
+        (frame, frame_dtype), ((action_dim,), _) = schema[:2]
+        shapes = ((2, *frame), (action_dim + 1,), (3,))
+        dtypes = (frame_dtype, torch.float32, torch.bool)
+        self.blocks = Blocks(
+            *(
+                allocate(f"online_{name}", (length, *shape), dtype, folder)
+                if device.type == "cpu"
+                else torch.zeros((length, *shape), dtype=dtype, device=device)
+                for name, shape, dtype in zip(Blocks._fields, shapes, dtypes, strict=True)
+            )
+        )
+
+    def gather(self, slots: torch.Tensor) -> Blocks:
+        """Copies of the transitions ``slots`` [n]."""
+        return Blocks(*(block.index_select(0, slots) for block in self.blocks))
+
+    def first(self, count: int) -> Columns:
+        """Views of the first ``count`` transitions."""
+        return Blocks(*(block[:count] for block in self.blocks)).columns()
+
+    def write(self, begin: int, columns: Columns) -> None:
+        """Put transitions from ``begin`` on, round at the end."""
+        for own, new in zip(self.blocks.columns(), columns, strict=True):
+            until_end = min(len(new), len(own) - begin)
+            own[begin : begin + until_end] = new[:until_end]
+            if until_end < len(new):
+                own[: len(new) - until_end] = new[until_end:]
 
 
 class UnionStorage(Storage):
@@ -197,17 +272,12 @@ class UnionStorage(Storage):
         self.fifo = fifo
         super().__init__(self.num_offline + online_capacity)
         first = offline.gather(torch.zeros(1, dtype=torch.int64, device=device))
-        self.schema = offline_schema(first, source="offline data")
+        self.schema = offline_schema(first.columns(), source="offline data")
         self.slots = self.max_size if fifo else online_capacity
         """Rows of the online columns: every row of the union may become an online one where offline rows go."""
-        self.online = Rows(
-            tuple(
-                allocate(name, (self.slots, *shape), dtype, folder)
-                if folder is not None or device.type == "cpu"
-                else torch.zeros((self.slots, *shape), dtype=dtype, device=device)
-                for name, (shape, dtype) in zip(NAMES, self.schema, strict=True)
-            )
-        )
+        self.online = OnlineRows(self.slots, self.schema, device, folder)
+        # Where the host need not be spared, only what is online is looked up there.
+        self._host_waits = device.type == "cpu"
         self.written = 0
         """Online transitions ever added."""
         self._digest: str | None = None
@@ -248,39 +318,54 @@ class UnionStorage(Storage):
         rows = row_numbers(index, len(self), torch.device("cpu")).to(self.device)
         return self.transitions(rows.reshape(-1)).reshape(rows.shape)
 
-    def transitions(self, rows: torch.Tensor) -> TensorDict:
-        """Transitions ``rows`` [n], which must be held; on an accelerator the host does not wait."""
-        observation, action, next_observation, reward, terminated, truncated, done = self._gather(rows)
-        batch_size = rows.shape
-        following = TensorDict._new_unsafe(
+    def transitions(self, rows: torch.Tensor, about: dict[str, torch.Tensor] | None = None) -> TensorDict:
+        """Transitions ``rows`` [n], which must be held; on an accelerator the host does not wait.
+
+        Args:
+            rows: int64 ``[n]`` on the storage's device.
+            about: more entries ``[n, ...]`` on that device.
+        """
+        observation, action, next_observation, reward, terminated, truncated, done = self._gather(rows).columns()
+        following = {
+            "observation": next_observation,
+            "reward": reward,
+            "terminated": terminated,
+            "truncated": truncated,
+            "done": done,
+        }
+        batch_size, device = rows.shape, self.device
+        # The constructor would look at every entry again, which takes as long as reading them.
+        return TensorDict._new_unsafe(
             {
-                "observation": next_observation,
-                "reward": reward,
-                "terminated": terminated,
-                "truncated": truncated,
-                "done": done,
+                "observation": observation,
+                "action": action,
+                "next": TensorDict._new_unsafe(following, batch_size=batch_size, device=device),
+                **(about or {}),
             },
             batch_size=batch_size,
-            device=self.device,
-        )
-        return TensorDict._new_unsafe(
-            {"observation": observation, "action": action, "next": following},
-            batch_size=batch_size,
-            device=self.device,
+            device=device,
         )
 
-    def _gather(self, rows: torch.Tensor) -> Columns:
+    def _gather(self, rows: torch.Tensor) -> Blocks:
         if not self.written:
             return self.offline.gather(rows)
-        # Every row is looked up on both sides, clamped to one that is there: no count, no wait for the device.
         online = self.is_online(rows)
-        slots = rows - self.num_offline
-        slots = slots.remainder_(self.slots).mul_(online) if self.fifo else slots.clamp_(min=0)
-        ours = self.offline.gather(rows.clamp(max=self.num_offline - 1))
-        theirs = self.online.gather(slots)
-        return tuple(
-            torch.where(online.view(-1, *(1,) * (a.ndim - 1)), b, a) for a, b in zip(ours, theirs, strict=True)
+        blocks = self.offline.gather(rows.clamp(max=self.num_offline - 1))
+        if self._host_waits:
+            places = online.nonzero().view(-1)
+            theirs = self.online.gather(self._slots(rows.index_select(0, places)))
+            for block, new in zip(blocks, theirs, strict=True):
+                block.index_copy_(0, places, new)
+            return blocks
+        # Every row is looked up on both sides, so that nothing needs to be counted.
+        theirs = self.online.gather(self._slots(rows).mul_(online))
+        return Blocks(
+            *(torch.where(online.view(-1, *(1,) * (a.ndim - 1)), b, a) for a, b in zip(blocks, theirs, strict=True))
         )
+
+    def _slots(self, rows: torch.Tensor) -> torch.Tensor:
+        slots = rows - self.num_offline
+        return slots.remainder_(self.slots) if self.overwritten else slots
 
     # Writing.
 
@@ -305,7 +390,10 @@ class UnionStorage(Storage):
         self.online.write(begin, columns)
         slots = (np.arange(count) + begin) % self.slots
         if self.num_discarded:
-            self._set_discarded(np.setdiff1d(self._discarded, slots))
+            places = np.searchsorted(self._discarded, slots).clip(max=self.num_discarded - 1)
+            places = places[self._discarded[places] == slots]
+            if len(places):
+                self._set_discarded(np.delete(self._discarded, places))
         self.written += count
         return torch.from_numpy((self.num_offline + slots) % self.max_size).to(self.device, non_blocking=True)
 
@@ -342,6 +430,10 @@ class UnionStorage(Storage):
             raise InputError(f"row {int(bad[0])} holds no online transition and cannot be discarded")
         self._set_discarded(np.union1d(self._discarded, (rows.numpy() - self.num_offline) % self.slots))
 
+    def discarded_rows(self) -> torch.Tensor:
+        """Their numbers, on the CPU."""
+        return torch.from_numpy((self._discarded + self.num_offline) % self.max_size)
+
     def is_discarded(self, rows: torch.Tensor) -> torch.Tensor:
         """Whether these rows were discarded, bool of their shape."""
         slots = (rows - self.num_offline) % self.slots
@@ -368,7 +460,7 @@ class UnionStorage(Storage):
             count = min(self.num_offline, _DIGEST_ROWS)
             rows = torch.arange(count, device=self.device) * (self.num_offline - 1) // max(count - 1, 1)
             digest = hashlib.sha256()
-            for column in self.offline.gather(rows):
+            for column in self.offline.gather(rows).columns():
                 digest.update(column.cpu().contiguous().view(torch.uint8).numpy().tobytes())
             self._digest = digest.hexdigest()
         return {"rows": self.num_offline, "sha256": self._digest}
@@ -389,8 +481,8 @@ class UnionStorage(Storage):
             "written": self.written,
             "discarded": torch.from_numpy(self._discarded.copy()),
             "online": {
-                name: column[: self.held_online].to("cpu", copy=True)
-                for name, column in zip(NAMES, self.online.columns, strict=True)
+                name: column.to("cpu", copy=True).contiguous()
+                for name, column in zip(NAMES, self.online.first(self.held_online), strict=True)
             },
         }
 
@@ -405,11 +497,16 @@ class UnionStorage(Storage):
                 continue  # nothing was overwritten: the rows lie where they would have in a zone of this size
             if state.get(name) != own:
                 raise InputError(f"the state is of another buffer: {name} is {state.get(name)} there, {own} here")
-        held = min(state["written"], self.slots)
+        written, discarded = state.get("written"), state.get("discarded")
+        if not isinstance(written, int) or written < 0 or not isinstance(discarded, torch.Tensor):
+            raise InputError("the state is damaged: it does not say how many transitions were written or discarded")
+        held = min(written, self.slots)
         columns = tuple(state["online"][name] for name in NAMES)
         check_schema(columns, self.schema, source="the state")
         if any(len(column) != held for column in columns):
             raise InputError(f"the state is damaged: it says {held} online transitions and holds {_shapes(columns)}")
+        if bool((discarded.diff() <= 0).any() | (discarded < 0).any() | (discarded >= held).any()):
+            raise InputError("the state is damaged: it names discarded transitions that are not there")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the online rows back.

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -242,36 +241,38 @@ def make_online_env(
 def is_replayable(task: str, *, steps: int = 20) -> bool:
     """Whether an episode of this task is fixed by its seed and actions, so that a replay restores it bit for bit.
 
-    Measured: the same episode in an environment that has run another before, and in a fresh one.
+    Measured, on one episode: in an environment that has run another before, and in a fresh one. A fault that comes at the
+    same step again is a repetition like any other.
 
     Args:
         task: as for :func:`deflow_torchrl.envs.make_gym_env`.
 
     Keyword Args:
-        steps: how many actions are compared.
+        steps: of the episode, at most.
 
     Raises:
         InputError: if the environment cannot be made.
     """
-
-    def trajectory(env: gymnasium.Env, episode: int) -> Sequence[np.ndarray]:
-        generator = noise_stream(0, episode)
-        seen = [np.asarray(env.reset(seed=reset_seed(0, episode))[0])]
-        for _ in range(steps):
-            action = generator.uniform(-1.0, 1.0, env.action_space.shape or ()).astype(np.float32)
-            observation, reward, terminated, truncated, _ = env.step(action)
-            seen += [np.array(observation), np.array([reward, terminated, truncated])]
-            if terminated or truncated:
-                break
-        return seen
-
-    used, fresh = make_gym_env(task), make_gym_env(task)
+    used, fresh = OnlineEpisodes(task, seed=0), OnlineEpisodes(task, seed=0, first=1)
     try:
-        trajectory(used, 0)
-        pairs = zip(trajectory(used, 1), trajectory(fresh, 1), strict=True)
-        return all(np.array_equal(first, second) for first, second in pairs)
-    except Exception:  # one that fails here cannot be relied on to repeat itself
-        return False
+        _play(used, steps)
+        return all(map(_equal, _play(used, steps), _play(fresh, steps)))
     finally:
         used.close()
         fresh.close()
+
+
+def _play(env: OnlineEpisodes, steps: int) -> list[tuple[np.ndarray, float, bool, bool, str]]:
+    """Up to so many steps of the next episode, with its noise for actions."""
+    observation, info = env.reset()
+    played = [(observation, 0.0, False, False, "")]
+    for _ in range(steps):
+        observation, reward, terminated, truncated, info = env.step(info["noise"].clip(-1.0, 1.0))
+        played.append((observation, reward, terminated, truncated, info["cause"]))
+        if terminated or truncated:
+            break
+    return played
+
+
+def _equal(first: tuple[np.ndarray, float, bool, bool, str], second: tuple[np.ndarray, float, bool, bool, str]) -> bool:
+    return np.array_equal(first[0], second[0]) and first[1:] == second[1:]

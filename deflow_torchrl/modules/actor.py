@@ -7,19 +7,21 @@ from typing import Any
 
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from tensordict.utils import NestedKey
+from torch import Tensor, nn
 
-from deflow_torchrl.modules.flow import FlowMatchingPolicy
+from deflow_torchrl.modules.flow import FlowMatchingPolicy, register_bounds
 from deflow_torchrl.modules.refinement import RefinementPolicy
 
 
 class DeFlowActor(TensorDictSequential):
     """``observation -> base_action -> (refinement, action)``, usable as is by any TorchRL collector or environment.
 
-    The policy is stochastic through the prior's noise only; exploration modes do not change it.
+    The policy is stochastic through the prior's noise only; exploration modes do not change it, unless they change a prior of
+    another kind (a :class:`torchrl.modules.DiffusionActor` starts from zeros under the deterministic one).
 
     Args:
-        flow_policy: the prior. A :class:`FlowMatchingPolicy` for training; any TensorDictModule that writes the
-            refinement's base action key will act.
+        flow_policy: the prior. A :class:`FlowMatchingPolicy` if it is to learn; any TensorDictModule that writes the
+            refinement's base action key if it is frozen (``freeze_prior=True`` of the losses) or only acts.
         refinement_policy: the refinement.
         **kwargs: forwarded to :class:`tensordict.nn.TensorDictSequential`.
 
@@ -59,13 +61,28 @@ class DeFlowActor(TensorDictSequential):
         """Key of the action to execute."""
         return self.refinement_policy.action_key
 
-    def prior_policy(self) -> TensorDictModule:
+    def prior_policy(self) -> TensorDictModuleBase:
         """The prior alone as an acting policy: shares this actor's weights, writes the base action as ``action_key``.
 
-        Raises:
-            TypeError: if the prior is not a :class:`FlowMatchingPolicy`.
+        The actions of a prior that is no :class:`FlowMatchingPolicy` are clipped to the refinement's bounds.
         """
-        flow = self.flow_policy
-        if not isinstance(flow, FlowMatchingPolicy):
-            raise TypeError(f"prior_policy needs a FlowMatchingPolicy prior, got {type(flow).__name__}")
-        return TensorDictModule(flow.module, in_keys=list(flow.in_keys), out_keys=[self.action_key])
+        prior = self.flow_policy
+        if isinstance(prior, FlowMatchingPolicy):
+            return TensorDictModule(prior.module, in_keys=list(prior.in_keys), out_keys=[self.action_key])
+        bounds = self.refinement_policy.module
+        clip = _Clip(bounds.low, bounds.high)
+        return TensorDictSequential(
+            prior, TensorDictModule(clip, in_keys=[self.refinement_policy.base_action_key], out_keys=[self.action_key])
+        )
+
+
+class _Clip(nn.Module):
+    low: Tensor
+    high: Tensor
+
+    def __init__(self, low: Tensor, high: Tensor) -> None:
+        super().__init__()
+        register_bounds(self, low, high)
+
+    def forward(self, action: Tensor) -> Tensor:
+        return action.clamp(self.low, self.high)

@@ -1,19 +1,26 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
 """Online experience, one transition at a time, from TorchRL's collectors.
 
-The collector acts in numbered episodes (:mod:`deflow_torchrl.envs.online`), so what was collected is a function of the run's
-seed and the weights alone, and the state of a running episode is its number and its actions. That makes a checkpoint exact:
-:meth:`OnlineExperience.state_dict` holds numbers, never a simulator.
+The collector acts in numbered episodes (:mod:`deflow_torchrl.envs.online`), so what is collected is a function of the run's
+seed and the weights alone, and the state of a running episode is its number and its actions. That makes a checkpoint exact
+(:meth:`OnlineExperience.state_dict` holds numbers, never a simulator) and a worker that dies harmless: its chunk is collected
+again.
+
+In this process (``workers=0``) each collection acts with the live weights. With worker processes the next chunk is collected
+while the learner is busy with the last one, with the weights published when that one's delivery began: acting lags behind
+learning by one to two chunks of updates, by the same number in every run whatever the timing.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -21,7 +28,9 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
+from deflow_torchrl.envs.factory import make_gym_env
 from deflow_torchrl.errors import EnvironmentFaultError, InputError, RestoreError
+from deflow_torchrl.trainers.sources import LocalSource, ProcessSource, WorkerDied
 
 _LOG = logging.getLogger(__name__)
 
@@ -30,6 +39,9 @@ MINIMUM_EPISODES = 20
 
 HOPELESS_EPISODES = 10
 """As many episodes in a row without a single good transition stop the run, whatever share is allowed."""
+
+RESTARTS = 5
+"""As many restarts of the workers in a row without a collected chunk stop the run."""
 
 _TRANSITION = (
     "observation",
@@ -40,6 +52,7 @@ _TRANSITION = (
     ("next", "truncated"),
     ("next", "done"),
 )
+_COLLECTED = (*_TRANSITION, "episode", ("next", "success"), ("next", "fault"), ("next", "cause"))
 
 
 @dataclass(frozen=True)
@@ -69,11 +82,16 @@ class _Simulator:
     actions: list[Tensor] = field(default_factory=list)  # of the running episode
     observation: Tensor | None = None  # the last; None where no action has been taken
 
+    def end(self, stride: int) -> None:
+        """Stand before the next episode."""
+        self.episode, self.actions, self.observation = self.episode + stride, [], None
+
 
 @dataclass
 class _Episode:
     """What was delivered of a worker's running episode: the learner's side."""
 
+    number: int
     rows: dict[int, None] = field(default_factory=dict)  # its row numbers in the buffer, an ordered set
     episode_return: float = 0.0
     length: int = 0
@@ -132,20 +150,71 @@ class OnlineExperience:
         self._add, self._discard = add, discard
         slots = range(max(workers, 1))
         self._simulators = [_Simulator(slot) for slot in slots]
-        self._episodes = [_Episode() for _ in slots]
+        self._episodes = [_Episode(slot) for slot in slots]
         self._hopeless = 0  # faulty episodes in a row without a good transition
         self._said: set[str] = set()
         # Rows collected, not yet delivered, in the order of delivery: row i of a chunk is worker i % W's.
         self._chunk: TensorDictBase | None = None
         self._cursor = 0
-        self._source: _LocalSource | None = None
+        self._ahead: TensorDictBase | None = None  # the chunk after it, where a checkpoint has waited for it
+        self._source: LocalSource | ProcessSource | None = None
+        make_gym_env(task).close()  # a name that cannot be used is refused here
 
     # The acting side.
 
-    def _collect(self) -> TensorDictBase:
-        if self._source is None:
-            self._source = _LocalSource(self._envs()[0], self.policy, self._device, self.steps_per_collection)
-        return self._follow(self._source.collect())
+    def _start(self) -> LocalSource | ProcessSource:
+        if self.workers == 0:
+            return LocalSource(self._envs()[0], self.policy, self._device, self.steps_per_collection)
+        return ProcessSource(self._envs(), self._snapshot, self.steps_per_collection)
+
+    @cached_property
+    def _snapshot(self) -> TensorDictModuleBase:
+        """What the processes act with: a copy of the policy on the CPU, in memory they share."""
+        return copy.deepcopy(self.policy).to("cpu").requires_grad_(False).share_memory()
+
+    @torch.no_grad()
+    def _publish(self) -> None:
+        """Give the processes the policy's weights of now; nothing is being collected meanwhile."""
+        theirs = chain(self._snapshot.parameters(), self._snapshot.buffers())
+        mine = chain(self.policy.parameters(), self.policy.buffers())
+        for destination, weights in zip(theirs, mine, strict=True):
+            destination.copy_(weights)
+
+    def _next_chunk(self) -> TensorDictBase:
+        """The next chunk; the one after it is being collected from then on, where there are processes to do it."""
+        if self._ahead is not None:
+            chunk, self._ahead = self._ahead, None
+        else:
+            chunk = self._gather()
+        if self.workers:
+            self._begin()
+        return chunk
+
+    def _begin(self) -> None:
+        self._source = self._source or self._start()
+        if self.workers:
+            self._publish()
+        self._source.begin()
+
+    def _gather(self) -> TensorDictBase:
+        """The chunk being collected, or one collected now."""
+        if self._source is None or not self._source.running:
+            self._begin()
+        failed = 0
+        while True:
+            try:
+                if self._source is None:
+                    self._source = self._start()
+                    self._source.begin()
+                return self._follow(self._source.finish())
+            except WorkerDied as error:
+                # The simulators' records and the published weights are as they were when this chunk was begun.
+                self.close()
+                failed += 1
+                if failed > RESTARTS:
+                    raise RuntimeError(f"the collector's workers died {failed} times in a row: {error}") from error
+                self.counters["worker_restarts"] += 1
+                _LOG.warning("%s; all workers are started anew and collect the chunk again", error)
 
     def _envs(self) -> list[Callable[[], Any]]:
         """Makers of each worker's environment, beginning where its simulator stands."""
@@ -153,6 +222,12 @@ class OnlineExperience:
 
         envs: list[Callable[[], Any]] = []
         for simulator in self._simulators:
+            if simulator.actions and not self._replayable:
+                _LOG.warning(
+                    "%s does not repeat itself: episode %d, %d steps old, cannot be restored and ends here",
+                    self.task, simulator.episode, len(simulator.actions),
+                )  # fmt: skip
+                simulator.end(len(self._simulators))
             actions = torch.stack(simulator.actions) if simulator.actions else torch.zeros(0, 0)
             start = EpisodeStart(simulator.episode, actions.numpy())
             envs.append(partial(make_online_env, self.task, seed=self._seed, stride=len(self._simulators), start=start))
@@ -164,6 +239,7 @@ class OnlineExperience:
         Raises:
             RestoreError: if an episode was not restored as it was recorded.
         """
+        chunk = chunk.select(*_COLLECTED)
         done = chunk["next", "done"].flatten().tolist()
         episodes = chunk["episode"].flatten().tolist()
         for row, episode in enumerate(episodes):
@@ -177,8 +253,9 @@ class OnlineExperience:
                     f"{len(simulator.actions)} actions the observation differs from the recorded one"
                     f"{f' ({cause})' if cause else ''}; resume from a checkpoint at an episode's end"
                 )
+            simulator.episode = episode
             if done[row]:
-                simulator.episode, simulator.actions, simulator.observation = episode + len(self._simulators), [], None
+                simulator.end(len(self._simulators))
             else:
                 simulator.actions.append(chunk["action"][row])
                 simulator.observation = chunk["next", "observation"][row]
@@ -195,26 +272,29 @@ class OnlineExperience:
         """
         if self._chunk is None or self._cursor == len(self._chunk):
             began = time.perf_counter()
-            self._chunk, self._cursor = self._collect(), 0
+            self._chunk, self._cursor = self._next_chunk(), 0
             self.waiting_seconds += time.perf_counter() - began
         row, worker = self._chunk[self._cursor : self._cursor + 1], self._cursor % len(self._episodes)
         self._cursor += 1
         self.counters["env_steps"] += 1
+        number = int(row["episode"].item())
+        if self._episodes[worker].number != number:  # the last one could not be restored
+            self._episodes[worker] = _Episode(number)
         episode = self._episodes[worker]
+        if row["next", "done"].item():
+            self._episodes[worker] = _Episode(number + len(self._episodes))
+            self.counters["episodes"] += 1
         if row["next", "fault"].item():
-            self._episodes[worker] = _Episode()
             return self._drop(episode, row)
         self._hopeless = 0
-        for number in self._add(row.select(*_TRANSITION)).tolist():
-            for other in self._episodes:  # a buffer that is full gives a row of an old transition to a new one
-                other.rows.pop(number, None)
-            episode.rows[number] = None
+        for index in self._add(row.select(*_TRANSITION)).tolist():
+            for other in self._episodes:  # a full buffer gives an old transition's row to a new one
+                other.rows.pop(index, None)
+            episode.rows[index] = None
         episode.episode_return += row["next", "reward"].item()
         episode.length += 1
         if not row["next", "done"].item():
             return OnlineStep()
-        self._episodes[worker] = _Episode()
-        self.counters["episodes"] += 1
         return OnlineStep(episode.episode_return, episode.length, bool(row["next", "success"].item()))
 
     def _drop(self, episode: _Episode, row: TensorDictBase) -> OnlineStep:
@@ -224,15 +304,14 @@ class OnlineExperience:
         cause = decode_cause(row["next", "cause"][0])
         if episode.rows:
             self._discard(torch.tensor(list(episode.rows)))
-        self.counters["episodes"] += 1
         self.counters["faults"] += 1
         self._hopeless += 0 if episode.length else 1
-        kind = re.sub(r"\d+(\.\d+)?", "#", cause)  # "at time 1.20" and "at time 1.25" are one cause
+        kind = re.sub(r"[-+]?\d+(\.\d+)?", "#", cause)  # "at time 1.20" and "at time 1.25" are one cause
         if kind not in self._said:
             self._said.add(kind)
             _LOG.warning(
                 "%s failed in step %d of episode %d (%s); the episode is dropped and counted, the run goes on",
-                self.task, episode.length + 1, int(row["episode"]), cause,
+                self.task, episode.length + 1, episode.number, cause,
             )  # fmt: skip
         faults, episodes = self.counters["faults"], self.counters["episodes"]
         if episodes >= MINIMUM_EPISODES and faults > self.max_fault_share * episodes:
@@ -257,11 +336,19 @@ class OnlineExperience:
 
     @property
     def restorable(self) -> bool:
-        """Whether a checkpoint made now can be continued exactly: always, or only where no episode is running."""
-        return not any(simulator.actions for simulator in self._simulators) or self._replayable
+        """Whether a checkpoint may be made now.
+
+        Always, where the environment repeats itself; else only while no episode is running, so that none is torn. With
+        worker processes or longer collections, where such a moment may never come, always: the episodes running are cut
+        short at a resume then, with a warning.
+        """
+        alone = self.workers == 0 and self.steps_per_collection == 1
+        return not alone or not any(simulator.actions for simulator in self._simulators) or self._replayable
 
     def state_dict(self) -> dict[str, Any]:
         """Everything another object needs to go on bit for bit: plain numbers, texts and tensors."""
+        if self._ahead is None and self._source is not None and self._source.running:
+            self._ahead = self._gather()
         chunk = None if self._chunk is None else self._chunk[self._cursor :]
         return {
             "task": self.task,
@@ -278,11 +365,17 @@ class OnlineExperience:
                 for simulator in self._simulators
             ],
             "episodes": [
-                {"rows": list(episode.rows), "episode_return": episode.episode_return, "length": episode.length}
+                {
+                    "number": episode.number,
+                    "rows": list(episode.rows),
+                    "episode_return": episode.episode_return,
+                    "length": episode.length,
+                }
                 for episode in self._episodes
             ],
             "chunk": None if chunk is None or not len(chunk) else _packed(chunk),
             "cursor": self._cursor,
+            "ahead": None if self._ahead is None else _packed(self._ahead),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -307,7 +400,7 @@ class OnlineExperience:
             for saved in state["simulators"]
         ]
         self._episodes = [
-            _Episode(dict.fromkeys(saved["rows"]), saved["episode_return"], saved["length"])
+            _Episode(saved["number"], dict.fromkeys(saved["rows"]), saved["episode_return"], saved["length"])
             for saved in state["episodes"]
         ]
         self._chunk, self._cursor = None, 0
@@ -316,46 +409,13 @@ class OnlineExperience:
             rest = _unpacked(state["chunk"])
             self._chunk = torch.cat([rest[:1].expand(state["cursor"]), rest])
             self._cursor = state["cursor"]
+        self._ahead = None if state["ahead"] is None else _unpacked(state["ahead"])
 
     def close(self) -> None:
-        """Close the environments and end the processes; :meth:`step` would start them anew where they stood."""
+        """Close the environments and end the processes. Calling it twice does no harm."""
         if self._source is not None:
             self._source.close()
             self._source = None
-
-
-class _LocalSource:
-    """TorchRL's ``Collector`` in this process: it acts with the policy object itself, so always with its live weights."""
-
-    def __init__(self, env: Callable[[], Any], policy: TensorDictModuleBase, device: torch.device, steps: int) -> None:
-        from torchrl.collectors import Collector
-
-        # What costs time and is not used is off: numbering of trajectories, wrapping and probing of the policy, buffers
-        # (a chunk is stacked anew each time, so nothing needs to be cloned), host synchronisation.
-        self._collector = Collector(
-            env,
-            policy,
-            frames_per_batch=steps,
-            total_frames=-1,
-            policy_device=device,
-            env_device="cpu",
-            storing_device="cpu",
-            trust_policy=True,
-            track_traj_ids=False,
-            use_buffers=False,
-            return_same_td=True,
-            no_cuda_sync=True,
-            auto_register_policy_transforms=False,
-        )
-        self._chunks = iter(self._collector)
-
-    def collect(self) -> TensorDictBase:
-        chunk = next(self._chunks)
-        chunk.names = None  # TorchRL's name "time" would be one more difference to other transitions
-        return chunk
-
-    def close(self) -> None:
-        self._collector.shutdown()
 
 
 def _packed(chunk: TensorDictBase) -> dict[str, Tensor]:

@@ -1,3 +1,5 @@
+import pickle
+
 import pytest
 import torch
 from tensordict import TensorDict
@@ -141,8 +143,19 @@ def test_an_actor_takes_any_prior_that_writes_the_base_action():
         2,
         ACTION_DIM,
     )
-    with pytest.raises(TypeError, match="FlowMatchingPolicy"):
-        actor.prior_policy()
+
+
+def test_a_prior_of_another_kind_acts_alone_inside_the_bounds():
+    linear = nn.Linear(OBSERVATION_DIM, ACTION_DIM)
+    prior = TensorDictModule(linear, in_keys=["observation"], out_keys=["base_action"])
+    network, low = nn.Linear(OBSERVATION_DIM + ACTION_DIM, ACTION_DIM), torch.tensor([-0.1, -0.2, -0.3])
+    alone = DeFlowActor(prior, RefinementPolicy(network, ACTION_DIM, low=low, high=0.5)).prior_policy()
+    td = TensorDict(observation=10 * torch.randn(50, OBSERVATION_DIM), batch_size=[50])
+    action = alone(td.clone())["action"]
+    torch.testing.assert_close(action, linear(td["observation"]).clamp(low, torch.tensor(0.5)))
+    assert {id(parameter) for parameter in alone.parameters()} == {id(parameter) for parameter in linear.parameters()}
+    copied = pickle.loads(pickle.dumps(alone))
+    torch.testing.assert_close(copied(td)["action"], action)
 
 
 def test_an_actor_whose_parts_do_not_fit_is_refused():

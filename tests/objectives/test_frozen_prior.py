@@ -80,7 +80,7 @@ def test_given_base_actions_replace_the_prior_and_nothing_else(kind):
         strict=False,
     )
     out = frozen(given)
-    assert {name for name in out if name.startswith("loss")} == TERMS[kind]
+    assert {name for name in out.to_dict() if name.startswith("loss")} == TERMS[kind]
     for name in TERMS[kind]:
         torch.testing.assert_close(out[name], expected[name], rtol=0, atol=0)
     for name in TERMS[kind]:

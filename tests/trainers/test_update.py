@@ -81,6 +81,119 @@ def test_state_restores_networks_targets_and_optimiser():
     assert second.step == 6
 
 
+def changed(update, before):
+    """Names of the loss's entries that are not bit for bit what they were."""
+    after = update.learner.loss.state_dict()
+    return {name for name, value in before.items() if not torch.equal(value, after[name])}
+
+
+def snapshot(update):
+    return {name: value.clone() for name, value in update.learner.loss.state_dict().items()}
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_a_frozen_prior_does_not_move_by_a_bit_and_everything_else_goes_on(freeze):
+    update = make_update(lr=1e-2)
+    for _ in range(3):
+        update(make_batch(16))
+    flow = set(update.learner.prior.parameters())
+    assert all(bool(update.optimizer.state[parameter]["exp_avg"].any()) for parameter in flow), "Adam has momentum"
+    kept = {
+        parameter: {name: value.clone() for name, value in state.items()}
+        for parameter, state in update.optimizer.state.items()
+        if parameter not in flow
+    }
+    if freeze:
+        update.freeze_prior()
+        update.freeze_prior()  # once is enough, twice is the same
+        assert set(update.optimizer.state) == set(kept), "the prior's moments are gone"
+        assert not flow & {p for group in update.optimizer.param_groups for p in group["params"]}
+        for parameter, state in kept.items():
+            torch.testing.assert_close(dict(update.optimizer.state[parameter]), state, rtol=0, atol=0)
+    before = snapshot(update)
+    for _ in range(5):
+        out = update(make_batch(16))
+    assert ("loss_flow" in out.to_dict()) is not freeze
+    moved = changed(update, before)
+    velocity = {name for name in before if "velocity_network" in name}
+    trained = {name for name in before if "network" in name and name.endswith(("weight", "bias"))} | {"log_alpha"}
+    assert velocity < trained
+    assert moved == (trained - velocity if freeze else trained)
+    assert all(update.optimizer.state[parameter]["step"] == 8 for parameter in kept)
+
+
+def test_a_frozen_update_is_the_full_ones_other_parts_bit_for_bit():
+    # The three other losses do not see the flow's: freezing changes only the flow, as long as base actions stay the same.
+    batches = [make_batch(16) for _ in range(6)]
+    results = []
+    for freeze in (True, False):
+        update = make_update(lr=1e-2)
+        for parameter in update.learner.prior.parameters() if not freeze else ():
+            parameter.register_hook(torch.zeros_like)  # the same weights, still in the optimiser
+        if freeze:
+            update.freeze_prior()
+        for batch in batches:
+            update(batch.clone())
+        results.append(snapshot(update))
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+
+def test_a_frozen_state_freezes_the_update_that_loads_it():
+    batches = [make_batch(16) for _ in range(6)]
+    straight, first, second = make_update(), make_update(), make_update()
+    for update in (straight, first):
+        for batch in batches[:2]:
+            update(batch.clone())
+        update.freeze_prior()
+    for batch in batches[2:]:
+        straight(batch.clone())
+    for batch in batches[2:4]:
+        first(batch.clone())
+    second(batches[0].clone())  # with momentum of its own for the prior
+    second.load_state_dict(first.state_dict())
+    assert second.prior_frozen
+    for batch in batches[4:]:
+        second(batch.clone())
+    torch.testing.assert_close(snapshot(second), snapshot(straight), rtol=0, atol=0)
+
+
+def test_a_state_from_before_freezing_is_refused_by_a_frozen_update_and_old_states_are_such():
+    state, frozen = make_update().state_dict(), make_update()
+    old = {name: value for name, value in state.items() if name != "prior_frozen"}
+    frozen.freeze_prior()
+    before = snapshot(frozen)
+    for unfrozen in (state, old):
+        with pytest.raises(ValueError, match="load it first, then freeze"):
+            frozen.load_state_dict(unfrozen)
+    assert not changed(frozen, before)
+    fresh = make_update()
+    fresh.load_state_dict(old)
+    assert not fresh.prior_frozen
+
+
+def test_a_method_without_a_prior_says_so():
+    update = make_update()
+    update.learner.prior = None
+    with pytest.raises(InputError, match="no prior to freeze"):
+        update.freeze_prior()
+
+
+def test_a_non_finite_loss_of_before_is_not_forgotten_by_freezing():
+    update = make_update()
+    update._remember_bad(torch.full((len(update.learner.loss_names),), float("nan")))
+    with pytest.raises(NonFiniteLossError):
+        update.freeze_prior()
+
+
+def test_after_freezing_a_non_finite_loss_names_the_right_term():
+    update = make_update()
+    update.freeze_prior()
+    bad = make_batch()
+    bad["next", "reward"][0] = float("nan")
+    with pytest.raises(NonFiniteLossError, match="loss_qvalue became NaN or infinite at step 1"):
+        update(bad)
+
+
 def test_every_method_has_its_settings_in_the_schema_of_the_command_line():
     assert {name: algorithm.config for name, algorithm in ALGORITHMS.items()} == ALGORITHM_CONFIGS
     with pytest.raises(InputError, match="unknown method"):

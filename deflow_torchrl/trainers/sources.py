@@ -1,0 +1,239 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
+"""TorchRL's collectors behind one small face: begin a chunk of transitions, and take it when it is done.
+
+A chunk is a TensorDict ``[n]`` in the order of delivery: row i is worker ``i % W``'s.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import hashlib
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torchrl.collectors import Collector, MultiSyncCollector
+
+from deflow_torchrl.errors import InputError
+from deflow_torchrl.processes import children_ignore_ctrl_c, die_with_parent
+
+_GRACE_S = 5.0  # from a worker's death until its chunk is given up
+
+
+class WorkerDied(RuntimeError):
+    """A chunk could not be collected because a worker process ended."""
+
+
+class LocalSource:
+    """A ``Collector`` in this process: it acts with the policy object itself, so always with its live weights.
+
+    Args:
+        env: makes the environment.
+        policy: acts.
+        device: the policy's.
+        steps: length of a chunk.
+    """
+
+    running = False
+
+    def __init__(self, env: Callable[[], Any], policy: TensorDictModuleBase, device: torch.device, steps: int) -> None:
+        # What costs time and is not used is off: numbering of trajectories, wrapping and probing of the policy, buffers
+        # (a chunk is stacked anew each time, so nothing needs to be cloned), host synchronisation.
+        self._collector = Collector(
+            env,
+            acting(policy),
+            frames_per_batch=steps,
+            total_frames=-1,
+            policy_device=device,
+            env_device="cpu",
+            storing_device="cpu",
+            trust_policy=True,
+            track_traj_ids=False,
+            use_buffers=False,
+            return_same_td=True,
+            no_cuda_sync=True,
+            auto_register_policy_transforms=False,
+        )
+        self._chunks = iter(self._collector)
+
+    def begin(self) -> None:
+        """Nothing happens before :meth:`finish`."""
+
+    def finish(self) -> TensorDictBase:
+        """Collect a chunk."""
+        chunk = next(self._chunks)
+        chunk.names = None  # TorchRL's name "time" would be one more difference to other transitions
+        return chunk
+
+    def close(self) -> None:
+        """Close the environment."""
+        self._collector.shutdown()
+
+
+class ProcessSource:
+    """A ``MultiSyncCollector``, asked for a chunk in a thread, so that this process has its hands free.
+
+    Args:
+        envs: one maker of an environment for each worker.
+        policy: acts, in every process; its weights lie in shared memory, so those written between two chunks are the next
+            one's.
+        steps: length of a chunk, a multiple of the number of workers.
+
+    Raises:
+        InputError: if an environment cannot be made.
+        WorkerDied: if a process ended while it was being set up.
+    """
+
+    def __init__(self, envs: Sequence[Callable[[], Any]], policy: TensorDictModuleBase, steps: int) -> None:
+        # TorchRL gives each worker a thread of this process and takes them back at its shutdown; a learner whose number
+        # of threads changes does not compute the same last digits.
+        with _threads_kept(), children_ignore_ctrl_c():
+            try:
+                self._collector = MultiSyncCollector(
+                    list(envs),
+                    # A plain callable, not a module: a module's weights TorchRL would send through queues whose other end
+                    # may have died, and wait for an answer.
+                    _Caller(acting(policy)),
+                    frames_per_batch=steps,
+                    total_frames=-1,
+                    device="cpu",
+                    trust_policy=True,
+                    use_buffers=True,
+                    cat_results="stack",
+                    num_threads=torch.get_num_threads(),
+                    num_sub_threads=1,
+                    no_cuda_sync=True,
+                    auto_register_policy_transforms=False,
+                    init_fn=_prepare_worker,
+                )
+            except InputError as error:  # TorchRL appends the worker's traceback
+                raise InputError(str(error).split("\n\nWorker traceback", maxsplit=1)[0]) from None
+            except (EOFError, OSError) as error:
+                raise WorkerDied("a collector worker died while it was being set up") from error
+            except RuntimeError as error:
+                if not isinstance(error.__cause__, EOFError):
+                    raise
+                raise WorkerDied("a collector worker died while it was being set up") from error
+        self._processes = list(self._collector.procs)
+        self._chunks = iter(self._collector)
+        self._thread: threading.Thread | None = None
+        self._result: TensorDictBase | BaseException | None = None
+        # Before multiprocessing's own handler, which would wait for the workers to end by themselves.
+        atexit.register(self.close)
+
+    @property
+    def running(self) -> bool:
+        """Whether a chunk was begun that nobody took."""
+        return self._thread is not None
+
+    def begin(self) -> None:
+        """Have the workers collect the next chunk."""
+        self._result = None
+        self._thread = threading.Thread(target=self._collect, name="collect a chunk", daemon=True)
+        self._thread.start()
+
+    def _collect(self) -> None:
+        try:
+            chunk = next(self._chunks)  # [W, n / W], in memory the workers go on writing to
+            self._result = chunk.transpose(0, 1).clone().reshape(-1).exclude("collector")
+        except BaseException as error:  # finish() raises it
+            self._result = error
+
+    def finish(self) -> TensorDictBase:
+        """Wait for the chunk.
+
+        Raises:
+            WorkerDied: if a process ended meanwhile.
+        """
+        thread, dead_since = self._thread, None
+        assert thread is not None
+        while thread.is_alive():
+            thread.join(0.2)
+            if thread.is_alive() and self._ended():
+                dead_since = dead_since or time.monotonic()
+                # TorchRL looks at its processes once a second. A worker that died amid writing its answer, though, leaves
+                # the reader waiting for the rest.
+                if time.monotonic() - dead_since > _GRACE_S:
+                    break
+        self._thread = None
+        if self._result is None or isinstance(self._result, BaseException):
+            said = f": {type(self._result).__name__}: {self._result}" if self._result is not None else ""
+            raise WorkerDied(
+                f"a collector worker died ({', '.join(self._ended()) or 'no exit code'}){said}"
+            ) from self._result
+        return self._result
+
+    def _ended(self) -> list[str]:
+        """What the processes that ended said at last."""
+        codes = {}
+        for worker, process in enumerate(self._processes):
+            with contextlib.suppress(ValueError):  # TorchRL has closed it after a death, having ended it itself
+                codes[worker] = process.exitcode
+        return [f"worker {worker}: exit code {code}" for worker, code in codes.items() if code is not None]
+
+    def close(self) -> None:
+        """End the processes; a chunk being collected is lost."""
+        atexit.unregister(self.close)
+        if self.running:
+            self._kill()  # an orderly end would wait for the chunk
+            self._thread = None
+        with _threads_kept():
+            self._collector.shutdown(timeout=10, raise_on_error=False)
+        self._kill()
+
+    def _kill(self) -> None:
+        for process in self._processes:
+            with contextlib.suppress(ValueError):
+                process.kill()
+                process.join(5)
+
+
+class _Caller:
+    """A policy that is not a module to TorchRL, so that it is pickled as it is, shared memory included."""
+
+    def __init__(self, policy: Callable[[TensorDictBase], TensorDictBase]) -> None:
+        self.policy = policy
+
+    def __call__(self, tensordict: TensorDictBase) -> TensorDictBase:
+        return self.policy(tensordict)
+
+
+class _OwnGenerator:
+    """A policy that draws its own noise: every draw is fixed by the step's ``noise`` entry, none is a global generator's."""
+
+    def __init__(self, policy: TensorDictModuleBase) -> None:
+        self.policy = policy
+
+    def __call__(self, tensordict: TensorDictBase) -> TensorDictBase:
+        noise = tensordict["noise"]
+        seed = hashlib.blake2b(noise.cpu().numpy().tobytes(), digest_size=8).digest()
+        with torch.random.fork_rng(devices=[noise.device] if noise.is_cuda else []):
+            torch.manual_seed(int.from_bytes(seed) >> 1)
+            return self.policy(tensordict)
+
+
+def acting(policy: TensorDictModuleBase) -> Callable[[TensorDictBase], TensorDictBase]:
+    """The policy, its draws made reproducible where it does not read ``noise``."""
+    return policy if "noise" in policy.in_keys else _OwnGenerator(policy)
+
+
+def _prepare_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    die_with_parent()
+    logging.getLogger("deflow_torchrl").setLevel(logging.ERROR)  # the parent says the rest
+
+
+@contextlib.contextmanager
+def _threads_kept() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

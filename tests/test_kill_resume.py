@@ -28,6 +28,7 @@ KINDS = {
     },
 }  # fmt: skip
 SLOW = pytest.mark.slow
+_TWENTY = [(kind, 20) for kind in KINDS]
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +113,13 @@ def assert_bitwise(one, other, where="state"):
         assert one == other, where
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=SLOW)])
+@pytest.mark.parametrize(
+    ("kind", "kills"),
+    [
+        *((kind, 4) for kind in ("across", "frozen")),
+        *(pytest.param(kind, kills, marks=SLOW) for kind, kills in (("offline", 4), ("online", 4), *_TWENTY)),
+    ],
+)
 def test_a_run_killed_at_random_moments_is_bit_for_bit_the_uninterrupted_one(
     kind, kills, children, uninterrupted, tmp_path
 ):
@@ -132,7 +138,7 @@ def test_a_run_killed_at_random_moments_is_bit_for_bit_the_uninterrupted_one(
     assert killed == kills
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["across", *(pytest.param(kind, marks=SLOW) for kind in KINDS if kind != "across")])
 def test_a_run_killed_while_it_writes_checkpoints_is_bit_for_bit_the_uninterrupted_one(
     kind, children, uninterrupted, tmp_path
 ):

@@ -231,16 +231,8 @@ def _draw(axis: Axes, rows: Sequence[Mapping[str, Any]], curves: Mapping[str, st
     boundary = online_boundary(rows)
     if boundary is not None:
         axis.axvline(boundary, color="grey", linewidth=1)
-        axis.annotate(
-            "offline | online",
-            (boundary, 1.0),
-            xycoords=("data", "axes fraction"),
-            ha="center",
-            va="bottom",
-            fontsize="x-small",
-            color="grey",
-            annotation_clip=False,
-        )
+        axis.annotate("online", (boundary, 0.98), (3, 0), xycoords=("data", "axes fraction"), textcoords="offset points",
+                      va="top", fontsize="x-small", color="grey")  # fmt: skip
     online = any(row.get("phase") == "online" for row in rows)
     axis.set(xlabel="gradient steps offline, then environment steps" if online else "gradient steps", ylabel=unit)
     axis.grid(alpha=0.3)

@@ -4,8 +4,10 @@ from dataclasses import fields
 import pytest
 import torch
 from tensordict import TensorDict
+from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
 from deflow_torchrl.algorithms import Learner
+from deflow_torchrl.trainers import Alarms, MetricsLog, Trainer, TrainerSchedule
 from tests.conftest import make_batch
 from tests.trainers.test_update import make_update
 
@@ -48,6 +50,26 @@ def test_how_often_a_run_looks_changes_neither_weights_nor_generators(interval):
             update(batch)
             if looks and step % interval == 0:
                 update.learner.diagnostics(batch)
+        ends.append((dict(update.learner.loss.state_dict()), torch.random.get_rng_state()))
+    torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=0)
+
+
+def test_a_run_that_logs_every_step_ends_with_the_weights_of_one_that_never_does(tmp_path):
+    ends = []
+    for interval in (1, 0):
+        update = make_update(lr=1e-2)
+        update.learner.diagnostics.use_data(draw(200))
+        buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(64), batch_size=8)
+        buffer.extend(draw())
+        torch.manual_seed(5)
+        schedule = TrainerSchedule(offline_steps=8, log_interval=interval, eval_interval=0, save_interval=0)
+        metrics = MetricsLog(tmp_path / str(interval))
+        Trainer(
+            update, buffer, schedule=schedule, checkpoints=tmp_path / str(interval), metrics=metrics,
+            alarms=Alarms(gamma=0.9, reward_bound=1.0), show_progress=False,
+        ).run()  # fmt: skip
+        assert len(metrics.rows) == (8 if interval else 1)
+        assert "train/action_distance" in metrics.rows[-1]
         ends.append((dict(update.learner.loss.state_dict()), torch.random.get_rng_state()))
     torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=0)
 

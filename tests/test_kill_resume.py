@@ -23,6 +23,10 @@ KINDS = {
     "offline": {"offline_steps": 120},
     "across": {"offline_steps": 60, "online_steps": 60},
     "frozen": {"offline_steps": 30, "online_steps": 90, "freeze_prior": True, "base_actions": 2},
+    "fifo": {  # the paper's array is full at once: offline rows go
+        "offline_steps": 30, "online_steps": 90, "freeze_prior": True, "base_actions": 2, "overwrite": "fifo",
+        "online_capacity": 20,
+    },
     "online": {
         "offline_steps": 0, "online_steps": 120, "warmup_steps": 10, "utd": 0.5, "mixing": "balanced", "online_capacity": 40,
     },

@@ -26,7 +26,7 @@ from typing import Any
 from deflow_torchrl.data.generation import generate_ogbench_dataset, generated_root
 from deflow_torchrl.paths import dataset_path
 from deflow_torchrl.progress import progress_bar
-from deflow_torchrl.trainers.metrics import read_rows
+from deflow_torchrl.reports.records import config_digest
 
 DATASET = "cube-single-play-v0"
 TASK = "cube-single-play-singletask-task2-v0"
@@ -104,23 +104,32 @@ def start(out: Path, prior: str, seed: int, root: str, threads: int) -> subproce
 
 
 def render(arguments: argparse.Namespace) -> None:
-    cells = {}
+    records = {}
     for prior in PRIORS:
         for path in sorted(arguments.runs.glob(f"{prior}-seed*/record.json")):
-            kept = arguments.out / path.parent.name
+            seed = int(path.parent.name.rpartition("seed")[2])
+            kept = folder(arguments.out, prior, seed)
             if kept.resolve() != path.parent.resolve():
                 kept.mkdir(parents=True, exist_ok=True)
-                for name in ("record.json", "metrics.jsonl"):
-                    shutil.copyfile(path.with_name(name), kept / name)
-            cells[prior, int(path.parent.name.rpartition("seed")[2])] = (
-                json.loads(path.read_text(encoding="utf-8")),
-                read_rows(path.with_name("metrics.jsonl")),
-            )
-    if not cells:
+                (kept / "record.json").write_text(without_places(path), encoding="utf-8")
+                shutil.copyfile(path.with_name("metrics.jsonl"), kept / "metrics.jsonl")
+            records[prior, seed] = json.loads((kept / "record.json").read_text(encoding="utf-8"))
+    if not records:
         raise SystemExit(f"{arguments.runs} holds no finished run; make them with: {sys.argv[0]} run")
-    (arguments.out / "README.md").write_text(table(cells), encoding="utf-8")
-    draw(cells, arguments.out / "curves.png")
+    (arguments.out / "README.md").write_text(table(records), encoding="utf-8")
+    draw(records, arguments.out / "curves.png")
     print((arguments.out / "README.md").read_text(encoding="utf-8"))
+
+
+def without_places(path: Path) -> str:
+    """The record with its machine's folders called DATA and runs, and the digest of the settings that are left."""
+    text = path.read_text(encoding="utf-8")
+    config = json.loads(text)["config"]
+    for place, name in ((config["data_root"], "DATA"), (str(Path(config["out"]).parent), "runs")):
+        text = text.replace(json.dumps(place)[1:-1], name)
+    record = json.loads(text)
+    record["config_sha256"] = config_digest(record["config"])
+    return json.dumps(record, indent=2) + "\n"
 
 
 def outcome(record: dict[str, Any], step: int) -> list[int]:
@@ -133,8 +142,8 @@ def rate(successes: list[int]) -> str:
     return f"{mean:.2f} +- {math.sqrt(mean * (1 - mean) / len(successes)):.2f}"
 
 
-def table(cells: dict[tuple[str, int], tuple[dict[str, Any], list[dict[str, Any]]]]) -> str:
-    record = next(iter(cells.values()))[0]
+def table(records: dict[tuple[str, int], dict[str, Any]]) -> str:
+    record = next(iter(records.values()))
     lines = [
         "# Offline to online on cube-single-play",
         "",
@@ -142,25 +151,23 @@ def table(cells: dict[tuple[str, int], tuple[dict[str, Any], list[dict[str, Any]
         "`python benchmarks/offline_to_online.py render` from the records beside this file; the runs are made by",
         f"`python benchmarks/offline_to_online.py run`. Task {TASK}, {record['data']['transitions']:,} transitions of OGBench's",
         f"oracle (SHA-256 {record['data']['sha256'][:16]}...), {len(outcome(record, offline_steps(record)))} evaluation",
-        "episodes from the same starts for every policy, +- one standard error of the rate. `time` is wall time of the updates",
-        "per environment step against the full update of the same seed; runs shared their machine, so it is a rough figure.",
+        "episodes from the same starts for every policy, +- one standard error of the rate. What the frozen prior saves in",
+        "time is measured by `python benchmarks/throughput.py update --frozen-prior`, not by these runs.",
         "",
-        "| prior | seed | offline steps | online steps | success offline | success after | gain | update time |",
-        "|---|---|---|---|---|---|---|---|",
+        "| prior | seed | offline steps | online steps | success offline | success after | gain |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for (prior, seed), (record, rows) in sorted(cells.items(), key=lambda cell: (cell[0][1], cell[0][0])):
+    for (prior, seed), record in sorted(records.items(), key=lambda item: (item[0][1], item[0][0])):
         before, after = outcome(record, offline_steps(record)), outcome(record, total_steps(record))
         gain = sum(after) / len(after) - sum(before) / len(before)
-        mine, full = seconds_a_step(rows, record), cells.get(("full", seed))
-        ratio = "" if full is None else f"{mine / seconds_a_step(full[1], full[0]):.2f}"
         lines.append(
             f"| {prior} | {seed} | {offline_steps(record)} | {total_steps(record) - offline_steps(record)} | {rate(before)} "
-            f"| {rate(after)} | {gain:+.2f} | {ratio} |"
+            f"| {rate(after)} | {gain:+.2f} |"
         )
     lines += ["", "![success over steps](curves.png)", "", "Commands:", "", "```bash"]
     lines += [
         f"deflow train {shlex.join(settings_of(*cell, 'DATA', f'runs/{cell[0]}-seed{cell[1]}'))}"
-        for cell in sorted(cells)
+        for cell in sorted(records)
     ]
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version)
     hardware = record["hardware"]
@@ -177,19 +184,12 @@ def total_steps(record: dict[str, Any]) -> int:
     return offline_steps(record) + record["config"]["online_steps"]
 
 
-def seconds_a_step(rows: list[dict[str, Any]], record: dict[str, Any]) -> float:
-    """Seconds of updates per step of the online phase."""
-    seconds = {row["step"]: row["time/trained_seconds"] for row in rows}
-    begin, end = offline_steps(record), total_steps(record)
-    return (seconds[end] - seconds[begin]) / (end - begin)
-
-
-def draw(cells: dict[tuple[str, int], tuple[dict[str, Any], list[dict[str, Any]]]], path: Path) -> None:
+def draw(records: dict[tuple[str, int], dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     axis = figure.subplots()
-    for (prior, seed), (record, _) in sorted(cells.items()):
+    for (prior, seed), record in sorted(records.items()):
         notes = record["history"]
         rates = [(note["step"], note["policies"]["deflow"]["success_rate"]) for note in notes]
         axis.plot(

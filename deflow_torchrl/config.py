@@ -57,7 +57,7 @@ class TrainConfig:
         data_root: folder of NAME.npz and NAME-val.npz; ``$DEFLOW_HOME/data`` where None.
         download: fetch missing data from the source's host.
         storage: ``device`` keeps the data on the learner's device, ``memmap`` in memory-mapped files in
-            ``$DEFLOW_HOME/prepared``, for sets larger than memory.
+            ``$DEFLOW_HOME/prepared``, for sets larger than memory (online experience stays in memory).
         out: run folder; ``runs/TASK-ALGO-seedN`` where None.
         device: learner's device.
         compile: run the losses through torch.compile (pays on long runs; needs a C++ compiler on a CPU).

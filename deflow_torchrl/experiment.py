@@ -83,10 +83,7 @@ def train(
         KeyboardInterrupt: after a checkpoint was saved.
     """
     out = default_out(config) if config.out is None else Path(config.out)
-    if (out / CONFIG_FILE).exists():
-        raise InputError(
-            f"{out} already holds a run; go on with `deflow resume {out}` or choose another folder with out="
-        )
+    check_free(out)
     config = _resumable_from_anywhere(replace(config, out=str(out)))
     run = _Run(
         config,
@@ -260,6 +257,11 @@ class _Run:
         check_logger(config.logger)
         check_report_extra()
         self.device = _device(config.device)
+        if config.online_steps and config.storage == "memmap" and self.device.type != "cpu":
+            raise InputError(
+                f"storage=memmap keeps the data on the CPU, and online batches are put together on device={config.device}; set "
+                "storage=device, or device=cpu"
+            )
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         with self.history.timed("load_data"):
@@ -273,6 +275,7 @@ class _Run:
             self.validation = None if validation is None else self._buffer(validation)
             self.data = self._describe_data(dataset)
             self.reward_bound = float(dataset.reward.abs().max())
+            self.reward_shift = float(dataset.about.get("reward_shift", 0.0))
             self.references = reference_returns(self.task)
         sample = self.buffer[:1]
         seed_generators(config.seed)
@@ -343,6 +346,8 @@ class _Run:
         if checkpoint is not None:
             trainer.restore(checkpoint, keep_settings=keep_settings)
             drop_later_checkpoints(checkpoint)
+            if keep_settings:
+                trainer.save()  # with the new settings: after a kill the run goes on without --force
         if resume:
             self.write_config()
         written = trainer.written_step if resume else None
@@ -432,7 +437,12 @@ class _Run:
                 raise InputError(f"freeze_prior=true: {config.algo.name} has no prior to freeze")
             bank = BaseActionBank(self.learner.prior, self.buffer, num_actions=config.base_actions, seed=config.seed)
         return OnlinePhase(
-            self.buffer, make_experience, bank=bank, bank_file=self.out / BANK_FILE, bank_progress=progress
+            self.buffer,
+            make_experience,
+            bank=bank,
+            bank_file=self.out / BANK_FILE,
+            bank_progress=progress,
+            reward_shift=self.reward_shift,
         )
 
     def _check_environment(self, dataset: TransitionDataset) -> None:

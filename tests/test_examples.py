@@ -45,6 +45,15 @@ def test_torchrls_trainer_drives_the_loss(run):
     assert loss.log_alpha.item() != 1.0
 
 
+def test_a_frozen_diffusion_policy_is_refined_without_being_called(run, capsys):
+    assert len((EXAMPLES / "refine_a_frozen_policy.py").read_text().splitlines()) <= 100
+    found = run("refine_a_frozen_policy.py", "--rounds", "1", "--cloning-steps", "5", "--steps", "5")
+    assert found["calls"] == 0
+    assert "5 updates" in (out := capsys.readouterr().out)
+    assert f"refined {found['refined']:.0f}" in out
+    assert found["refined"] != found["diffusion"]
+
+
 # minari's DataCollector removes its folder behind tempfile's back, which then says so.
 @pytest.mark.filterwarnings("ignore:Implicitly cleaning up:ResourceWarning")
 @pytest.mark.filterwarnings("ignore:Exception ignored:pytest.PytestUnraisableExceptionWarning")

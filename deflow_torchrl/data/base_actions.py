@@ -119,6 +119,8 @@ class BaseActionBank:
         self._extensions = 0
         self._extended = torch.zeros(self._capacity, dtype=torch.bool, device=self.device)
         self._actions: torch.Tensor | None = None  # [states, K, A]; made when A is known
+        # Now: where old rows are overwritten, the buffer's first rows are not always the data's.
+        self._data = self._data_digest()
 
     # -- drawing ------------------------------------------------------------------------------------------------------
 
@@ -302,7 +304,7 @@ class BaseActionBank:
             "transitions": self._num_offline,
             "states": self._offline_states,
             "prior": _digest(self.prior.state_dict().items()),
-            "data": self._data_digest(),
+            "data": self._data,
         }
 
     def _data_digest(self) -> str:

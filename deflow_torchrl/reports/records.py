@@ -48,7 +48,7 @@ def build_record(
         "command": commands[0],
         "commands": list(commands),
         "config": settings,
-        "config_sha256": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
+        "config_sha256": config_digest(settings),
         "data": dict(data),
         "metric": metric,
         "evaluations": dict(evaluations),
@@ -60,6 +60,12 @@ def build_record(
         "git_commit": git_commit(),
         "hardware": hardware(),
     }
+
+
+def config_digest(settings: Mapping[str, Any]) -> str:
+    """SHA-256 of a run's settings: equal for equal runs, wherever their folders lie."""
+    placeless = {name: value for name, value in settings.items() if name not in ("out", "data_root")}
+    return hashlib.sha256(json.dumps(placeless, sort_keys=True).encode()).hexdigest()
 
 
 def git_commit() -> str | None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from deflow_torchrl.data.union_buffer import OfflineOnlineReplayBuffer
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.trainers.collection import OnlineExperience
 from deflow_torchrl.trainers.update import UpdateStep
+
+_log = logging.getLogger(__name__)
 
 MakeExperience = Callable[[Callable[[TensorDictBase], torch.Tensor], Callable[[torch.Tensor], None]], OnlineExperience]
 """Makes the collection from where transitions go (``add``) and how faulty ones are forgotten (``discard``)."""
@@ -33,6 +36,8 @@ class OnlinePhase:
     Keyword Args:
         bank: base actions of the prior, which is then frozen; trained on, if None.
         bank_file: where the bank's offline part is kept, so that a resumed run need not draw it again.
+        bank_progress: wraps the drawing, see :meth:`BaseActionBank.fill`.
+        reward_shift: added to the environment's rewards before they are stored, as the data's loader did to its own.
     """
 
     def __init__(
@@ -43,12 +48,14 @@ class OnlinePhase:
         bank: BaseActionBank | None = None,
         bank_file: Path | None = None,
         bank_progress: Callable[..., Any] | None = None,
+        reward_shift: float = 0.0,
     ) -> None:
         self.buffer = buffer
         self.bank = bank
         self._make_experience = make_experience
         self._bank_file = bank_file
         self._bank_progress = bank_progress
+        self._reward_shift = reward_shift
         self._experience: OnlineExperience | None = None
         self._restored: dict[str, Any] | None = None
         # Finished episodes since the last row of metrics: return, length, success.
@@ -83,8 +90,12 @@ class OnlinePhase:
             bank.load(self._bank_file)
             return
         bank.fill(progress=self._bank_progress)
-        if self._bank_file is not None:
+        if self._bank_file is None:
+            return
+        try:
             bank.save(self._bank_file)
+        except InputError as error:  # it only spares a resumed run some time
+            _log.warning("%s: the base actions are not kept, a resumed run draws them again", error)
 
     def step(self) -> None:
         """Act once: one transition more in the buffer, unless the environment failed."""
@@ -94,6 +105,8 @@ class OnlinePhase:
             self._ended.append([outcome.episode_return, float(outcome.length or 0), float(bool(outcome.success))])
 
     def _add(self, transition: TensorDictBase) -> torch.Tensor:
+        if self._reward_shift:
+            transition["next", "reward"] = transition["next", "reward"] + self._reward_shift
         self.largest_reward = max(self.largest_reward, float(transition["next", "reward"].abs().max()))
         index = self.buffer.extend(transition)
         if self.bank is not None:
@@ -139,6 +152,7 @@ class OnlinePhase:
     def state_dict(self) -> dict[str, Any]:
         """Everything but the data set and the bank's part of it."""
         state: dict[str, Any] = {"buffer": self.buffer.state_dict(), "begun": self.begun, "counters": self.counters}
+        state["largest_reward"] = self.largest_reward
         if self._experience is not None:
             state["experience"] = self._experience.state_dict()
             state["ended"] = [list(episode) for episode in self._ended]
@@ -153,10 +167,8 @@ class OnlinePhase:
         Raises:
             InputError: if the state is of another data set.
         """
-        try:
-            self.buffer.load_state_dict(state["buffer"])
-        except ValueError as error:
-            raise InputError(str(error)) from error
+        self.buffer.load_state_dict(state["buffer"])
+        self.largest_reward = state["largest_reward"]
         if state["begun"]:
             self._restored = state
             self._ended = [list(episode) for episode in state["ended"]]

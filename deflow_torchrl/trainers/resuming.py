@@ -79,6 +79,11 @@ def drop_later_checkpoints(checkpoint: Path) -> None:
 def _check_steps(done: int, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
     if done > theirs.get("offline_steps", done):
         fixed = [name for name in _FIXED_ONLINE if theirs.get(name) != ours.get(name)]
+        drawn = [settings.get("algo", {}).get("flow_steps") for settings in (theirs, ours)]
+        if ours.get("freeze_prior") and drawn[0] != drawn[1]:
+            raise InputError(
+                f"algo.flow_steps: {drawn[0]} -> {drawn[1]}: cannot change any more, the frozen prior's base actions are drawn"
+            )
         if fixed:
             lines = "; ".join(f"{name}: {theirs.get(name)} -> {ours.get(name)}" for name in fixed)
             raise InputError(f"{lines}: cannot change any more, the run is in its online phase (step {done})")

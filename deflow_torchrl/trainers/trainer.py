@@ -15,11 +15,11 @@ import torch
 from tensordict import TensorDictBase
 from torchrl.data import ReplayBuffer
 
-from deflow_torchrl.errors import InputError, NonFiniteLossError
+from deflow_torchrl.errors import EnvironmentFaultError, InputError, NonFiniteLossError
 from deflow_torchrl.progress import progress_bar
 from deflow_torchrl.trainers.alarms import Alarms
 from deflow_torchrl.trainers.checkpoint import CheckpointNotWritten, load_checkpoint, save_checkpoint
-from deflow_torchrl.trainers.generators import capture_generators, restore_generators
+from deflow_torchrl.trainers.generators import capture_generators, generators_set_aside, restore_generators
 from deflow_torchrl.trainers.history import RunHistory
 from deflow_torchrl.trainers.interrupts import Interrupts
 from deflow_torchrl.trainers.metrics import MetricsLog
@@ -83,7 +83,8 @@ class Trainer:
 
     A checkpoint is written at every ``save_interval``, at the end of each phase, after the best evaluation so far and on
     Ctrl-C (once the step is whole), never after a non-finite loss. A run resumed from one continues bit for bit on a CPU. An
-    environment that cannot be restored in mid-episode moves the checkpoint to the episode's end.
+    environment that cannot be restored in mid-episode moves the checkpoint to the episode's end; Ctrl-C then saves nothing
+    in between, and says so.
 
     Args:
         update: the update to call.
@@ -149,7 +150,10 @@ class Trainer:
         self._row: dict[str, Any] | None = None
         self._saved_step = 0
         self._best: float | None = None
-        self._scored: float | None = None  # of an evaluation at the current step
+        self._scored: float | None = None  # of the evaluation that the next checkpoint stands for
+        # Up while a step is half done: its state is of no step, and no checkpoint may be made of it.
+        self._torn = False
+        self._stop: EnvironmentFaultError | None = None
         self._save_at_episode_end = False
 
     def run(self) -> None:
@@ -173,13 +177,14 @@ class Trainer:
                     with interrupts.deferred():
                         self._finish_step(self._row)
                         self._row = None
+                    if self._stop is not None:
+                        raise self._stop
             except NonFiniteLossError:
                 raise
             except (KeyboardInterrupt, Exception):
                 # A failed evaluation costs its own time, never the steps before it.
                 with interrupts.deferred():
-                    if (self._saved_step != self.step or self._row is not None) and self._restorable:
-                        self._save_or_warn()
+                    self._save_what_is_whole()
                 raise
             finally:
                 if self.online is not None:
@@ -189,6 +194,14 @@ class Trainer:
         if self.online is not None and not self.online.begun and self.schedule.is_online(self.step + 1):
             self.online.begin(self.update)
 
+    def _save_what_is_whole(self) -> None:
+        if self._torn or (self._saved_step == self.step and self._row is None):
+            return
+        if self._restorable:
+            self._save_or_warn()
+        else:
+            _log.warning("step %d is not saved: the environment cannot be restored in mid-episode", self.step)
+
     @property
     def _restorable(self) -> bool:
         return self.online is None or self.online.restorable
@@ -196,27 +209,46 @@ class Trainer:
     def _train_step(self) -> dict[str, Any]:
         """Act (online), update, and return the step's row of metrics, empty where no row is due."""
         step = self.step + 1
-        self._scored = None
         online = self.online if self.schedule.is_online(step) else None
         if online is not None:
-            online.step()
+            self._torn = True
+            try:
+                online.step()
+            except EnvironmentFaultError as error:
+                self._stop = error  # once this step is whole
         out, batch = None, None
         for _ in range(self.schedule.updates_at(step)):
             began = time.perf_counter()
-            batch = self.buffer.sample() if online is None else online.sample()
+            batch = self._sample(online)
+            self._torn = True
             out = self.update(batch)
             self.trained_seconds += time.perf_counter() - began
         self.step = step
-        if not self.schedule.due(self.schedule.log_interval, step):
-            return {}
+        row = self._row_of(online, out, batch) if self.schedule.due(self.schedule.log_interval, step) else {}
+        self._torn = False
+        return row
+
+    def _sample(self, online: OnlinePhase | None) -> TensorDictBase:
+        return self.buffer.sample() if online is None else online.sample()
+
+    def _row_of(
+        self, online: OnlinePhase | None, out: TensorDictBase | None, batch: TensorDictBase | None
+    ) -> dict[str, Any]:
         self.update.check_finite()
-        numbers: dict[str, torch.Tensor] = {} if out is None else dict(out.items())
-        if batch is not None and self.update.learner.diagnostics is not None:
+        if out is None or batch is None:  # a step without an update (utd, warm-up) is looked at all the same
+            with torch.no_grad(), generators_set_aside():
+                batch = self._sample(online)
+                out = self.update.learner.loss(batch)
+        numbers: dict[str, torch.Tensor] = dict(out.items())
+        if self.update.learner.diagnostics is not None:
             numbers |= self.update.learner.diagnostics(batch)
         row = {f"train/{name}": float(value) for name, value in numbers.items()}
         if online is not None:
             row |= online.metrics(batch)
-        self._check_alarms(step, row)
+        for name, value in row.items():
+            if not math.isfinite(value):
+                raise NonFiniteLossError(f"{name} became NaN or infinite at step {self.step}")
+        self._check_alarms(self.step, row)
         return row
 
     def _check_alarms(self, step: int, row: Mapping[str, float]) -> None:
@@ -237,12 +269,13 @@ class Trainer:
         if row and self.metrics is not None:
             phase = "online" if self.schedule.is_online(step) else "offline"
             self.metrics.write({"step": step, "phase": phase, **row, **self._seconds()})
-        self._scored = row.get(self.score) if self.score is not None else None
-        best = self._scored is not None and (self._best is None or self._scored >= self._best)
+        score = row.get(self.score) if self.score is not None else None
+        best = score is not None and (self._best is None or score >= self._best)
         if best:
-            self._best = self._scored
+            self._best = score
         if best or self._save_at_episode_end or self.schedule.due(self.schedule.save_interval, step):
             self._row = None
+            self._scored = self._scored if score is None else score
             self._save_when_restorable()
 
     def _seconds(self) -> dict[str, float]:
@@ -274,26 +307,20 @@ class Trainer:
         if self.validation is None:
             return {}
         # Its own random stream: a run with evaluations ends with the same weights as one without.
-        state = torch.random.get_rng_state()
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
-        try:
-            with torch.no_grad():
-                torch.manual_seed(0)
-                losses: TensorDictBase = self.update.learner.loss(self.validation.sample())
-        finally:
-            torch.random.set_rng_state(state)
-            if cuda is not None:
-                torch.cuda.set_rng_state_all(cuda)
+        with torch.no_grad(), generators_set_aside(seed=0):
+            losses: TensorDictBase = self.update.learner.loss(self.validation.sample())
         return {f"val/{name}": float(losses[name]) for name in self.update.learner.loss_names}
 
     def save(self) -> Path:
         """Write a checkpoint of the current step.
 
         Raises:
-            NonFiniteLossError: if a loss was not finite; nothing is written then.
+            NonFiniteLossError: if a loss or a weight was not finite; nothing is written then.
             CheckpointNotWritten: on a full disk; the older checkpoints stay whole.
         """
         self.update.check_finite()
+        if not self.update.is_finite():  # a finite loss may have had a gradient that was not
+            raise NonFiniteLossError(f"the weights became NaN or infinite at step {self.step}")
         if self.metrics is not None:
             self.metrics.sync()
         state = {
@@ -311,6 +338,7 @@ class Trainer:
         }
         path = save_checkpoint(self.checkpoints, self.step, state, identity=self.identity, score=self._scored)
         self._saved_step = self.step
+        self._scored = None
         return path
 
     @property

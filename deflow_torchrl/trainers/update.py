@@ -99,7 +99,12 @@ class UpdateStep:
             return
         steps = {name: step for name, step in zip(self._names, self._first_bad.tolist(), strict=True) if step >= 0}
         name = min(steps, key=lambda key: steps[key])
-        raise NonFiniteLossError(f"{name} became NaN or infinite at step {steps[name]}")
+        raise NonFiniteLossError(f"{name} became NaN or infinite at gradient step {steps[name]}")
+
+    def is_finite(self) -> bool:
+        """Whether every parameter is finite; makes the host wait for an accelerator."""
+        parameters = [parameter.detach() for parameter in self.learner.loss.parameters()]
+        return bool(torch.stack([parameter.isfinite().all() for parameter in parameters]).all())
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs to go on as if it had not stopped: step, networks, targets, optimiser."""

@@ -360,10 +360,10 @@ def test_a_resumed_bank_is_bit_for_bit_the_one_that_went_on(make_buffer, tmp_pat
     torch.save(straight.state_dict(), tmp_path / "online.pt")
     buffer = make_buffer()
     resumed = BaseActionBank(ring(), buffer, num_actions=3)
+    for number in range(3):  # a run restores its buffer first, offline rows that were overwritten included
+        buffer.extend(transitions(2, seed=number))
     resumed.load(tmp_path / "bank.pt")
     resumed.load_state_dict(torch.load(tmp_path / "online.pt", weights_only=True))
-    for number in range(3):
-        buffer.extend(transitions(2, seed=number))
     for number in range(3, 9):
         straight.extend(straight_buffer.extend(transitions(2, seed=number)))
         resumed.extend(buffer.extend(transitions(2, seed=number)))

@@ -3,6 +3,8 @@ import json
 import os
 import pickle
 import random
+import shlex
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -156,6 +158,51 @@ def test_a_file_the_system_refuses_to_extend_costs_that_checkpoint_only(tmp_path
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
+
+
+ON_A_SMALL_DISK = """
+import pathlib, sys, torch
+from deflow_torchrl.errors import CheckpointNotWritten
+from deflow_torchrl.trainers import MetricsLog
+from deflow_torchrl.trainers.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint, step_of
+folder = pathlib.Path(sys.argv[1])
+log = MetricsLog(folder)
+state = {"values": torch.zeros(50_000)}  # 200 kB: a disk of 1 MB holds three and a fourth in writing
+written, failed, unwritten = [], [], 0
+for step in range(1, 8):
+    if step == 5:
+        (folder / "ballast").unlink()
+    log.write({"step": step, "phase": "offline"})
+    try:
+        log.sync()
+        save_checkpoint(folder / "checkpoints", step, state)
+        written.append(step)
+    except CheckpointNotWritten as error:
+        assert "No space left on device" in str(error), error
+        failed.append(step)
+    if step == 2:
+        with (folder / "ballast").open("wb", buffering=0) as file:
+            try:
+                while file.write(b"x" * 1000):
+                    pass
+            except OSError:
+                pass
+    assert [step_of(path) for path in list_checkpoints(folder / "checkpoints")] == written[-3:]
+    assert all(load_checkpoint(path)["values"].sum() == 0 for path in list_checkpoints(folder / "checkpoints"))
+    assert not list((folder / "checkpoints").glob(".*"))
+assert failed == [3, 4], failed
+assert [row["step"] for row in MetricsLog(folder).rows] == list(range(1, 8))
+"""
+
+
+def test_a_full_disk_costs_the_checkpoints_it_had_no_room_for_and_no_row_of_metrics(tmp_path):
+    mount = f"mount -t tmpfs -o size=1m tmpfs {shlex.quote(str(tmp_path))}"
+    inside = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    if shutil.which("unshare") is None or subprocess.run([*inside, mount], check=False, capture_output=True).returncode:
+        pytest.skip("a small disk of one's own needs Linux with user namespaces")
+    script = shlex.join([sys.executable, "-c", ON_A_SMALL_DISK, str(tmp_path)])
+    done = subprocess.run([*inside, f"{mount} && {script}"], check=False, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 def test_what_a_killed_process_left_half_written_is_no_checkpoint_and_goes_with_the_next(tmp_path):

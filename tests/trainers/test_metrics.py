@@ -3,6 +3,7 @@ import json
 
 import pytest
 
+from deflow_torchrl.errors import CheckpointNotWritten
 from deflow_torchrl.trainers import MetricsLog
 
 
@@ -70,6 +71,83 @@ def test_wandb_without_a_key_logs_offline_and_says_so(tmp_path, monkeypatch, cap
     logger.experiment.finish()
     assert "wandb has no key: logging offline" in capsys.readouterr().err
     assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_rows_that_could_not_be_written_come_with_the_next_one(tmp_path, monkeypatch, caplog):
+    log = MetricsLog(tmp_path)
+    log.write({"step": 1, "phase": "x"})
+    with monkeypatch.context() as patch:
+
+        def append_half(row):
+            with log.jsonl.open("a") as file:
+                file.write('{"step": 2, "ph')
+            raise OSError(28, "No space left on device")
+
+        patch.setattr(log, "_append", append_half)
+        patch.setattr(log, "_write_csv", lambda: append_half(None))
+        for step in (2, 3):
+            log.write({"step": step, "phase": "x"})
+        with pytest.raises(CheckpointNotWritten, match=r"metrics.jsonl was not written \(No space"):
+            log.sync()
+    assert caplog.text.count("No space left on device") == 1
+    log.write({"step": 4, "phase": "x", "train/a": 0.5})
+    rows, table = read(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert [row["step"] for row in table] == ["1", "2", "3", "4"]
+    log.sync()
+
+
+def test_a_resumed_tensorboard_hides_the_numbers_that_are_written_again(tmp_path):
+    pytest.importorskip("tensorboard", reason="needs the extra tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from deflow_torchrl.trainers.loggers import logger_state, make_logger
+
+    state = None
+    for resume_step, steps in ((None, (1, 2, 3, 4)), (2, (3, 4, 5))):
+        logger = make_logger("tensorboard", tmp_path, state=state, step=resume_step)
+        for step in steps:
+            logger.log_scalar("train/a", step / 2 + (0 if resume_step is None else 10), step)
+        state = logger_state("tensorboard", logger)
+        logger.experiment.close()
+    (folder,) = {path.parent for path in (tmp_path / "tensorboard").rglob("events*")}
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/a")] == [
+        (1, 0.5), (2, 1.0), (3, 11.5), (4, 12.0), (5, 12.5),
+    ]  # fmt: skip
+
+
+def test_a_resumed_wandb_goes_on_in_the_same_run(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="needs the extra wandb")
+    from deflow_torchrl.trainers import loggers
+    from deflow_torchrl.trainers.loggers import logger_state, make_logger
+
+    for variable in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(loggers, "_wandb_has_key", lambda: False)
+    state = None
+    for step in (None, 3):
+        logger = make_logger("wandb", tmp_path, state=state, step=step)
+        again, state = state, logger_state("wandb", logger)
+        logger.experiment.finish()
+    assert again == state
+    folders = list((tmp_path / "wandb").glob("offline-run-*"))
+    assert {folder.name.rpartition("-")[2] for folder in folders} == {state["id"]}
+    assert make_logger("none", tmp_path, state=state) is None
+
+
+def test_a_resumed_mlflow_goes_on_in_the_same_run(tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow", reason="needs the extra mlflow")
+    from deflow_torchrl.trainers.loggers import logger_state, make_logger
+
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    state = None
+    for step in (None, 3):
+        logger = make_logger("mlflow", tmp_path, state=state, step=step)
+        again, state = state, logger_state("mlflow", logger)
+        mlflow.end_run()
+    assert again == state
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])

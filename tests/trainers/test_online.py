@@ -10,6 +10,7 @@ import torch
 from deflow_torchrl.algorithms import DeFlowConfig, get_algorithm
 from deflow_torchrl.algorithms.base import ProblemSpec
 from deflow_torchrl.data import BaseActionBank, OfflineOnlineReplayBuffer, TransitionDataset
+from deflow_torchrl.errors import NonFiniteLossError
 from deflow_torchrl.trainers import (
     Evaluator,
     MetricsLog,
@@ -173,3 +174,51 @@ def test_evaluations_do_not_change_an_online_run(tmp_path, pendulum):
     assert sum("eval/return" in row for row in often.metrics.rows) == 6
     assert_equal(weights(often), weights(plain))
     assert_equal(often.buffer[:].to_dict(), plain.buffer[:].to_dict())
+
+
+def test_a_step_that_fails_half_way_is_never_saved_as_a_step(tmp_path, pendulum):
+    trainer = make_trainer(tmp_path, pendulum, utd=2.0)
+    update, calls = trainer.update.optimizer.step, []
+
+    def failing():
+        calls.append(trainer.step)
+        if calls.count(OFFLINE + 2) == 2:  # the second update of the third online step
+            raise RuntimeError("out of memory")
+        update()
+
+    trainer.update.optimizer.step = failing
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer.run()
+    (*_, last) = list_checkpoints(tmp_path / "checkpoints")
+    assert step_of(last) == OFFLINE  # the boundary; nothing of the steps after it, the last of which is torn
+
+
+def test_steps_without_an_update_are_logged_and_logging_changes_nothing(tmp_path, pendulum):
+    options = {"utd": 0.5, "warmup_steps": 1}
+    often = make_trainer(tmp_path / "often", pendulum, log_interval=1, **options)
+    often.run()
+    rows = [row for row in often.metrics.rows if row["phase"] == "online"]
+    assert len(rows) == ONLINE
+    assert all({"train/loss_qvalue", "train/q_refined", "train/online_share"} <= set(row) for row in rows)
+    seldom = make_trainer(tmp_path / "seldom", pendulum, log_interval=100, **options)
+    seldom.run()
+    assert_equal(weights(often), weights(seldom))
+
+
+def test_rewards_are_shifted_as_the_datas_were_before_they_are_stored(tmp_path, pendulum):
+    stored = []
+    for shift in (0.0, -1.0):
+        trainer = make_trainer(tmp_path / f"{shift}", pendulum)
+        trainer.online._reward_shift = shift
+        trainer.run()
+        stored.append(trainer.buffer[len(pendulum) :]["next", "reward"][0])
+    assert_equal(stored[1], stored[0] - 1.0)
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, pendulum):
+    trainer = make_trainer(tmp_path, pendulum, online=0)
+    with torch.no_grad():
+        next(trainer.update.learner.loss.parameters()).fill_(float("nan"))
+    with pytest.raises(NonFiniteLossError, match="weights"):
+        trainer.save()
+    assert not list_checkpoints(tmp_path / "checkpoints")

@@ -166,7 +166,7 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_
             return batch
 
     trainer = make_trainer(tmp_path, buffer=Poisoned(buffer, 7))
-    with pytest.raises(NonFiniteLossError, match="loss_qvalue became NaN or infinite at step 7"):
+    with pytest.raises(NonFiniteLossError, match="loss_qvalue became NaN or infinite at gradient step 7"):
         trainer.run()
     (checkpoint,) = list_checkpoints(tmp_path / "checkpoints")
     assert checkpoint.name == "step_000000004.pt"

@@ -59,7 +59,7 @@ def test_a_non_finite_loss_names_the_term_and_the_step(key, term):
     update(make_batch())
     bad = make_batch()
     bad[key][0] = float("nan")
-    with pytest.raises(NonFiniteLossError, match=rf"{term} became NaN or infinite at step 2"):
+    with pytest.raises(NonFiniteLossError, match=rf"{term} became NaN or infinite at gradient step 2"):
         update(bad)
     with pytest.raises(NonFiniteLossError, match="step 2"):
         update.check_finite()
@@ -190,7 +190,7 @@ def test_after_freezing_a_non_finite_loss_names_the_right_term():
     update.freeze_prior()
     bad = make_batch()
     bad["next", "reward"][0] = float("nan")
-    with pytest.raises(NonFiniteLossError, match="loss_qvalue became NaN or infinite at step 1"):
+    with pytest.raises(NonFiniteLossError, match="loss_qvalue became NaN or infinite at gradient step 1"):
         update(bad)
 
 

@@ -63,9 +63,11 @@ def test_a_run_that_logs_every_step_ends_with_the_weights_of_one_that_never_does
         buffer.extend(draw())
         torch.manual_seed(5)
         schedule = TrainerSchedule(offline_steps=8, log_interval=interval, eval_interval=0, save_interval=0)
-        metrics = MetricsLog(tmp_path / str(interval))
+        folder = tmp_path / str(interval)
+        folder.mkdir()
+        metrics = MetricsLog(folder)
         Trainer(
-            update, buffer, schedule=schedule, checkpoints=tmp_path / str(interval), metrics=metrics,
+            update, buffer, schedule=schedule, checkpoints=folder, metrics=metrics,
             alarms=Alarms(gamma=0.9, reward_bound=1.0), show_progress=False,
         ).run()  # fmt: skip
         assert len(metrics.rows) == (8 if interval else 1)

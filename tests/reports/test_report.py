@@ -29,7 +29,8 @@ def rows():
 
 def write_page(folder, rows, **entries):
     record = build_record(
-        command="deflow train task=x", config={"seed": 0, "algo": {"lr": 1e-3}}, data={"name": "x", "provenance": "official"},
+        commands=["deflow train task=x", "deflow resume x"],
+        config={"seed": 0, "algo": {"lr": 1e-3}}, data={"name": "x", "provenance": "official"},
         metric="success", evaluations={"deflow": EVALUATION}, seconds={"updates": 1.0}, **entries,
     )  # fmt: skip
     figure = plot_learning_curve(rows, folder / "curve.png", title="x", final={"deflow": 0.5}, target_divergence=1e-3)
@@ -51,6 +52,7 @@ def test_each_diagnostic_has_a_panel_and_a_sentence_in_the_one_file(tmp_path, ro
     assert page.count("<img") == 1 + len(shown)
     assert not re.search(r"(src|href)=\"(?!data:)", page), "nothing is loaded from anywhere"
     assert "No alarms." in page
+    assert "<pre>deflow train task=x\ndeflow resume x</pre>" in page
     assert re.search(r"worker restarts</th><td class=\"number\">0<", page)
     assert re.search(r"faults</th><td class=\"number\">1<", page)
 

@@ -492,14 +492,14 @@ class UnionStorage(Storage):
         Raises:
             InputError: naming what differs.
         """
-        for name, own in self._reference().items():
-            if name == "online_capacity" and state["written"] <= min(state[name], own):
-                continue  # nothing was overwritten: the rows lie where they would have in a zone of this size
-            if state.get(name) != own:
-                raise InputError(f"the state is of another buffer: {name} is {state.get(name)} there, {own} here")
         written, discarded = state.get("written"), state.get("discarded")
         if not isinstance(written, int) or written < 0 or not isinstance(discarded, torch.Tensor):
             raise InputError("the state is damaged: it does not say how many transitions were written or discarded")
+        for name, own in self._reference().items():
+            if name == "online_capacity" and written <= min(state.get(name, 0), own):
+                continue  # nothing was overwritten: the rows lie where they would have in a zone of this size
+            if state.get(name) != own:
+                raise InputError(f"the state is of another buffer: {name} is {state.get(name)} there, {own} here")
         held = min(written, self.slots)
         columns = tuple(state["online"][name] for name in NAMES)
         check_schema(columns, self.schema, source="the state")

@@ -714,7 +714,7 @@ def other_buffers():
     return {
         "offline": make(changed),
         "offline, other rows": make(DATASET[:11]),
-        "online_capacity": make(online_capacity=6),
+        "online_capacity": make(online_capacity=2),  # less than was written
         "overwrite": make(overwrite="fifo"),
         "schema": make(wider),
     }
@@ -728,6 +728,17 @@ def test_a_state_of_another_buffer_is_refused_and_nothing_is_loaded(what):
     with pytest.raises(InputError, match=f"the state is of another buffer: {what.partition(',')[0]} is"):
         other.load_state_dict(buffer.state_dict())
     assert other.num_online == 0
+
+
+def test_a_state_fits_a_larger_zone_while_nothing_was_overwritten():
+    buffer = make(online_capacity=4)
+    buffer.extend(online(3))
+    larger = make(online_capacity=9)
+    larger.load_state_dict(buffer.state_dict())
+    assert same(larger[:], buffer[:])
+    buffer.extend(online(3))
+    with pytest.raises(InputError, match="online_capacity is 4 there, 9 here"):
+        make(online_capacity=9).load_state_dict(buffer.state_dict())
 
 
 def test_the_same_transitions_kept_elsewhere_are_the_same_offline_set(tmp_path):

@@ -313,6 +313,7 @@ def test_the_base_actions_of_s_and_its_successor_are_independent_draws():
     assert not torch.isclose(base, following).all(-1).any()
 
 
+@pytest.mark.slow
 def test_compiled_equals_eager_with_given_base_actions():
     batches = [with_base_actions(make_actor(), make_batch(16)) for _ in range(3)]
     results = []

@@ -17,6 +17,7 @@ import math
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -218,6 +219,7 @@ def main() -> None:
     verb.add_argument("--runs", type=Path, default=Path("runs/offline_to_online"))
     verb.add_argument("--out", type=Path, default=Path("benchmarks/results/offline_to_online"))
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))  # a polite kill ends the runs too: each saves and can go on
     {"run": run, "render": render}[arguments.verb](arguments)
 
 

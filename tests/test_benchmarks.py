@@ -53,6 +53,29 @@ def test_a_full_disk_is_said_before_anything_is_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_collectors_are_compared_in_turns():
+    pytest.importorskip("gymnasium", reason="needs the extra ogbench")
+    tiny = (
+        "--task gym:Pendulum-v1 --workers 1 --chunks 1 4 --steps 8 --rounds 2 --hidden-dims 8 --batch-size 8 --rows 20"
+    )
+    script = SCRIPT.with_name("collectors.py")
+    result = subprocess.run(
+        [sys.executable, str(script), *tiny.split(), "--json"], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    arms = json.loads(result.stdout.splitlines()[-1])["arms"]
+    assert [(arm["collector"], arm["workers"], arm["steps_per_collection"]) for arm in arms] == [
+        ("Collector", 0, 1),
+        ("Collector", 0, 4),
+        ("MultiSyncCollector", 1, 1),
+        ("MultiSyncCollector", 1, 4),
+    ]
+    for arm in arms:
+        assert len(arm["steps_per_second_all"]) == 2
+        assert min(arm["steps_per_second_all"]) > 0
+        assert all(0 <= share < 1 for share in arm["waiting_share_all"])
+
+
 @pytest.mark.slow
 def test_an_interrupted_measurement_leaves_nothing(tmp_path):
     process = subprocess.Popen(

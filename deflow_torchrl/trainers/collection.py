@@ -160,6 +160,12 @@ class OnlineExperience:
         self._source: LocalSource | ProcessSource | None = None
         make_gym_env(task).close()  # a name that cannot be used is refused here
 
+    def __enter__(self) -> OnlineExperience:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
     # The acting side.
 
     def _start(self) -> LocalSource | ProcessSource:
@@ -237,22 +243,22 @@ class OnlineExperience:
         """Keep the simulators' records up with a chunk they have collected.
 
         Raises:
-            RestoreError: if an episode was not restored as it was recorded.
+            RestoreError: if an episode was not restored as it was recorded; the records are left as they were.
         """
         chunk = chunk.select(*_COLLECTED)
-        done = chunk["next", "done"].flatten().tolist()
-        episodes = chunk["episode"].flatten().tolist()
-        for row, episode in enumerate(episodes):
-            simulator = self._simulators[row % len(self._simulators)]
+        for row, simulator in enumerate(self._simulators):
             if simulator.observation is not None and not torch.equal(simulator.observation, chunk["observation"][row]):
                 from deflow_torchrl.envs.online import decode_cause
 
                 cause = decode_cause(chunk["next", "cause"][row])
                 raise RestoreError(
-                    f"episode {episode} of {self.task} was not restored exactly: after a replay of its "
+                    f"episode {simulator.episode} of {self.task} was not restored exactly: after a replay of its "
                     f"{len(simulator.actions)} actions the observation differs from the recorded one"
                     f"{f' ({cause})' if cause else ''}; resume from a checkpoint at an episode's end"
                 )
+        episodes, done = chunk["episode"].flatten().tolist(), chunk["next", "done"].flatten().tolist()
+        for row, episode in enumerate(episodes):
+            simulator = self._simulators[row % len(self._simulators)]
             simulator.episode = episode
             if done[row]:
                 simulator.end(len(self._simulators))

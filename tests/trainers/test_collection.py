@@ -3,7 +3,10 @@ import logging
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -348,23 +351,21 @@ def test_workers_act_with_weights_of_a_fixed_age_and_leave_nothing_behind(by_two
     assert [outcome.fault for outcome in outcomes] == [bool(row["next", "fault"]) for row in rows[:60]]
 
 
-@pytest.mark.parametrize("saved_at", [11, 24])
-def test_workers_are_restored_bit_for_bit_with_what_they_had_collected(by_two_workers, saved_at):
+def test_workers_are_restored_bit_for_bit_with_what_they_had_collected(by_two_workers):
     expected, outcomes, counters = by_two_workers
-    rows = Rows()
-    first = make(rows, **TWO)
-    done = act(first, saved_at)
-    state = through_a_file(first.state_dict())
-    assert state["ahead"] is not None
-    first.close()
-    second = make(rows, policy=first.policy, **TWO)
-    second.load_state_dict(state)
-    done += act(second, 60 - saved_at, first=saved_at)
-    second.close()
+    rows, policy, done, state = Rows(), make_policy(), [], None
+    for stop in (11, 24, 60):  # within a chunk, and between two
+        experience = make(rows, policy=policy, **TWO)
+        if state is not None:
+            experience.load_state_dict(state)
+        done += act(experience, stop - len(done), first=len(done))
+        state = through_a_file(experience.state_dict())
+        assert state["ahead"] is not None
+        experience.close()
     assert_same(rows.rows, expected.rows)
     assert rows.discarded == expected.discarded
     assert done == outcomes
-    assert second.counters == counters
+    assert experience.counters == counters
     assert processes() == []
 
 
@@ -403,3 +404,53 @@ def test_workers_that_die_again_and_again_stop_the_run(monkeypatch):
     assert experience.counters["worker_restarts"] == 1
     experience.close()
     assert processes() == []
+
+
+SCRIPT = """
+import multiprocessing, sys, time
+import torch
+from deflow_torchrl.trainers import OnlineExperience
+from tests.trainers.test_collection import POINT, make_policy
+
+if __name__ == "__main__":
+    experience = OnlineExperience(
+        POINT, make_policy(), seed=0, add=lambda transition: torch.tensor([0]), discard=print, workers=1
+    )
+    experience.step()
+    print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+    if sys.argv[1] == "wait":
+        time.sleep(600)
+    raise RuntimeError("and nothing was closed")
+"""
+
+
+@pytest.mark.parametrize("end", ["wait", "raise"])
+def test_workers_end_with_their_parent(tmp_path, end):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    process = subprocess.Popen(
+        [sys.executable, str(script), end], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=Path(__file__).parents[2], env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )  # fmt: skip
+    try:
+        (child,) = map(int, process.stdout.readline().split())
+        if end == "wait":
+            process.kill()
+        _, said = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    if end == "raise":
+        assert process.returncode == 1
+        assert said.endswith("RuntimeError: and nothing was closed\n")
+    deadline = time.monotonic() + 60
+    while _alive(child) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not _alive(child)
+
+
+def _alive(pid):
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+    return status.rpartition(")")[2].split()[0] != "Z"  # an orphan's remains wait for whoever inherits them

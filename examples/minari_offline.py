@@ -60,9 +60,10 @@ def main() -> float:
 
     flow = FlowMatchingPolicy(make_velocity_network(*sizes), sizes[1], out_keys=["base_action"])
     actor = DeFlowActor(flow, RefinementPolicy(make_refinement_network(*sizes), sizes[1], low=-1.0, high=1.0))
-    loss = DeFlowLoss(actor, make_qvalue_networks(*sizes), target_divergence=0.06)
+    # The paper's alpha starts at e; a run this short would be over before alpha lets the refinement use its delta.
+    loss = DeFlowLoss(actor, make_qvalue_networks(*sizes), target_divergence=0.06, log_alpha_init=-3.0)
     loss.make_value_estimator(ValueEstimators.TD0, gamma=0.98)
-    target_updater = SoftUpdate(loss, tau=0.01)
+    target_updater = SoftUpdate(loss, tau=0.02)
     optimizer = torch.optim.Adam(loss.parameters(), lr=1e-3)
 
     for step in range(1, arguments.steps + 1):

@@ -27,8 +27,8 @@ DATASET, TASK = "pointmaze-medium-navigate-v0", "pointmaze-medium-navigate-singl
 def main() -> tuple[float, float]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--episodes", type=int, default=20, help="generated episodes, and as many evaluated")
-    parser.add_argument("--offline-steps", type=int, default=3_000, help="gradient steps on the data")
-    parser.add_argument("--online-steps", type=int, default=6_000, help="environment steps, with a gradient step each")
+    parser.add_argument("--offline-steps", type=int, default=2_000, help="gradient steps on the data")
+    parser.add_argument("--online-steps", type=int, default=4_000, help="environment steps, with a gradient step each")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
@@ -41,9 +41,10 @@ def main() -> tuple[float, float]:
     sizes = (buffer[0]["observation"].shape[-1], buffer[0]["action"].shape[-1], [256, 256])
     flow = FlowMatchingPolicy(make_velocity_network(*sizes), sizes[1], out_keys=["base_action"])
     actor = DeFlowActor(flow, RefinementPolicy(make_refinement_network(*sizes), sizes[1], low=-1.0, high=1.0))
-    loss = DeFlowLoss(actor, make_qvalue_networks(*sizes), target_divergence=0.05)
+    # The paper's alpha starts at e; a run this short would be over before alpha lets the refinement use its delta.
+    loss = DeFlowLoss(actor, make_qvalue_networks(*sizes), target_divergence=0.05, log_alpha_init=-3.0)
     loss.make_value_estimator(ValueEstimators.TD0, gamma=0.99)
-    target_updater = SoftUpdate(loss, tau=0.01)
+    target_updater = SoftUpdate(loss, tau=0.02)
     optimizer = torch.optim.Adam(loss.parameters(), lr=1e-3)
 
     def update() -> None:

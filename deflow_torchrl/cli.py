@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 from deflow_torchrl import __version__
 from deflow_torchrl.errors import (
     CheckpointNotWritten,
+    CollectorError,
     EnvironmentFaultError,
     InputError,
     MissingExtraError,
@@ -84,7 +85,9 @@ def _verb(function: Callable[..., None]) -> Callable[..., None]:
             function(*args, **kwargs)
         except InputError as error:
             _fail(error, EXIT_BAD_INPUT)
-        except (NonFiniteLossError, CheckpointNotWritten, EnvironmentFaultError, RestoreError) as error:
+        except (
+            NonFiniteLossError, CheckpointNotWritten, EnvironmentFaultError, CollectorError, RestoreError,
+        ) as error:  # fmt: skip
             _fail(error, EXIT_FAILED)
         except RunInterrupted as error:
             _fail(error, EXIT_INTERRUPTED)

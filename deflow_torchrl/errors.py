@@ -57,6 +57,10 @@ class EnvironmentFaultError(RuntimeError):
     """Too many episodes failed in the environment: the message names the share, the cause and what to set."""
 
 
+class CollectorError(RuntimeError):
+    """The processes that act died again and again: the message says how."""
+
+
 class RestoreError(RuntimeError):
     """An environment did not come back to its recorded state: the message names the episode."""
 

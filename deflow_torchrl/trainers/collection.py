@@ -29,7 +29,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
 from deflow_torchrl.envs.factory import make_gym_env
-from deflow_torchrl.errors import EnvironmentFaultError, InputError, RestoreError
+from deflow_torchrl.errors import CollectorError, EnvironmentFaultError, InputError, RestoreError
 from deflow_torchrl.trainers.sources import LocalSource, ProcessSource, WorkerDied
 
 _LOG = logging.getLogger(__name__)
@@ -218,7 +218,7 @@ class OnlineExperience:
                 self.close()
                 failed += 1
                 if failed > RESTARTS:
-                    raise RuntimeError(f"the collector's workers died {failed} times in a row: {error}") from error
+                    raise CollectorError(f"the collector's workers died {failed} times in a row: {error}") from error
                 self.counters["worker_restarts"] += 1
                 _LOG.warning("%s; all workers are started anew and collect the chunk again", error)
 
@@ -228,7 +228,7 @@ class OnlineExperience:
 
         envs: list[Callable[[], Any]] = []
         for simulator in self._simulators:
-            if simulator.actions and not self._replayable:
+            if simulator.actions and not self.replayable:
                 _LOG.warning(
                     "%s does not repeat itself: episode %d, %d steps old, cannot be restored and ends here",
                     self.task, simulator.episode, len(simulator.actions),
@@ -335,7 +335,8 @@ class OnlineExperience:
     # Checkpoints.
 
     @cached_property
-    def _replayable(self) -> bool:
+    def replayable(self) -> bool:
+        """Whether the environment repeats itself, so that an episode can be restored anywhere; tried once."""
         from deflow_torchrl.envs.online import is_replayable
 
         return is_replayable(self.task)
@@ -349,7 +350,7 @@ class OnlineExperience:
         short at a resume then, with a warning.
         """
         alone = self.workers == 0 and self.steps_per_collection == 1
-        return not alone or not any(simulator.actions for simulator in self._simulators) or self._replayable
+        return not alone or not any(simulator.actions for simulator in self._simulators) or self.replayable
 
     def state_dict(self) -> dict[str, Any]:
         """Everything another object needs to go on bit for bit: plain numbers, texts and tensors."""

@@ -82,6 +82,11 @@ class OnlinePhase:
         experience = self._make_experience(self._add, self.buffer.discard)
         if self._restored is not None:
             experience.load_state_dict(self._restored["experience"])
+        if not experience.replayable:  # asked now: the simulator may fail later
+            _log.warning(
+                "the environment does not repeat itself: checkpoints fall on the end of an episode, or, with worker processes "
+                "and longer collections, a resume cuts the running episodes short"
+            )
         self._experience = experience
 
     def _fill_bank(self, bank: BaseActionBank) -> None:

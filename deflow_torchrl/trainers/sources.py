@@ -215,7 +215,11 @@ class _OwnGenerator:
         noise = tensordict["noise"]
         seed = hashlib.blake2b(noise.cpu().numpy().tobytes(), digest_size=8).digest()
         with torch.random.fork_rng(devices=[noise.device] if noise.is_cuda else []):
-            torch.manual_seed(int.from_bytes(seed) >> 1)
+            # Not torch.manual_seed, which seeds every device: also those that are not given back.
+            torch.default_generator.manual_seed(int.from_bytes(seed) >> 1)
+            if noise.is_cuda:
+                with torch.cuda.device(noise.device):
+                    torch.cuda.manual_seed(int.from_bytes(seed) >> 1)
             return self.policy(tensordict)
 
 

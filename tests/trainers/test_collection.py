@@ -14,7 +14,7 @@ from tensordict.nn import TensorDictModule
 
 pytest.importorskip("gymnasium", reason="needs the extra ogbench")
 
-from deflow_torchrl.errors import EnvironmentFaultError, InputError, RestoreError
+from deflow_torchrl.errors import CollectorError, EnvironmentFaultError, InputError, RestoreError
 from deflow_torchrl.trainers import OnlineExperience, OnlineStep
 from deflow_torchrl.trainers.sources import LocalSource
 from tests.conftest import make_actor
@@ -399,7 +399,7 @@ def test_workers_that_die_again_and_again_stop_the_run(monkeypatch):
 
     monkeypatch.setattr(collection, "RESTARTS", 1)
     experience = make(Rows(), task=simulator("PointAlwaysExit"), workers=1, steps_per_collection=8)
-    with pytest.raises(RuntimeError, match=r"died 2 times in a row.*exit code 7"):
+    with pytest.raises(CollectorError, match=r"died 2 times in a row.*exit code 7"):
         experience.step()
     assert experience.counters["worker_restarts"] == 1
     experience.close()

@@ -210,6 +210,14 @@ def test_an_environment_that_never_works_stops_the_run(fault):
     experience.close()
 
 
+def test_resets_that_fail_now_and_then_do_not_stop_the_run():
+    experience = make(Rows(), task=simulator("PointSometimesReset"), max_fault_share=0.9)
+    while experience.counters["faults"] < 15:
+        experience.step()
+    assert experience.counters["episodes"] > 30
+    experience.close()
+
+
 def test_rows_given_to_another_transition_are_not_taken_back():
     # A buffer of three rows: of an episode's first four transitions, the first one's row is the fourth's by then.
     taken, discarded = [], []

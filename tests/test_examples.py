@@ -51,7 +51,7 @@ def test_a_frozen_diffusion_policy_is_refined_without_being_called(run, capsys):
     assert found["calls"] == 0
     assert "5 updates" in (out := capsys.readouterr().out)
     assert f"refined {found['refined']:.0f}" in out
-    assert found["refined"] != found["diffusion"]
+    assert found["refined"] != found["diffusion policy"]
 
 
 # minari's DataCollector removes its folder behind tempfile's back, which then says so.

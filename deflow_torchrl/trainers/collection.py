@@ -28,6 +28,7 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
+from deflow_torchrl.data import TRANSITION_KEYS
 from deflow_torchrl.envs.factory import make_gym_env
 from deflow_torchrl.errors import CollectorError, EnvironmentFaultError, InputError, RestoreError
 from deflow_torchrl.trainers.sources import LocalSource, ProcessSource, WorkerDied
@@ -43,16 +44,7 @@ HOPELESS_EPISODES = 10
 RESTARTS = 5
 """As many restarts of the workers in a row without a collected chunk stop the run."""
 
-_TRANSITION = (
-    "observation",
-    "action",
-    ("next", "observation"),
-    ("next", "reward"),
-    ("next", "terminated"),
-    ("next", "truncated"),
-    ("next", "done"),
-)
-_COLLECTED = (*_TRANSITION, "episode", ("next", "success"), ("next", "fault"), ("next", "cause"))
+_COLLECTED = (*TRANSITION_KEYS, "episode", ("next", "success"), ("next", "fault"), ("next", "cause"))
 
 
 @dataclass(frozen=True)
@@ -293,7 +285,7 @@ class OnlineExperience:
         if row["next", "fault"].item():
             return self._drop(episode, row)
         self._hopeless = 0
-        for index in self._add(row.select(*_TRANSITION)).tolist():
+        for index in self._add(row.select(*TRANSITION_KEYS)).tolist():
             for other in self._episodes:  # a full buffer gives an old transition's row to a new one
                 other.rows.pop(index, None)
             episode.rows[index] = None

@@ -34,14 +34,15 @@ TASK = "cube-single-play-singletask-task2-v0"
 EPISODES, VAL_EPISODES = 100, 4
 # A quarter of an hour to half an hour a run on one core: small networks, a large learning rate, fast targets.
 SETTINGS = {
-    "offline_steps": 5_000,
-    "online_steps": 15_000,
-    "batch_size": 128,
-    "hidden_dims": "[256,256]",
+    "offline_steps": 2_000,
+    "online_steps": 10_000,
+    "batch_size": 256,
+    "hidden_dims": "[256,256,256]",
     "log_interval": 500,
-    "eval_interval": 5_000,
+    "eval_interval": 2_000,
     "eval_episodes": 50,
-    "save_interval": 2_500,
+    "save_interval": 2_000,
+    "mixing": "balanced",
     "algo.lr": 1e-3,
     "algo.tau": 0.02,
     "algo.gamma": 0.98,

@@ -15,7 +15,6 @@ import argparse
 import json
 import math
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -51,8 +50,9 @@ SETTINGS = {
 PRIORS = {"full": "false", "frozen": "true"}
 
 
-def settings_of(prior: str, seed: int, root: str, out: Path | str) -> list[str]:
+def settings_of(prior: str, seed: int, root: str, out: Path, others: list[str]) -> list[str]:
     pairs = {"task": TASK, "data_root": root, **SETTINGS, "freeze_prior": PRIORS[prior], "seed": seed, "out": out}
+    pairs |= dict(pair.split("=", 1) for pair in others)
     return [f"{name}={value}" for name, value in pairs.items()]
 
 
@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> None:
         while waiting or running:
             while waiting and len(running) < arguments.jobs:
                 cell = waiting.pop(0)
-                running[start(arguments.out, *cell, str(root), threads)] = cell
+                running[start(arguments, *cell, str(root), threads)] = cell
             time.sleep(1)
             for process in [process for process in running if process.poll() is not None]:
                 prior, seed = running.pop(process)
@@ -94,13 +94,16 @@ def folder(out: Path, prior: str, seed: int) -> Path:
     return out / f"{prior}-seed{seed}"
 
 
-def start(out: Path, prior: str, seed: int, root: str, threads: int) -> subprocess.Popen[bytes]:
-    target = folder(out, prior, seed)
+def start(
+    arguments: argparse.Namespace, prior: str, seed: int, root: str, threads: int
+) -> subprocess.Popen[bytes]:
+    target = folder(arguments.out, prior, seed)
     if (target / "config.yaml").is_file():
         verb = ["resume", str(target)]
     else:
-        verb = ["train", *settings_of(prior, seed, root, target), f"threads={threads}", f"eval_workers={threads}"]
-    out.mkdir(parents=True, exist_ok=True)
+        settings = settings_of(prior, seed, root, target, arguments.set)
+        verb = ["train", *settings, f"threads={threads}", f"eval_workers={threads}"]
+    arguments.out.mkdir(parents=True, exist_ok=True)
     with Path(f"{target}.log").open("ab") as log:
         return subprocess.Popen([sys.executable, "-m", "deflow_torchrl.cli", *verb], stdout=log, stderr=log)
 
@@ -167,10 +170,7 @@ def table(records: dict[tuple[str, int], dict[str, Any]]) -> str:
             f"| {rate(after)} | {gain:+.2f} |"
         )
     lines += ["", "![success over steps](curves.png)", "", "Commands:", "", "```bash"]
-    lines += [
-        f"deflow train {shlex.join(settings_of(*cell, 'DATA', f'runs/{cell[0]}-seed{cell[1]}'))}"
-        for cell in sorted(records)
-    ]
+    lines += [records[cell]["command"] for cell in sorted(records)]
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version)
     hardware = record["hardware"]
     return "\n".join(
@@ -214,8 +214,9 @@ def main() -> None:
     verb = verbs.add_parser("run", help="make the runs")
     verb.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     verb.add_argument("--jobs", type=int, default=2, help="runs at a time; the cores are shared out among them")
-    verb.add_argument("--data-root", help="folder of the data; generated where absent")
+    verb.add_argument("--data-root", type=Path, help="folder of the data; generated where absent")
     verb.add_argument("--out", type=Path, default=Path("runs/offline_to_online"))
+    verb.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of other runs than the stored ones")
     verb = verbs.add_parser("render", help="table and curves of the finished runs")
     verb.add_argument("--runs", type=Path, default=Path("runs/offline_to_online"))
     verb.add_argument("--out", type=Path, default=Path("benchmarks/results/offline_to_online"))

@@ -72,7 +72,11 @@ class Children:
         self.log = log
 
     def __enter__(self) -> Children:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
+            "CHILDREN_OF": str(self.log),  # what descends from here is known by it
+        }
         self._server = subprocess.Popen(
             [sys.executable, "-m", "tests.killable", str(self.log)],
             stdin=subprocess.PIPE,
@@ -82,6 +86,7 @@ class Children:
             env=environment,
         )
         assert self._server.stdout.readline() == "ready\n"
+        self.number = self._server.pid
         return self
 
     def __exit__(self, *exception: object) -> None:

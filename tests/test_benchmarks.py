@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -112,3 +113,31 @@ def test_the_union_buffer_is_timed_against_torchrls_storages(mode, tmp_path):
     for name in ("memory", "files"):
         assert measured[name]["ms"] > 0
         assert measured[name]["ratio"] == pytest.approx(measured[name]["ms"] / measured[name]["torchrl_ms"])
+
+
+def test_the_offline_to_online_runs_are_made_once_and_rendered_without_places(generated, tmp_path):
+    script, runs, kept = SCRIPT.with_name("offline_to_online.py"), tmp_path / "runs", tmp_path / "kept"
+    tiny = "offline_steps=6 online_steps=4 batch_size=4 hidden_dims=[8] eval_interval=5 eval_episodes=1 save_interval=5"
+
+    def call(*arguments):
+        command = [sys.executable, str(script), *map(str, arguments)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    make = ("run", "--seeds", 3, "--data-root", generated, "--out", runs, "--set", *tiny.split())
+    call(*make)
+    records = {path: path.read_bytes() for path in runs.glob("*/record.json")}
+    assert sorted(path.parent.name for path in records) == ["frozen-seed3", "full-seed3"]
+    call(*make)
+    assert all(path.read_bytes() == content for path, content in records.items())
+
+    page = call("render", "--runs", runs, "--out", kept)
+    assert re.search(r"\| frozen \| 3 \| 6 \| 4 \| (0|1).00 \+- 0.00 \| (0|1).00 \+- 0.00 \| [+-]\d.00 \|", page)
+    assert "deflow train task=cube-single-play-singletask-task2-v0 data_root=DATA offline_steps=6 online_steps=4" in page
+    assert (kept / "curves.png").stat().st_size > 10_000
+    for path in kept.rglob("*.*"):
+        assert str(tmp_path).encode() not in path.read_bytes()
+        assert str(generated).encode() not in path.read_bytes()
+    again = call("render", "--runs", kept, "--out", kept)  # the kept records are enough
+    assert again == page

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,6 +32,7 @@ KINDS = {
     "online": {
         "offline_steps": 0, "online_steps": 120, "warmup_steps": 10, "utd": 0.5, "mixing": "balanced", "online_capacity": 40,
     },
+    "workers": {"offline_steps": 30, "online_steps": 60, "collector_workers": 2, "steps_per_collection": 8},
 }  # fmt: skip
 SLOW = pytest.mark.slow
 _TWENTY = [(kind, 20) for kind in KINDS]
@@ -144,7 +147,29 @@ def test_a_run_killed_at_random_moments_is_bit_for_bit_the_uninterrupted_one(
             finish(children, out, config)
         assert_equal_runs(straight, out)
         trial += 1
-    assert killed == kills
+
+
+@pytest.mark.slow
+def test_no_collecting_process_outlives_a_killed_run_and_the_resumed_run_is_the_uninterrupted_one(children, uninterrupted, tmp_path):
+    config, straight, _ = uninterrupted("workers")
+    out = tmp_path / straight.name
+    assert children.run(out, config, die=("written", 5)) == -signal.SIGKILL
+    deadline = time.monotonic() + 60
+    while of_a_dead_run(children):
+        assert time.monotonic() < deadline, of_a_dead_run(children)
+        time.sleep(0.2)
+    finish(children, out, config)
+    assert_equal_runs(straight, out)
+
+
+def of_a_dead_run(children):
+    """Processes other than the server with its name in their environment."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if str(children.log) in (folder / "environ").read_text() and int(folder.name) != children.number:
+                found.append(int(folder.name))
+    return found
 
 
 @pytest.mark.parametrize("kind", ["across", *(pytest.param(kind, marks=SLOW) for kind in KINDS if kind != "across")])

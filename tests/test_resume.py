@@ -14,7 +14,7 @@ pytest.importorskip("hydra", reason="needs the extra cli")
 from deflow_torchrl import cli
 from deflow_torchrl.algorithms.settings import DeFlowConfig
 from deflow_torchrl.config import TrainConfig, apply_overrides, compose_config, config_to_dict
-from deflow_torchrl.errors import CheckpointNotWritten, InputError
+from deflow_torchrl.errors import CheckpointNotWritten, InputError, RunInterrupted
 from deflow_torchrl.experiment import resume, train
 from deflow_torchrl.trainers.checkpoint import list_checkpoints, load_checkpoint, read_header, save_checkpoint, step_of
 from deflow_torchrl.trainers.history import RunHistory
@@ -186,6 +186,24 @@ def test_an_older_checkpoint_is_gone_on_from_exactly_and_the_later_ones_are_give
     assert steps(run) == [6, 9, 12]
     assert rows(run)[:6] == rows(finished)[:6]
     assert rows(run)[6:] != rows(finished)[6:]
+
+
+def test_what_was_given_up_is_not_gone_on_from_if_the_resumed_run_stops_at_once(run, monkeypatch):
+    from deflow_torchrl.trainers import Trainer
+
+    def stop(trainer):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "run", stop)
+        with pytest.raises(RunInterrupted, match="saved at step 9 of 12"):
+            go_on(run, "algo.lr=0.001", force=True, step=9)
+    assert steps(run) == [6, 9]
+    assert [row["step"] for row in rows(run)] == list(range(1, 10))
+    go_on(run)  # what was forced once needs no force again
+    assert steps(run) == [6, 9, 12]
+    settings = [read_header(path)["identity"]["settings"] for path in list_checkpoints(run / "checkpoints")]
+    assert [setting["algo"]["lr"] for setting in settings] == [0.0003, 0.001, 0.001]
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_again_with_the_same_rules(run, finished):

@@ -94,9 +94,7 @@ def folder(out: Path, prior: str, seed: int) -> Path:
     return out / f"{prior}-seed{seed}"
 
 
-def start(
-    arguments: argparse.Namespace, prior: str, seed: int, root: str, threads: int
-) -> subprocess.Popen[bytes]:
+def start(arguments: argparse.Namespace, prior: str, seed: int, root: str, threads: int) -> subprocess.Popen[bytes]:
     target = folder(arguments.out, prior, seed)
     if (target / "config.yaml").is_file():
         verb = ["resume", str(target)]
@@ -216,7 +214,9 @@ def main() -> None:
     verb.add_argument("--jobs", type=int, default=2, help="runs at a time; the cores are shared out among them")
     verb.add_argument("--data-root", type=Path, help="folder of the data; generated where absent")
     verb.add_argument("--out", type=Path, default=Path("runs/offline_to_online"))
-    verb.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of other runs than the stored ones")
+    verb.add_argument(
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of other runs than the stored ones"
+    )
     verb = verbs.add_parser("render", help="table and curves of the finished runs")
     verb.add_argument("--runs", type=Path, default=Path("runs/offline_to_online"))
     verb.add_argument("--out", type=Path, default=Path("benchmarks/results/offline_to_online"))

@@ -8,14 +8,55 @@ a plain ``Linear``; weights are Xavier-uniform and biases zero. Width and depth 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
+from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
+from deflow_torchrl.modules import kernels
+
 PAPER_HIDDEN_DIMS = (512, 512, 512, 512)
+
+
+class MLP(nn.Sequential):
+    """What :func:`make_mlp` builds: the layers in a row, or on a CPU the same function by :mod:`.kernels`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[..., in]`` to ``[..., out]``."""
+        parameters = self.kernel_parameters(x)
+        if parameters is None:
+            return super().forward(x)
+        return kernels.mlp(x, parameters, layer_norm=self.layer_norm)
+
+    @property
+    def layer_norm(self) -> bool:
+        """Whether a LayerNorm follows every activation."""
+        return isinstance(self[2], nn.LayerNorm)
+
+    def kernel_parameters(self, x: Tensor) -> list[Tensor] | None:
+        """The parameters in the order of :func:`.kernels.mlp`, or None where an input has to go through the layers."""
+        if not kernels.usable(x) or self._has_hooks():
+            return None
+        # By attribute: a loss that swaps in plain tensors puts them beside the registered parameters.
+        return [getattr(self._modules[layer], kind) for layer, kind in self._weighted()]
+
+    def ensemble_parameters(self, x: Tensor, params: TensorDictBase) -> list[Tensor] | None:
+        """As :meth:`kernel_parameters`, from a TensorDict of this module's parameters, each with a dimension N in front."""
+        if not kernels.usable(x) or self._has_hooks():
+            return None
+        return [params.get((layer, kind)) for layer, kind in self._weighted()]
+
+    def _weighted(self) -> Iterator[tuple[str, str]]:
+        for name, layer in self._modules.items():
+            if not isinstance(layer, nn.GELU):
+                yield name, "weight"
+                yield name, "bias"
+
+    def _has_hooks(self) -> bool:
+        return any(layer._forward_hooks or layer._forward_pre_hooks for layer in self._modules.values())
 
 
 def make_mlp(in_features: int, out_features: int, hidden_dims: Sequence[int], *, layer_norm: bool) -> nn.Sequential:
@@ -39,9 +80,9 @@ def make_mlp(in_features: int, out_features: int, hidden_dims: Sequence[int], *,
     for fan_in, fan_out in itertools.pairwise(widths[:-1]):
         layers += [_linear(fan_in, fan_out), nn.GELU(approximate="tanh")]
         if layer_norm:
-            layers.append(nn.LayerNorm(fan_out, eps=1e-6))
+            layers.append(nn.LayerNorm(fan_out, eps=kernels.LAYER_NORM_EPS))
     layers.append(_linear(widths[-2], widths[-1]))
-    return nn.Sequential(*layers)
+    return MLP(*layers)
 
 
 class _XavierLinear(nn.Linear):
@@ -70,6 +111,20 @@ class StateActionValue(nn.Module):
     def forward(self, observation: Tensor, action: Tensor) -> Tensor:
         """Return the value ``[..., 1]`` of ``observation [..., O]`` and ``action [..., A]``."""
         return self.mlp(torch.cat([observation, action], -1))
+
+    def ensemble(
+        self, observation: Tensor, action: Tensor, params: TensorDictBase, *, frozen: bool = False
+    ) -> Tensor | None:
+        """Values ``[N, ..., 1]`` of N critics whose parameters ``params`` stacks; None where there is no kernel for them."""
+        if not isinstance(self.mlp, MLP):
+            return None
+        x = torch.cat([observation, action], -1)
+        parameters = self.mlp.ensemble_parameters(x, params.get("mlp"))
+        if parameters is None:
+            return None
+        if frozen:
+            parameters = [parameter.detach() for parameter in parameters]
+        return kernels.mlp(x, parameters, layer_norm=self.mlp.layer_norm)
 
 
 def make_velocity_network(

@@ -157,15 +157,22 @@ def table(records: dict[tuple[str, int], dict[str, Any]]) -> str:
         "episodes from the same starts for every policy, +- one standard error of the rate. What the frozen prior saves in",
         "time is measured by `python benchmarks/throughput.py update --frozen-prior`, not by these runs.",
         "",
-        "| prior | seed | offline steps | online steps | success offline | success after | gain |",
-        "|---|---|---|---|---|---|---|",
+        "The best evaluation says how soon the gain is there; a snapshot of training is noisy, and the end may lie below it.",
+        "",
+        "Success, and in brackets after how many online steps:",
+        "",
+        "| prior | seed | offline steps | success offline | best online | at the end | gain, best | gain, end |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for (prior, seed), record in sorted(records.items(), key=lambda item: (item[0][1], item[0][0])):
-        before, after = outcome(record, offline_steps(record)), outcome(record, total_steps(record))
-        gain = sum(after) / len(after) - sum(before) / len(before)
+        offline, total = offline_steps(record), total_steps(record)
+        online = {note["step"]: outcome(record, note["step"]) for note in record["history"] if note["step"] > offline}
+        best = max(online, key=lambda step: sum(online[step]) / len(online[step]))
+        before = outcome(record, offline)
+        gains = [sum(online[step]) / len(online[step]) - sum(before) / len(before) for step in (best, total)]
         lines.append(
-            f"| {prior} | {seed} | {offline_steps(record)} | {total_steps(record) - offline_steps(record)} | {rate(before)} "
-            f"| {rate(after)} | {gain:+.2f} |"
+            f"| {prior} | {seed} | {offline} | {rate(before)} | {rate(online[best])} ({best - offline}) "
+            f"| {rate(online[total])} ({total - offline}) | {gains[0]:+.2f} | {gains[1]:+.2f} |"
         )
     lines += ["", "![success over steps](curves.png)", "", "Commands:", "", "```bash"]
     lines += [records[cell]["command"] for cell in sorted(records)]

@@ -149,7 +149,7 @@ def test_a_run_killed_at_random_moments_is_bit_for_bit_the_uninterrupted_one(
         trial += 1
 
 
-@pytest.mark.slow
+@SLOW
 def test_no_collecting_process_outlives_a_killed_run_and_the_resumed_run_is_the_uninterrupted_one(
     children, uninterrupted, tmp_path
 ):

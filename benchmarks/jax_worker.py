@@ -20,9 +20,12 @@ def main() -> None:
     arguments = parser.parse_args()
     sys.path.insert(0, arguments.path)
 
-    import jax
-    import numpy as np
-    from agents.deflow import DeFlowAgent, get_config
+    try:
+        import jax
+        import numpy as np
+        from agents.deflow import DeFlowAgent, get_config
+    except ImportError as error:
+        sys.exit(f"{sys.executable} cannot run {arguments.path}: {error}; give one that can with --jax-python")
 
     config = get_config().to_dict()
     config |= {"actor_hidden_dims": tuple(arguments.hidden_dims), "value_hidden_dims": tuple(arguments.hidden_dims)}

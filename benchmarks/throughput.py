@@ -15,7 +15,9 @@ figures of interleaved runs as ratios, never single numbers across machines.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -128,7 +130,7 @@ class JaxAgent:
     def _read(self) -> str:
         line = self._process.stdout.readline()
         if not line:
-            raise SystemExit("the JAX agent could not start: its message is above")
+            raise SystemExit(2)  # the agent has said why
         return line
 
     def __call__(self) -> float:
@@ -227,6 +229,49 @@ def run_roofline(arguments: argparse.Namespace) -> dict[str, object]:
     return {"threads": torch.get_num_threads(), "torch": torch.__version__, "parts": result}
 
 
+def run_gelu(arguments: argparse.Namespace) -> dict[str, object]:
+    rows, width = 2 * arguments.batch_size, arguments.hidden_dims[0]
+    device = torch.device(arguments.device)
+    x, scratch, out = (torch.randn(rows, width, device=device) for _ in range(3))
+    slope, cubic = torch.tensor(2 * math.sqrt(2 / math.pi), device=device), 2 * math.sqrt(2 / math.pi) * 0.044715
+
+    def tanh_form() -> None:
+        torch.addcmul(slope / 2, x, x, value=cubic / 2, out=scratch)
+        torch.addcmul(x, x, scratch.mul_(x).tanh_(), out=out)
+
+    def sigmoid_form() -> None:
+        torch.addcmul(slope, x, x, value=cubic, out=scratch)
+        torch.mul(x, scratch.mul_(x).sigmoid_(), out=out)
+
+    forms: dict[str, Callable[[], object]] = {
+        "torch's gelu(approximate='tanh')": lambda: torch.nn.functional.gelu(x, approximate="tanh"),
+        "x (1 + tanh u), in place": tanh_form,
+        "x sigmoid(2u), in place (the kernels')": sigmoid_form,
+    }
+    if arguments.compile:
+        fused = torch.compile(lambda value: value * torch.sigmoid(slope * value + cubic * value**3))
+        began = time.perf_counter()
+        fused(x)
+        print(f"compiled in {time.perf_counter() - began:.0f} s")
+        forms["x sigmoid(2u), compiled"] = lambda: fused(x)
+
+    def clock(form: Callable[[], object]) -> float:
+        synchronize(device)
+        began = time.perf_counter()
+        form()
+        synchronize(device)
+        return (time.perf_counter() - began) * 1e3
+
+    with torch.no_grad():
+        timed = {name: functools.partial(clock, form) for name, form in forms.items()}
+        times = time_updates(timed, steps=arguments.steps, warmup=arguments.warmup)
+    result: dict[str, object] = {name: statistics.median(milliseconds) for name, milliseconds in times.items()}
+    print(f"[{rows}, {width}], {torch.get_num_threads()} threads, medians of {arguments.steps}, in turns")
+    for name, milliseconds in result.items():
+        print(f"{milliseconds:.3f} ms  {name}")
+    return result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
@@ -242,10 +287,22 @@ def main() -> None:
     )
     verb = verbs.add_parser("roofline", help="floor and time of each part of an update")
     add_sizes(verb)
+    verb = verbs.add_parser(
+        "gelu", help="the activation in several forms, at the shape of a flow sample's hidden layer"
+    )
+    add_sizes(verb)
     arguments = parser.parse_args()
+    if (
+        arguments.verb == "update"
+        and arguments.against_jax
+        and not (arguments.against_jax / "agents/deflow.py").is_file()
+    ):
+        parser.error(
+            f"--against-jax {arguments.against_jax} is no checkout of the authors' repository: no agents/deflow.py"
+        )
     keep_freed_memory()  # as `deflow train` does
     torch.manual_seed(0)
-    result = {"update": run_update, "roofline": run_roofline}[arguments.verb](arguments)
+    result = {"update": run_update, "roofline": run_roofline, "gelu": run_gelu}[arguments.verb](arguments)
     if arguments.json:
         print(json.dumps(result))
 

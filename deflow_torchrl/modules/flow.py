@@ -76,7 +76,7 @@ class FlowMatchingModel(nn.Module):
         """Integrate from ``noise [..., A]`` (drawn if None) to actions ``[..., A]``: x <- x + v(s, x, i/M)/M, i = 0..M-1."""
         x = self.draw_noise(observation) if noise is None else noise
         network = self.velocity_network
-        if isinstance(network, MLP) and not torch.is_grad_enabled():
+        if isinstance(network, MLP) and not network.layer_norm and not torch.is_grad_enabled():
             parameters = network.kernel_parameters(x)
             if parameters is not None:
                 x = kernels.sample_flow(observation, x, parameters, num_steps=self.num_steps)

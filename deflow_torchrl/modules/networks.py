@@ -8,7 +8,7 @@ a plain ``Linear``; weights are Xavier-uniform and biases zero. Width and depth 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from tensordict import TensorDictBase
@@ -22,7 +22,10 @@ PAPER_HIDDEN_DIMS = (512, 512, 512, 512)
 
 
 class MLP(nn.Sequential):
-    """What :func:`make_mlp` builds: the layers in a row, or on a CPU the same function by :mod:`.kernels`."""
+    """What :func:`make_mlp` builds: its layers in a row, or in eager mode on a CPU the same function by :mod:`.kernels`.
+
+    Layers that were replaced, parametrised or hooked are called, always.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., in]`` to ``[..., out]``."""
@@ -36,27 +39,34 @@ class MLP(nn.Sequential):
         """Whether a LayerNorm follows every activation."""
         return isinstance(self[2], nn.LayerNorm)
 
-    def kernel_parameters(self, x: Tensor) -> list[Tensor] | None:
-        """The parameters in the order of :func:`.kernels.mlp`, or None where an input has to go through the layers."""
-        if not kernels.usable(x) or self._has_hooks():
+    def kernel_parameters(self, x: Tensor, stacked: TensorDictBase | None = None) -> list[Tensor] | None:
+        """The parameters in the order of :func:`.kernels.mlp`, or None where ``x`` has to go through the layers.
+
+        Args:
+            x: the input.
+            stacked: parameters of an ensemble of such MLPs, each with a dimension N in front, in the place of this one's.
+        """
+        if not kernels.usable(x) or not self._is_as_built():
             return None
+        weighted = [(name, kind) for name in self._modules for kind in ("weight", "bias") if not self._is_gelu(name)]
+        if stacked is not None:
+            return [stacked.get(entry) for entry in weighted]
         # By attribute: a loss that swaps in plain tensors puts them beside the registered parameters.
-        return [getattr(self._modules[layer], kind) for layer, kind in self._weighted()]
+        return [getattr(self._modules[name], kind) for name, kind in weighted]
 
-    def ensemble_parameters(self, x: Tensor, params: TensorDictBase) -> list[Tensor] | None:
-        """As :meth:`kernel_parameters`, from a TensorDict of this module's parameters, each with a dimension N in front."""
-        if not kernels.usable(x) or self._has_hooks():
-            return None
-        return [params.get((layer, kind)) for layer, kind in self._weighted()]
+    def _is_gelu(self, name: str) -> bool:
+        return isinstance(self._modules[name], nn.GELU)
 
-    def _weighted(self) -> Iterator[tuple[str, str]]:
-        for name, layer in self._modules.items():
-            if not isinstance(layer, nn.GELU):
-                yield name, "weight"
-                yield name, "bias"
-
-    def _has_hooks(self) -> bool:
-        return any(layer._forward_hooks or layer._forward_pre_hooks for layer in self._modules.values())
+    def _is_as_built(self) -> bool:
+        layers = tuple(self._modules.values())
+        kinds = (_XavierLinear, nn.GELU, nn.LayerNorm)[: 3 if self.layer_norm else 2]
+        return len(layers) % len(kinds) == 1 and all(
+            type(layer) is kinds[number % len(kinds)]
+            and not (
+                layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+            )
+            for number, layer in enumerate(layers)
+        )
 
 
 def make_mlp(in_features: int, out_features: int, hidden_dims: Sequence[int], *, layer_norm: bool) -> nn.Sequential:
@@ -119,7 +129,7 @@ class StateActionValue(nn.Module):
         if not isinstance(self.mlp, MLP):
             return None
         x = torch.cat([observation, action], -1)
-        parameters = self.mlp.ensemble_parameters(x, params.get("mlp"))
+        parameters = self.mlp.kernel_parameters(x, params.get("mlp"))
         if parameters is None:
             return None
         if frozen:

@@ -44,8 +44,8 @@ lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(STAMP) ## milliseconds per update at the paper's sizes
-	$(BIN)/python benchmarks/throughput.py update
+bench: $(STAMP) ## how long an update takes: ratios now, against the stored ones
+	$(BIN)/python benchmarks/throughput.py bench
 
 wheelhouse: $(STAMP) ## wheels for a machine without a registry, besides torch: PYTHON=3.12
 	$(BIN)/python .ci/wheelhouse.py --python $(WHEELS_FOR) --extras $(EXTRAS)

@@ -52,7 +52,9 @@ def requirements_of(name: str) -> list[str]:
     try:
         return distribution(name).requires or []
     except PackageNotFoundError:
-        raise SystemExit(f"wheelhouse: {name} is not installed here, so what it needs is unknown; run `make install`") from None
+        raise SystemExit(
+            f"wheelhouse: {name} is not installed here, so what it needs is unknown; run `make install`"
+        ) from None
 
 
 def pinned() -> dict[str, str]:

@@ -4,11 +4,13 @@
     python benchmarks/throughput.py update --frozen-prior
     python benchmarks/throughput.py update --against-jax PATH --jax-python PYTHON
     python benchmarks/throughput.py roofline
+    make bench
 
 With a frozen prior there are three losses, and the base actions come from a bank, whose lookup is part of the time. The full
 update is then timed too, the two in turns. `--plain` adds the update without this package's CPU kernels, `--against-jax` the
 authors' agent at the same sizes: PATH is a checkout of their repository, PYTHON an interpreter that has jax, flax and optax.
-`roofline` counts an update's products, times them alone, and says how far each part is from that. Machines are noisy: compare
+`roofline` counts an update's products, times them alone, and says how far each part is from that; `bench` compares these and
+other ratios with stored ones, for changes to the code. Machines are noisy: compare
 figures of interleaved runs as ratios, never single numbers across machines.
 """
 
@@ -214,7 +216,7 @@ def run_update(arguments: argparse.Namespace) -> dict[str, object]:
     return result
 
 
-def run_roofline(arguments: argparse.Namespace) -> dict[str, object]:
+def measure_parts(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
     update = make_update(arguments)
     products = update_products(
         batch_size=arguments.batch_size,
@@ -223,10 +225,42 @@ def run_roofline(arguments: argparse.Namespace) -> dict[str, object]:
         hidden_dims=arguments.hidden_dims,
         flow_steps=DeFlowConfig().flow_steps,
     )
-    result = measure(update, make_buffer(arguments).sample(), products, rounds=arguments.steps, warmup=arguments.warmup)
+    return measure(update, make_buffer(arguments).sample(), products, rounds=arguments.steps, warmup=arguments.warmup)
+
+
+def run_roofline(arguments: argparse.Namespace) -> dict[str, object]:
+    parts = measure_parts(arguments)
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, medians of {arguments.steps} rounds")
-    print(table(result))
-    return {"threads": torch.get_num_threads(), "torch": torch.__version__, "parts": result}
+    print(table(parts))
+    return {"threads": torch.get_num_threads(), "torch": torch.__version__, "parts": parts}
+
+
+REFERENCE = Path(__file__).with_name("results") / "reference_ratios.json"
+
+
+def run_bench(arguments: argparse.Namespace) -> dict[str, object]:
+    """Ratios of now, those that were stored, and how far apart they are: what a change to the code has cost or gained."""
+    buffer, device = make_buffer(arguments), torch.device(arguments.device)
+    parts = measure_parts(arguments)
+    updates = {"full": make_update(arguments), "plain": make_plain_update(arguments)}
+    updates["frozen"] = make_frozen_update(arguments, buffer)
+    timed = {name: stopwatch(update, buffer, device) for name, update in updates.items()}
+    times = time_updates(timed, steps=arguments.steps, warmup=arguments.warmup)
+    now = {f"{name} / floor": part["ratio"] for name, part in parts.items()}
+    for of, to in (("full", "plain"), ("frozen", "full")):
+        now[f"{of} / {to}"] = statistics.median(one / other for one, other in zip(times[of], times[to], strict=True))
+    sizes = {name: vars(arguments)[name] for name in ("obs_dim", "action_dim", "batch_size", "hidden_dims", "device")}
+    if arguments.store:
+        about = {"sizes": sizes, "threads": torch.get_num_threads(), "torch": torch.__version__, "ratios": now}
+        REFERENCE.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    stored = json.loads(REFERENCE.read_text(encoding="utf-8"))
+    if stored["sizes"] != sizes:
+        print(f"the stored ratios are of other sizes ({stored['sizes']}): not comparable")
+    print("| ratio | now | stored | now / stored |\n|---|---|---|---|")
+    for name, ratio in now.items():
+        before = stored["ratios"][name]
+        print(f"| {name} | {ratio:.2f} | {before:.2f} | {ratio / before:.2f} |")
+    return {"now": now, "stored": stored["ratios"]}
 
 
 def run_gelu(arguments: argparse.Namespace) -> dict[str, object]:
@@ -291,6 +325,9 @@ def main() -> None:
         "gelu", help="the activation in several forms, at the shape of a flow sample's hidden layer"
     )
     add_sizes(verb)
+    verb = verbs.add_parser("bench", help="ratios of this code to those stored in results/reference_ratios.json")
+    add_sizes(verb)
+    verb.add_argument("--store", action="store_true", help="make the ratios of this run the stored ones")
     arguments = parser.parse_args()
     if (
         arguments.verb == "update"
@@ -302,7 +339,9 @@ def main() -> None:
         )
     keep_freed_memory()  # as `deflow train` does
     torch.manual_seed(0)
-    result = {"update": run_update, "roofline": run_roofline, "gelu": run_gelu}[arguments.verb](arguments)
+    result = {"update": run_update, "roofline": run_roofline, "gelu": run_gelu, "bench": run_bench}[arguments.verb](
+        arguments
+    )
     if arguments.json:
         print(json.dumps(result))
 

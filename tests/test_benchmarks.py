@@ -198,3 +198,12 @@ def test_a_comparison_with_jax_that_cannot_be_made_is_refused_in_one_line(tmp_pa
         r"cannot run .*: No module named '\w+'; give one that can with --jax-python$", result.stderr.strip()
     )
     assert "Traceback" not in result.stderr
+
+
+def test_ratios_are_compared_with_the_stored_ones():
+    result = throughput("bench")
+    assert result.returncode == 0, result.stderr
+    printed = json.loads(result.stdout.splitlines()[-1])
+    assert printed["now"].keys() == printed["stored"].keys() > {"update / floor", "full / plain", "frozen / full"}
+    assert "the stored ratios are of other sizes" in result.stdout
+    assert " ms" not in result.stdout

@@ -10,9 +10,8 @@ Same functions as the layers they stand for, to rounding (the tests hold them ag
 * ``torch.vmap`` over parameters (an ensemble of critics, stacked seeds) becomes one batched product per layer.
 * The sampler computes the observation's share of the first layer once for all its steps, and its steps in two buffers.
 
-They are used by :class:`~deflow_torchrl.modules.networks.MLP` in eager mode on a CPU; :func:`use_kernels`, the setting
-``kernels=false`` or ``DEFLOW_KERNELS=0`` in the environment turn them off. Second and forward-mode derivatives need them off.
-What each of them saves is in docs/performance.md.
+They are used by :class:`~deflow_torchrl.modules.networks.MLP` in eager mode on a CPU; :func:`use_kernels` and a run's setting
+``kernels=false`` turn them off. Second and forward-mode derivatives need them off. What they save is in docs/performance.md.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from torch.autograd.function import once_differentiable
 LAYER_NORM_EPS = 1e-6
 _SLOPE, _CUBIC = 2 * math.sqrt(2 / math.pi), 0.044715
 
-_SWITCH = "DEFLOW_KERNELS"  # in the environment: the processes a run starts compute as it does
+_SWITCH = "DEFLOW_KERNELS"  # in the environment: the processes that a run starts compute as it does
 
 
 def enable_kernels(enabled: bool) -> None:
@@ -100,13 +99,15 @@ class _MLP(torch.autograd.Function):
             pre = _affine(x, weight, bias)
             gate = _gate(pre)
             x = pre * gate if keep else pre.mul_(gate)
-            kept += [pre, gate, x]
+            own = [pre, gate, x]
             if norm:
                 normal, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, LAYER_NORM_EPS)
                 x = torch.addcmul(norm[1].unsqueeze(-2), normal, norm[0].unsqueeze(-2))
-                kept += [mean, rstd, normal, x]
+                own += [mean, rstd, normal, x]
+            if keep:
+                kept += own
         weight, bias = parameters[-2:]
-        return _affine(x, weight, bias), *(kept if keep else ())
+        return _affine(x, weight, bias), *kept
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

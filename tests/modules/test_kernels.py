@@ -1,6 +1,8 @@
 """The CPU kernels against the layers they stand for."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -246,10 +248,22 @@ def test_second_derivatives_are_refused_not_wrong(network):
         first.sum().backward()
 
 
-def test_the_environment_is_the_switch(network, calls, monkeypatch):
-    monkeypatch.setenv("DEFLOW_KERNELS", "0")
-    network(torch.ones(5, 7))
-    assert calls == []
+def test_processes_that_a_run_starts_compute_as_it_does(network, calls):
+    script = "from deflow_torchrl.modules import kernels; import torch; print(kernels.usable(torch.ones(2)))"
+    for enabled in (False, True):
+        with kernels.use_kernels(enabled):
+            out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+            network(torch.ones(5, 7))
+        assert out == f"{enabled}\n"
+    assert calls == ["mlp"]
+
+
+def test_a_call_in_inference_mode_spoils_nothing(network):
+    kernels._scalar.cache_clear()
+    with torch.inference_mode():
+        network(torch.randn(5, 7))
+    network(torch.randn(5, 7)).sum().backward()
+    assert network[0].weight.grad is not None
 
 
 def make_update(dtype):

@@ -1,5 +1,11 @@
 # Two commands set everything up, each in a .venv they make: `make demo` and `make test`.
 PYTHON ?= python3
+# To `make wheelhouse` it is the version the wheels are for, PYTHON=3.12; to any other target the interpreter.
+ifeq ($(MAKECMDGOALS),wheelhouse)
+WHEELS_FOR := $(PYTHON)
+override PYTHON := python3
+endif
+EXTRAS ?= cli,ogbench,minari,files,reports
 VENV ?= .venv
 SEED ?= 0
 QUICK ?=
@@ -12,7 +18,7 @@ export GOMP_SPINCOUNT ?= 1000
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test lint bench clean
+.PHONY: help install demo test lint bench wheelhouse clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -38,8 +44,11 @@ lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(STAMP) ## milliseconds per update at the paper's sizes
-	$(BIN)/python benchmarks/throughput.py update
+bench: $(STAMP) ## how long an update takes: ratios now, against the stored ones
+	$(BIN)/python benchmarks/throughput.py bench
+
+wheelhouse: $(STAMP) ## wheels for a machine without a registry, besides torch: PYTHON=3.12
+	$(BIN)/python .ci/wheelhouse.py --python $(WHEELS_FOR) --extras $(EXTRAS)
 
 clean: ## remove the environment and caches (never data or runs)
 	rm -rf $(VENV) *.egg-info build .mypy_cache .ruff_cache

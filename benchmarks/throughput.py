@@ -2,27 +2,41 @@
 
     python benchmarks/throughput.py update --obs-dim 37 --action-dim 5 --batch-size 256 --steps 40 --json
     python benchmarks/throughput.py update --frozen-prior
+    python benchmarks/throughput.py update --against-jax PATH --jax-python PYTHON
+    python benchmarks/throughput.py roofline
+    make bench
 
 With a frozen prior there are three losses, and the base actions come from a bank, whose lookup is part of the time. The full
-update is then timed too, the two in turns. Machines are noisy: compare figures of interleaved runs as ratios, never single
-numbers across machines.
+update is then timed too, the two in turns. `--plain` adds the update without this package's CPU kernels, `--against-jax` the
+authors' agent at the same sizes: PATH is a checkout of their repository, PYTHON an interpreter that has jax, flax and optax.
+`roofline` counts an update's products, times them alone, and says how far each part is from that; `bench` compares these and
+other ratios with stored ones, for changes to the code. Machines are noisy: compare
+figures of interleaved runs as ratios, never single numbers across machines.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import math
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from roofline import measure, synchronize, table, update_products
 from tensordict import TensorDict
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
 from deflow_torchrl.algorithms import DeFlowConfig, get_algorithm
 from deflow_torchrl.algorithms.base import ProblemSpec
 from deflow_torchrl.data import BaseActionBank
+from deflow_torchrl.modules.kernels import use_kernels
+from deflow_torchrl.processes import keep_freed_memory
 from deflow_torchrl.trainers import UpdateStep
 
 Update = Callable[[TensorDict], object]
@@ -68,53 +82,111 @@ def make_transitions(arguments: argparse.Namespace, rows: int) -> TensorDict:
     )
 
 
-def time_updates(
-    updates: dict[str, Update], buffer: TensorDictReplayBuffer, *, steps: int, warmup: int
-) -> dict[str, list[float]]:
-    """Milliseconds of each update of each kind, in turns, the device synchronised at both ends."""
-    milliseconds: dict[str, list[float]] = {name: [] for name in updates}
+def time_updates(timed: dict[str, Callable[[], float]], *, steps: int, warmup: int) -> dict[str, list[float]]:
+    """Milliseconds of each update of each kind, in turns."""
+    milliseconds: dict[str, list[float]] = {name: [] for name in timed}
     for step in range(warmup + steps):
-        for name, update in updates.items():
-            batch = buffer.sample()
-            cuda = batch.device is not None and batch.device.type == "cuda"
-            if cuda:
-                torch.cuda.synchronize()
-            began = time.perf_counter()
-            update(batch)
-            if cuda:
-                torch.cuda.synchronize()
+        for name, once in timed.items():
+            elapsed = once()
             if step >= warmup:
-                milliseconds[name].append((time.perf_counter() - began) * 1e3)
+                milliseconds[name].append(elapsed)
     return milliseconds
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    verb = verbs.add_parser("update", help="a full update at the given sizes (default: the paper's)")
+def stopwatch(update: Update, buffer: TensorDictReplayBuffer, device: torch.device) -> Callable[[], float]:
+    """A call that makes one update and returns its milliseconds, the device synchronised at both ends."""
+
+    def once() -> float:
+        batch = buffer.sample()
+        synchronize(device)
+        began = time.perf_counter()
+        update(batch)
+        synchronize(device)
+        return (time.perf_counter() - began) * 1e3
+
+    return once
+
+
+def make_plain_update(arguments: argparse.Namespace) -> Update:
+    update = make_update(arguments)
+
+    def plain(batch: TensorDict) -> None:
+        with use_kernels(False):
+            update(batch)
+
+    return plain
+
+
+class JaxAgent:
+    """The authors' agent in a process of its own, which makes one update a call."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        sizes = ["obs_dim", "action_dim", "batch_size", "seed", "flow_steps"]
+        values = vars(arguments) | {"seed": 0, "flow_steps": DeFlowConfig().flow_steps}
+        command = [arguments.jax_python, str(Path(__file__).with_name("jax_worker.py")), str(arguments.against_jax)]
+        command += [text for name in sizes for text in (f"--{name.replace('_', '-')}", str(values[name]))]
+        command += ["--hidden-dims", *map(str, arguments.hidden_dims)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.about = json.loads(self._read())
+
+    def _read(self) -> str:
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(2)  # the agent has said why
+        return line
+
+    def __call__(self) -> float:
+        """Milliseconds of one update."""
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        return float(self._read())
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def add_sizes(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--obs-dim", type=int, default=37)
     verb.add_argument("--action-dim", type=int, default=5)
     verb.add_argument("--batch-size", type=int, default=256)
     verb.add_argument("--hidden-dims", type=int, nargs="+", default=[512] * 4)
-    verb.add_argument("--steps", type=int, default=40)
+    verb.add_argument("--steps", type=int, default=40, help="how many are timed")
     verb.add_argument("--warmup", type=int, default=5)
     verb.add_argument("--device", default="cpu")
-    verb.add_argument("--frozen-prior", action="store_true", help="a frozen prior and a bank of its base actions")
     verb.add_argument("--compile", action="store_true", help="torch.compile the losses (a minute or more at the start)")
     verb.add_argument("--json", action="store_true", help="print one JSON object on the last line")
-    arguments = parser.parse_args()
-    torch.manual_seed(0)
+
+
+def make_buffer(arguments: argparse.Namespace) -> TensorDictReplayBuffer:
     transitions = make_transitions(arguments, 4 * arguments.batch_size)
     storage = LazyTensorStorage(len(transitions), device=arguments.device)
     buffer = TensorDictReplayBuffer(storage=storage, batch_size=arguments.batch_size)
     buffer.extend(transitions)
+    return buffer
+
+
+def run_update(arguments: argparse.Namespace) -> dict[str, object]:
+    buffer = make_buffer(arguments)
+    device = torch.device(arguments.device)
     updates: dict[str, Update] = {"full": make_update(arguments)}
     if arguments.frozen_prior:
         updates["frozen"] = make_frozen_update(arguments, buffer)
-    times = time_updates(updates, buffer, steps=arguments.steps, warmup=arguments.warmup)
+    if arguments.plain:
+        updates["plain"] = make_plain_update(arguments)
+    timed = {name: stopwatch(update, buffer, device) for name, update in updates.items()}
+    jax = None
+    if arguments.against_jax:
+        jax = JaxAgent(arguments)
+        timed["jax"] = jax
+    try:
+        times = time_updates(timed, steps=arguments.steps, warmup=arguments.warmup)
+    finally:
+        if jax is not None:
+            jax.close()
     kind = "frozen" if arguments.frozen_prior else "full"
     medians = {name: statistics.median(milliseconds) for name, milliseconds in times.items()}
-    result = {
+    result: dict[str, object] = {
         "ms_per_update": medians[kind],
         "ms_min": min(times[kind]),
         "ms_max": max(times[kind]),
@@ -124,13 +196,152 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
-    print(f"{result['ms_per_update']:.1f} ms per update (median of {arguments.steps}), {result['threads']} threads")
-    if arguments.frozen_prior:
+    print(f"{medians[kind]:.1f} ms per update (median of {arguments.steps}), {result['threads']} threads")
+
+    def ratio(of: str, to: str) -> float:
         # The median over rounds of the ratio within a round: what else the machine does then slows both.
-        rounds = zip(times["full"], times["frozen"], strict=True)
-        speedup = statistics.median(full / frozen for full, frozen in rounds)
-        result |= {"full_ms_per_update": medians["full"], "speedup": speedup}
-        print(f"{medians['full']:.1f} ms with a prior that learns: the frozen one is {speedup:.2f} times faster")
+        return statistics.median(one / other for one, other in zip(times[of], times[to], strict=True))
+
+    if arguments.frozen_prior:
+        result |= {"full_ms_per_update": medians["full"], "speedup": ratio("full", "frozen")}
+        print(
+            f"{medians['full']:.1f} ms with a prior that learns: the frozen one is {result['speedup']:.2f} times faster"
+        )
+    if arguments.plain:
+        result |= {"plain_ms_per_update": medians["plain"], "to_plain": ratio("full", "plain")}
+        print(f"{medians['plain']:.1f} ms without the CPU kernels: with them {result['to_plain']:.2f} of it")
+    if jax is not None:
+        result |= {"jax_ms_per_update": medians["jax"], "to_jax": ratio(kind, "jax"), **jax.about}
+        print(f"{medians['jax']:.1f} ms the authors' JAX agent: ours takes {result['to_jax']:.2f} of it")
+    return result
+
+
+def measure_parts(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
+    update = make_update(arguments)
+    products = update_products(
+        batch_size=arguments.batch_size,
+        observation_dim=arguments.obs_dim,
+        action_dim=arguments.action_dim,
+        hidden_dims=arguments.hidden_dims,
+        flow_steps=DeFlowConfig().flow_steps,
+    )
+    return measure(update, make_buffer(arguments).sample(), products, rounds=arguments.steps, warmup=arguments.warmup)
+
+
+def run_roofline(arguments: argparse.Namespace) -> dict[str, object]:
+    parts = measure_parts(arguments)
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, medians of {arguments.steps} rounds")
+    print(table(parts))
+    return {"threads": torch.get_num_threads(), "torch": torch.__version__, "parts": parts}
+
+
+REFERENCE = Path(__file__).with_name("results") / "reference_ratios.json"
+
+
+def run_bench(arguments: argparse.Namespace) -> dict[str, object]:
+    """Ratios of now, those that were stored, and how far apart they are: what a change to the code has cost or gained."""
+    buffer, device = make_buffer(arguments), torch.device(arguments.device)
+    parts = measure_parts(arguments)
+    updates = {"full": make_update(arguments), "plain": make_plain_update(arguments)}
+    updates["frozen"] = make_frozen_update(arguments, buffer)
+    timed = {name: stopwatch(update, buffer, device) for name, update in updates.items()}
+    times = time_updates(timed, steps=arguments.steps, warmup=arguments.warmup)
+    now = {f"{name} / floor": part["ratio"] for name, part in parts.items()}
+    for of, to in (("full", "plain"), ("frozen", "full")):
+        now[f"{of} / {to}"] = statistics.median(one / other for one, other in zip(times[of], times[to], strict=True))
+    sizes = {name: vars(arguments)[name] for name in ("obs_dim", "action_dim", "batch_size", "hidden_dims", "device")}
+    if arguments.store:
+        about = {"sizes": sizes, "threads": torch.get_num_threads(), "torch": torch.__version__, "ratios": now}
+        REFERENCE.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    stored = json.loads(REFERENCE.read_text(encoding="utf-8"))
+    if stored["sizes"] != sizes:
+        print(f"the stored ratios are of other sizes ({stored['sizes']}): not comparable")
+    print("| ratio | now | stored | now / stored |\n|---|---|---|---|")
+    for name, ratio in now.items():
+        before = stored["ratios"][name]
+        print(f"| {name} | {ratio:.2f} | {before:.2f} | {ratio / before:.2f} |")
+    return {"now": now, "stored": stored["ratios"]}
+
+
+def run_gelu(arguments: argparse.Namespace) -> dict[str, object]:
+    rows, width = 2 * arguments.batch_size, arguments.hidden_dims[0]
+    device = torch.device(arguments.device)
+    x, scratch, out = (torch.randn(rows, width, device=device) for _ in range(3))
+    slope, cubic = torch.tensor(2 * math.sqrt(2 / math.pi), device=device), 2 * math.sqrt(2 / math.pi) * 0.044715
+
+    def tanh_form() -> None:
+        torch.addcmul(slope / 2, x, x, value=cubic / 2, out=scratch)
+        torch.addcmul(x, x, scratch.mul_(x).tanh_(), out=out)
+
+    def sigmoid_form() -> None:
+        torch.addcmul(slope, x, x, value=cubic, out=scratch)
+        torch.mul(x, scratch.mul_(x).sigmoid_(), out=out)
+
+    forms: dict[str, Callable[[], object]] = {
+        "torch's gelu(approximate='tanh')": lambda: torch.nn.functional.gelu(x, approximate="tanh"),
+        "x (1 + tanh u), in place": tanh_form,
+        "x sigmoid(2u), in place (the kernels')": sigmoid_form,
+    }
+    if arguments.compile:
+        fused = torch.compile(lambda value: value * torch.sigmoid(slope * value + cubic * value**3))
+        began = time.perf_counter()
+        fused(x)
+        print(f"compiled in {time.perf_counter() - began:.0f} s")
+        forms["x sigmoid(2u), compiled"] = lambda: fused(x)
+
+    def clock(form: Callable[[], object]) -> float:
+        synchronize(device)
+        began = time.perf_counter()
+        form()
+        synchronize(device)
+        return (time.perf_counter() - began) * 1e3
+
+    with torch.no_grad():
+        timed = {name: functools.partial(clock, form) for name, form in forms.items()}
+        times = time_updates(timed, steps=arguments.steps, warmup=arguments.warmup)
+    result: dict[str, object] = {name: statistics.median(milliseconds) for name, milliseconds in times.items()}
+    print(f"[{rows}, {width}], {torch.get_num_threads()} threads, medians of {arguments.steps}, in turns")
+    for name, milliseconds in result.items():
+        print(f"{milliseconds:.3f} ms  {name}")
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    verb = verbs.add_parser("update", help="a full update at the given sizes (default: the paper's)")
+    add_sizes(verb)
+    verb.add_argument("--frozen-prior", action="store_true", help="a frozen prior and a bank of its base actions")
+    verb.add_argument("--plain", action="store_true", help="the update without the CPU kernels too, in turns")
+    verb.add_argument(
+        "--against-jax", type=Path, metavar="PATH", help="the authors' agent too, in turns; PATH: their checkout"
+    )
+    verb.add_argument(
+        "--jax-python", default=sys.executable, metavar="PYTHON", help="interpreter that has jax (this one)"
+    )
+    verb = verbs.add_parser("roofline", help="floor and time of each part of an update")
+    add_sizes(verb)
+    verb = verbs.add_parser(
+        "gelu", help="the activation in several forms, at the shape of a flow sample's hidden layer"
+    )
+    add_sizes(verb)
+    verb = verbs.add_parser("bench", help="ratios of this code to those stored in results/reference_ratios.json")
+    add_sizes(verb)
+    verb.add_argument("--store", action="store_true", help="make the ratios of this run the stored ones")
+    arguments = parser.parse_args()
+    if (
+        arguments.verb == "update"
+        and arguments.against_jax
+        and not (arguments.against_jax / "agents/deflow.py").is_file()
+    ):
+        parser.error(
+            f"--against-jax {arguments.against_jax} is no checkout of the authors' repository: no agents/deflow.py"
+        )
+    keep_freed_memory()  # as `deflow train` does
+    torch.manual_seed(0)
+    result = {"update": run_update, "roofline": run_roofline, "gelu": run_gelu, "bench": run_bench}[arguments.verb](
+        arguments
+    )
     if arguments.json:
         print(json.dumps(result))
 

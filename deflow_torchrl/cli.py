@@ -132,8 +132,8 @@ def train(
     set made by deflow data import. env=GYMNASIUM_ID says where own data is evaluated; env=none does without for a Minari set.
 
     Settings: task, env, algo (deflow), seed, offline_steps, batch_size, hidden_dims=[256,256], log_interval, eval_interval,
-    eval_episodes, save_interval, data_root, download, storage (device, memmap), out, device, compile, threads,
-    eval_workers, logger (none, wandb, tensorboard, mlflow).
+    eval_episodes, save_interval, data_root, download, storage (device, memmap), out, device, compile, kernels,
+    threads, eval_workers, logger (none, wandb, tensorboard, mlflow).
 
     Online, after the offline steps: online_steps (environment steps), utd (gradient steps for each), warmup_steps,
     freeze_prior (with base_actions of each state in a bank), mixing (uniform, balanced, annealed) with offline_fraction and
@@ -683,6 +683,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # times slower on two cores, while spinning briefly costs little on an idle machine. Read when torch is imported.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    from deflow_torchrl.processes import keep_freed_memory
+
+    keep_freed_memory()
     # A polite kill saves like Ctrl-C does.
     signal.signal(signal.SIGTERM, _interrupt)
     warnings.filterwarnings("ignore", category=FutureWarning, module="(torch|tensordict|torchrl)")

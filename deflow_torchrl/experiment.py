@@ -27,6 +27,7 @@ from deflow_torchrl.errors import (
     NonFiniteLossError,
     RunInterrupted,
 )
+from deflow_torchrl.modules.kernels import enable_kernels
 from deflow_torchrl.paths import make_writable_folder, write_text
 from deflow_torchrl.processes import available_cores
 from deflow_torchrl.progress import progress_bar
@@ -185,6 +186,7 @@ def evaluate_run(
     identity = run_identity(config_to_dict(config), data_sha256=None)
     state = load_checkpoint(checkpoints[-1], identity=identity)
     where = _device(device or config.device)
+    enable_kernels(config.kernels)
     if config.threads is not None:
         torch.set_num_threads(config.threads)  # the number of threads can move the last digits of a matrix product
     learner = _build(config, state["observation_dim"], state["action_dim"], where)
@@ -262,6 +264,7 @@ class _Run:
                 f"storage=memmap keeps the data on the CPU, and online batches are put together on device={config.device}; set "
                 "storage=device, or device=cpu"
             )
+        enable_kernels(config.kernels)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         with self.history.timed("load_data"):

@@ -146,3 +146,64 @@ def test_the_offline_to_online_runs_are_made_once_and_rendered_without_places(ge
         assert str(generated).encode() not in path.read_bytes()
     again = call("render", "--runs", kept, "--out", kept)  # the kept records are enough
     assert again == page
+
+
+def throughput(*arguments):
+    sizes = "--obs-dim 4 --action-dim 2 --batch-size 8 --hidden-dims 8 8 --steps 2 --warmup 1 --json"
+    command = [sys.executable, str(SCRIPT.with_name("throughput.py")), *arguments, *sizes.split()]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_roofline_counts_products_and_says_how_far_each_part_is_from_them():
+    result = throughput("roofline")
+    assert result.returncode == 0, result.stderr
+    parts = json.loads(result.stdout.splitlines()[-1])["parts"]
+    assert list(parts) == ["flow sampling", "flow loss", "actor", "critic", "optimiser", "update"]
+    for name, part in parts.items():
+        assert part["measured_ms"] > 0
+        assert part["floor_ms"] > 0
+        assert (part["gflop"] > 0) == (name != "optimiser")
+        assert f"| {name} | " in result.stdout
+    assert parts["update"]["gflop"] == pytest.approx(sum(part["gflop"] for part in parts.values()) / 2)
+    # Sampling by hand: [s; s'] in 16 rows, 10 steps of 3 -> 8 -> 8 -> 2, the observation's share of 4 -> 8 once.
+    assert parts["flow sampling"]["gflop"] * 1e9 == pytest.approx(2 * 16 * (10 * (3 * 8 + 8 * 8 + 8 * 2) + 4 * 8))
+    # The prior's loss: 8 rows through 7 -> 8 -> 8 -> 2; weights of all layers, inputs of all but the first.
+    assert parts["flow loss"]["gflop"] * 1e9 == pytest.approx(2 * 8 * (2 * (7 * 8 + 8 * 8 + 8 * 2) + 8 * 8 + 8 * 2))
+
+
+def test_the_update_is_timed_with_and_without_the_kernels():
+    result = throughput("update", "--plain")
+    assert result.returncode == 0, result.stderr
+    printed = json.loads(result.stdout.splitlines()[-1])
+    assert printed["ms_per_update"] > 0
+    assert printed["plain_ms_per_update"] > 0
+    assert printed["to_plain"] > 0
+
+
+def test_the_activation_is_timed_in_several_forms():
+    result = throughput("gelu")
+    assert result.returncode == 0, result.stderr
+    assert all(milliseconds > 0 for milliseconds in json.loads(result.stdout.splitlines()[-1]).values())
+
+
+def test_a_comparison_with_jax_that_cannot_be_made_is_refused_in_one_line(tmp_path):
+    result = throughput("update", "--against-jax", str(tmp_path))
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].endswith("is no checkout of the authors' repository: no agents/deflow.py")
+    (tmp_path / "agents").mkdir()
+    (tmp_path / "agents" / "deflow.py").write_text("import a_module_that_is_not_there\n")
+    result = throughput("update", "--against-jax", str(tmp_path))
+    assert result.returncode == 2
+    assert re.search(
+        r"cannot run .*: No module named '\w+'; give one that can with --jax-python$", result.stderr.strip()
+    )
+    assert "Traceback" not in result.stderr
+
+
+def test_ratios_are_compared_with_the_stored_ones():
+    result = throughput("bench")
+    assert result.returncode == 0, result.stderr
+    printed = json.loads(result.stdout.splitlines()[-1])
+    assert printed["now"].keys() == printed["stored"].keys() > {"update / floor", "full / plain", "frozen / full"}
+    assert "the stored ratios are of other sizes" in result.stdout
+    assert " ms" not in result.stdout

@@ -81,10 +81,11 @@ class DeFlowDiagnostics:
         """
         loss = self.loss
         keys = loss.tensor_keys
-        with _own_generator(loss.log_alpha.device):
-            base = loss._current_base_action(batch)
-        shift, action = loss._refine(batch, base)
-        critics = loss._frozen_critics()
+        with loss._acting():
+            with _own_generator(loss.log_alpha.device):
+                base = loss._current_base_action(batch)
+            shift, action = loss._refine(batch, base)
+        critics = loss.qvalue_network_params
         bounds = loss.actor_network.refinement_policy.module
         out = {
             "divergence_ratio": loss._divergence(shift).mean() / loss.target_divergence,

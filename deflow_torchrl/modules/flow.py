@@ -10,6 +10,9 @@ from tensordict.nn import TensorDictModule
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
+from deflow_torchrl.modules import kernels
+from deflow_torchrl.modules.networks import MLP
+
 
 def register_bounds(module: nn.Module, low: float | Tensor, high: float | Tensor) -> None:
     """Keep the action bounds as buffers ``low`` and ``high``: they move with the module and are saved with it.
@@ -72,6 +75,12 @@ class FlowMatchingModel(nn.Module):
     def forward(self, observation: Tensor, noise: Tensor | None = None) -> Tensor:
         """Integrate from ``noise [..., A]`` (drawn if None) to actions ``[..., A]``: x <- x + v(s, x, i/M)/M, i = 0..M-1."""
         x = self.draw_noise(observation) if noise is None else noise
+        network = self.velocity_network
+        if isinstance(network, MLP) and not network.layer_norm and not torch.is_grad_enabled():
+            parameters = network.kernel_parameters(x)
+            if parameters is not None:
+                x = kernels.sample_flow(observation, x, parameters, num_steps=self.num_steps)
+                return x.clamp(self.low, self.high)
         for step in range(self.num_steps):
             t = x.new_full((*x.shape[:-1], 1), step / self.num_steps)
             x = x + self.velocity(observation, x, t) / self.num_steps

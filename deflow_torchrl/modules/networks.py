@@ -11,11 +11,62 @@ import itertools
 from collections.abc import Sequence
 
 import torch
+from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
+from deflow_torchrl.modules import kernels
+
 PAPER_HIDDEN_DIMS = (512, 512, 512, 512)
+
+
+class MLP(nn.Sequential):
+    """What :func:`make_mlp` builds: its layers in a row, or in eager mode on a CPU the same function by :mod:`.kernels`.
+
+    Layers that were replaced, parametrised or hooked are called, always.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[..., in]`` to ``[..., out]``."""
+        parameters = self.kernel_parameters(x)
+        if parameters is None:
+            return super().forward(x)
+        return kernels.mlp(x, parameters, layer_norm=self.layer_norm)
+
+    @property
+    def layer_norm(self) -> bool:
+        """Whether a LayerNorm follows every activation."""
+        return isinstance(self[2], nn.LayerNorm)
+
+    def kernel_parameters(self, x: Tensor, stacked: TensorDictBase | None = None) -> list[Tensor] | None:
+        """The parameters in the order of :func:`.kernels.mlp`, or None where ``x`` has to go through the layers.
+
+        Args:
+            x: the input.
+            stacked: parameters of an ensemble of such MLPs, each with a dimension N in front, in the place of this one's.
+        """
+        if not kernels.usable(x) or not self._is_as_built():
+            return None
+        weighted = [(name, kind) for name in self._modules for kind in ("weight", "bias") if not self._is_gelu(name)]
+        if stacked is not None:
+            return [stacked.get(entry) for entry in weighted]
+        # By attribute: a loss that swaps in plain tensors puts them beside the registered parameters.
+        return [getattr(self._modules[name], kind) for name, kind in weighted]
+
+    def _is_gelu(self, name: str) -> bool:
+        return isinstance(self._modules[name], nn.GELU)
+
+    def _is_as_built(self) -> bool:
+        layers = tuple(self._modules.values())
+        kinds = (_XavierLinear, nn.GELU, nn.LayerNorm)[: 3 if self.layer_norm else 2]
+        return len(layers) % len(kinds) == 1 and all(
+            type(layer) is kinds[number % len(kinds)]
+            and not (
+                layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+            )
+            for number, layer in enumerate(layers)
+        )
 
 
 def make_mlp(in_features: int, out_features: int, hidden_dims: Sequence[int], *, layer_norm: bool) -> nn.Sequential:
@@ -39,9 +90,9 @@ def make_mlp(in_features: int, out_features: int, hidden_dims: Sequence[int], *,
     for fan_in, fan_out in itertools.pairwise(widths[:-1]):
         layers += [_linear(fan_in, fan_out), nn.GELU(approximate="tanh")]
         if layer_norm:
-            layers.append(nn.LayerNorm(fan_out, eps=1e-6))
+            layers.append(nn.LayerNorm(fan_out, eps=kernels.LAYER_NORM_EPS))
     layers.append(_linear(widths[-2], widths[-1]))
-    return nn.Sequential(*layers)
+    return MLP(*layers)
 
 
 class _XavierLinear(nn.Linear):
@@ -70,6 +121,20 @@ class StateActionValue(nn.Module):
     def forward(self, observation: Tensor, action: Tensor) -> Tensor:
         """Return the value ``[..., 1]`` of ``observation [..., O]`` and ``action [..., A]``."""
         return self.mlp(torch.cat([observation, action], -1))
+
+    def ensemble(
+        self, observation: Tensor, action: Tensor, params: TensorDictBase, *, frozen: bool = False
+    ) -> Tensor | None:
+        """Values ``[N, ..., 1]`` of N critics whose parameters ``params`` stacks; None where there is no kernel for them."""
+        if not isinstance(self.mlp, MLP):
+            return None
+        x = torch.cat([observation, action], -1)
+        parameters = self.mlp.kernel_parameters(x, params.get("mlp"))
+        if parameters is None:
+            return None
+        if frozen:
+            parameters = [parameter.detach() for parameter in parameters]
+        return kernels.mlp(x, parameters, layer_norm=self.mlp.layer_norm)
 
 
 def make_velocity_network(

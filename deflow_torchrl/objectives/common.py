@@ -11,6 +11,7 @@ import copy
 import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, Self, TypeAlias
 
@@ -25,6 +26,7 @@ from torchrl.objectives.utils import _vmap_func
 
 from deflow_torchrl.modules.actor import DeFlowActor
 from deflow_torchrl.modules.flow import FlowMatchingPolicy
+from deflow_torchrl.modules.networks import StateActionValue
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -147,7 +149,8 @@ class OffPolicyLoss(LossModule):
                 f"{type(self).__name__} needs {missing}, which the input lacks; rename keys with set_keys, and observation "
                 "and action keys in the networks too"
             )
-        out = self._compute(self._blank_masked_rows(tensordict))
+        with self._acting():
+            out = self._compute(self._blank_masked_rows(tensordict))
         priority = out.pop(self.tensor_keys.priority, None)
         if priority is not None:
             tensordict.set(self.tensor_keys.priority, priority)
@@ -232,12 +235,16 @@ class OffPolicyLoss(LossModule):
         :meth:`deflow_torchrl.trainers.UpdateStep.freeze_prior` takes them out of it.
         """
         self.prior_frozen = True
-        with self.actor_network_params.to_module(self.actor_network, preserve_module_state=False):
+        with self._acting():
             for parameter in self.actor_network.flow_policy.parameters():
                 parameter.requires_grad_(False)
                 # A gradient left over from the last step would be applied once more.
                 parameter.grad = None
         return self
+
+    def _acting(self) -> AbstractContextManager[Any]:
+        """Context in which the policy has its parameters: terms are computed inside, and one swap serves them all."""
+        return self.actor_network_params.to_module(self.actor_network, preserve_module_state=False)
 
     @property
     def _base_action_key(self) -> NestedKey:
@@ -268,7 +275,7 @@ class OffPolicyLoss(LossModule):
     def _base_action(self, observations: TensorDictBase, noise: Tensor) -> Tensor:
         """B = sg(flow(s, z)): the prior's action, no gradient. ``observations`` holds the actor's keys."""
         actor = self.actor_network
-        with torch.no_grad(), self.actor_network_params.to_module(actor, preserve_module_state=False):
+        with torch.no_grad():
             prior = actor.flow_policy
             if isinstance(prior, FlowMatchingPolicy):
                 return prior.module(observations[prior.observation_key], noise)
@@ -278,10 +285,8 @@ class OffPolicyLoss(LossModule):
 
     def _refine(self, observations: TensorDictBase, base_action: Tensor) -> tuple[Tensor, Tensor]:
         """(d, a) = (f(s, b), clip(b + d)), with gradient to the refinement."""
-        actor = self.actor_network
-        with self.actor_network_params.to_module(actor, preserve_module_state=False):
-            refinement = actor.refinement_policy
-            return refinement.module(observations[refinement.observation_key], base_action)
+        refinement = self.actor_network.refinement_policy
+        return refinement.module(observations[refinement.observation_key], base_action)
 
     # -- critics ------------------------------------------------------------------------------------------------------
 
@@ -323,17 +328,23 @@ class OffPolicyLoss(LossModule):
         if "qvalue_network" in self.__dict__:
             self._make_vmap()
 
-    def _frozen_critics(self) -> TensorDictBase:
-        """The online critics' parameters without gradient, sharing their storage."""
-        # Not params.detach(): a locked TensorDict remembers its result, which a later .to(dtype) leaves stale.
-        return self.qvalue_network_params.apply(torch.Tensor.detach)
-
     def _critic_keys(self) -> list[NestedKey]:
         """Entries the critics read besides the action."""
         return [key for key in self.qvalue_network.in_keys if unravel_key(key) != unravel_key(self.tensor_keys.action)]
 
-    def _qvalues(self, observations: TensorDictBase, action: Tensor, params: TensorDictBase) -> Tensor:
-        """Q_j(s, a) of the whole ensemble, ``[N, *td.shape]``."""
+    def _qvalues(
+        self, observations: TensorDictBase, action: Tensor, params: TensorDictBase, *, frozen: bool = False
+    ) -> Tensor:
+        """Q_j(s, a) of the whole ensemble, ``[N, *td.shape]``, without gradient to its parameters if they are frozen."""
+        critic = getattr(self.qvalue_network, "module", None)
+        if isinstance(critic, StateActionValue) and self.num_qvalue_nets > 1:
+            observation = observations[self.qvalue_network.in_keys[0]]
+            values = critic.ensemble(observation, action, params.get("module"), frozen=frozen)
+            if values is not None:
+                return values.squeeze(-1)
+        if frozen:
+            # Not params.detach(): a locked TensorDict remembers its result, which a later .to(dtype) leaves stale.
+            params = params.apply(torch.Tensor.detach)
         inputs = observations.select(*self._critic_keys()).set(self.tensor_keys.action, action)
         return self._vmap_qvalue_network(inputs, params).get(self.tensor_keys.state_action_value).squeeze(-1)
 

@@ -11,7 +11,8 @@ the authors' released code and the paper differ. Differences of the whole:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Self
+from contextlib import AbstractContextManager
+from typing import Any, Self
 
 import torch
 from tensordict import TensorDictBase
@@ -170,9 +171,8 @@ class DeFlowLoss(FlowMatchingLoss, RefinementLoss, TDCriticLoss):
     def _flow_policy(self) -> FlowMatchingPolicy:
         return self.actor_network.flow_policy
 
-    def _velocity(self, observation: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        with self.actor_network_params.to_module(self.actor_network, preserve_module_state=False):
-            return self._flow_policy.module.velocity(observation, x, t)
+    def _acting(self) -> AbstractContextManager[Any]:
+        return OffPolicyLoss._acting(self)
 
     def _base_actions(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor]:
         """(b, b') of s and s', independent of each other."""

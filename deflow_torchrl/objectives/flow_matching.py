@@ -7,6 +7,9 @@ Where the released code and the paper differ:
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+from typing import Any
+
 import torch
 from tensordict import TensorDictBase, TensorDictParams
 from tensordict.utils import NestedKey
@@ -64,9 +67,8 @@ class FlowMatchingLoss(OffPolicyLoss):
     def _flow_policy(self) -> FlowMatchingPolicy:
         return self.flow_policy
 
-    def _velocity(self, observation: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        with self.flow_policy_params.to_module(self.flow_policy, preserve_module_state=False):
-            return self.flow_policy.module.velocity(observation, x, t)
+    def _acting(self) -> AbstractContextManager[Any]:
+        return self.flow_policy_params.to_module(self.flow_policy, preserve_module_state=False)
 
     def _compute(self, tensordict: TensorDictBase) -> dict[str, Tensor]:
         return {"loss_flow": self._flow_loss(tensordict)}
@@ -80,7 +82,7 @@ class FlowMatchingLoss(OffPolicyLoss):
         if time is None:
             time = torch.rand_like(action[..., :1])
         x = (1 - time) * noise + time * action
-        velocity = self._velocity(tensordict[self._flow_policy.observation_key], x, time)
+        velocity = self._flow_policy.module.velocity(tensordict[self._flow_policy.observation_key], x, time)
         error = (velocity - (action - noise)).square().mean(-1)
         return self._reduce_term(error, tensordict)
 
@@ -94,7 +96,8 @@ class FlowMatchingLoss(OffPolicyLoss):
         Returns:
             The loss and an empty metadata dictionary.
         """
-        return self._flow_loss(self._blank_masked_rows(tensordict)), {}
+        with self._acting():
+            return self._flow_loss(self._blank_masked_rows(tensordict)), {}
 
 
 def check_flow_policy(policy: object) -> None:

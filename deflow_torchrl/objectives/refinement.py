@@ -173,7 +173,7 @@ class RefinementLoss(OffPolicyLoss):
         shift, action = self._refine(tensordict, base_action)
         divergence = self._divergence(shift)
         # Eq. 11: critics fixed. Their gradients would be thrown away, so their parameters enter detached.
-        qvalue = self._qvalues(tensordict, action, self._frozen_critics()).mean(0)
+        qvalue = self._qvalues(tensordict, action, self.qvalue_network_params, frozen=True).mean(0)
         scale: Tensor | float = 1.0
         if self.normalize_q_loss:
             scale = 1 / self._batch_mean(qvalue.detach().abs(), tensordict).clamp_min(tiny(qvalue))
@@ -223,16 +223,15 @@ class RefinementLoss(OffPolicyLoss):
             The loss and metadata ``alpha`` and ``divergence``, detached.
         """
         tensordict = self._blank_masked_rows(tensordict)
-        base_action = self._current_base_action(tensordict)
-        loss, divergence = self._actor_loss(tensordict, base_action)
+        with self._acting():
+            loss, divergence = self._actor_loss(tensordict, self._current_base_action(tensordict))
         return loss, {"alpha": self.alpha, "divergence": self._divergence_metadata(divergence, tensordict)}
 
     def alpha_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute ``loss_alpha``; inputs and metadata as in :meth:`actor_loss`."""
         tensordict = self._blank_masked_rows(tensordict)
-        base_action = self._current_base_action(tensordict)
-        with torch.no_grad():
-            divergence = self._divergence(self._refine(tensordict, base_action)[0])
+        with self._acting(), torch.no_grad():
+            divergence = self._divergence(self._refine(tensordict, self._current_base_action(tensordict))[0])
         loss = self._alpha_loss(tensordict, divergence)
         return loss, {"alpha": self.alpha, "divergence": self._divergence_metadata(divergence, tensordict)}
 

@@ -180,5 +180,6 @@ class TDCriticLoss(OffPolicyLoss):
             The loss and metadata ``td_error [...]``, detached.
         """
         tensordict = self._blank_masked_rows(tensordict)
-        loss, td_error = self._qvalue_loss(tensordict, self._next_base_action(tensordict))
+        with self._acting():
+            loss, td_error = self._qvalue_loss(tensordict, self._next_base_action(tensordict))
         return loss, {"td_error": td_error}

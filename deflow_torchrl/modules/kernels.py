@@ -1,0 +1,266 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
+"""The paper's MLP and its Euler sampler on a CPU, in as few passes over memory as torch's own operations allow.
+
+Same functions as the layers they stand for, to rounding (the tests hold them against the layers in double precision):
+
+* ``GELU(x) = x sigmoid(w)``, ``w = 2 sqrt(2/pi) (x + 0.044715 x^3)``, which is the tanh form with one exponential, from fused
+  multiply-adds in place: half the time of ``torch.nn.functional.gelu(approximate="tanh")``.
+* Forward and backward of a whole MLP are one node of autograd, so gradients arrive in the parameters' own layout and nothing
+  is computed for inputs or parameters that need no gradient.
+* ``torch.vmap`` over parameters (an ensemble of critics, stacked seeds) becomes one batched product per layer.
+* The sampler computes the observation's share of the first layer once for all its steps, and its steps in two buffers.
+
+They are used by :class:`~deflow_torchrl.modules.networks.MLP` in eager mode on a CPU; :func:`use_kernels` and a run's setting
+``kernels=false`` turn them off. Second and forward-mode derivatives need them off. What they save is in docs/performance.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+LAYER_NORM_EPS = 1e-6
+_SLOPE, _CUBIC = 2 * math.sqrt(2 / math.pi), 0.044715
+
+_SWITCH = "DEFLOW_KERNELS"  # in the environment: the processes that a run starts compute as it does
+
+
+def enable_kernels(enabled: bool) -> None:
+    """Use the kernels of this module, or the plain layers, in this process and those it starts from now on."""
+    os.environ[_SWITCH] = "1" if enabled else "0"
+
+
+@contextlib.contextmanager
+def use_kernels(enabled: bool) -> Iterator[None]:
+    """As :func:`enable_kernels`, inside the context."""
+    before = os.environ.get(_SWITCH, "1")
+    enable_kernels(enabled)
+    try:
+        yield
+    finally:
+        os.environ[_SWITCH] = before
+
+
+def usable(x: Tensor) -> bool:
+    """Whether an input can go through the kernels: eager, on a CPU, single or double precision."""
+    return (
+        os.environ.get(_SWITCH) != "0"
+        and x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.float64)
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.jit.is_tracing()
+    )
+
+
+def mlp(x: Tensor, parameters: Sequence[Tensor], *, layer_norm: bool) -> Tensor:
+    """Apply an MLP.
+
+    Args:
+        x: input ``[..., in]``.
+        parameters: per hidden layer weight ``[width, in]``, bias ``[width]`` and, with ``layer_norm``, its weight and bias
+            ``[width]``; then weight and bias of the output. All may be batched by ``torch.vmap``, or be those of an ensemble
+            with a dimension N in front.
+
+    Keyword Args:
+        layer_norm: a LayerNorm follows every activation.
+
+    Returns:
+        Output ``[..., out]``, of an ensemble ``[N, ..., out]``.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    ensemble = parameters[0].shape[:-2]
+    out = _MLP.apply(layer_norm, torch.is_grad_enabled(), rows.expand(*ensemble, *rows.shape), *parameters)[0]
+    return out.reshape(*ensemble, *x.shape[:-1], out.shape[-1])
+
+
+def sample_flow(observation: Tensor, noise: Tensor, parameters: Sequence[Tensor], *, num_steps: int) -> Tensor:
+    """Integrate ``x <- x + v(observation, x, i / M) / M`` from ``noise``, without gradient; shapes as in :func:`mlp`."""
+    flat = [part.reshape(-1, part.shape[-1]) for part in (observation, noise)]
+    with torch.no_grad():
+        return _Flow.apply(num_steps, *flat, *parameters).reshape(noise.shape)
+
+
+class _MLP(torch.autograd.Function):
+    """Rows ``[R, in]`` and parameters as in :func:`mlp`, or all of them with one more dimension ``[N, ...]`` in front."""
+
+    @staticmethod
+    def forward(layer_norm: bool, keep: bool, x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        kept: list[Tensor] = []
+        for weight, bias, *norm in _hidden(parameters, layer_norm):
+            pre = _affine(x, weight, bias)
+            gate = _gate(pre)
+            x = pre * gate if keep else pre.mul_(gate)
+            own = [pre, gate, x]
+            if norm:
+                normal, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, LAYER_NORM_EPS)
+                x = torch.addcmul(norm[1].unsqueeze(-2), normal, norm[0].unsqueeze(-2))
+                own += [mean, rstd, normal, x]
+            if keep:
+                kept += own
+        weight, bias = parameters[-2:]
+        return _affine(x, weight, bias), *kept
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.layer_norm, _, *tensors = inputs
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*tensors, *output[1:])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad[2:]
+        if grad is None:
+            return (None,) * (2 + len(needs))
+        x, *saved = ctx.saved_tensors
+        parameters, kept = saved[: len(needs) - 1], saved[len(needs) - 1 :]
+        per_layer, per_kept = (4, 7) if ctx.layer_norm else (2, 3)
+        layers = (len(parameters) - 2) // per_layer + 1
+        grads: list[Tensor | None] = [None] * len(parameters)
+        for layer in reversed(range(layers)):
+            first = layer * per_layer
+            own = kept[(layer - 1) * per_kept : layer * per_kept] if layer else []
+            source = own[-1] if own else x
+            if needs[1 + first]:
+                grads[first] = grad.mT @ source
+            if needs[2 + first]:
+                grads[first + 1] = grad.sum(-2)
+            if not any(needs[: 1 + first]):
+                return (None, None, None, *grads)
+            grad = grad @ parameters[first]
+            if not own:
+                return (None, None, grad, *grads)
+            pre, gate, activation = own[:3]
+            if ctx.layer_norm:
+                mean, rstd, normal = own[3:6]
+                gain, shift = first - 2, first - 1
+                if needs[1 + gain]:
+                    grads[gain] = (grad * normal).sum(-2)
+                if needs[1 + shift]:
+                    grads[shift] = grad.sum(-2)
+                grad.mul_(parameters[gain].unsqueeze(-2))
+                grad = torch.ops.aten.native_layer_norm_backward(
+                    grad, activation, activation.shape[-1:], mean, rstd, None, None, [True, False, False]
+                )[0]
+            # d(x g(w))/dx = g + x (g - g^2) w'. In this order: x^3 may overflow where g - g^2 is zero.
+            slope = torch.addcmul(_scalar(_SLOPE, pre.dtype), pre, pre, value=3 * _SLOPE * _CUBIC)
+            slope.mul_(torch.addcmul(gate, gate, gate, value=-1).mul_(pre)).add_(gate)
+            grad.mul_(slope)
+        raise AssertionError("the first layer returns")
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], layer_norm: bool, keep: bool, x: Tensor, *parameters: Tensor
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        tensors, shape = _flatten(info.batch_size, in_dims[2:], [x, *parameters], rows=1)
+        outputs = tuple(out.reshape(*shape, *out.shape[1:]) for out in _MLP.apply(layer_norm, keep, *tensors))
+        return outputs, (0,) * len(outputs)
+
+
+class _Flow(torch.autograd.Function):
+    """Rows of observations and noise and parameters of a velocity network, or all with one more dimension in front."""
+
+    @staticmethod
+    def forward(num_steps: int, observation: Tensor, noise: Tensor, *parameters: Tensor) -> Tensor:
+        (first, first_bias), *hidden = _hidden(parameters, layer_norm=False)
+        observation_dim, action_dim = observation.shape[-1], noise.shape[-1]
+        share = _affine(observation, first[..., :observation_dim], first_bias)
+        moving = first[..., observation_dim:].mT
+        point = torch.cat([noise, torch.empty_like(noise[..., :1])], -1)
+        x, time = point.split([action_dim, 1], -1)
+        # Two buffers by turns hold the layers' values and a third the gates: all stay in the cache.
+        rows = noise.shape[:-1]
+        widths = [first.shape[-2], *(weight.shape[-2] for weight, _ in hidden)]
+        buffers = noise.new_empty(3, math.prod(rows) * max(widths))
+        *outs, gates = zip(*([_start(buffer, (*rows, width)) for buffer in buffers] for width in widths), strict=True)
+        layers = [
+            (_term(bias, weight), weight.mT, outs[number % 2][number], gates[number])
+            for number, (weight, bias) in enumerate(hidden, start=1)
+        ]
+        last, last_bias = parameters[-2].mT, _term(parameters[-1], parameters[-2])
+        velocity = torch.empty_like(noise)
+        affine = _fused_product(first)
+        for step in range(num_steps):
+            time.fill_(step / num_steps)
+            h = affine(share, point, moving, out=outs[0][0])
+            h.mul_(_gate(h, out=gates[0]))
+            for bias, weight, out, gate in layers:
+                h = affine(bias, h, weight, out=out)
+                h.mul_(_gate(h, out=gate))
+            x.add_(affine(last_bias, h, last, out=velocity), alpha=1 / num_steps)
+        return x.contiguous()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], num_steps: int, observation: Tensor, noise: Tensor, *parameters: Tensor
+    ) -> tuple[Tensor, int]:
+        tensors, shape = _flatten(info.batch_size, in_dims[1:], [observation, noise, *parameters], rows=2)
+        out = _Flow.apply(num_steps, *tensors)
+        return out.reshape(*shape, *out.shape[1:]), 0
+
+
+def _hidden(parameters: Sequence[Tensor], layer_norm: bool) -> list[Sequence[Tensor]]:
+    size = 4 if layer_norm else 2
+    return [parameters[first : first + size] for first in range(0, len(parameters) - 2, size)]
+
+
+def _start(buffer: Tensor, shape: Sequence[int]) -> Tensor:
+    return buffer[: math.prod(shape)].view(shape)
+
+
+def _fused_product(weight: Tensor) -> Any:
+    """``f(term, left, right)``: ``term + left right`` of matrices, or of batches of them where the weights are stacked."""
+    return torch.addmm if weight.ndim == 2 else torch.baddbmm
+
+
+def _term(bias: Tensor, weight: Tensor) -> Tensor:
+    return bias if weight.ndim == 2 else bias.unsqueeze(-2)
+
+
+def _affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``x W^T + b``."""
+    return _fused_product(weight)(_term(bias, weight), x, weight.mT)
+
+
+def _gate(x: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """sigmoid(w), w = 2 sqrt(2/pi) (x + 0.044715 x^3): what GELU multiplies x by."""
+    return torch.addcmul(_scalar(_SLOPE, x.dtype), x, x, value=_SLOPE * _CUBIC, out=out).mul_(x).sigmoid_()
+
+
+@functools.cache
+def _scalar(value: float, dtype: torch.dtype) -> Tensor:
+    return torch.full((), value, dtype=dtype, device="cpu")
+
+
+def _flatten(
+    batch: int, dims: Sequence[int | None], tensors: Sequence[Tensor], *, rows: int
+) -> tuple[list[Tensor], tuple[int, ...]]:
+    """What vmap batches, in the shapes the functions take, and the leading shape their results are given.
+
+    The first ``rows`` of the tensors hold rows, the others are parameters. Where no parameter is batched, the batch is more
+    rows; else every tensor gets it in front, merged with the dimension it may have had there from a vmap inside this one.
+    """
+    stacked = tensors[rows].ndim - (dims[rows] is not None) == 3
+    front = [
+        tensor.expand(batch, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+        for tensor, dim in zip(tensors, dims, strict=True)
+    ]
+    if all(dim is None for dim in dims[rows:]) and not stacked:
+        return [tensor.flatten(0, 1) for tensor in front[:rows]] + list(tensors[rows:]), front[0].shape[:2]
+    if stacked:
+        return [tensor.flatten(0, 1) for tensor in front], front[0].shape[:2]
+    return front, (batch,)

@@ -18,6 +18,7 @@ import tomllib
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from typing import Any
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -44,11 +45,14 @@ def closure(extras: set[str], python: str) -> Iterator[str]:
                 waiting += [(canonicalize_name(requirement.name), wanted) for wanted in ("", *requirement.extras)]
 
 
+def project() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
 def requirements_of(name: str) -> list[str]:
     if name == PROJECT:  # as the checkout says, not as it was installed once
-        project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-        extras = project["optional-dependencies"].items()
-        return project["dependencies"] + [f"{text}; extra == '{extra}'" for extra, texts in extras for text in texts]
+        extras = project()["optional-dependencies"].items()
+        return project()["dependencies"] + [f"{text}; extra == '{extra}'" for extra, texts in extras for text in texts]
     try:
         return distribution(name).requires or []
     except PackageNotFoundError:
@@ -95,9 +99,13 @@ def main() -> None:
     arguments = parser.parse_args()
     if not re.fullmatch(r"3\.\d+", arguments.python):
         parser.error(f"--python takes a version such as 3.12, got {arguments.python!r}; make wheelhouse PYTHON=3.12")
+    extras = set(filter(None, arguments.extras.split(",")))
+    unknown = extras - set(project()["optional-dependencies"])
+    if unknown:
+        parser.error(f"there is no extra {', '.join(sorted(unknown))}")
     arguments.out.mkdir(parents=True, exist_ok=True)
     versions = pinned()
-    names = sorted(set(closure(set(filter(None, arguments.extras.split(","))), arguments.python)) - {PROJECT})
+    names = sorted(set(closure(extras, arguments.python)) - {PROJECT})
     for name in tqdm(names, desc="wheelhouse", unit="wheel"):
         add(name, versions.get(name) or distribution(name).version, arguments.python, arguments.out)
     with tempfile.TemporaryDirectory() as folder:  # setuptools would leave a build folder in the checkout

@@ -158,8 +158,8 @@ def measure(
     operands = {product: product.operands(device) for product in distinct}
     parts = update_parts(update, batch)
     traffic = optimiser_bytes(update)
-    source = torch.empty(traffic // 8, device=device)  # a copy reads and writes: half the bytes each, four to a number
-    target = torch.empty_like(source)
+    source = torch.ones(traffic // 8, device=device)  # a copy reads and writes: half the bytes each, four to a number
+    target = torch.ones_like(source)
 
     def clock(work: Callable[[], object]) -> float:
         synchronize(device)

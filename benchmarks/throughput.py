@@ -126,7 +126,11 @@ class JaxAgent:
         command = [arguments.jax_python, str(Path(__file__).with_name("jax_worker.py")), str(arguments.against_jax)]
         command += [text for name in sizes for text in (f"--{name.replace('_', '-')}", str(values[name]))]
         command += ["--hidden-dims", *map(str, arguments.hidden_dims)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        try:
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        except OSError as error:
+            print(f"throughput.py: cannot run --jax-python {arguments.jax_python}: {error.strerror}", file=sys.stderr)
+            raise SystemExit(2) from None
         self.about = json.loads(self._read())
 
     def _read(self) -> str:
@@ -329,6 +333,8 @@ def main() -> None:
     add_sizes(verb)
     verb.add_argument("--store", action="store_true", help="make the ratios of this run the stored ones")
     arguments = parser.parse_args()
+    if arguments.steps < 1:
+        parser.error(f"--steps must be at least 1, got {arguments.steps}")
     if (
         arguments.verb == "update"
         and arguments.against_jax

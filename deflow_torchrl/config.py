@@ -62,7 +62,7 @@ class TrainConfig:
         device: learner's device.
         compile: run the losses through torch.compile (pays on long runs; needs a C++ compiler on a CPU).
         kernels: compute the networks with this package's CPU kernels; false goes through their layers (the same to rounding,
-            slower). Without effect on a GPU and under compile.
+            slower). Without effect on a GPU, and on losses under compile.
         threads: torch's CPU threads; torch's default where None.
         eval_workers: processes that step environments; all cores where None.
         logger: ``none``, ``wandb``, ``tensorboard`` or ``mlflow``, beside the JSONL and CSV that are always written.

@@ -11,7 +11,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
 from deflow_torchrl.modules import kernels
-from deflow_torchrl.modules.networks import MLP
+from deflow_torchrl.modules.networks import MLP, has_hooks
 
 
 def register_bounds(module: nn.Module, low: float | Tensor, high: float | Tensor) -> None:
@@ -75,17 +75,28 @@ class FlowMatchingModel(nn.Module):
     def forward(self, observation: Tensor, noise: Tensor | None = None) -> Tensor:
         """Integrate from ``noise [..., A]`` (drawn if None) to actions ``[..., A]``: x <- x + v(s, x, i/M)/M, i = 0..M-1."""
         x = self.draw_noise(observation) if noise is None else noise
-        network = self.velocity_network
-        if isinstance(network, MLP) and not network.layer_norm and not torch.is_grad_enabled():
-            parameters = network.kernel_parameters(x)
-            if parameters is not None:
-                x = kernels.sample_flow(observation, x, parameters, num_steps=self.num_steps)
-                return x.clamp(self.low, self.high)
+        parameters = self._kernel_parameters(observation, x)
+        if parameters is not None:
+            return kernels.sample_flow(observation, x, parameters, num_steps=self.num_steps).clamp(self.low, self.high)
         for step in range(self.num_steps):
             t = x.new_full((*x.shape[:-1], 1), step / self.num_steps)
             x = x + self.velocity(observation, x, t) / self.num_steps
         # Clipping inside the loop would bend the flow's paths: the reference clips after the last step only.
         return x.clamp(self.low, self.high)
+
+    def _kernel_parameters(self, observation: Tensor, x: Tensor) -> list[Tensor] | None:
+        network = self.velocity_network
+        if (
+            torch.is_grad_enabled()
+            or type(self).velocity is not FlowMatchingModel.velocity
+            or not isinstance(network, MLP)
+            or network.layer_norm
+            or has_hooks(network)
+            or observation.shape[:-1] != x.shape[:-1]
+            or observation.dtype != x.dtype
+        ):
+            return None
+        return network.kernel_parameters(x)
 
 
 class FlowMatchingPolicy(TensorDictModule):

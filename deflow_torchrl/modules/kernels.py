@@ -17,7 +17,6 @@ They are used by :class:`~deflow_torchrl.modules.networks.MLP` in eager mode on 
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -53,6 +52,7 @@ def usable(x: Tensor) -> bool:
     """Whether an input can go through the kernels: eager, on a CPU, single or double precision."""
     return (
         os.environ.get(_SWITCH) != "0"
+        and type(x) in (Tensor, torch.nn.Parameter)
         and x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.float64)
         and not torch.compiler.is_compiling()
@@ -148,14 +148,14 @@ class _MLP(torch.autograd.Function):
                     grads[gain] = (grad * normal).sum(-2)
                 if needs[1 + shift]:
                     grads[shift] = grad.sum(-2)
-                grad.mul_(parameters[gain].unsqueeze(-2))
+                grad = grad * parameters[gain].unsqueeze(-2)
                 grad = torch.ops.aten.native_layer_norm_backward(
                     grad, activation, activation.shape[-1:], mean, rstd, None, None, [True, False, False]
                 )[0]
             # d(x g(w))/dx = g + x (g - g^2) w'. In this order: x^3 may overflow where g - g^2 is zero.
             slope = torch.addcmul(_scalar(_SLOPE, pre.dtype), pre, pre, value=3 * _SLOPE * _CUBIC)
             slope.mul_(torch.addcmul(gate, gate, gate, value=-1).mul_(pre)).add_(gate)
-            grad.mul_(slope)
+            grad = grad * slope
         raise AssertionError("the first layer returns")
 
     @staticmethod
@@ -241,8 +241,8 @@ def _gate(x: Tensor, *, out: Tensor | None = None) -> Tensor:
     return torch.addcmul(_scalar(_SLOPE, x.dtype), x, x, value=_SLOPE * _CUBIC, out=out).mul_(x).sigmoid_()
 
 
-@functools.cache
 def _scalar(value: float, dtype: torch.dtype) -> Tensor:
+    # Made anew each time: one that was made under a FakeTensorMode or in inference mode must not be met outside.
     return torch.full((), value, dtype=dtype, device="cpu")
 
 

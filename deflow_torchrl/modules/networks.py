@@ -37,7 +37,7 @@ class MLP(nn.Sequential):
     @property
     def layer_norm(self) -> bool:
         """Whether a LayerNorm follows every activation."""
-        return isinstance(self[2], nn.LayerNorm)
+        return any(isinstance(layer, nn.LayerNorm) for layer in self._modules.values())
 
     def kernel_parameters(self, x: Tensor, stacked: TensorDictBase | None = None) -> list[Tensor] | None:
         """The parameters in the order of :func:`.kernels.mlp`, or None where ``x`` has to go through the layers.
@@ -59,14 +59,41 @@ class MLP(nn.Sequential):
 
     def _is_as_built(self) -> bool:
         layers = tuple(self._modules.values())
-        kinds = (_XavierLinear, nn.GELU, nn.LayerNorm)[: 3 if self.layer_norm else 2]
-        return len(layers) % len(kinds) == 1 and all(
-            type(layer) is kinds[number % len(kinds)]
-            and not (
-                layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-            )
-            for number, layer in enumerate(layers)
+        kinds = 3 if self.layer_norm else 2
+        return (
+            type(self) is MLP
+            and len(layers) > kinds
+            and len(layers) % kinds == 1
+            and all(_LAYERS[number % kinds](layer) and not has_hooks(layer) for number, layer in enumerate(layers))
         )
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something wants to see the module's own calls."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    return type(layer) is _XavierLinear and layer.bias is not None
+
+
+def _is_tanh_gelu(layer: nn.Module) -> bool:
+    return type(layer) is nn.GELU and layer.approximate == "tanh"
+
+
+def _is_norm(layer: nn.Module) -> bool:
+    return (
+        type(layer) is nn.LayerNorm
+        and layer.eps == kernels.LAYER_NORM_EPS
+        and len(layer.normalized_shape) == 1
+        and layer.weight is not None
+        and layer.bias is not None
+    )
+
+
+_LAYERS = (_is_linear, _is_tanh_gelu, _is_norm)
 
 
 def make_mlp(in_features: int, out_features: int, hidden_dims: Sequence[int], *, layer_norm: bool) -> nn.Sequential:
@@ -126,7 +153,12 @@ class StateActionValue(nn.Module):
         self, observation: Tensor, action: Tensor, params: TensorDictBase, *, frozen: bool = False
     ) -> Tensor | None:
         """Values ``[N, ..., 1]`` of N critics whose parameters ``params`` stacks; None where there is no kernel for them."""
-        if not isinstance(self.mlp, MLP):
+        if (
+            type(self) is not StateActionValue
+            or not isinstance(self.mlp, MLP)
+            or has_hooks(self)
+            or has_hooks(self.mlp)
+        ):
             return None
         x = torch.cat([observation, action], -1)
         parameters = self.mlp.kernel_parameters(x, params.get("mlp"))

@@ -26,7 +26,7 @@ from torchrl.objectives.utils import _vmap_func
 
 from deflow_torchrl.modules.actor import DeFlowActor
 from deflow_torchrl.modules.flow import FlowMatchingPolicy
-from deflow_torchrl.modules.networks import StateActionValue
+from deflow_torchrl.modules.networks import StateActionValue, has_hooks
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -332,12 +332,22 @@ class OffPolicyLoss(LossModule):
         """Entries the critics read besides the action."""
         return [key for key in self.qvalue_network.in_keys if unravel_key(key) != unravel_key(self.tensor_keys.action)]
 
+    @property
+    def _is_plain(self) -> bool:
+        """Whether calling the critics is calling their module, nothing else."""
+        return type(self.qvalue_network) is TensorDictModule and not has_hooks(self.qvalue_network)
+
     def _qvalues(
         self, observations: TensorDictBase, action: Tensor, params: TensorDictBase, *, frozen: bool = False
     ) -> Tensor:
         """Q_j(s, a) of the whole ensemble, ``[N, *td.shape]``, without gradient to its parameters if they are frozen."""
         critic = getattr(self.qvalue_network, "module", None)
-        if isinstance(critic, StateActionValue) and self.num_qvalue_nets > 1:
+        if (
+            isinstance(critic, StateActionValue)
+            and self.num_qvalue_nets > 1
+            and not self.deactivate_vmap
+            and self._is_plain
+        ):
             observation = observations[self.qvalue_network.in_keys[0]]
             values = critic.ensemble(observation, action, params.get("module"), frozen=frozen)
             if values is not None:

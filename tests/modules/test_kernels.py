@@ -8,6 +8,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torchrl.objectives import SoftUpdate, ValueEstimators
 
@@ -21,7 +22,7 @@ from deflow_torchrl.modules import (
     make_velocity_network,
 )
 from deflow_torchrl.modules.flow import FlowMatchingModel
-from deflow_torchrl.modules.networks import make_mlp
+from deflow_torchrl.modules.networks import StateActionValue, make_mlp
 from deflow_torchrl.objectives import DeFlowLoss
 
 WIDTHS = (16, 24, 8)
@@ -259,7 +260,6 @@ def test_processes_that_a_run_starts_compute_as_it_does(network, calls):
 
 
 def test_a_call_in_inference_mode_spoils_nothing(network):
-    kernels._scalar.cache_clear()
     with torch.inference_mode():
         network(torch.randn(5, 7))
     network(torch.randn(5, 7)).sum().backward()
@@ -309,3 +309,97 @@ def test_twenty_updates_are_those_of_the_layers(dtype, tolerance, calls):
         torch.testing.assert_close(value, plain_weights[name], rtol=tolerance, atol=tolerance, msg=name)
     assert calls.count("sample_flow") == 20
     assert calls.count("mlp") == 20 * 6
+
+
+def test_layers_of_other_options_are_called():
+    x = torch.randn(5, 4)
+    for number, layer in (
+        (1, nn.GELU()),
+        (2, nn.LayerNorm(16, eps=0.1)),
+        (2, nn.LayerNorm(16, elementwise_affine=False)),
+    ):
+        network = make_mlp(4, 3, (16, 8), layer_norm=True)
+        network[number] = layer
+        torch.testing.assert_close(network(x), nn.Sequential(*network)(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_slices_are_called(layer_norm):
+    network, x = make_mlp(4, 3, (16,), layer_norm=layer_norm), torch.randn(5, 4)
+    for stop in range(1, len(network)):
+        torch.testing.assert_close(network[:stop](x), nn.Sequential(*network[:stop])(x), rtol=0, atol=0)
+
+
+class Scaled(StateActionValue):
+    def forward(self, observation, action):
+        return 10 * super().forward(observation, action)
+
+
+@pytest.mark.parametrize("kind", ["subclass", "hook"])
+def test_critics_of_another_kind_are_called(kind):
+    loss, _, _ = make_update(torch.float64)
+    critics = make_qvalue_networks(5, 3, WIDTHS)
+    seen = []
+    for critic in critics:
+        if kind == "subclass":
+            critic.module = Scaled(critic.module.mlp)
+        else:
+            critic.module.register_forward_hook(lambda *_: seen.append(1))
+    loss = DeFlowLoss(loss.actor_network, critics)
+    loss.make_value_estimator(ValueEstimators.TD0, gamma=0.99)
+    flags = {name: torch.zeros(4, 1, dtype=torch.bool) for name in ("terminated", "done")}
+    following = {"observation": torch.randn(4, 5), "reward": torch.ones(4, 1), **flags}
+    batch = {"observation": torch.randn(4, 5), "action": torch.rand(4, 3), "next": following}
+    batch |= {"noise": torch.randn(4, 3), "flow_noise": torch.randn(4, 3), "flow_time": torch.rand(4, 1)}
+    batch["next"]["noise"] = torch.randn(4, 3)
+    batch = TensorDict(batch, batch_size=[4])
+    assert_same(*both(lambda: [loss(batch)["loss_qvalue"]]))
+    assert bool(seen) == (kind == "hook")
+
+
+def test_a_velocity_of_ones_own_is_sampled():
+    class Curved(FlowMatchingModel):
+        def velocity(self, observation, x, t):
+            return super().velocity(observation, x, t.square())
+
+    model = Curved(make_velocity_network(4, 3, WIDTHS), 3, 5)
+    observation, noise, seen = torch.randn(6, 4), torch.randn(6, 3), []
+    with torch.no_grad():
+        assert_same(*both(lambda: [model(observation, noise)]))
+        model = FlowMatchingModel(model.velocity_network, 3, 5)
+        model.velocity_network.register_forward_hook(lambda *_: seen.append(1))
+        model(observation, noise)
+    assert len(seen) == 5
+
+
+def test_inputs_that_do_not_fit_are_treated_as_by_the_layers():
+    model = FlowMatchingModel(make_velocity_network(4, 3, WIDTHS), 3, 5)
+    with torch.no_grad():
+        with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
+            model(torch.randn(3, 2, 4), torch.randn(2, 3, 3))
+        images = torch.randint(0, 5, (6, 4), dtype=torch.uint8)
+        noise = torch.randn(6, 3)
+        torch.testing.assert_close(model(images, noise), model(images.double(), noise))
+
+
+def test_fake_tensors_leave_nothing_behind(network):
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        network(torch.randn(5, 7))
+    assert type(network(torch.randn(5, 7))) is torch.Tensor
+
+
+def test_a_vector_product_under_vmap(network):
+    params = {name: parameter.detach() for name, parameter in network.named_parameters()}
+    x = torch.randn(5, 7)
+
+    def product(weight):
+        call = lambda x: functional_call(network, params | {"0.weight": weight}, (x,))  # noqa: E731
+        return torch.func.vjp(call, x)[1](torch.ones(5, 3))[0]
+
+    weights = torch.randn(4, *network[0].weight.shape)
+    assert_same(*both(lambda: [torch.vmap(product)(weights)]))
+
+
+def test_graphs_are_traced_through_the_layers(network):
+    traced = torch.fx.symbolic_trace(network)
+    assert_same([traced(torch.ones(5, 7))], [network(torch.ones(5, 7))])

@@ -161,23 +161,16 @@ def measure(
     source = torch.ones(traffic // 8, device=device)  # a copy reads and writes: half the bytes each, four to a number
     target = torch.ones_like(source)
 
-    def clock(work: Callable[[], object]) -> float:
-        synchronize(device)
-        began = time.perf_counter()
-        work()
-        synchronize(device)
-        return (time.perf_counter() - began) * 1e3
-
     floors: dict[str, list[float]] = {name: [] for name in (*parts, "update")}
     measured: dict[str, list[float]] = {name: [] for name in (*parts, "update")}
     for number in range(warmup + rounds):
-        each = {product: clock(functools.partial(_multiply, *operand)) for product, operand in operands.items()}
+        each = {product: clock(functools.partial(_multiply, *operand), device) for product, operand in operands.items()}
         floor = {name: sum(count * each[product] for product, count in part.items()) for name, part in products.items()}
-        floor["optimiser"] = clock(lambda: target.copy_(source))
+        floor["optimiser"] = clock(lambda: target.copy_(source), device)
         floor["update"] = sum(floor.values())
-        now = {name: clock(part) for name, part in parts.items()}
+        now = {name: clock(part, device) for name, part in parts.items()}
         update.optimizer.zero_grad()
-        now["update"] = clock(lambda: update(batch))
+        now["update"] = clock(lambda: update(batch), device)
         if number >= warmup:
             for name, value in floor.items():
                 floors[name].append(value)
@@ -192,10 +185,24 @@ def measure(
             "mbyte": traffic / 1e6 if name in ("optimiser", "update") else 0.0,
             "floor_ms": statistics.median(values),
             "measured_ms": statistics.median(measured[name]),
-            "ratio": statistics.median(own / least for own, least in zip(measured[name], values, strict=True)),
+            "ratio": ratio(measured[name], values),
         }
         for name, values in floors.items()
     }
+
+
+def clock(work: Callable[[], object], device: torch.device) -> float:
+    """Milliseconds of one call, the device synchronised at both ends."""
+    synchronize(device)
+    began = time.perf_counter()
+    work()
+    synchronize(device)
+    return (time.perf_counter() - began) * 1e3
+
+
+def ratio(times: Sequence[float], others: Sequence[float]) -> float:
+    """The median over rounds of the ratio within a round: what else the machine does then slows both."""
+    return statistics.median(one / other for one, other in zip(times, others, strict=True))
 
 
 def synchronize(device: torch.device) -> None:

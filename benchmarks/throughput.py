@@ -28,14 +28,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from roofline import measure, synchronize, table, update_products
+from roofline import clock, measure, ratio, table, update_products
 from tensordict import TensorDict
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
 from deflow_torchrl.algorithms import DeFlowConfig, get_algorithm
 from deflow_torchrl.algorithms.base import ProblemSpec
 from deflow_torchrl.data import BaseActionBank
-from deflow_torchrl.modules.kernels import use_kernels
+from deflow_torchrl.modules import kernels
 from deflow_torchrl.processes import keep_freed_memory
 from deflow_torchrl.trainers import UpdateStep
 
@@ -98,11 +98,7 @@ def stopwatch(update: Update, buffer: TensorDictReplayBuffer, device: torch.devi
 
     def once() -> float:
         batch = buffer.sample()
-        synchronize(device)
-        began = time.perf_counter()
-        update(batch)
-        synchronize(device)
-        return (time.perf_counter() - began) * 1e3
+        return clock(lambda: update(batch), device)
 
     return once
 
@@ -111,7 +107,7 @@ def make_plain_update(arguments: argparse.Namespace) -> Update:
     update = make_update(arguments)
 
     def plain(batch: TensorDict) -> None:
-        with use_kernels(False):
+        with kernels.use_kernels(False):
             update(batch)
 
     return plain
@@ -202,20 +198,16 @@ def run_update(arguments: argparse.Namespace) -> dict[str, object]:
     }
     print(f"{medians[kind]:.1f} ms per update (median of {arguments.steps}), {result['threads']} threads")
 
-    def ratio(of: str, to: str) -> float:
-        # The median over rounds of the ratio within a round: what else the machine does then slows both.
-        return statistics.median(one / other for one, other in zip(times[of], times[to], strict=True))
-
     if arguments.frozen_prior:
-        result |= {"full_ms_per_update": medians["full"], "speedup": ratio("full", "frozen")}
+        result |= {"full_ms_per_update": medians["full"], "speedup": ratio(times["full"], times["frozen"])}
         print(
             f"{medians['full']:.1f} ms with a prior that learns: the frozen one is {result['speedup']:.2f} times faster"
         )
     if arguments.plain:
-        result |= {"plain_ms_per_update": medians["plain"], "to_plain": ratio("full", "plain")}
+        result |= {"plain_ms_per_update": medians["plain"], "to_plain": ratio(times["full"], times["plain"])}
         print(f"{medians['plain']:.1f} ms without the CPU kernels: with them {result['to_plain']:.2f} of it")
     if jax is not None:
-        result |= {"jax_ms_per_update": medians["jax"], "to_jax": ratio(kind, "jax"), **jax.about}
+        result |= {"jax_ms_per_update": medians["jax"], "to_jax": ratio(times[kind], times["jax"]), **jax.about}
         print(f"{medians['jax']:.1f} ms the authors' JAX agent: ours takes {result['to_jax']:.2f} of it")
     return result
 
@@ -252,7 +244,7 @@ def run_bench(arguments: argparse.Namespace) -> dict[str, object]:
     times = time_updates(timed, steps=arguments.steps, warmup=arguments.warmup)
     now = {f"{name} / floor": part["ratio"] for name, part in parts.items()}
     for of, to in (("full", "plain"), ("frozen", "full")):
-        now[f"{of} / {to}"] = statistics.median(one / other for one, other in zip(times[of], times[to], strict=True))
+        now[f"{of} / {to}"] = ratio(times[of], times[to])
     sizes = {name: vars(arguments)[name] for name in ("obs_dim", "action_dim", "batch_size", "hidden_dims", "device")}
     if arguments.store:
         about = {"sizes": sizes, "threads": torch.get_num_threads(), "torch": torch.__version__, "ratios": now}
@@ -261,9 +253,9 @@ def run_bench(arguments: argparse.Namespace) -> dict[str, object]:
     if stored["sizes"] != sizes:
         print(f"the stored ratios are of other sizes ({stored['sizes']}): not comparable")
     print("| ratio | now | stored | now / stored |\n|---|---|---|---|")
-    for name, ratio in now.items():
+    for name, value in now.items():
         before = stored["ratios"][name]
-        print(f"| {name} | {ratio:.2f} | {before:.2f} | {ratio / before:.2f} |")
+        print(f"| {name} | {value:.2f} | {before:.2f} | {value / before:.2f} |")
     return {"now": now, "stored": stored["ratios"]}
 
 
@@ -278,8 +270,7 @@ def run_gelu(arguments: argparse.Namespace) -> dict[str, object]:
         torch.addcmul(x, x, scratch.mul_(x).tanh_(), out=out)
 
     def sigmoid_form() -> None:
-        torch.addcmul(slope, x, x, value=cubic, out=scratch)
-        torch.mul(x, scratch.mul_(x).sigmoid_(), out=out)
+        torch.mul(x, kernels._gate(x, out=scratch), out=out)
 
     forms: dict[str, Callable[[], object]] = {
         "torch's gelu(approximate='tanh')": lambda: torch.nn.functional.gelu(x, approximate="tanh"),
@@ -293,15 +284,8 @@ def run_gelu(arguments: argparse.Namespace) -> dict[str, object]:
         print(f"compiled in {time.perf_counter() - began:.0f} s")
         forms["x sigmoid(2u), compiled"] = lambda: fused(x)
 
-    def clock(form: Callable[[], object]) -> float:
-        synchronize(device)
-        began = time.perf_counter()
-        form()
-        synchronize(device)
-        return (time.perf_counter() - began) * 1e3
-
     with torch.no_grad():
-        timed = {name: functools.partial(clock, form) for name, form in forms.items()}
+        timed = {name: functools.partial(clock, form, device) for name, form in forms.items()}
         times = time_updates(timed, steps=arguments.steps, warmup=arguments.warmup)
     result: dict[str, object] = {name: statistics.median(milliseconds) for name, milliseconds in times.items()}
     print(f"[{rows}, {width}], {torch.get_num_threads()} threads, medians of {arguments.steps}, in turns")

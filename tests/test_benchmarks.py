@@ -207,3 +207,24 @@ def test_ratios_are_compared_with_the_stored_ones():
     assert printed["now"].keys() == printed["stored"].keys() > {"update / floor", "full / plain", "frozen / full"}
     assert "the stored ratios are of other sizes" in result.stdout
     assert " ms" not in result.stdout
+
+
+def test_the_wheelhouse_holds_what_the_extras_need_and_not_torch():
+    script = SCRIPT.parents[1] / ".ci" / "wheelhouse.py"
+    names = "import sys, wheelhouse; print(*sorted(set(wheelhouse.closure(set(sys.argv[1:]), '3.12'))))"
+
+    def needed(*extras):
+        command = [sys.executable, "-c", names, *extras]
+        return set(
+            subprocess.run(command, capture_output=True, text=True, check=True, cwd=script.parent).stdout.split()
+        )
+
+    bare = needed()
+    assert {"deflow-torchrl", "torchrl", "tensordict", "numpy", "tqdm"} <= bare
+    assert not {"torch", "ogbench", "mujoco", "minari", "typer"} & bare
+    assert {"ogbench", "mujoco", "typer", "h5py"} <= needed("ogbench", "cli", "files")
+    for bad, said in (("--python=3", "takes a version such as 3.12"), ("--extras=clii", "there is no extra clii")):
+        arguments = [sys.executable, str(script), "--python=3.12", bad]
+        result = subprocess.run(arguments, capture_output=True, text=True, check=False)
+        assert result.returncode == 2
+        assert said in result.stderr.splitlines()[-1]

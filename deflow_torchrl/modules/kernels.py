@@ -4,26 +4,29 @@
 Same functions as the layers they stand for, to rounding (the tests hold them against the layers in double precision):
 
 * ``GELU(x) = x sigmoid(w)``, ``w = 2 sqrt(2/pi) (x + 0.044715 x^3)``, which is the tanh form with one exponential, from fused
-  multiply-adds in place: half the time of ``torch.nn.functional.gelu(approximate="tanh")``.
+  multiply-adds in place: a third of the time of ``torch.nn.functional.gelu(approximate="tanh")``. Its derivative is computed
+  with it, while x is in the cache, and kept in the place of x.
 * Forward and backward of a whole MLP are one node of autograd, so gradients arrive in the parameters' own layout and nothing
   is computed for inputs or parameters that need no gradient.
-* ``torch.vmap`` over parameters (an ensemble of critics, stacked seeds) becomes one batched product per layer.
+* An ensemble of critics, or seeds stacked by ``torch.vmap``, are one batched product per layer.
 * The sampler computes the observation's share of the first layer once for all its steps, and its steps in two buffers.
 
 They are used by :class:`~deflow_torchrl.modules.networks.MLP` in eager mode on a CPU; :func:`use_kernels` and a run's setting
-``kernels=false`` turn them off. Second and forward-mode derivatives need them off. What they save is in docs/performance.md.
+``kernels=false`` turn them off. Second derivatives need them off. What they save is in docs/performance.md.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType, get_interpreter_stack, is_batchedtensor
 from torch.autograd.function import once_differentiable
 
 LAYER_NORM_EPS = 1e-6
@@ -49,7 +52,10 @@ def use_kernels(enabled: bool) -> Iterator[None]:
 
 
 def usable(x: Tensor) -> bool:
-    """Whether an input can go through the kernels: eager, on a CPU, single or double precision."""
+    """Whether an input can go through the kernels.
+
+    That is: eager, on a CPU, in single or double precision, under no transform of ``torch.func`` but ``vmap``.
+    """
     return (
         os.environ.get(_SWITCH) != "0"
         and type(x) in (Tensor, torch.nn.Parameter)
@@ -58,6 +64,7 @@ def usable(x: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
         and not torch.jit.is_tracing()
+        and all(transform.key() == TransformType.Vmap for transform in get_interpreter_stack() or ())
     )
 
 
@@ -78,7 +85,7 @@ def mlp(x: Tensor, parameters: Sequence[Tensor], *, layer_norm: bool) -> Tensor:
     """
     rows = x.reshape(-1, x.shape[-1])
     ensemble = parameters[0].shape[:-2]
-    out = _MLP.apply(layer_norm, torch.is_grad_enabled(), rows.expand(*ensemble, *rows.shape), *parameters)[0]
+    out = _call(functools.partial(_mlp, layer_norm), rows.expand(*ensemble, *rows.shape), *parameters, rows=1)
     return out.reshape(*ensemble, *x.shape[:-1], out.shape[-1])
 
 
@@ -86,136 +93,130 @@ def sample_flow(observation: Tensor, noise: Tensor, parameters: Sequence[Tensor]
     """Integrate ``x <- x + v(observation, x, i / M) / M`` from ``noise``, without gradient; shapes as in :func:`mlp`."""
     flat = [part.reshape(-1, part.shape[-1]) for part in (observation, noise)]
     with torch.no_grad():
-        return _Flow.apply(num_steps, *flat, *parameters).reshape(noise.shape)
+        return _call(functools.partial(_flow, num_steps), *flat, *parameters, rows=2).reshape(noise.shape)
 
 
-class _MLP(torch.autograd.Function):
-    """Rows ``[R, in]`` and parameters as in :func:`mlp`, or all of them with one more dimension ``[N, ...]`` in front."""
-
-    @staticmethod
-    def forward(layer_norm: bool, keep: bool, x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
-        kept: list[Tensor] = []
-        for weight, bias, *norm in _hidden(parameters, layer_norm):
-            pre = _affine(x, weight, bias)
-            gate = _gate(pre)
-            x = pre * gate if keep else pre.mul_(gate)
-            own = [pre, gate, x]
-            if norm:
-                normal, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, LAYER_NORM_EPS)
-                x = torch.addcmul(norm[1].unsqueeze(-2), normal, norm[0].unsqueeze(-2))
-                own += [mean, rstd, normal, x]
-            if keep:
-                kept += own
-        weight, bias = parameters[-2:]
-        return _affine(x, weight, bias), *kept
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.layer_norm, _, *tensors = inputs
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(*tensors, *output[1:])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad[2:]
-        if grad is None:
-            return (None,) * (2 + len(needs))
-        x, *saved = ctx.saved_tensors
-        parameters, kept = saved[: len(needs) - 1], saved[len(needs) - 1 :]
-        per_layer, per_kept = (4, 7) if ctx.layer_norm else (2, 3)
-        layers = (len(parameters) - 2) // per_layer + 1
-        grads: list[Tensor | None] = [None] * len(parameters)
-        for layer in reversed(range(layers)):
-            first = layer * per_layer
-            own = kept[(layer - 1) * per_kept : layer * per_kept] if layer else []
-            source = own[-1] if own else x
-            if needs[1 + first]:
-                grads[first] = grad.mT @ source
-            if needs[2 + first]:
-                grads[first + 1] = grad.sum(-2)
-            if not any(needs[: 1 + first]):
-                return (None, None, None, *grads)
-            grad = grad @ parameters[first]
-            if not own:
-                return (None, None, grad, *grads)
-            pre, gate, activation = own[:3]
-            if ctx.layer_norm:
-                mean, rstd, normal = own[3:6]
-                gain, shift = first - 2, first - 1
-                if needs[1 + gain]:
-                    grads[gain] = (grad * normal).sum(-2)
-                if needs[1 + shift]:
-                    grads[shift] = grad.sum(-2)
-                grad = grad * parameters[gain].unsqueeze(-2)
-                grad = torch.ops.aten.native_layer_norm_backward(
-                    grad, activation, activation.shape[-1:], mean, rstd, None, None, [True, False, False]
-                )[0]
-            # d(x g(w))/dx = g + x (g - g^2) w'. In this order: x^3 may overflow where g - g^2 is zero.
-            slope = torch.addcmul(_scalar(_SLOPE, pre.dtype), pre, pre, value=3 * _SLOPE * _CUBIC)
-            slope.mul_(torch.addcmul(gate, gate, gate, value=-1).mul_(pre)).add_(gate)
-            grad = grad * slope
-        raise AssertionError("the first layer returns")
-
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[Any, ...], layer_norm: bool, keep: bool, x: Tensor, *parameters: Tensor
-    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        tensors, shape = _flatten(info.batch_size, in_dims[2:], [x, *parameters], rows=1)
-        outputs = tuple(out.reshape(*shape, *out.shape[1:]) for out in _MLP.apply(layer_norm, keep, *tensors))
-        return outputs, (0,) * len(outputs)
+_Function = Callable[..., Tensor]
+"""Of rows ``[R, in]`` and parameters as in :func:`mlp`, or of all of them with one more dimension ``[N, ...]`` in front."""
 
 
-class _Flow(torch.autograd.Function):
-    """Rows of observations and noise and parameters of a velocity network, or all with one more dimension in front."""
-
-    @staticmethod
-    def forward(num_steps: int, observation: Tensor, noise: Tensor, *parameters: Tensor) -> Tensor:
-        (first, first_bias), *hidden = _hidden(parameters, layer_norm=False)
-        observation_dim, action_dim = observation.shape[-1], noise.shape[-1]
-        share = _affine(observation, first[..., :observation_dim], first_bias)
-        moving = first[..., observation_dim:].mT
-        point = torch.cat([noise, torch.empty_like(noise[..., :1])], -1)
-        x, time = point.split([action_dim, 1], -1)
-        # Two buffers by turns hold the layers' values and a third the gates: all stay in the cache.
-        rows = noise.shape[:-1]
-        widths = [first.shape[-2], *(weight.shape[-2] for weight, _ in hidden)]
-        buffers = noise.new_empty(3, math.prod(rows) * max(widths))
-        *outs, gates = zip(*([_start(buffer, (*rows, width)) for buffer in buffers] for width in widths), strict=True)
-        layers = [
-            (_term(bias, weight), weight.mT, outs[number % 2][number], gates[number])
-            for number, (weight, bias) in enumerate(hidden, start=1)
-        ]
-        last, last_bias = parameters[-2].mT, _term(parameters[-1], parameters[-2])
-        velocity = torch.empty_like(noise)
-        affine = _fused_product(first)
-        for step in range(num_steps):
-            time.fill_(step / num_steps)
-            h = affine(share, point, moving, out=outs[0][0])
-            h.mul_(_gate(h, out=gates[0]))
-            for bias, weight, out, gate in layers:
-                h = affine(bias, h, weight, out=out)
-                h.mul_(_gate(h, out=gate))
-            x.add_(affine(last_bias, h, last, out=velocity), alpha=1 / num_steps)
-        return x.contiguous()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.mark_non_differentiable(output)
-
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[Any, ...], num_steps: int, observation: Tensor, noise: Tensor, *parameters: Tensor
-    ) -> tuple[Tensor, int]:
-        tensors, shape = _flatten(info.batch_size, in_dims[1:], [observation, noise, *parameters], rows=2)
-        out = _Flow.apply(num_steps, *tensors)
-        return out.reshape(*shape, *out.shape[1:]), 0
+def _mlp(layer_norm: bool, x: Tensor, *parameters: Tensor) -> Tensor:
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *parameters)):
+        return _MLP.apply(layer_norm, x, *parameters)
+    return _run(x, parameters, layer_norm=layer_norm)[0]
 
 
 def _hidden(parameters: Sequence[Tensor], layer_norm: bool) -> list[Sequence[Tensor]]:
     size = 4 if layer_norm else 2
     return [parameters[first : first + size] for first in range(0, len(parameters) - 2, size)]
+
+
+def _run(
+    x: Tensor, parameters: Sequence[Tensor], *, layer_norm: bool, keep: bool = False
+) -> tuple[Tensor, list[Tensor]]:
+    """The output and, if they are to be kept, the tensors of each hidden layer that the gradient needs.
+
+    They are the derivative of the activation, the layer's output and, with a LayerNorm, its input, mean, deviation and result.
+    """
+    kept: list[Tensor] = []
+    for weight, bias, *norm in _hidden(parameters, layer_norm):
+        pre = _affine(x, weight, bias)
+        gate = _gate(pre)
+        activation = x = pre * gate if keep else pre.mul_(gate)
+        statistics: tuple[Tensor, ...] = ()
+        if norm:
+            # A weight of ones: torch's kernel without one takes two to three times as long.
+            normal, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], _row(1.0, x), None, LAYER_NORM_EPS)
+            gain, shift = (part.unsqueeze(-2) for part in norm)
+            x = torch.addcmul(shift, normal, gain)
+            statistics = (activation, mean, rstd, normal)
+        if keep:
+            kept += [_derivative(pre, gate, activation), x, *statistics]
+    weight, bias = parameters[-2:]
+    return _affine(x, weight, bias), kept
+
+
+class _MLP(torch.autograd.Function):
+    """Forward and backward of a network or an ensemble as one node."""
+
+    @staticmethod
+    def forward(ctx: Any, layer_norm: bool, x: Tensor, *parameters: Tensor) -> Tensor:
+        out, kept = _run(x, parameters, layer_norm=layer_norm, keep=True)
+        ctx.layer_norm = layer_norm
+        ctx.save_for_backward(x, *parameters, *kept)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad[1:]
+        x, *parameters = ctx.saved_tensors[: len(needs)]
+        kept = ctx.saved_tensors[len(needs) :]
+        per_layer, per_kept = (4, 6) if ctx.layer_norm else (2, 2)
+        grads: list[Tensor | None] = [None] * len(parameters)
+        for layer in reversed(range((len(parameters) - 2) // per_layer + 1)):
+            first = layer * per_layer
+            below = kept[(layer - 1) * per_kept : layer * per_kept] if layer else ()
+            if needs[1 + first]:
+                grads[first] = grad.mT @ (below[1] if below else x)
+            if needs[2 + first]:
+                grads[first + 1] = grad.sum(-2)
+            if not any(needs[: 1 + first]):
+                return (None, None, *grads)
+            weight = parameters[first]
+            # The product of a column with a row is no matrix product to torch, but the slowest of all.
+            grad = grad * weight if weight.shape[-2] == 1 else grad @ weight
+            if not below:
+                return (None, grad, *grads)
+            if ctx.layer_norm:
+                activation, mean, rstd, normal = below[2:]
+                gain, shift = first - 2, first - 1
+                if needs[1 + gain]:
+                    grads[gain] = (grad * normal).sum(-2)
+                if needs[1 + shift]:
+                    grads[shift] = grad.sum(-2)
+                grad = torch.ops.aten.native_layer_norm_backward(
+                    grad.mul_(parameters[gain].unsqueeze(-2)),
+                    activation,
+                    activation.shape[-1:],
+                    mean,
+                    rstd,
+                    _row(1.0, activation),
+                    None,
+                    [True, False, False],
+                )[0]
+            grad = grad.mul_(below[0])
+        raise AssertionError("the first layer returns")
+
+
+def _flow(num_steps: int, observation: Tensor, noise: Tensor, *parameters: Tensor) -> Tensor:
+    (first, first_bias), *hidden = _hidden(parameters, layer_norm=False)
+    observation_dim, action_dim = observation.shape[-1], noise.shape[-1]
+    share = _affine(observation, first[..., :observation_dim], first_bias)
+    moving = first[..., observation_dim:].mT
+    point = torch.cat([noise, torch.empty_like(noise[..., :1])], -1)
+    x, time = point.split([action_dim, 1], -1)
+    # Two buffers by turns hold the layers' values and a third the gates: all stay in the cache.
+    rows = noise.shape[:-1]
+    widths = [first.shape[-2], *(weight.shape[-2] for weight, _ in hidden)]
+    buffers = noise.new_empty(3, math.prod(rows) * max(widths))
+    *outs, gates = zip(*([_start(buffer, (*rows, width)) for buffer in buffers] for width in widths), strict=True)
+    layers = [
+        (_term(bias, weight), weight.mT, outs[number % 2][number], gates[number])
+        for number, (weight, bias) in enumerate(hidden, start=1)
+    ]
+    last, last_bias = parameters[-2].mT, _term(parameters[-1], parameters[-2])
+    velocity = torch.empty_like(noise)
+    affine = _fused_product(first)
+    for step in range(num_steps):
+        time.fill_(step / num_steps)
+        h = affine(share, point, moving, out=outs[0][0])
+        h.mul_(_gate(h, out=gates[0]))
+        for bias, weight, out, gate in layers:
+            h = affine(bias, h, weight, out=out)
+            h.mul_(_gate(h, out=gate))
+        x.add_(affine(last_bias, h, last, out=velocity), alpha=1 / num_steps)
+    return x.contiguous()
 
 
 def _start(buffer: Tensor, shape: Sequence[int]) -> Tensor:
@@ -238,12 +239,47 @@ def _affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def _gate(x: Tensor, *, out: Tensor | None = None) -> Tensor:
     """sigmoid(w), w = 2 sqrt(2/pi) (x + 0.044715 x^3): what GELU multiplies x by."""
-    return torch.addcmul(_scalar(_SLOPE, x.dtype), x, x, value=_SLOPE * _CUBIC, out=out).mul_(x).sigmoid_()
+    return torch.addcmul(_row(_SLOPE, x), x, x, value=_SLOPE * _CUBIC, out=out).mul_(x).sigmoid_()
 
 
-def _scalar(value: float, dtype: torch.dtype) -> Tensor:
+def _derivative(x: Tensor, gate: Tensor, activation: Tensor) -> Tensor:
+    """d(x g(w))/dx = g + (x g - x g g) w', in the place of ``gate``; ``x`` is lost."""
+    # In this order: x w' may overflow where the bracket is zero.
+    bracket = torch.addcmul(activation, activation, gate, value=-1)
+    return gate.addcmul_(bracket, torch.addcmul(_row(_SLOPE, x), x, x, value=3 * _SLOPE * _CUBIC, out=x))
+
+
+def _row(value: float, like: Tensor) -> Tensor:
+    """A constant for each column: torch's fused multiply-add takes it in a third of the time that it takes a scalar in."""
     # Made anew each time: one that was made under a FakeTensorMode or in inference mode must not be met outside.
-    return torch.full((), value, dtype=dtype, device="cpu")
+    return torch.full(like.shape[-1:], value, dtype=like.dtype, device=like.device)
+
+
+def _call(function: _Function, *tensors: Tensor, rows: int) -> Tensor:
+    """Call it, through :class:`_Batched` where vmap has wrapped some of the tensors."""
+    if any(is_batchedtensor(tensor) for tensor in tensors):
+        return _Batched.apply(function, rows, *tensors)
+    return function(*tensors)
+
+
+class _Batched(torch.autograd.Function):
+    """A function under ``torch.vmap``: called once, with vmap's dimension as more rows, or as more networks."""
+
+    @staticmethod
+    def forward(function: _Function, rows: int, *tensors: Tensor) -> Tensor:
+        raise AssertionError("vmap calls its own method, below")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], function: _Function, rows: int, *tensors: Tensor
+    ) -> tuple[Tensor, int]:
+        flat, shape = _flatten(info.batch_size, in_dims[2:], tensors, rows=rows)
+        out = _call(function, *flat, rows=rows)
+        return out.reshape(*shape, *out.shape[1:]), 0
 
 
 def _flatten(

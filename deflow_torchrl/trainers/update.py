@@ -11,6 +11,7 @@ from torch import Tensor
 
 from deflow_torchrl.algorithms.base import Learner
 from deflow_torchrl.errors import InputError, NonFiniteLossError
+from deflow_torchrl.trainers.targets import target_mover
 
 
 class UpdateStep:
@@ -32,9 +33,13 @@ class UpdateStep:
 
     def __init__(self, learner: Learner, *, compile_loss: bool = False) -> None:
         self.learner = learner
-        self.optimizer = torch.optim.Adam([dict(group) for group in learner.param_groups], fused=True)
-        self.step = 0
         self._device = next(learner.loss.parameters()).device
+        self.optimizer = torch.optim.Adam(
+            [dict(group) for group in learner.param_groups], fused=True, capturable=self._device.type == "cuda"
+        )
+        self._move_targets = target_mover(learner.target_updater)
+        self.step = 0
+        self._count = torch.zeros((), dtype=torch.int64, device=self._device)
         self._watch_losses()
         self._losses = torch.compile(self._compute, fullgraph=True) if compile_loss else self._compute
 
@@ -43,18 +48,25 @@ class UpdateStep:
 
     def __call__(self, batch: TensorDictBase) -> TensorDictBase:
         """Train on ``batch`` (on the loss's device) and return the losses and metadata, detached."""
+        out = self.run(batch)
         self.step += 1
+        if self._device.type == "cpu":
+            self.check_finite()
+        return out
+
+    def run(self, batch: TensorDictBase) -> TensorDictBase:
+        """The work of a call, on the device alone: what a CUDA graph can hold. :attr:`step` is left to the caller."""
+        self._count += 1
         out = self._losses(batch)
         terms = torch.stack([out.get(name) for name in self._names])
         self.optimizer.zero_grad()
         terms.sum().backward()
         # The order of the authors' code: targets move towards the critics of before this step (one step's lag). In the
         # other order the losses leave the reference's by some 1e-3 within eight updates at the paper's sizes.
-        self.learner.target_updater.step()
+        self._move_targets()
         self.optimizer.step()
-        self._remember_bad(terms.detach())
-        if self._device.type == "cpu":
-            self.check_finite()
+        bad = ~terms.detach().isfinite() & (self._first_bad < 0)
+        self._first_bad.copy_(torch.where(bad, self._count, self._first_bad))
         return out.detach()
 
     @property
@@ -88,10 +100,6 @@ class UpdateStep:
     def _watch_losses(self) -> None:
         self._names = self.learner.loss_names
         self._first_bad = torch.full((len(self._names),), -1, dtype=torch.int64, device=self._device)
-
-    def _remember_bad(self, terms: Tensor) -> None:
-        bad = ~terms.isfinite() & (self._first_bad < 0)
-        self._first_bad.masked_fill_(bad, self.step)
 
     def check_finite(self) -> None:
         """Raise NonFiniteLossError if any call so far met a NaN or infinite loss, naming the first term and step."""
@@ -135,6 +143,7 @@ class UpdateStep:
         options = [{name: value for name, value in group.items() if name != "params"} for group in self._groups]
         constants = {name: buffer.clone() for name, buffer in self._constants.items()}
         self.step = state["step"]
+        self._count.fill_(self.step)
         self.learner.loss.load_state_dict(state["loss"])
         self.optimizer.load_state_dict(state["optimizer"])
         if keep_settings:

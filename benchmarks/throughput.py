@@ -4,6 +4,7 @@
     python benchmarks/throughput.py update --frozen-prior
     python benchmarks/throughput.py update --against-jax PATH --jax-python PYTHON
     python benchmarks/throughput.py roofline
+    python benchmarks/throughput.py precision
     make bench
 
 With a frozen prior there are three losses, and the base actions come from a bank, whose lookup is part of the time. The full
@@ -26,6 +27,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import torch
 from roofline import clock, measure, ratio, table, update_products
@@ -36,6 +38,7 @@ from deflow_torchrl.algorithms import DeFlowConfig, get_algorithm
 from deflow_torchrl.algorithms.base import ProblemSpec
 from deflow_torchrl.data import BaseActionBank
 from deflow_torchrl.modules import kernels
+from deflow_torchrl.modules.precision import Precision
 from deflow_torchrl.processes import keep_freed_memory
 from deflow_torchrl.trainers import UpdateStep
 
@@ -259,6 +262,47 @@ def run_bench(arguments: argparse.Namespace) -> dict[str, object]:
     return {"now": now, "stored": stored["ratios"]}
 
 
+def run_precision(arguments: argparse.Namespace) -> dict[str, object]:
+    """What fewer digits in the sampler's products save, and what they do to its actions and to the losses."""
+    buffer, device = make_buffer(arguments), torch.device(arguments.device)
+    update = make_update(arguments)
+    loss = update.learner.loss
+    for _ in range(arguments.warmup):
+        update(buffer.sample())
+    batch = buffer.sample()
+    for key in ("noise", "flow_noise", ("next", "noise")):
+        batch.set(key, torch.randn_like(batch["action"]))
+    batch["flow_time"] = torch.rand_like(batch["next", "reward"])
+
+    def seen(name: str) -> dict[str, torch.Tensor]:
+        loss.sampler_precision = name
+        with torch.no_grad(), loss._acting():
+            return {**loss(batch).to_dict(), "actions": torch.cat(loss._base_actions(batch))}
+
+    def once(name: str) -> float:
+        loss.sampler_precision = name
+        return clock(lambda: update(buffer.sample()), device)
+
+    full = seen("highest")
+    rows = {}
+    for name in get_args(Precision):
+        now = seen(name)
+        rows[name] = {
+            key: float((now[key] - full[key]).norm() / full[key].norm().clamp_min(1e-12))
+            for key in ("actions", *update.learner.loss_names)
+        }
+    times = time_updates(
+        {name: functools.partial(once, name) for name in rows}, steps=arguments.steps, warmup=arguments.warmup
+    )
+    print("relative change of the sampler's actions and of each loss, same draws; time of an update, in turns")
+    print(f"| precision | {' | '.join(rows['highest'])} | time |\n|{'---|' * (len(rows['highest']) + 2)}")
+    for name, row in rows.items():
+        row["time"] = ratio(times[name], times["highest"])
+        changes = " | ".join(f"{value:.1e}" for key, value in row.items() if key != "time")
+        print(f"| {name} | {changes} | {row['time']:.2f} |")
+    return {"precisions": rows, "device": arguments.device, "torch": torch.__version__}
+
+
 def run_gelu(arguments: argparse.Namespace) -> dict[str, object]:
     rows, width = 2 * arguments.batch_size, arguments.hidden_dims[0]
     device = torch.device(arguments.device)
@@ -313,6 +357,10 @@ def main() -> None:
         "gelu", help="the activation in several forms, at the shape of a flow sample's hidden layer"
     )
     add_sizes(verb)
+    verb = verbs.add_parser(
+        "precision", help="fewer digits in the sampler: time, and what becomes of actions and losses"
+    )
+    add_sizes(verb)
     verb = verbs.add_parser("bench", help="ratios of this code to those stored in results/reference_ratios.json")
     add_sizes(verb)
     verb.add_argument("--store", action="store_true", help="make the ratios of this run the stored ones")
@@ -329,9 +377,14 @@ def main() -> None:
         )
     keep_freed_memory()  # as `deflow train` does
     torch.manual_seed(0)
-    result = {"update": run_update, "roofline": run_roofline, "gelu": run_gelu, "bench": run_bench}[arguments.verb](
-        arguments
-    )
+    runs = {
+        "update": run_update,
+        "roofline": run_roofline,
+        "precision": run_precision,
+        "gelu": run_gelu,
+        "bench": run_bench,
+    }
+    result = runs[arguments.verb](arguments)
     if arguments.json:
         print(json.dumps(result))
 

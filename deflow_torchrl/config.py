@@ -19,6 +19,7 @@ ALGORITHM_CONFIGS = {"deflow": DeFlowConfig}
 MIXINGS = ("uniform", "balanced", "annealed")
 OVERWRITES = ("online", "fifo")
 STORAGES = ("device", "memmap")
+PRECISIONS = ("highest", "high", "medium", "bfloat16")
 LOGGERS = ("none", "wandb", "tensorboard", "mlflow")
 
 
@@ -305,6 +306,10 @@ def _check_values(config: TrainConfig) -> None:
     need(
         algo.fixed_alpha is None or not bounded, "algo.fixed_alpha", algo.fixed_alpha, "no bounds beside a fixed alpha"
     )
+    precision = algo.sampler_precision
+    need(precision in PRECISIONS, "algo.sampler_precision", precision, f"one of {', '.join(PRECISIONS)}")
+    if config.compile and precision in ("high", "medium"):
+        raise InputError(f"algo.sampler_precision={precision} cannot be compiled; choose bfloat16, or compile=false")
 
 
 def _check_online(config: TrainConfig, need: Callable[[bool, str, Any, str], None]) -> None:

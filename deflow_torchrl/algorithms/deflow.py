@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from torchrl.objectives import SoftUpdate, ValueEstimators
 
@@ -18,6 +18,7 @@ from deflow_torchrl.modules import (
     make_refinement_network,
     make_velocity_network,
 )
+from deflow_torchrl.modules.precision import Precision
 from deflow_torchrl.objectives import DeFlowLoss
 
 _T = TypeVar("_T")
@@ -46,6 +47,7 @@ def build_deflow(config: DeFlowConfig, problem: ProblemSpec) -> Learner:
         min_alpha=config.min_alpha,
         max_alpha=config.max_alpha,
         fixed_alpha=config.fixed_alpha,
+        sampler_precision=cast("Precision", config.sampler_precision),
     )
     loss.make_value_estimator(ValueEstimators.TD0, gamma=_given(config.gamma, problem.gamma), device=problem.device)
     return Learner(

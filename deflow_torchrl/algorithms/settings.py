@@ -23,6 +23,9 @@ class DeFlowConfig:
         min_alpha: lower bound of alpha, none where None.
         max_alpha: upper bound of alpha, none where None.
         fixed_alpha: constant multiplier, none where None.
+        sampler_precision: of the matrix products that sample the prior's actions for the losses: ``highest``; ``high`` or
+            ``medium`` as in ``torch.set_float32_matmul_precision`` (TF32 on a GPU; ``medium`` is bfloat16 on a CPU that has
+            it); or ``bfloat16``. What has a gradient, acting and evaluation are always computed in full.
     """
 
     name: str = "deflow"
@@ -38,3 +41,4 @@ class DeFlowConfig:
     min_alpha: float | None = None
     max_alpha: float | None = None
     fixed_alpha: float | None = None
+    sampler_precision: str = "highest"

@@ -179,7 +179,13 @@ class TransitionDataset:
         Args:
             index: an integer, slice, list, range, array or tensor of integers of any shape, or a mask ``[N]``.
         """
-        rows = self._rows(index)
+        return self._transitions(self._rows(index))
+
+    def draw(self, *shape: int) -> TensorDict:
+        """Transitions drawn uniformly with replacement, ``[*shape]``, on the set's device without a word to the host."""
+        return self._transitions(torch.randint(len(self), shape, device=self.device))
+
+    def _transitions(self, rows: torch.Tensor) -> TensorDict:
         episode = torch.searchsorted(self.episode_starts, rows, right=True)  # one more than the episode's number
         observation, following, action, reward, terminated = self._gather(rows, rows + episode - 1)
         terminated = terminated.unsqueeze(-1)

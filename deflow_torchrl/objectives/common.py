@@ -27,6 +27,7 @@ from torchrl.objectives.utils import _vmap_func
 from deflow_torchrl.modules.actor import DeFlowActor
 from deflow_torchrl.modules.flow import FlowMatchingPolicy
 from deflow_torchrl.modules.networks import StateActionValue, has_hooks
+from deflow_torchrl.modules.precision import Precision, matmul_precision
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -92,6 +93,8 @@ class OffPolicyLoss(LossModule):
     reduction: str
     num_qvalue_nets: int
     prior_frozen: bool = False
+    sampler_precision: Precision = "highest"
+    """Of the matrix products that sample base actions; everything that has a gradient is computed in full."""
 
     def __init__(self, *, reduction: Reduction | None = None) -> None:
         self._in_keys: list[NestedKey] | None = None
@@ -275,7 +278,7 @@ class OffPolicyLoss(LossModule):
     def _base_action(self, observations: TensorDictBase, noise: Tensor) -> Tensor:
         """B = sg(flow(s, z)): the prior's action, no gradient. ``observations`` holds the actor's keys."""
         actor = self.actor_network
-        with torch.no_grad():
+        with torch.no_grad(), matmul_precision(self.sampler_precision, noise.device):
             prior = actor.flow_policy
             if isinstance(prior, FlowMatchingPolicy):
                 return prior.module(observations[prior.observation_key], noise)

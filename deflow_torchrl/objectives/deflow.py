@@ -22,6 +22,7 @@ from torch import Tensor
 
 from deflow_torchrl.modules.actor import DeFlowActor
 from deflow_torchrl.modules.flow import FlowMatchingPolicy
+from deflow_torchrl.modules.precision import Precision, check_precision
 from deflow_torchrl.objectives.common import OffPolicyLoss, Reduction
 from deflow_torchrl.objectives.flow_matching import FlowMatchingLoss, check_flow_policy
 from deflow_torchrl.objectives.refinement import RefinementLoss
@@ -60,6 +61,9 @@ class DeFlowLoss(FlowMatchingLoss, RefinementLoss, TDCriticLoss):
         num_qvalue_nets (int, optional): copies of a single critic. Ignored for a list. Defaults to ``2``.
         reduction (str, optional): ``"mean"`` (default), ``"sum"`` over the batch, or ``"none"`` (shape ``td.shape``).
         deactivate_vmap (bool, optional): evaluate the critics in a loop. Defaults to ``False``.
+        sampler_precision (str, optional): of the matrix products that sample base actions, without gradient:
+            ``"highest"`` (default), ``"high"``, ``"medium"`` or ``"bfloat16"``, see
+            :func:`~deflow_torchrl.modules.precision.matmul_precision`.
 
     Raises:
         TypeError: if the actor's prior is to learn and is not a :class:`~deflow_torchrl.modules.FlowMatchingPolicy`.
@@ -122,7 +126,9 @@ class DeFlowLoss(FlowMatchingLoss, RefinementLoss, TDCriticLoss):
         num_qvalue_nets: int = 2,
         reduction: Reduction | None = None,
         deactivate_vmap: bool = False,
+        sampler_precision: Precision = "highest",
     ) -> None:
+        check_precision(sampler_precision)
         # The parents' constructors would each convert the networks again: the parts are set once, here.
         OffPolicyLoss.__init__(self, reduction=reduction)
         if not freeze_prior:
@@ -135,6 +141,7 @@ class DeFlowLoss(FlowMatchingLoss, RefinementLoss, TDCriticLoss):
             deactivate_vmap=deactivate_vmap,
         )
         self._set_aggregation(q_aggregation)
+        self.sampler_precision = sampler_precision
         self._set_trust_region(
             target_divergence=target_divergence,
             normalize_q_loss=normalize_q_loss,

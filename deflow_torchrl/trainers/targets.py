@@ -17,9 +17,7 @@ def soft_pairs(updater: TargetNetUpdater) -> tuple[list[Tensor], list[Tensor]] |
     if type(updater) is not SoftUpdate:
         return None
     inner: Any = updater
-    pairs = [
-        (inner._targets[f"target_{key[0]}", *key[1:]], source) for key, source in inner._sources.items(True, True)
-    ]
+    pairs = [(inner._targets[f"target_{key[0]}", *key[1:]], source) for key, source in inner._sources.items(True, True)]
     return [target for target, _ in pairs], [source for _, source in pairs]
 
 

@@ -69,6 +69,11 @@ class UpdateStep:
         self._first_bad.copy_(torch.where(bad, self._count, self._first_bad))
         return out.detach()
 
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that a call changes in place, but for the optimiser's own and the gradients."""
+        loss = self.learner.loss
+        return [*{id(t): t for t in (*loss.parameters(), *loss.buffers(), self._count, self._first_bad)}.values()]
+
     @property
     def prior_frozen(self) -> bool:
         """Whether the prior is fixed."""

@@ -1,0 +1,47 @@
+"""Fewer digits in the sampler, and nowhere else."""
+
+import contextlib
+from typing import get_args
+
+import pytest
+import torch
+
+from deflow_torchrl.modules.precision import Precision, matmul_precision
+from tests.conftest import make_batch, make_loss
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", get_args(Precision))
+def test_only_what_samples_is_rounded(name):
+    torch.manual_seed(0)
+    loss = make_loss()
+    torch.manual_seed(0)
+    rounded = make_loss(sampler_precision=name)
+    batch = make_batch(64)
+    out, expected = rounded(batch.clone()), loss(batch.clone())
+    torch.testing.assert_close(out["loss_flow"], expected["loss_flow"], rtol=0, atol=0)
+    torch.testing.assert_close(out.to_dict(), expected.to_dict(), rtol=0.05, atol=0.02)
+    if name == "highest":
+        torch.testing.assert_close(out.to_dict(), expected.to_dict(), rtol=0, atol=0)
+    if name == "bfloat16":
+        assert (out["loss_actor"] != expected["loss_actor"]).all()
+
+
+@pytest.mark.parametrize("name", get_args(Precision))
+def test_the_processs_own_precision_comes_back(name):
+    torch.set_float32_matmul_precision("high")
+    try:
+        with contextlib.suppress(ZeroDivisionError), matmul_precision(name, CPU):
+            inside = torch.get_float32_matmul_precision(), torch.is_autocast_enabled("cpu")
+            raise ZeroDivisionError
+        assert inside == (name if name in ("high", "medium") else "high", name == "bfloat16")
+        assert torch.get_float32_matmul_precision() == "high"
+        assert not torch.is_autocast_enabled("cpu")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_an_unknown_precision_is_refused():
+    with pytest.raises(ValueError, match="highest, high, medium, bfloat16, got 'low'"):
+        make_loss(sampler_precision="low")

@@ -1,0 +1,153 @@
+"""Several updates a call, and what happens where the captured ones are not the same as the eager ones."""
+
+import logging
+
+import pytest
+import torch
+
+from deflow_torchrl.algorithms import DeFlowConfig, get_algorithm
+from deflow_torchrl.algorithms.base import ProblemSpec
+from deflow_torchrl.errors import NonFiniteLossError
+from deflow_torchrl.trainers import UpdateStep
+from deflow_torchrl.trainers.graphed import GraphedUpdate, repeat
+from tests.conftest import ACTION_DIM, OBSERVATION_DIM, make_batch
+
+
+def make_update(device="cpu"):
+    torch.manual_seed(0)
+    problem = ProblemSpec(OBSERVATION_DIM, ACTION_DIM, (16, 16), 0.9, "min", 0.01, torch.device(device))
+    return UpdateStep(get_algorithm("deflow").build(DeFlowConfig(), problem))
+
+
+def make_draw(device="cpu"):
+    torch.manual_seed(5)
+    data = make_batch(100, noise=False).to(device)
+    return lambda: data[torch.randint(100, (16,), device=device)]
+
+
+def train_eagerly(steps, device="cpu"):
+    update, draw = make_update(device), make_draw(device)
+    torch.manual_seed(1)
+    losses = []
+    for _ in range(steps):
+        losses.append(update(draw()))
+    return update, losses
+
+
+def weights(update):
+    return {name: value.clone() for name, value in update.state_dict()["loss"].items()}
+
+
+@pytest.mark.parametrize("self_check", [False, True])
+@pytest.mark.parametrize("updates_per_replay", [1, 4])
+def test_twenty_updates_are_those_of_single_calls_to_the_last_bit(updates_per_replay, self_check):
+    eager, losses = train_eagerly(20)
+    update = make_update()
+    graphed = GraphedUpdate(update, make_draw(), updates_per_replay=updates_per_replay, self_check=self_check)
+    torch.manual_seed(1)
+    for count, done in ((1, 1), (9, 10), (10, 20)):
+        out, _ = graphed(count)
+        assert update.step == done
+        torch.testing.assert_close(out.to_dict(), losses[done - 1].to_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(weights(update), weights(eager), rtol=0, atol=0)
+    moments = [tensor for state in update.optimizer.state.values() for tensor in state.values()]
+    expected = [tensor for state in eager.optimizer.state.values() for tensor in state.values()]
+    torch.testing.assert_close(moments, expected, rtol=0, atol=0)
+    assert graphed.fell_back is None
+
+
+def wrong(kind):
+    """A capture that loses something, as graphs do: values read when it was made, or a part that was not recorded."""
+
+    def capture(once, count):
+        if kind == "stale batch":
+            update, batch = once.__self__.update, once.__self__.draw()
+            return lambda: (update.run(batch), batch)
+        if kind == "no step":
+            return lambda: _without_step(once)
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    return capture
+
+
+def _without_step(once):
+    optimizer = once.__self__.update.optimizer
+    step, optimizer.step = optimizer.step, lambda: None
+    try:
+        return once()
+    finally:
+        optimizer.step = step
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("stale batch", "losses differ"),
+        ("no step", "differ"),
+        ("nothing", "capture failed: operation not permitted when stream is capturing"),
+    ],
+)
+def test_a_capture_that_differs_falls_back_and_says_why(kind, reason, caplog):
+    eager, _ = train_eagerly(6)
+    update = make_update()
+    graphed = GraphedUpdate(update, make_draw(), updates_per_replay=3, capture=wrong(kind))
+    torch.manual_seed(1)
+    with caplog.at_level(logging.WARNING):
+        graphed(6)
+    assert reason in graphed.fell_back
+    assert [reason in record.message and "\n" not in record.message for record in caplog.records] == [True]
+    torch.testing.assert_close(weights(update), weights(eager), rtol=0, atol=0)
+
+
+def test_without_the_check_a_wrong_capture_is_believed():
+    eager, _ = train_eagerly(6)
+    graphed = GraphedUpdate(make_update(), make_draw(), self_check=False, capture=wrong("stale batch"))
+    torch.manual_seed(1)
+    graphed(6)
+    assert graphed.fell_back is None
+    assert any((value != weights(eager)[name]).any() for name, value in weights(graphed.update).items())
+
+
+def test_a_replay_repeats_as_often_as_it_says():
+    calls = []
+    assert repeat(lambda: calls.append(1) or len(calls), 7)() == 7
+
+
+def test_a_non_finite_loss_within_a_replay_is_found_with_its_step():
+    update, draw = make_update(), make_draw()
+    drawn = []
+
+    def sometimes_bad():
+        batch = draw()
+        drawn.append(1)
+        if len(drawn) == 3:
+            batch["next", "reward"] = torch.full_like(batch["next", "reward"], float("nan"))
+        return batch
+
+    graphed = GraphedUpdate(update, sometimes_bad, updates_per_replay=5, self_check=False)
+    graphed._replays = {5: repeat(graphed._once, 5), 1: graphed._once}
+    graphed(5)
+    with pytest.raises(NonFiniteLossError, match="loss_qvalue became NaN or infinite at gradient step 3"):
+        update.check_finite()
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_counts_that_make_no_sense_are_refused(count):
+    with pytest.raises(ValueError, match="must be positive"):
+        GraphedUpdate(make_update(), make_draw(), updates_per_replay=count)
+    with pytest.raises(ValueError, match="must be positive"):
+        GraphedUpdate(make_update(), make_draw())(count)
+
+
+@pytest.mark.gpu
+def test_a_graph_trains_as_single_calls_do():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    eager, losses = train_eagerly(20, "cuda")
+    update = make_update("cuda")
+    graphed = GraphedUpdate(update, make_draw("cuda"), updates_per_replay=4)
+    torch.manual_seed(1)
+    out, _ = graphed(20)
+    assert graphed.fell_back is None
+    torch.testing.assert_close(out.to_dict(), losses[-1].to_dict(), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(weights(update), weights(eager), rtol=1e-3, atol=1e-4)

@@ -29,6 +29,7 @@ from torch.autograd.function import once_differentiable
 LAYER_NORM_EPS = 1e-6
 _SLOPE, _CUBIC = 2 * math.sqrt(2 / math.pi), 0.044715
 
+_CACHED = 1 << 19  # numbers in one buffer of the sampler, beyond which networks are sampled from one by one
 _SWITCH = "DEFLOW_KERNELS"  # in the environment: the processes that a run starts compute as it does
 
 
@@ -209,7 +210,12 @@ class _Flow(torch.autograd.Function):
         info: Any, in_dims: tuple[Any, ...], num_steps: int, observation: Tensor, noise: Tensor, *parameters: Tensor
     ) -> tuple[Tensor, int]:
         tensors, shape = _flatten(info.batch_size, in_dims[1:], [observation, noise, *parameters], rows=2)
-        out = _Flow.apply(num_steps, *tensors)
+        _, points, first, *_ = tensors
+        # The buffers of several networks together may not stay in the cache; those of one do.
+        if first.ndim == 3 and points[..., 0].numel() * first.shape[-2] > _CACHED:
+            out = torch.stack([_Flow.apply(num_steps, *one) for one in zip(*tensors, strict=True)])
+        else:
+            out = _Flow.apply(num_steps, *tensors)
         return out.reshape(*shape, *out.shape[1:]), 0
 
 

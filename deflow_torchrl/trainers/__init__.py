@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from deflow_torchrl.trainers.metrics import MetricsLog as MetricsLog
     from deflow_torchrl.trainers.online import OnlinePhase as OnlinePhase
     from deflow_torchrl.trainers.stacked import StackedUpdate as StackedUpdate
+    from deflow_torchrl.trainers.stacked_trainer import StackedTrainer as StackedTrainer
     from deflow_torchrl.trainers.trainer import Trainer as Trainer
     from deflow_torchrl.trainers.trainer import TrainerSchedule as TrainerSchedule
     from deflow_torchrl.trainers.update import UpdateStep as UpdateStep
@@ -33,6 +34,7 @@ _EXPORTS = {
     "Trainer": ".trainer",
     "OnlineExperience": ".collection",
     "OnlineStep": ".collection",
+    "StackedTrainer": ".stacked_trainer",
     "StackedUpdate": ".stacked",
     "TrainerSchedule": ".trainer",
     "UpdateStep": ".update",

@@ -131,8 +131,11 @@ def train(
     NAME: an OGBench single-task name; one of the paper's D4RL names (door-human-v1); minari:ID, any Minari set; own:FOLDER, a
     set made by deflow data import. env=GYMNASIUM_ID says where own data is evaluated; env=none does without for a Minari set.
 
-    Settings: task, env, algo (deflow), seed, offline_steps, batch_size, hidden_dims=[256,256], log_interval, eval_interval,
-    eval_episodes, save_interval, data_root, download, storage (device, memmap), out, device, compile, kernels,
+    seeds=[0,1,2] trains a run for each of these seeds, all at once in this process and offline, into OUT/seed0, OUT/seed1...;
+    deflow resume OUT goes on with all of them, deflow eval OUT/seed0 evaluates one.
+
+    Settings: task, env, algo (deflow), seed or seeds, offline_steps, batch_size, hidden_dims=[256,256], log_interval,
+    eval_interval, eval_episodes, save_interval, data_root, download, storage (device, memmap), out, device, compile, kernels,
     threads, eval_workers, logger (none, wandb, tensorboard, mlflow).
 
     Online, after the offline steps: online_steps (environment steps), utd (gradient steps for each), warmup_steps,
@@ -148,6 +151,11 @@ def train(
     from deflow_torchrl.config import compose_config
 
     config = compose_config(settings or [])
+    if config.seeds is not None:
+        from deflow_torchrl.group import train_group
+
+        _print_group(train_group(config, command=_command()), json_)
+        return
     from deflow_torchrl.experiment import train as run_training
 
     _print_record(run_training(config, command=_command()), json_)
@@ -178,7 +186,12 @@ def resume(
     Example: deflow resume runs/cube online_steps=200000 --force
     """
     from deflow_torchrl.experiment import resume as resume_training
+    from deflow_torchrl.group import is_group, resume_group
 
+    if is_group(run):
+        summary = resume_group(run, command=_command(), overrides=settings or [], force=force, step=step)
+        _print_group(summary, json_)
+        return
     record = resume_training(run, command=_command(), overrides=settings or [], force=force, step=step)
     _print_record(record, json_)
 
@@ -220,6 +233,7 @@ def evaluate(
     if paired and len(runs) != 2:
         raise InputError(f"--paired compares two runs, {len(runs)} given: deflow eval RUN_A RUN_B --paired")
     from deflow_torchrl.experiment import evaluate_run
+    from deflow_torchrl.reports.records import summarize
     from deflow_torchrl.trainers.evaluation import DEFAULT_EVALUATION_SEED
 
     seed = DEFAULT_EVALUATION_SEED if seed is None else seed
@@ -240,7 +254,7 @@ def evaluate(
         if len(runs) > 1:
             print(f"{run}, step {result['step']}:")
         _print_evaluations(result["evaluations"], result["metric"])
-        results.append({"run": str(run), **_summary(result), **result})
+        results.append({"run": str(run), **summarize(result), **result})
     if len(runs) > 1:
         print("each run by itself; for the difference of two with its interval add --paired")
     if json_:
@@ -612,25 +626,28 @@ def _families_by_value(divergences: dict[str, float]) -> dict[float, list[str]]:
 
 
 def _print_record(record: dict[str, Any], as_json: bool) -> None:
+    from deflow_torchrl.reports.records import summarize
+
     out = record["config"]["out"]
     _print_evaluations(record["evaluations"], record["metric"])
     print(f"Report: {Path(out) / 'report.html'}")
     if as_json:
-        result = {"out": out, **_summary(record), "transitions": record["data"]["transitions"], "time": record["time"]}
+        result = {"out": out, **summarize(record), "transitions": record["data"]["transitions"], "time": record["time"]}
         print(json.dumps(result))
 
 
-def _summary(result: dict[str, Any]) -> dict[str, Any]:
-    """``metric``, and by policy ``success``, ``score`` and ``return``, each where the task has it."""
-    kinds = {"success": "success_rate", "score": "mean_score", "return": "mean_return"}
-    if result["metric"] == "return":
-        del kinds["success"]  # the environment knows none
-    outcomes = result["evaluations"]
-    values = {
-        kind: {name: outcome[key] for name, outcome in outcomes.items() if key in outcome}
-        for kind, key in kinds.items()
-    }
-    return {"metric": result["metric"], **{kind: found for kind, found in values.items() if found}}
+def _print_group(summary: dict[str, Any], as_json: bool) -> None:
+    digits = ".2f" if summary["metric"] == "success" else ".1f"
+    for seed, own in summary["seeds"].items():
+        finals = own.get(summary["metric"], {}).items()
+        print(f"seed {seed}: " + (", ".join(f"{name} {value:{digits}}" for name, value in finals) or "not evaluated"))
+    for name, mean in summary["mean"].items():
+        std = summary["std"][name]
+        spread = "" if std is None else f", standard deviation over seeds {std:{digits}}"
+        print(f"{name}: {summary['metric']} {mean:{digits}}{spread}")
+    print(f"Reports: {Path(summary['out']) / 'seed*' / 'report.html'}")
+    if as_json:
+        print(json.dumps(summary))
 
 
 def _print_evaluations(evaluations: dict[str, Any], metric: str) -> None:

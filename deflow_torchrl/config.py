@@ -33,6 +33,8 @@ class TrainConfig:
         env: where ``own:`` and ``minari:`` data are evaluated: a gymnasium id, an OGBench single-task name, or ``none``; a
             Minari set's own environment where None.
         seed: seed of networks, batches and noise.
+        seeds: train one run for each of these seeds, all at once in one process and offline: ``seeds=[0,1,2]``; each is a run
+            folder of its own in ``out``.
         offline_steps: gradient steps on the data set.
         online_steps: environment steps after them, on the policy's own experience and the data set.
         utd: gradient steps per environment step.
@@ -59,7 +61,8 @@ class TrainConfig:
         download: fetch missing data from the source's host.
         storage: ``device`` keeps the data on the learner's device, ``memmap`` in memory-mapped files in
             ``$DEFLOW_HOME/prepared``, for sets larger than memory (online experience stays in memory).
-        out: run folder; ``runs/TASK-ALGO-seedN`` where None.
+        out: run folder, ``runs/TASK-ALGO-seedN`` where None; with ``seeds`` the folder of the run folders,
+            ``runs/TASK-ALGO-seedsN-M``.
         device: learner's device.
         compile: run the losses through torch.compile (pays on long runs; needs a C++ compiler on a CPU).
         kernels: compute the networks with this package's CPU kernels; false goes through their layers (the same to rounding,
@@ -74,6 +77,7 @@ class TrainConfig:
     task: str = "???"
     env: str | None = None
     seed: int = 0
+    seeds: list[int] | None = None
     offline_steps: int = 1_000_000
     online_steps: int = 0
     utd: float = 1.0
@@ -219,11 +223,15 @@ def config_to_dict(config: TrainConfig) -> dict[str, Any]:
 def default_out(config: TrainConfig) -> Path:
     """The run folder where none is given."""
     name = re.sub(r"[^\w.-]+", "-", config.task).strip("-")
-    return Path("runs") / f"{name}-{config.algo.name}-seed{config.seed}"
+    seed = f"seed{config.seed}" if config.seeds is None else f"seeds{'-'.join(map(str, config.seeds))}"
+    return Path("runs") / f"{name}-{config.algo.name}-{seed}"
 
 
 def _check_keys(overrides: Sequence[str]) -> None:
     known = [item.name for item in dataclasses.fields(TrainConfig) if item.name != "defaults"]
+    given = {override.partition("=")[0] for override in overrides}
+    if {"seed", "seeds"} <= given:
+        raise InputError("give seed= or seeds=, not both")
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals:
@@ -266,6 +274,8 @@ def _check_values(config: TrainConfig) -> None:
         need(getattr(config, name) >= 0, name, getattr(config, name), "at least 0")
     need(config.offline_steps + config.online_steps >= 1, "offline_steps", 0, "at least 1, or online_steps")
     _check_online(config, need)
+    if config.seeds is not None:
+        _check_seeds(config, need)
     need(
         bool(config.hidden_dims) and min(config.hidden_dims) >= 1, "hidden_dims", config.hidden_dims, "positive widths"
     )
@@ -310,6 +320,22 @@ def _check_values(config: TrainConfig) -> None:
     need(precision in PRECISIONS, "algo.sampler_precision", precision, f"one of {', '.join(PRECISIONS)}")
     if config.compile and precision in ("high", "medium"):
         raise InputError(f"algo.sampler_precision={precision} cannot be compiled; choose bfloat16, or compile=false")
+
+
+def _check_seeds(config: TrainConfig, need: Callable[[bool, str, Any, str], None]) -> None:
+    seeds = config.seeds or []
+    need(len(seeds) > 0, "seeds", seeds, "at least one, for example seeds=[0,1,2]")
+    need(len(set(seeds)) == len(seeds), "seeds", seeds, "each seed once")
+    need(all(0 <= seed < 2**63 for seed in seeds), "seeds", seeds, "numbers from 0 to below 2**63")
+    if config.seed != 0:
+        raise InputError(f"seed={config.seed} beside seeds={seeds}: give one of the two")
+    if config.online_steps:
+        raise InputError(
+            f"online_steps={config.online_steps}: seeds are trained together offline only; leave it off, and go on with each "
+            f"seed's own folder: deflow resume OUT/seed{seeds[0]} online_steps={config.online_steps} --force"
+        )
+    if config.logger in ("wandb", "mlflow"):
+        raise InputError(f"logger={config.logger} follows one run in a process; with seeds take tensorboard or none")
 
 
 def _check_online(config: TrainConfig, need: Callable[[bool, str, Any, str], None]) -> None:

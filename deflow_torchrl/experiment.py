@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -48,6 +48,7 @@ from deflow_torchrl.trainers.resuming import check_resumable, drop_later_checkpo
 from deflow_torchrl.trainers.trainer import restore_learner
 
 CONFIG_FILE = "config.yaml"
+GROUP_FILE = "group.yaml"  # beside the run folders of seeds that are trained together
 RECORD_FILE = "record.json"
 ACTING = "acting"
 BANK_FILE = "base_actions.pt"
@@ -83,10 +84,12 @@ def train(
         NonFiniteLossError: if a loss became NaN or infinite.
         KeyboardInterrupt: after a checkpoint was saved.
     """
+    if config.seeds is not None:
+        raise InputError("a run has one seed; several are trained by deflow_torchrl.group.train_group")
     out = default_out(config) if config.out is None else Path(config.out)
     check_free(out)
-    config = _resumable_from_anywhere(replace(config, out=str(out)))
-    run = _Run(
+    config = resumable_from_anywhere(replace(config, out=str(out)))
+    run = Run(
         config,
         out,
         commands=[command],
@@ -101,7 +104,7 @@ def train(
 
 def check_free(out: Path) -> None:
     """Raise InputError if ``out`` already holds a run."""
-    if (out / CONFIG_FILE).exists():
+    if (out / CONFIG_FILE).exists() or (out / GROUP_FILE).exists():
         raise InputError(
             f"{out} already holds a run; go on with `deflow resume {out}` or choose another folder with out="
         )
@@ -132,10 +135,13 @@ def resume(
         InputError: if ``out`` is no run folder, its checkpoint is damaged or of another run, or settings differ.
     """
     settings = read_run_settings(out)
+    _check_free_of_group(out, settings)
     saved = config_from_dict(settings["config"])
     if any(override.startswith("out=") for override in overrides):
         raise InputError(f"out= cannot be changed; move {out} to where you want it")
-    config = replace(_resumable_from_anywhere(apply_overrides(saved, overrides)), out=str(out))
+    if any(override.startswith("seeds=") for override in overrides):
+        raise InputError(f"seeds= cannot be changed: {out} is a run of one seed")
+    config = replace(resumable_from_anywhere(apply_overrides(saved, overrides)), out=str(out))
     checkpoint = find_checkpoint(out / "checkpoints", step)
     changes = check_resumable(
         config_to_dict(config),
@@ -145,7 +151,14 @@ def resume(
         force=force,
     )
     commands = [settings["command"], command] if settings["command"] else [command]
-    run = _Run(config, out, commands=commands, final_episodes=settings["final_episodes"], show_progress=show_progress)
+    run = Run(
+        config,
+        out,
+        commands=commands,
+        final_episodes=settings["final_episodes"],
+        stacked=settings["stacked"],
+        show_progress=show_progress,
+    )
     return run.go(resume=True, checkpoint=checkpoint, keep_settings=bool(changes))
 
 
@@ -200,7 +213,7 @@ def evaluate_run(
     task = _task(config)
     if workers is not None:
         config = replace(config, eval_workers=workers)
-    with _evaluator(task, config, where) as evaluator:
+    with open_evaluator(task, config, where) as evaluator:
         if evaluator is None:
             raise InputError(f"{out} was trained without an environment (env=); there is nothing to evaluate it in")
         outcomes = _evaluate_all(
@@ -215,25 +228,93 @@ def evaluate_run(
 
 
 def read_run_settings(out: Path) -> dict[str, Any]:
-    """Read the settings a run folder keeps: ``config``, ``final_episodes`` and the ``command`` that began it (or None).
+    """Read the settings a run folder keeps.
+
+    Returns:
+        ``config``, ``final_episodes``, the ``command`` that began it (or None), and the seeds it was ``stacked`` with (or None).
 
     Raises:
         InputError: if ``out`` is no run folder.
     """
+    if (out / GROUP_FILE).is_file() and not (out / CONFIG_FILE).is_file():
+        settings = read_settings(out / GROUP_FILE)
+        raise InputError(
+            f"{out} holds the runs of seeds {settings['config']['seeds']}; name one of them, for example "
+            f"{seed_folder(out, settings['config']['seeds'][0])}"
+        )
+    if not (out / CONFIG_FILE).is_file():
+        raise InputError(f"{out} is not a run folder: it has no {CONFIG_FILE}")
+    return read_settings(out / CONFIG_FILE)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read a run's :data:`CONFIG_FILE` or a group's :data:`GROUP_FILE`.
+
+    Raises:
+        InputError: if it is damaged.
+    """
     import yaml
 
-    path = out / CONFIG_FILE
-    if not path.is_file():
-        raise InputError(f"{out} is not a run folder: it has no {CONFIG_FILE}")
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return {key: settings[key] for key in ("config", "final_episodes")} | {"command": settings.get("command")}
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError) as error:
+        needed = {key: settings[key] for key in ("config", "final_episodes")}
+        return {"command": None, "stacked": None, "finished": False, **settings, **needed}
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError) as error:
         raise InputError(f"{path} is damaged: {' '.join(str(error).split())}") from error
 
 
-class _Run:
-    """One run's parts, put together before anything is written."""
+def write_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    """Write what :func:`read_settings` reads."""
+    import yaml
+
+    write_text(path, yaml.safe_dump(dict(settings), sort_keys=False))
+
+
+def seed_folder(out: Path, seed: int) -> Path:
+    """The run folder of a seed that is trained together with others in ``out``."""
+    return out / f"seed{seed}"
+
+
+def _check_free_of_group(out: Path, settings: Mapping[str, Any]) -> None:
+    """Raise InputError if a run belongs to a group that is still training."""
+    group = out.absolute().parent
+    if settings["stacked"] and (group / GROUP_FILE).is_file() and not read_settings(group / GROUP_FILE)["finished"]:
+        raise InputError(
+            f"{out} is trained together with the runs of seeds {settings['stacked']}, which are not finished; go on with all "
+            f"of them: deflow resume {shlex.quote(str(out.parent))}"
+        )
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """A task's data as runs of several seeds share it.
+
+    Attributes:
+        train: the offline set.
+        validation: the validation set, where the task has one.
+        about: its description, for the record.
+    """
+
+    train: TransitionDataset
+    validation: TransitionDataset | None
+    about: dict[str, Any]
+
+
+class Run:
+    """One run's parts, put together before anything is written.
+
+    Args:
+        config: the settings.
+        out: run folder.
+
+    Keyword Args:
+        commands: command lines that worked on it so far, this one last.
+        extra_seconds: wall time of phases before this one.
+        final_episodes: episodes of the evaluation at the end; ``config.eval_episodes`` by default.
+        data: the task's data, where it is loaded already.
+        stacked: seeds of all runs that it is trained with in one process; None for a run by itself.
+        show_progress: show progress bars on standard error.
+    """
 
     def __init__(
         self,
@@ -243,10 +324,13 @@ class _Run:
         commands: Sequence[str],
         extra_seconds: Mapping[str, float] | None = None,
         final_episodes: int | None,
+        data: TaskData | None = None,
+        stacked: Sequence[int] | None = None,
         show_progress: bool,
     ) -> None:
         self.config = config
         self.out = out
+        self.stacked = stacked
         self.history = RunHistory(commands, seconds=extra_seconds)
         self.final_episodes = final_episodes or config.eval_episodes
         self.show_progress = show_progress
@@ -268,15 +352,10 @@ class _Run:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         with self.history.timed("load_data"):
-            dataset = self._load_data("train")
-            assert dataset is not None
-            if dataset.observation.ndim != 2:
-                raise _images(config.task)
-            validation = self._load_data("val")
-            self._check_environment(dataset)
+            self.data = self._load() if data is None else data
+            dataset, validation = self.data.train, self.data.validation
             self.buffer = self._union(dataset) if config.online_steps else self._buffer(dataset)
             self.validation = None if validation is None else self._buffer(validation)
-            self.data = self._describe_data(dataset)
             self.reward_bound = float(dataset.reward.abs().max())
             self.reward_shift = float(dataset.about.get("reward_shift", 0.0))
             self.references = reference_returns(self.task)
@@ -290,40 +369,35 @@ class _Run:
         self.update = UpdateStep(self.learner, compile_loss=config.compile)
 
     def write_config(self) -> None:
-        import yaml
-
+        """Write the settings into the run folder."""
         settings = {
             "config": config_to_dict(self.config),
             "final_episodes": self.final_episodes,
             "command": self.history.commands[0],
         }
-        write_text(self.out / CONFIG_FILE, yaml.safe_dump(settings, sort_keys=False))
+        if self.stacked is not None:
+            settings["stacked"] = list(self.stacked)
+        write_settings(self.out / CONFIG_FILE, settings)
 
     def go(self, *, resume: bool, checkpoint: Path | None = None, keep_settings: bool = False) -> dict[str, Any]:
-        folder = self.out / "checkpoints"
-        try:
-            return self._go(folder, resume=resume, checkpoint=checkpoint, keep_settings=keep_settings)
-        except KeyboardInterrupt as error:
-            kept = list_checkpoints(folder)
-            state = f"saved at step {step_of(kept[-1])}" if kept else "before anything was trained"
-            steps = self.config.offline_steps + self.config.online_steps
-            raise RunInterrupted(
-                f"interrupted, {state} of {steps}; go on with: deflow resume {shlex.quote(str(self.out))}"
-            ) from error
-        except NonFiniteLossError as error:
-            kept = list_checkpoints(folder)
-            where = f"the last good checkpoint is {kept[-1]}" if kept else "there was no checkpoint yet"
-            raise NonFiniteLossError(f"{error}; {where}") from error
-        except CheckpointNotWritten as error:
-            advice = f"make room and go on with: deflow resume {shlex.quote(str(self.out))}"
-            raise CheckpointNotWritten(error.path, error.cause, advice) from error
-        except EnvironmentFaultError as error:
-            raise EnvironmentFaultError(
-                f"{error}; when it is mended go on with: deflow resume {shlex.quote(str(self.out))}"
-            ) from error
+        """Train, evaluate and report; the record."""
 
-    def _go(self, folder: Path, *, resume: bool, checkpoint: Path | None, keep_settings: bool) -> dict[str, Any]:
-        config = self.config
+        def newest() -> tuple[int, str] | None:
+            kept = list_checkpoints(self.out / "checkpoints")
+            return (step_of(kept[-1]), f"checkpoint is {kept[-1]}") if kept else None
+
+        with saying_how_to_go_on(self.out, self.config.offline_steps + self.config.online_steps, newest):
+            self.open(resume=resume, checkpoint=checkpoint, keep_settings=keep_settings)
+            with open_evaluator(self.task, self.config, self.device) as evaluator:
+                self.evaluate_with(evaluator)
+                with self.history.timed("train_and_evaluate"):
+                    self.trainer.run()
+                self.evaluate_if_missing()
+            return self.report()
+
+    def open(self, *, resume: bool, checkpoint: Path | None, keep_settings: bool) -> None:
+        """Make the trainer, at the checkpoint where there is one, and the files it writes."""
+        config, folder = self.config, self.out / "checkpoints"
         trainer = self.trainer = Trainer(
             self.update,
             self.buffer,
@@ -339,16 +413,17 @@ class _Run:
             checkpoints=folder,
             online=self._online_phase() if config.online_steps else None,
             score=f"eval/{self.task.metric}",
-            identity=run_identity(config_to_dict(config), data_sha256=self.data["sha256"]),
+            identity=run_identity(config_to_dict(config), data_sha256=self.data.about["sha256"]),
             history=self.history,
             alarms=self.alarms,
             extra_state=self.learner_sizes,
             validation=self.validation,
             show_progress=self.show_progress,
+            label="" if self.stacked is None else f"seed {config.seed}, ",
         )
         if checkpoint is not None:
             trainer.restore(checkpoint, keep_settings=keep_settings)
-            drop_later_checkpoints(checkpoint)
+            drop_later_checkpoints(folder, step_of(checkpoint))
             if keep_settings:
                 trainer.save()  # with the new settings: after a kill the run goes on without --force
         if resume:
@@ -356,15 +431,17 @@ class _Run:
         written = trainer.written_step if resume else None
         logger = make_logger(config.logger, self.out, state=trainer.notes.get("logger"), step=written)
         trainer.notes["logger"] = logger_state(config.logger, logger)
-        metrics = trainer.metrics = MetricsLog(self.out, logger=logger, resume_step=written)
-        with _evaluator(self.task, self.config, self.device) as evaluator:
-            if evaluator is not None:
-                trainer.evaluate = lambda: self._evaluate(evaluator)
-            with self.history.timed("train_and_evaluate"):
-                trainer.run()
-            if evaluator is not None and not self.outcomes:  # killed between the last checkpoint and the record
-                self._evaluate(evaluator)
-        return self._report(trainer, metrics)
+        trainer.metrics = MetricsLog(self.out, logger=logger, resume_step=written)
+
+    def evaluate_with(self, evaluator: Evaluator | None) -> None:
+        """Have the trainer's evaluations made by this evaluator; by none, where there is no environment."""
+        self._evaluator = evaluator
+        self.trainer.evaluate = None if evaluator is None else self._evaluate
+
+    def evaluate_if_missing(self) -> None:
+        """Make the last evaluation, if the run was killed between its last checkpoint and its record."""
+        if self._evaluator is not None and not self.outcomes:
+            self._evaluate()
 
     @property
     def _gamma(self) -> float:
@@ -373,8 +450,18 @@ class _Run:
 
     @property
     def learner_sizes(self) -> dict[str, int]:
+        """What a checkpoint needs for its networks to be built without the data."""
         sample = self.buffer[:1]
         return {"observation_dim": sample["observation"].shape[-1], "action_dim": sample["action"].shape[-1]}
+
+    def _load(self) -> TaskData:
+        train = self._load_data("train")
+        assert train is not None
+        if train.observation.ndim != 2:
+            raise _images(self.config.task)
+        validation = self._load_data("val")
+        self._check_environment(train)
+        return TaskData(train, validation, self._describe_data(train))
 
     def _load_data(self, split: Literal["train", "val"]) -> TransitionDataset | None:
         config = self.config
@@ -387,8 +474,12 @@ class _Run:
             memmap=config.storage == "memmap",
         )
 
-    def _buffer(self, dataset: TransitionDataset) -> TransitionReplayBuffer:
-        buffer = TransitionReplayBuffer(dataset, batch_size=self.config.batch_size)
+    def batches(self, number: int) -> TransitionReplayBuffer:
+        """A buffer of the offline set that samples so many batches' transitions at once."""
+        return self._buffer(self.data.train, number=number)
+
+    def _buffer(self, dataset: TransitionDataset, *, number: int = 1) -> TransitionReplayBuffer:
+        buffer = TransitionReplayBuffer(dataset, batch_size=number * self.config.batch_size)
         if dataset.device != self.device:
             buffer.append_transform(DeviceCastTransform(self.device))
         return buffer
@@ -475,7 +566,9 @@ class _Run:
             **about,
         }
 
-    def _evaluate(self, evaluator: Evaluator) -> dict[str, float]:
+    def _evaluate(self) -> dict[str, float]:
+        evaluator = self._evaluator
+        assert evaluator is not None
         if self.trainer.step < self.config.offline_steps + self.config.online_steps:
             result = _evaluate(evaluator, "eval", self.learner.policy, self.config.eval_episodes, self.show_progress)
             self._note({self.learner.acting_policy: result})
@@ -500,38 +593,68 @@ class _Run:
         note = {"step": trainer.step, "phase": phase, "policies": _outcomes(results, self.references)}
         trainer.notes["evaluations"] = [*earlier, note]
 
-    def _report(self, trainer: Trainer, metrics: MetricsLog) -> dict[str, Any]:
+    def report(self) -> dict[str, Any]:
+        """Write record, curve and page; the record."""
+        trainer = self.trainer
+        rows = [] if trainer.metrics is None else trainer.metrics.rows
         delta = getattr(self.learner.loss, "target_divergence", None)
         record = build_record(
             commands=self.history.commands,
             config=config_to_dict(self.config),
-            data=self.data,
+            data=self.data.about,
             metric=self.task.metric,
             evaluations=_outcomes(self.outcomes, self.references),
             history=trainer.notes.get("evaluations", []),
             online=None if trainer.online is None else trainer.online.counters,
             alarms=None if self.learner.diagnostics is None else [asdict(alarm) for alarm in self.alarms.raised],
+            stacked=self.stacked,
             seconds={**self.history.seconds, "updates": trainer.trained_seconds},
         )
         write_text(self.out / RECORD_FILE, json.dumps(record, indent=2) + "\n")
         title = f"{self.config.algo.name} on {self.config.task}, seed {self.config.seed}"
         figure = plot_learning_curve(
-            metrics.rows,
+            rows,
             self.out / "learning_curve.png",
             title=title,
             metric=self.task.metric,
-            final=_final(record["evaluations"], self.task.metric),
+            final=final_numbers(record["evaluations"], self.task.metric),
             target_divergence=None if delta is None else float(delta),
         )
         write_html_report(
             self.out / "report.html",
             title=title,
             record=record,
-            rows=metrics.rows,
+            rows=rows,
             figure=figure,
             target_divergence=None if delta is None else round(float(delta), 8),
         )
         return record
+
+
+@contextmanager
+def saying_how_to_go_on(out: Path, steps: int, newest: Callable[[], tuple[int, str] | None]) -> Iterator[None]:
+    """Add to what ends the training in the block how to go on.
+
+    Args:
+        out: what ``deflow resume`` is given.
+        steps: how many there are to be.
+        newest: step of the newest checkpoint and words for where it is; None where there is none.
+    """
+    go_on = f"deflow resume {shlex.quote(str(out))}"
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        found = newest()
+        state = f"saved at step {found[0]}" if found else "before anything was trained"
+        raise RunInterrupted(f"interrupted, {state} of {steps}; go on with: {go_on}") from error
+    except NonFiniteLossError as error:
+        found = newest()
+        where = f"the last good {found[1]}" if found else "there was no checkpoint yet"
+        raise NonFiniteLossError(f"{error}; {where}") from error
+    except CheckpointNotWritten as error:
+        raise CheckpointNotWritten(error.path, error.cause, f"make room and go on with: {go_on}") from error
+    except EnvironmentFaultError as error:
+        raise EnvironmentFaultError(f"{error}; when it is mended go on with: {go_on}") from error
 
 
 def _device(name: str) -> torch.device:
@@ -557,7 +680,7 @@ def _build(config: TrainConfig, observation_dim: int, action_dim: int, device: t
     return get_algorithm(config.algo.name).build(config.algo, problem)
 
 
-def _resumable_from_anywhere(config: TrainConfig) -> TrainConfig:
+def resumable_from_anywhere(config: TrainConfig) -> TrainConfig:
     """The settings with absolute paths of data."""
     prefix, _, folder = config.task.partition(":")
     if prefix == "own":
@@ -579,7 +702,8 @@ def _task(config: TrainConfig) -> Task:
 
 
 @contextmanager
-def _evaluator(task: Task, config: TrainConfig, device: torch.device) -> Iterator[Evaluator | None]:
+def open_evaluator(task: Task, config: TrainConfig, device: torch.device) -> Iterator[Evaluator | None]:
+    """The evaluator of a task; None where it has no environment."""
     if task.environment is None:
         yield None
         return
@@ -624,7 +748,7 @@ def _outcomes(
     return {name: result.as_dict(references) for name, result in results.items()}
 
 
-def _final(evaluations: Mapping[str, Mapping[str, Any]], metric: str) -> dict[str, float]:
+def final_numbers(evaluations: Mapping[str, Mapping[str, Any]], metric: str) -> dict[str, float]:
     """Policy name -> the number the task is judged by."""
     key = {"success": "success_rate", "score": "mean_score", "return": "mean_return"}[metric]
     return {name: outcome[key] for name, outcome in evaluations.items()}

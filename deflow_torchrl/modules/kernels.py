@@ -32,6 +32,7 @@ from torch.autograd.function import once_differentiable
 LAYER_NORM_EPS = 1e-6
 _SLOPE, _CUBIC = 2 * math.sqrt(2 / math.pi), 0.044715
 
+_CACHED = 1 << 19  # numbers in one buffer of the sampler, beyond which networks are sampled from one by one
 _SWITCH = "DEFLOW_KERNELS"  # in the environment: the processes that a run starts compute as it does
 
 
@@ -190,6 +191,14 @@ class _MLP(torch.autograd.Function):
 
 
 def _flow(num_steps: int, observation: Tensor, noise: Tensor, *parameters: Tensor) -> Tensor:
+    tensors = (observation, noise, *parameters)
+    if noise.ndim == 3 and noise[..., 0].numel() * parameters[0].shape[-2] > _CACHED:
+        # The buffers of several networks together may not stay in the cache; those of one do.
+        return torch.stack([_integrate(num_steps, *one) for one in zip(*tensors, strict=True)])
+    return _integrate(num_steps, *tensors)
+
+
+def _integrate(num_steps: int, observation: Tensor, noise: Tensor, *parameters: Tensor) -> Tensor:
     (first, first_bias), *hidden = _hidden(parameters, layer_norm=False)
     observation_dim, action_dim = observation.shape[-1], noise.shape[-1]
     share = _affine(observation, first[..., :observation_dim], first_bias)

@@ -187,7 +187,7 @@ class RefinementLoss(OffPolicyLoss):
         if self._log_alpha_bounds != _UNBOUNDED:
             # Projection: without it the parameter itself would run on behind a bound that only its exponential obeys.
             with torch.no_grad():
-                self.log_alpha.clamp_(*self._log_alpha_bounds)
+                self.log_alpha.copy_(self.log_alpha.clamp(*self._log_alpha_bounds))  # clamp_ has no rule for vmap
         return self._reduce_term(-self.log_alpha * (divergence - self.target_divergence), tensordict)
 
     def _current_base_action(self, tensordict: TensorDictBase) -> Tensor:

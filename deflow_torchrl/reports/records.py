@@ -27,6 +27,7 @@ def build_record(
     history: Sequence[Mapping[str, Any]] = (),
     online: Mapping[str, int] | None = None,
     alarms: Sequence[Mapping[str, Any]] | None = None,
+    stacked: Sequence[int] | None = None,
     seconds: Mapping[str, float],
 ) -> dict[str, Any]:
     """Collect what a reader needs to trust and repeat a run.
@@ -40,6 +41,8 @@ def build_record(
         history: every evaluation of the run: ``step``, ``phase`` and, by policy, the outcome.
         online: counters of the online phase; None without one.
         alarms: every alarm raised: ``name``, ``step``, ``message``, ``cleared``; None for a method that has no diagnostics.
+        stacked: the seeds of all runs it was trained with in one process, whose time its own then is; None for a run that
+            was trained by itself.
         seconds: wall time by phase.
     """
     settings = dict(config)
@@ -55,11 +58,25 @@ def build_record(
         "history": [dict(evaluation) for evaluation in history],
         "online": None if online is None else dict(online),
         "alarms": None if alarms is None else [dict(alarm) for alarm in alarms],
+        "stacked": None if stacked is None else list(stacked),
         "time": dict(seconds),
         "versions": package_versions(),
         "git_commit": git_commit(),
         "hardware": hardware(),
     }
+
+
+def summarize(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``metric`` of a record or evaluation; by policy ``success``, ``score`` and ``return``, each where the task has it."""
+    kinds = {"success": "success_rate", "score": "mean_score", "return": "mean_return"}
+    if result["metric"] == "return":
+        del kinds["success"]  # the environment knows none
+    outcomes = result["evaluations"]
+    values = {
+        kind: {name: outcome[key] for name, outcome in outcomes.items() if key in outcome}
+        for kind, key in kinds.items()
+    }
+    return {"metric": result["metric"], **{kind: found for kind, found in values.items() if found}}
 
 
 def config_digest(settings: Mapping[str, Any]) -> str:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from deflow_torchrl.trainers.evaluation import Evaluator as Evaluator
     from deflow_torchrl.trainers.metrics import MetricsLog as MetricsLog
     from deflow_torchrl.trainers.online import OnlinePhase as OnlinePhase
+    from deflow_torchrl.trainers.stacked import StackedUpdate as StackedUpdate
+    from deflow_torchrl.trainers.stacked_trainer import StackedTrainer as StackedTrainer
     from deflow_torchrl.trainers.trainer import Trainer as Trainer
     from deflow_torchrl.trainers.trainer import TrainerSchedule as TrainerSchedule
     from deflow_torchrl.trainers.update import UpdateStep as UpdateStep
@@ -32,6 +34,8 @@ _EXPORTS = {
     "Trainer": ".trainer",
     "OnlineExperience": ".collection",
     "OnlineStep": ".collection",
+    "StackedTrainer": ".stacked_trainer",
+    "StackedUpdate": ".stacked",
     "TrainerSchedule": ".trainer",
     "UpdateStep": ".update",
     "load_checkpoint": ".checkpoint",

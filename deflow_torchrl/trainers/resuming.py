@@ -69,10 +69,10 @@ def check_resumable(
     return changes
 
 
-def drop_later_checkpoints(checkpoint: Path) -> None:
-    """Remove the checkpoints after the one a run goes on from: they are of a course that is given up."""
-    for path in list_checkpoints(checkpoint.parent):
-        if step_of(path) > step_of(checkpoint):
+def drop_later_checkpoints(folder: Path, step: int) -> None:
+    """Remove the checkpoints after the step a run goes on from: they are of a course that is given up."""
+    for path in list_checkpoints(folder):
+        if step_of(path) > step:
             path.unlink(missing_ok=True)
 
 

@@ -16,12 +16,11 @@ from tensordict import TensorDictBase
 from torchrl.data import ReplayBuffer
 
 from deflow_torchrl.errors import EnvironmentFaultError, InputError, NonFiniteLossError
-from deflow_torchrl.progress import progress_bar
 from deflow_torchrl.trainers.alarms import Alarms
 from deflow_torchrl.trainers.checkpoint import CheckpointNotWritten, load_checkpoint, save_checkpoint
 from deflow_torchrl.trainers.generators import capture_generators, generators_set_aside, restore_generators
 from deflow_torchrl.trainers.history import RunHistory
-from deflow_torchrl.trainers.interrupts import Interrupts
+from deflow_torchrl.trainers.loop import TrainingLoop
 from deflow_torchrl.trainers.metrics import MetricsLog
 from deflow_torchrl.trainers.online import OnlinePhase
 from deflow_torchrl.trainers.update import UpdateStep
@@ -78,7 +77,7 @@ class TrainerSchedule:
         return math.floor(max(acted, 0) * self.utd + 1e-9)
 
 
-class Trainer:
+class Trainer(TrainingLoop):
     """Trains a learner on a data set and, where there is an online phase, on its own experience.
 
     A checkpoint is written at every ``save_interval``, at the end of each phase, after the best evaluation so far and on
@@ -103,6 +102,7 @@ class Trainer:
         evaluate: returns metrics of an evaluation; called every ``eval_interval`` steps.
         score: name of the metric the best checkpoint has most of.
         show_progress: show a progress bar on standard error.
+        label: put before warnings, where several runs share a terminal.
 
     Raises:
         NonFiniteLossError: by :meth:`run`; the last checkpoint is from before.
@@ -126,6 +126,7 @@ class Trainer:
         evaluate: Callable[[], dict[str, float]] | None = None,
         score: str | None = None,
         show_progress: bool = True,
+        label: str = "",
     ) -> None:
         self.update = update
         self.buffer = buffer
@@ -141,6 +142,7 @@ class Trainer:
         self.evaluate = evaluate
         self.score = score
         self.show_progress = show_progress
+        self.label = label
         self.step = 0
         self.notes: dict[str, Any] = {}
         """Plain values that belong to the run so far: kept in each checkpoint, found again after :meth:`restore`."""
@@ -150,49 +152,25 @@ class Trainer:
         self._row: dict[str, Any] | None = None
         self._saved_step = 0
         self._best: float | None = None
+        self._score: float | None = None  # of the closed step
         self._scored: float | None = None  # of the evaluation that the next checkpoint stands for
         # Up while a step is half done: its state is of no step, and no checkpoint may be made of it.
         self._torn = False
         self._stop: EnvironmentFaultError | None = None
         self._save_at_episode_end = False
 
-    def run(self) -> None:
-        """Train from the current step to ``schedule.steps``."""
-        bar = progress_bar(
-            total=self.schedule.steps,
-            initial=self.step,
-            desc="train",
-            unit="step",
-            disable=not self.show_progress,
-        )
-        with bar, Interrupts() as interrupts:
-            try:
-                while self._row is not None or self.step < self.schedule.steps:
-                    if self._row is None:
-                        self._begin_online_if_due()
-                        with interrupts.deferred():
-                            self._row = self._train_step()
-                            bar.update()
-                    self._evaluate_if_due(self._row)
-                    with interrupts.deferred():
-                        self._finish_step(self._row)
-                        self._row = None
-                    if self._stop is not None:
-                        raise self._stop
-            except NonFiniteLossError:
-                raise
-            except (KeyboardInterrupt, Exception):
-                # A failed evaluation costs its own time, never the steps before it.
-                with interrupts.deferred():
-                    self._save_what_is_whole()
-                raise
-            finally:
-                if self.online is not None:
-                    self.online.close()
+    @property
+    def unfinished(self) -> bool:
+        """Whether the current step is trained but not yet evaluated and written."""
+        return self._row is not None
 
-    def _begin_online_if_due(self) -> None:
+    def _prepare_step(self) -> None:
         if self.online is not None and not self.online.begun and self.schedule.is_online(self.step + 1):
             self.online.begin(self.update)
+
+    def _close(self) -> None:
+        if self.online is not None:
+            self.online.close()
 
     def _save_what_is_whole(self) -> None:
         if self._torn or (self._saved_step == self.step and self._row is None):
@@ -206,8 +184,8 @@ class Trainer:
     def _restorable(self) -> bool:
         return self.online is None or self.online.restorable
 
-    def _train_step(self) -> dict[str, Any]:
-        """Act (online), update, and return the step's row of metrics, empty where no row is due."""
+    def _train_step(self) -> None:
+        """Act (online) and update."""
         step = self.step + 1
         online = self.online if self.schedule.is_online(step) else None
         if online is not None:
@@ -223,10 +201,21 @@ class Trainer:
             self._torn = True
             out = self.update(batch)
             self.trained_seconds += time.perf_counter() - began
-        self.step = step
-        row = self._row_of(online, out, batch) if self.schedule.due(self.schedule.log_interval, step) else {}
+        self.take_step(out, batch)
         self._torn = False
-        return row
+
+    def take_step(self, out: TensorDictBase | None, batch: TensorDictBase | None) -> None:
+        """Count a step as trained and make its row of metrics, empty where none is due.
+
+        Args:
+            out: what the step's last update returned; None, if it had none.
+            batch: what that update was called with.
+        """
+        self.step += 1
+        self._score = None
+        online = self.online if self.schedule.is_online(self.step) else None
+        due = self.schedule.due(self.schedule.log_interval, self.step)
+        self._row = self._row_of(online, out, batch) if due else {}
 
     def _sample(self, online: OnlinePhase | None) -> TensorDictBase:
         return self.buffer.sample() if online is None else online.sample()
@@ -257,26 +246,41 @@ class Trainer:
         if self.online is not None:
             self.alarms.see_reward(self.online.largest_reward)
         for alarm in self.alarms.check({"step": step, **row}):
-            _log.warning("step %d: %s", alarm.step, alarm.message)
+            _log.warning("%sstep %d: %s", self.label, alarm.step, alarm.message)
 
-    def _evaluate_if_due(self, row: dict[str, Any]) -> None:
-        if self.schedule.due(self.schedule.eval_interval, self.step):
+    def evaluate_step(self) -> None:
+        """Add an evaluation to the current step's row, if one is due."""
+        if self._row is not None and self.schedule.due(self.schedule.eval_interval, self.step):
             self.update.check_finite()
-            row.update(self._validation_losses() | ({} if self.evaluate is None else self.evaluate()))
+            self._row.update(self._validation_losses() | ({} if self.evaluate is None else self.evaluate()))
 
-    def _finish_step(self, row: dict[str, Any]) -> None:
-        step = self.step
-        if row and self.metrics is not None:
-            phase = "online" if self.schedule.is_online(step) else "offline"
-            self.metrics.write({"step": step, "phase": phase, **row, **self._seconds()})
-        score = row.get(self.score) if self.score is not None else None
-        best = score is not None and (self._best is None or score >= self._best)
-        if best:
-            self._best = score
-        if best or self._save_at_episode_end or self.schedule.due(self.schedule.save_interval, step):
-            self._row = None
-            self._scored = self._scored if score is None else score
+    def _finish_step(self) -> None:
+        if self.close_step() or self._save_at_episode_end:
+            self._keep_score()
             self._save_when_restorable()
+        if self._stop is not None:
+            raise self._stop
+
+    def close_step(self) -> bool:
+        """Write the current step's row of metrics; whether a checkpoint is due."""
+        row = self._row or {}
+        if row and self.metrics is not None:
+            phase = "online" if self.schedule.is_online(self.step) else "offline"
+            self.metrics.write({"step": self.step, "phase": phase, **row, **self._seconds()})
+        self._row = None
+        self._score = row.get(self.score) if self.score is not None else None
+        best = self._score is not None and (self._best is None or self._score >= self._best)
+        if best:
+            self._best = self._score
+        return best or self.schedule.due(self.schedule.save_interval, self.step)
+
+    def save_closed_step(self) -> Path:
+        """:meth:`save` the step that was closed last, with the score of its evaluation."""
+        self._keep_score()
+        return self.save()
+
+    def _keep_score(self) -> None:
+        self._scored = self._scored if self._score is None else self._score
 
     def _seconds(self) -> dict[str, float]:
         seconds = {"time/trained_seconds": round(self.trained_seconds, 3)}

@@ -1,0 +1,283 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
+"""One update of several seeds at once: parameters, moments and targets stacked, losses under ``torch.vmap``.
+
+Every seed stays an ordinary learner with an ordinary :class:`UpdateStep`: its tensors are rows of the stacked ones. Its
+evaluation, diagnostics and checkpoints are therefore the code of a single run, and what the stack trained goes on without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase, TensorDictParams
+from tensordict.utils import NestedKey
+from torch import Tensor, nn
+from torchrl.objectives import SoftUpdate
+from torchrl.objectives.common import LossModule
+
+from deflow_torchrl.errors import InputError, NonFiniteLossError
+from deflow_torchrl.trainers.update import UpdateStep
+
+_COUNT = "step"  # of an optimiser's state of a parameter: the one entry that is no tensor of the parameter's shape
+
+
+class StackedUpdate:
+    """Callable that trains S learners of one method on S batches, each as its own :class:`UpdateStep` would.
+
+    Call the stack or, once it is given up, the updates: a seed that was trained alone no longer fits the others.
+
+    Args:
+        updates: one for each seed, of equal methods, settings and step; only what they have learned may differ.
+
+    Keyword Args:
+        seeds: names of the updates in messages; their numbers by default.
+        compile_loss: run the losses through ``torch.compile(fullgraph=True)``.
+
+    Raises:
+        InputError: if the updates cannot be stacked: what differs, and between which seeds.
+        NonFiniteLossError: by calls, on a CPU, as soon as a loss of any seed is NaN or infinite.
+    """
+
+    def __init__(
+        self, updates: Sequence[UpdateStep], *, seeds: Sequence[int] | None = None, compile_loss: bool = False
+    ) -> None:
+        if not updates:
+            raise InputError("there are no updates to stack")
+        self.updates = list(updates)
+        self.seeds = list(range(len(updates))) if seeds is None else list(seeds)
+        self._template = updates[0].learner.loss
+        self._device = next(self._template.parameters()).device
+        self.gather()
+        self._losses = torch.compile(self._compute, fullgraph=True) if compile_loss else self._compute
+
+    def __call__(self, batch: TensorDictBase) -> TensorDictBase:
+        """Train each seed on its row of ``batch [S, B]``, in which its loss may write, as its update alone would.
+
+        Returns:
+            The losses and metadata of each seed ``[S]``, detached.
+        """
+        for update in self.updates:
+            update.step += 1
+        self._count += 1
+        out, written = self._losses(self._tensors, batch)
+        for key, value in written.items():
+            batch.set(key, value)
+        terms = torch.stack([out[name] for name in self._names])
+        self.optimizer.zero_grad()
+        # The terms of a seed depend on its parameters alone: the gradient of the sum holds every seed's own.
+        terms.sum().backward()
+        self._step_targets()  # before the optimiser, as in UpdateStep
+        self.optimizer.step()
+        if len(self.optimizer.state) != len(self._counts):
+            self._share_state()
+        self._steps.copy_(torch.stack(self._counts))
+        bad = ~terms.detach().isfinite() & (self._first_bad < 0)
+        self._first_bad.copy_(torch.where(bad, self._count, self._first_bad))
+        if self._device.type == "cpu":
+            self.check_finite()
+        return TensorDict({name: value.detach() for name, value in out.items()}, batch_size=[len(self.updates)])
+
+    def gather(self) -> None:
+        """Stack what the updates hold now: needed after any of them loaded a state.
+
+        Raises:
+            InputError: as the constructor.
+        """
+        _check_alike(self.updates, self.seeds)
+        own = [_state_of(update.learner.loss) for update in self.updates]
+        # id of the template's tensor -> the stacked one
+        self._stack: dict[int, Tensor] = {}
+        for rows in zip(*(tensors.values() for tensors in own), strict=True):
+            stacked = torch.stack([row.detach() for row in rows])
+            for row, part in zip(rows, stacked, strict=True):
+                row.data = part
+            if isinstance(rows[0], nn.Parameter):
+                stacked = nn.Parameter(stacked, requires_grad=rows[0].requires_grad)
+            self._stack[id(rows[0])] = stacked
+        self._tensors = list(self._stack.values())
+        self._targets = self._find_targets()
+        self._gather_optimizer()
+        self._names = self.updates[0].learner.loss_names
+        self._count = torch.tensor(self.updates[0].step, device=self._device)
+        self._first_bad = torch.full((len(self._names), len(self.updates)), -1, device=self._device)
+
+    def check_finite(self) -> None:
+        """Raise NonFiniteLossError if any call so far met a NaN or infinite loss, naming the first seed, term and step."""
+        if bool((self._first_bad < 0).all()):
+            return
+        bad = [
+            (step, number, name)
+            for name, steps in zip(self._names, self._first_bad.tolist(), strict=True)
+            for number, step in enumerate(steps)
+            if step >= 0
+        ]
+        step, number, name = min(bad, key=lambda found: found[:2])
+        raise NonFiniteLossError(f"seed {self.seeds[number]}: {name} became NaN or infinite at gradient step {step}")
+
+    def _compute(
+        self, tensors: Sequence[Tensor], batch: TensorDictBase
+    ) -> tuple[dict[str, Tensor], dict[NestedKey, Tensor]]:
+        """Losses and metadata of each seed, and the entries that the loss wrote into its batch."""
+
+        def one(tensors: Sequence[Tensor], batch: TensorDictBase) -> tuple[dict[str, Tensor], dict[NestedKey, Tensor]]:
+            given = dict(batch.items(True, True))
+            with _swapped(self._template, dict(zip(self._stack, tensors, strict=True))):
+                out = self._template(batch)
+            written = {key: value for key, value in batch.items(True, True) if given.get(key) is not value}
+            return dict(out.items()), written
+
+        return torch.vmap(one, randomness="different")(tensors, batch)
+
+    def _find_targets(self) -> tuple[list[Tensor], list[Tensor]] | None:
+        """Stacked targets and what they follow, where they follow softly."""
+        updater = self.updates[0].learner.target_updater
+        if type(updater) is not SoftUpdate:
+            return None
+        pairs = [
+            (updater._targets[f"target_{key[0]}", *key[1:]], source)
+            for key, source in updater._sources.items(True, True)
+        ]
+        return [self._stack[id(target)] for target, _ in pairs], [self._stack[id(source)].data for _, source in pairs]
+
+    def _step_targets(self) -> None:
+        if self._targets is None:
+            for update in self.updates:
+                update.learner.target_updater.step()
+        else:
+            updater: Any = self.updates[0].learner.target_updater
+            torch._foreach_lerp_(*self._targets, 1 - updater.eps)
+
+    def _gather_optimizer(self) -> None:
+        optimizer = self.updates[0].optimizer
+        groups = [
+            {**group, "params": [self._stack[id(parameter)] for parameter in group["params"]]}
+            for group in optimizer.param_groups
+        ]
+        self.optimizer = type(optimizer)(groups)
+        for rows in _trained(self.updates):
+            states = [update.optimizer.state.get(row, {}) for update, row in zip(self.updates, rows, strict=True)]
+            if states[0]:
+                self.optimizer.state[self._stack[id(rows[0])]] = {
+                    name: value.clone() if name == _COUNT else torch.stack([state[name] for state in states])
+                    for name, value in states[0].items()
+                }
+        self._share_state()
+
+    def _share_state(self) -> None:
+        """Make each update's moments rows of the stacked ones, and its counts of steps rows of :attr:`_steps`."""
+        stacked = self.optimizer.state
+        self._counts = [state[_COUNT] for state in stacked.values()]
+        if self._counts:
+            self._steps = torch.stack(self._counts).repeat(len(self.updates), 1)
+        position = {id(parameter): at for at, parameter in enumerate(stacked)}
+        for rows in _trained(self.updates):
+            parameter = self._stack[id(rows[0])]
+            if parameter not in stacked:
+                continue
+            for number, (update, row) in enumerate(zip(self.updates, rows, strict=True)):
+                update.optimizer.state[row] = {
+                    name: self._steps[number, position[id(parameter)]] if name == _COUNT else value[number]
+                    for name, value in stacked[parameter].items()
+                }
+
+
+def _trained(updates: Sequence[UpdateStep]) -> Iterator[tuple[Tensor, ...]]:
+    """Each parameter of the optimisers, with its like in every update."""
+    for groups in zip(*(update.optimizer.param_groups for update in updates), strict=True):
+        yield from zip(*(group["params"] for group in groups), strict=True)
+
+
+def _state_of(loss: LossModule) -> dict[str, Tensor]:
+    """What a loss learns, by name: parameters, and buffers of networks (targets, running statistics); each tensor once."""
+    found: dict[int, tuple[str, Tensor]] = {}
+    for prefix, module in loss.named_modules():
+        networks = isinstance(module, TensorDictParams)
+        for registry in (module._parameters, module._buffers if networks else {}):
+            for name, tensor in registry.items():
+                if tensor is not None:
+                    found.setdefault(id(tensor), (f"{prefix}.{name}".lstrip("."), tensor))
+    return dict(found.values())
+
+
+def _constants_of(loss: LossModule) -> dict[str, Tensor]:
+    """Buffers that are settings."""
+    learned = {id(tensor) for tensor in _state_of(loss).values()}
+    return {name: buffer for name, buffer in loss.named_buffers() if id(buffer) not in learned}
+
+
+@contextmanager
+def _swapped(loss: LossModule, tensors: Mapping[int, Tensor]) -> Iterator[None]:
+    """The loss computes with other tensors in the place of its own: ``tensors`` has them by the id of its own.
+
+    ``torch.func.functional_call`` does not do: TorchRL's losses read their networks' parameters from the TensorDict inside
+    each TensorDictParams, not from what is registered.
+    """
+    modules = list(loss.modules())
+    before = [(module, dict(module._parameters), dict(module._buffers)) for module in modules]
+    held = [(module, module._param_td) for module in modules if isinstance(module, TensorDictParams)]
+
+    def other(tensor: Tensor) -> Tensor:
+        return tensors.get(id(tensor), tensor)
+
+    try:
+        for module, params in held:
+            module._param_td = params.apply(other, filter_empty=False)
+        for module, parameters, buffers in before:
+            for registry, own in ((module._parameters, parameters), (module._buffers, buffers)):
+                registry.update({name: other(tensor) for name, tensor in own.items() if tensor is not None})
+        yield
+    finally:
+        for module, params in held:
+            module._param_td = params
+        for module, parameters, buffers in before:
+            module._parameters.update(parameters)
+            module._buffers.update(buffers)
+
+
+def _check_alike(updates: Sequence[UpdateStep], seeds: Sequence[int]) -> None:
+    """Raise InputError unless the updates differ in nothing but what they have learned."""
+    first = _description(updates[0])
+    for update, seed in zip(updates[1:], seeds[1:], strict=True):
+        for name, value in _description(update).items():
+            if not _equal(value, first.get(name)):
+                raise InputError(
+                    f"seeds {seeds[0]} and {seed} cannot be stacked, they differ in {name}: {first.get(name)} and {value}"
+                )
+    tensors = [id(tensor) for update in updates for tensor in _state_of(update.learner.loss).values()]
+    if len(set(tensors)) < len(tensors):
+        raise InputError("seeds that share a tensor cannot be stacked; build each its own learner")
+
+
+def _description(update: UpdateStep) -> dict[str, Any]:
+    loss, updater = update.learner.loss, update.learner.target_updater
+    plain = (bool, int, float, str, tuple)
+    described: dict[str, Any] = {
+        "method": type(loss).__name__,
+        "steps done": update.step,
+        "outputs": list(loss.out_keys),
+        **{f"{name} (of the loss)": value for name, value in vars(loss).items() if isinstance(value, plain)},
+        **_constants_of(loss),
+        "target updater": type(updater).__name__,
+        "target updater's rate": getattr(updater, "eps", None),
+        "optimiser": type(update.optimizer).__name__,
+    }
+    for name, tensor in _state_of(loss).items():
+        described[f"the shape of {name}"] = (*tensor.shape, tensor.dtype, str(tensor.device), tensor.requires_grad)
+    for number, group in enumerate(update.optimizer.param_groups):
+        options = {name: value for name, value in group.items() if name != "params"}
+        described |= {f"{name} of optimiser group {number}": value for name, value in options.items()}
+        for at, parameter in enumerate(group["params"]):
+            state = update.optimizer.state.get(parameter, {})
+            described[f"optimiser state {number}.{at}"] = sorted(state)
+            if _COUNT in state:
+                described[f"optimiser step {number}.{at}"] = float(state[_COUNT])
+    return described
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one, other)
+    return bool(one == other)

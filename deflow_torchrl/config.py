@@ -67,6 +67,10 @@ class TrainConfig:
         compile: run the losses through torch.compile (pays on long runs; needs a C++ compiler on a CPU).
         kernels: compute the networks with this package's CPU kernels; false goes through their layers (the same to rounding,
             slower). Without effect on a GPU, and on losses under compile.
+        cuda_graph: on a GPU that holds the data, offline updates are captured in CUDA graphs, drawing of the batch included.
+        updates_per_replay: ``cuda_graph``: updates of one graph.
+        self_check: ``cuda_graph``: before it is used, three updates with and without it are compared; if they differ the run goes
+            on without it and says so.
         threads: torch's CPU threads; torch's default where None.
         eval_workers: processes that step environments; all cores where None.
         logger: ``none``, ``wandb``, ``tensorboard`` or ``mlflow``, beside the JSONL and CSV that are always written.
@@ -105,6 +109,9 @@ class TrainConfig:
     device: str = "cpu"
     compile: bool = False
     kernels: bool = True
+    cuda_graph: bool = True
+    updates_per_replay: int = 10
+    self_check: bool = True
     threads: int | None = None
     eval_workers: int | None = None
     logger: str = "none"
@@ -266,7 +273,9 @@ def _check_values(config: TrainConfig) -> None:
 
     if config.task == "???":
         raise InputError("no task given; name one, for example task=cube-single-play-singletask-task2-v0")
-    for name in ("batch_size", "eval_episodes", "log_interval", "base_actions", "steps_per_collection"):
+    for name in (
+        "batch_size", "eval_episodes", "log_interval", "base_actions", "steps_per_collection", "updates_per_replay",
+    ):  # fmt: skip
         need(getattr(config, name) >= 1, name, getattr(config, name), "at least 1")
     for name in (
         "offline_steps", "online_steps", "warmup_steps", "collector_workers", "eval_interval", "save_interval", "seed",

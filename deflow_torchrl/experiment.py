@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,6 +41,7 @@ from deflow_torchrl.trainers.checkpoint import list_checkpoints, load_checkpoint
 from deflow_torchrl.trainers.collection import OnlineExperience
 from deflow_torchrl.trainers.evaluation import DEFAULT_EVALUATION_SEED
 from deflow_torchrl.trainers.generators import seed_generators
+from deflow_torchrl.trainers.graphed import DeviceUpdate, GraphedUpdate
 from deflow_torchrl.trainers.history import RunHistory
 from deflow_torchrl.trainers.identity import run_identity
 from deflow_torchrl.trainers.loggers import check_logger, logger_state, make_logger
@@ -420,6 +422,7 @@ class Run:
             validation=self.validation,
             show_progress=self.show_progress,
             label="" if self.stacked is None else f"seed {config.seed}, ",
+            graphed=None if self.stacked is not None else self.graphed(self.update),
         )
         if checkpoint is not None:
             trainer.restore(checkpoint, keep_settings=keep_settings)
@@ -472,6 +475,18 @@ class Run:
             download=config.download,
             device=self.device,
             memmap=config.storage == "memmap",
+        )
+
+    def graphed(self, update: DeviceUpdate, *shape: int) -> GraphedUpdate | None:
+        """``update`` in CUDA graphs, on batches ``[*shape, B]``; None where the device or the settings have none."""
+        config, data = self.config, self.data.train
+        if self.device.type != "cuda" or not config.cuda_graph or data.device.type != "cuda":
+            return None
+        return GraphedUpdate(
+            update,
+            functools.partial(data.draw, *shape, config.batch_size),
+            updates_per_replay=config.updates_per_replay,
+            self_check=config.self_check,
         )
 
     def batches(self, number: int) -> TransitionReplayBuffer:

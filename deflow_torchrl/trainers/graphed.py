@@ -33,7 +33,10 @@ class DeviceUpdate(Protocol):
     """What a graph can hold: :class:`~deflow_torchrl.trainers.UpdateStep`, or several seeds stacked."""
 
     step: int
-    optimizer: torch.optim.Optimizer
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Its one optimiser."""
 
     def run(self, batch: TensorDictBase) -> TensorDictBase:
         """Train on a batch, on the device alone."""

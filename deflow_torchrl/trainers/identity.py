@@ -13,7 +13,9 @@ from deflow_torchrl.versions import package_versions
 
 # Settings that change neither weights nor rows of metrics. Threads are not among them: their number can move the last digit
 # of a matrix product.
-NEUTRAL_SETTINGS = frozenset({"out", "data_root", "download", "eval_workers", "logger", "save_interval"})
+NEUTRAL_SETTINGS = frozenset(
+    {"out", "data_root", "download", "eval_workers", "logger", "save_interval", "updates_per_replay", "self_check"}
+)
 # Packages whose versions can move a digit of networks or simulators.
 _PACKAGES = ("torch", "torchrl", "tensordict", "numpy", "gymnasium", "mujoco", "ogbench", "gymnasium-robotics")
 _FIXED = ("task", "algo", "version", "data_sha256")

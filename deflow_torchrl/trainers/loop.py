@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 class TrainingLoop(ABC):
     """Takes steps until there are as many as the schedule has; a step is trained, then evaluated, then finished.
 
+    Steps at which nothing is due may be trained several at once.
+
     A step is trained and finished without interruption: Ctrl-C comes before, after, or in an evaluation.
 
     Attributes:
@@ -44,8 +46,9 @@ class TrainingLoop(ABC):
                     if not self.unfinished:
                         self._prepare_step()
                         with interrupts.deferred():
+                            before = self.step
                             self._train_step()
-                            bar.update()
+                            bar.update(self.step - before)
                     self.evaluate_step()
                     with interrupts.deferred():
                         self._finish_step()
@@ -70,7 +73,7 @@ class TrainingLoop(ABC):
 
     @abstractmethod
     def _train_step(self) -> None:
-        """Train one step."""
+        """Train one step, or several up to the next one at which something is due."""
 
     @abstractmethod
     def _finish_step(self) -> None:

@@ -19,6 +19,7 @@ from deflow_torchrl.errors import EnvironmentFaultError, InputError, NonFiniteLo
 from deflow_torchrl.trainers.alarms import Alarms
 from deflow_torchrl.trainers.checkpoint import CheckpointNotWritten, load_checkpoint, save_checkpoint
 from deflow_torchrl.trainers.generators import capture_generators, generators_set_aside, restore_generators
+from deflow_torchrl.trainers.graphed import GraphedUpdate
 from deflow_torchrl.trainers.history import RunHistory
 from deflow_torchrl.trainers.loop import TrainingLoop
 from deflow_torchrl.trainers.metrics import MetricsLog
@@ -60,6 +61,12 @@ class TrainerSchedule:
     def due(self, interval: int, step: int) -> bool:
         """Whether something of this interval happens at this step."""
         return (interval > 0 and step % interval == 0) or step in (self.offline_steps, self.steps)
+
+    def steps_ahead(self, step: int) -> int:
+        """Steps from ``step`` to the next at which something happens: a row, an evaluation, a checkpoint, a phase's end."""
+        intervals = (self.log_interval, self.eval_interval, self.save_interval)
+        due = [(step // interval + 1) * interval for interval in intervals if interval > 0]
+        return min([*due, *(end for end in (self.offline_steps, self.steps) if end > step)]) - step
 
     def is_online(self, step: int) -> bool:
         """Whether this step (counted from 1) acts in the environment."""
@@ -103,6 +110,7 @@ class Trainer(TrainingLoop):
         score: name of the metric the best checkpoint has most of.
         show_progress: show a progress bar on standard error.
         label: put before warnings, where several runs share a terminal.
+        graphed: ``update`` with its batches, several at once: offline steps at which nothing is due are left to it.
 
     Raises:
         NonFiniteLossError: by :meth:`run`; the last checkpoint is from before.
@@ -127,8 +135,10 @@ class Trainer(TrainingLoop):
         score: str | None = None,
         show_progress: bool = True,
         label: str = "",
+        graphed: GraphedUpdate | None = None,
     ) -> None:
         self.update = update
+        self.graphed = graphed
         self.buffer = buffer
         self.schedule = schedule
         self.metrics = metrics
@@ -195,6 +205,15 @@ class Trainer(TrainingLoop):
             except EnvironmentFaultError as error:
                 self._stop = error  # once this step is whole
         out, batch = None, None
+        if self.graphed is not None and online is None:
+            count = self.schedule.steps_ahead(self.step)
+            self._torn = True
+            began = time.perf_counter()
+            out, batch = self.graphed(count)
+            self.trained_seconds += time.perf_counter() - began
+            self.take_step(out, batch, count=count)
+            self._torn = False
+            return
         for _ in range(self.schedule.updates_at(step)):
             began = time.perf_counter()
             batch = self._sample(online)
@@ -204,14 +223,17 @@ class Trainer(TrainingLoop):
         self.take_step(out, batch)
         self._torn = False
 
-    def take_step(self, out: TensorDictBase | None, batch: TensorDictBase | None) -> None:
+    def take_step(self, out: TensorDictBase | None, batch: TensorDictBase | None, *, count: int = 1) -> None:
         """Count a step as trained and make its row of metrics, empty where none is due.
 
         Args:
             out: what the step's last update returned; None, if it had none.
             batch: what that update was called with.
+
+        Keyword Args:
+            count: how many steps were trained at once.
         """
-        self.step += 1
+        self.step += count
         self._score = None
         online = self.online if self.schedule.is_online(self.step) else None
         due = self.schedule.due(self.schedule.log_interval, self.step)

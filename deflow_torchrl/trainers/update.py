@@ -37,7 +37,7 @@ class UpdateStep:
         self.optimizer = torch.optim.Adam(
             [dict(group) for group in learner.param_groups], fused=True, capturable=self._device.type == "cuda"
         )
-        self._move_targets = target_mover(learner.target_updater)
+        self._mover = (learner.target_updater, target_mover(learner.target_updater))
         self.step = 0
         self._count = torch.zeros((), dtype=torch.int64, device=self._device)
         self._watch_losses()
@@ -48,8 +48,8 @@ class UpdateStep:
 
     def __call__(self, batch: TensorDictBase) -> TensorDictBase:
         """Train on ``batch`` (on the loss's device) and return the losses and metadata, detached."""
-        out = self.run(batch)
         self.step += 1
+        out = self.run(batch)
         if self._device.type == "cpu":
             self.check_finite()
         return out
@@ -68,6 +68,12 @@ class UpdateStep:
         bad = ~terms.detach().isfinite() & (self._first_bad < 0)
         self._first_bad.copy_(torch.where(bad, self._count, self._first_bad))
         return out.detach()
+
+    def _move_targets(self) -> None:
+        updater = self.learner.target_updater
+        if self._mover[0] is not updater:
+            self._mover = (updater, target_mover(updater))
+        self._mover[1]()
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that a call changes in place, but for the optimiser's own and the gradients."""
@@ -151,6 +157,8 @@ class UpdateStep:
         self._count.fill_(self.step)
         self.learner.loss.load_state_dict(state["loss"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, own in zip(self._groups, options, strict=True):
+            group["capturable"] = own["capturable"]  # a matter of the device, not of the state
         if keep_settings:
             for group, own in zip(self._groups, options, strict=True):
                 group.update(own)

@@ -9,6 +9,7 @@ from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 from deflow_torchrl.errors import InputError, NonFiniteLossError
 from deflow_torchrl.trainers import MetricsLog, Trainer, TrainerSchedule
 from deflow_torchrl.trainers.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from deflow_torchrl.trainers.graphed import GraphedUpdate
 from tests.conftest import make_batch
 from tests.trainers.test_update import make_update
 
@@ -187,3 +188,36 @@ def test_a_checkpoint_of_other_networks_is_refused(tmp_path):
     save_checkpoint(path.parent, 12, state)
     with pytest.raises(InputError, match="does not fit"):
         make_trainer(tmp_path).restore(path)
+
+
+@pytest.mark.parametrize("updates_per_replay", [2, 5])
+def test_steps_trained_several_at_once_leave_the_run_of_single_steps(tmp_path, updates_per_replay):
+    single = make_trainer(tmp_path / "single", validation=make_buffer(16))
+    single.run()
+    counts = []
+
+    def make_several(folder):
+        trainer = make_trainer(folder, validation=make_buffer(16))
+        several = GraphedUpdate(trainer.update, trainer.buffer.sample, updates_per_replay=updates_per_replay)
+        trainer.graphed = lambda count: counts.append(count) or several(count)
+        return trainer
+
+    stopped = make_several(tmp_path / "several")
+    stopped.evaluate = lambda: signal.raise_signal(signal.SIGINT) or {}
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run()
+    assert counts == [3, 1, 2]
+    resumed = make_several(tmp_path / "several")
+    resumed.restore(list_checkpoints(tmp_path / "several" / "checkpoints")[-1])
+    resumed.metrics = MetricsLog(tmp_path / "several", resume_step=resumed.written_step)
+    resumed.run()
+    assert counts == [3, 1, 2, 2, 1, 3]
+    assert without_time(resumed.metrics.rows) == without_time(single.metrics.rows)
+    torch.testing.assert_close(
+        dict(resumed.update.learner.loss.state_dict()), dict(single.update.learner.loss.state_dict()), rtol=0, atol=0
+    )
+
+
+def test_steps_ahead_end_where_something_is_due():
+    schedule = TrainerSchedule(offline_steps=25, log_interval=10, eval_interval=0, save_interval=7, online_steps=5)
+    assert [schedule.steps_ahead(step) for step in (0, 7, 10, 14, 21, 24, 25)] == [7, 3, 4, 6, 4, 1, 3]

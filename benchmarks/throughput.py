@@ -26,6 +26,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from roofline import clock, measure, ratio, table, update_products
@@ -40,6 +41,7 @@ from deflow_torchrl.processes import keep_freed_memory
 from deflow_torchrl.trainers import UpdateStep
 
 Update = Callable[[TensorDict], object]
+Timed = TypeVar("Timed")
 
 
 def make_update(arguments: argparse.Namespace) -> UpdateStep:
@@ -82,9 +84,9 @@ def make_transitions(arguments: argparse.Namespace, rows: int) -> TensorDict:
     )
 
 
-def time_updates(timed: dict[str, Callable[[], float]], *, steps: int, warmup: int) -> dict[str, list[float]]:
+def time_updates(timed: dict[str, Callable[[], Timed]], *, steps: int, warmup: int) -> dict[str, list[Timed]]:
     """Milliseconds of each update of each kind, in turns."""
-    milliseconds: dict[str, list[float]] = {name: [] for name in timed}
+    milliseconds: dict[str, list[Timed]] = {name: [] for name in timed}
     for step in range(warmup + steps):
         for name, once in timed.items():
             elapsed = once()
@@ -140,9 +142,13 @@ class JaxAgent:
 
     def __call__(self) -> float:
         """Milliseconds of one."""
-        self._process.stdin.write("\n")
+        return self.several(1)[0]
+
+    def several(self, number: int) -> list[float]:
+        """Milliseconds of each of so many, one right after the other."""
+        self._process.stdin.write("\n" * number)
         self._process.stdin.flush()
-        return float(self._read())
+        return [float(self._read()) for _ in range(number)]
 
     def close(self) -> None:
         self._process.stdin.close()

@@ -237,7 +237,7 @@ def _numbers(value: ArrayLike | None, name: str, width: int) -> Array:
 
 
 def _foreign(where: str) -> InputError:
-    return InputError(f"{where} is no policy that deflow export wrote: it has no {MANIFEST}")
+    return InputError(f"{where} is damaged, or no policy that deflow export wrote: it has no {MANIFEST}")
 
 
 def _damaged(where: str) -> InputError:

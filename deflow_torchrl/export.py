@@ -205,7 +205,7 @@ class _UnrolledFlow(nn.Module):
 
     def __init__(self, model: FlowMatchingModel, network: MLP) -> None:
         super().__init__()
-        self.num_steps = model.num_steps
+        self.num_steps, self.draw_noise = model.num_steps, model.draw_noise
         self.others = nn.Sequential(*network[1:].children())
         first = cast("nn.Linear", network[0])
         weight, bias = first.weight.detach(), first.bias.detach()
@@ -218,8 +218,9 @@ class _UnrolledFlow(nn.Module):
         self.register_buffer("of_times", times * of_time.T)
         register_bounds(self, model.low, model.high)
 
-    def forward(self, observation: Tensor, noise: Tensor) -> Tensor:
-        share, x = torch.addmm(self.bias, observation, self.of_observation), noise
+    def forward(self, observation: Tensor, noise: Tensor | None = None) -> Tensor:
+        x = self.draw_noise(observation) if noise is None else noise
+        share = torch.addmm(self.bias, observation, self.of_observation)
         for step in range(self.num_steps):
             x = x + self.others(torch.addmm(share + self.of_times[step], x, self.of_action)) / self.num_steps
         return x.clamp(self.low, self.high)
@@ -229,11 +230,15 @@ def _unroll(policy: nn.Module) -> None:
     """Replace the flow samplers whose network is the paper's MLP as it was built; others are traced as they are."""
     for parent in list(policy.modules()):
         for name, child in parent.named_children():
-            if type(child) is FlowMatchingModel and type(child.velocity_network) is MLP and not has_hooks(child):
-                with kernels.use_kernels(True):
-                    plain = child.velocity_network.kernel_parameters(child.low) is not None
-                if plain and not child.velocity_network.layer_norm:
-                    setattr(parent, name, _UnrolledFlow(child, child.velocity_network))
+            if type(child) is FlowMatchingModel and not has_hooks(child) and _is_plain(child.velocity_network):
+                setattr(parent, name, _UnrolledFlow(child, cast("MLP", child.velocity_network)))
+
+
+def _is_plain(network: nn.Module) -> bool:
+    if type(network) is not MLP or network.layer_norm or has_hooks(network):
+        return False
+    with kernels.use_kernels(True):
+        return network.kernel_parameters(torch.empty(0)) is not None
 
 
 def _trace(eager: _Actor, inputs: Mapping[str, Tensor]) -> ExportedProgram:

@@ -27,7 +27,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
+from typing import TypeVar, get_args
 
 import torch
 from roofline import clock, measure, ratio, table, update_products
@@ -43,6 +43,7 @@ from deflow_torchrl.processes import keep_freed_memory
 from deflow_torchrl.trainers import UpdateStep
 
 Update = Callable[[TensorDict], object]
+Timed = TypeVar("Timed")
 
 
 def make_update(arguments: argparse.Namespace) -> UpdateStep:
@@ -85,9 +86,9 @@ def make_transitions(arguments: argparse.Namespace, rows: int) -> TensorDict:
     )
 
 
-def time_updates(timed: dict[str, Callable[[], float]], *, steps: int, warmup: int) -> dict[str, list[float]]:
+def time_updates(timed: dict[str, Callable[[], Timed]], *, steps: int, warmup: int) -> dict[str, list[Timed]]:
     """Milliseconds of each update of each kind, in turns."""
-    milliseconds: dict[str, list[float]] = {name: [] for name in timed}
+    milliseconds: dict[str, list[Timed]] = {name: [] for name in timed}
     for step in range(warmup + steps):
         for name, once in timed.items():
             elapsed = once()
@@ -117,18 +118,21 @@ def make_plain_update(arguments: argparse.Namespace) -> Update:
 
 
 class JaxAgent:
-    """The authors' agent in a process of its own, which makes one update a call."""
+    """The authors' agent in a process of its own, which makes one update a call, or what a flag of jax_worker.py says."""
 
-    def __init__(self, arguments: argparse.Namespace) -> None:
+    def __init__(self, arguments: argparse.Namespace, *flags: str) -> None:
         sizes = ["obs_dim", "action_dim", "batch_size", "seed", "flow_steps"]
         values = vars(arguments) | {"seed": 0, "flow_steps": DeFlowConfig().flow_steps}
         command = [arguments.jax_python, str(Path(__file__).with_name("jax_worker.py")), str(arguments.against_jax)]
         command += [text for name in sizes for text in (f"--{name.replace('_', '-')}", str(values[name]))]
-        command += ["--hidden-dims", *map(str, arguments.hidden_dims)]
+        command += ["--hidden-dims", *map(str, arguments.hidden_dims), *flags]
         try:
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         except OSError as error:
-            print(f"throughput.py: cannot run --jax-python {arguments.jax_python}: {error.strerror}", file=sys.stderr)
+            print(
+                f"{Path(sys.argv[0]).name}: cannot run --jax-python {arguments.jax_python}: {error.strerror}",
+                file=sys.stderr,
+            )
             raise SystemExit(2) from None
         self.about = json.loads(self._read())
 
@@ -139,10 +143,14 @@ class JaxAgent:
         return line
 
     def __call__(self) -> float:
-        """Milliseconds of one update."""
-        self._process.stdin.write("\n")
+        """Milliseconds of one."""
+        return self.several(1)[0]
+
+    def several(self, number: int) -> list[float]:
+        """Milliseconds of each of so many, one right after the other."""
+        self._process.stdin.write("\n" * number)
         self._process.stdin.flush()
-        return float(self._read())
+        return [float(self._read()) for _ in range(number)]
 
     def close(self) -> None:
         self._process.stdin.close()
@@ -159,6 +167,21 @@ def add_sizes(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--device", default="cpu")
     verb.add_argument("--compile", action="store_true", help="torch.compile the losses (a minute or more at the start)")
     verb.add_argument("--json", action="store_true", help="print one JSON object on the last line")
+
+
+def add_jax(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--against-jax", type=Path, metavar="PATH", help="the authors' agent too, in turns; PATH: their checkout"
+    )
+    parser.add_argument(
+        "--jax-python", default=sys.executable, metavar="PYTHON", help="interpreter that has jax (this one)"
+    )
+
+
+def check_jax(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    checkout = arguments.against_jax
+    if checkout and not (checkout / "agents/deflow.py").is_file():
+        parser.error(f"--against-jax {checkout} is no checkout of the authors' repository: no agents/deflow.py")
 
 
 def make_buffer(arguments: argparse.Namespace) -> TensorDictReplayBuffer:
@@ -345,12 +368,7 @@ def main() -> None:
     add_sizes(verb)
     verb.add_argument("--frozen-prior", action="store_true", help="a frozen prior and a bank of its base actions")
     verb.add_argument("--plain", action="store_true", help="the update without the CPU kernels too, in turns")
-    verb.add_argument(
-        "--against-jax", type=Path, metavar="PATH", help="the authors' agent too, in turns; PATH: their checkout"
-    )
-    verb.add_argument(
-        "--jax-python", default=sys.executable, metavar="PYTHON", help="interpreter that has jax (this one)"
-    )
+    add_jax(verb)
     verb = verbs.add_parser("roofline", help="floor and time of each part of an update")
     add_sizes(verb)
     verb = verbs.add_parser(
@@ -367,14 +385,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.steps < 1:
         parser.error(f"--steps must be at least 1, got {arguments.steps}")
-    if (
-        arguments.verb == "update"
-        and arguments.against_jax
-        and not (arguments.against_jax / "agents/deflow.py").is_file()
-    ):
-        parser.error(
-            f"--against-jax {arguments.against_jax} is no checkout of the authors' repository: no agents/deflow.py"
-        )
+    if arguments.verb == "update":
+        check_jax(parser, arguments)
     keep_freed_memory()  # as `deflow train` does
     torch.manual_seed(0)
     runs = {

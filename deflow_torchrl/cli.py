@@ -22,6 +22,7 @@ from deflow_torchrl.errors import (
     CheckpointNotWritten,
     CollectorError,
     EnvironmentFaultError,
+    ExportParityError,
     InputError,
     MissingExtraError,
     NonFiniteLossError,
@@ -86,7 +87,7 @@ def _verb(function: Callable[..., None]) -> Callable[..., None]:
         except InputError as error:
             _fail(error, EXIT_BAD_INPUT)
         except (
-            NonFiniteLossError, CheckpointNotWritten, EnvironmentFaultError, CollectorError, RestoreError,
+            NonFiniteLossError, CheckpointNotWritten, EnvironmentFaultError, CollectorError, RestoreError, ExportParityError,
         ) as error:  # fmt: skip
             _fail(error, EXIT_FAILED)
         except RunInterrupted as error:
@@ -259,6 +260,44 @@ def evaluate(
         print("each run by itself; for the difference of two with its interval add --paired")
     if json_:
         print(json.dumps(results[0] if len(runs) == 1 else {"runs": results}))
+
+
+@app.command()
+@_verb
+def export(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    *,
+    format: Annotated[
+        str | None, typer.Option(metavar="onnx|pt2", help="Format of the file. [default: what FILE ends in; onnx]")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="The file. [default: RUN/POLICY.FORMAT]")] = None,
+    policy: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Which policy: deflow, prior. [default: the acting one]")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
+    json_: _JSON = False,
+) -> None:
+    """Write a policy of a run's last checkpoint as one self-contained file that runs without torchrl (docs/deploy.md).
+
+    The file maps observation [B, O] and noise [B, A] to action [B, A], for any B. onnx needs onnxruntime where it runs, pt2
+    needs torch. Its actions are held against the policy's before it gets its name: 1e-5 apart at most, else exit code 1.
+
+    Example: deflow export runs/cube --format onnx --out cube.onnx
+    """
+    from deflow_torchrl.experiment import ACTING
+    from deflow_torchrl.export import export_run
+
+    result = export_run(run, format=format, out=out, policy=policy or ACTING, force=force)
+    parity = result["parity"]["max_abs_difference"]
+    print(
+        f"{result['file']}: {result['policy']} at step {result['step']}; its actions are within {parity:.1g} of the run's"
+    )
+    code = (
+        f"from deflow_torchrl.deploy import load_policy; policy = load_policy({result['file']!r}); policy(observation)"
+    )
+    print(f"run it with: {code}")
+    if json_:
+        print(json.dumps(result))
 
 
 @data.command("download")

@@ -53,6 +53,10 @@ class CheckpointNotWritten(OSError):
         return type(self), (self.path, self.cause, self.advice)
 
 
+class ExportParityError(RuntimeError):
+    """An exported policy computes other actions than the policy: the message says how far apart they are."""
+
+
 class EnvironmentFaultError(RuntimeError):
     """Too many episodes failed in the environment: the message names the share, the cause and what to set."""
 

@@ -193,6 +193,60 @@ def evaluate_run(
     Raises:
         InputError: if ``out`` is no run folder, holds no checkpoint or has no such policy.
     """
+    loaded = load_run(out, policy=policy, device=device)
+    config, learner, task = loaded.config, loaded.learner, loaded.task
+    if workers is not None:
+        config = replace(config, eval_workers=workers)
+    with open_evaluator(task, config, loaded.device) as evaluator:
+        if evaluator is None:
+            raise InputError(f"{out} was trained without an environment (env=); there is nothing to evaluate it in")
+        outcomes = _evaluate_all(
+            evaluator, learner, episodes or loaded.final_episodes or config.eval_episodes, show_progress, seed=seed
+        )
+    return {
+        "step": loaded.state["step"],
+        "seed": seed,
+        "metric": task.metric,
+        "evaluations": _outcomes(outcomes, reference_returns(task)),
+    }
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A run's last checkpoint in the networks it belongs to.
+
+    Attributes:
+        config: the run's settings.
+        final_episodes: episodes of its last evaluation; None where the settings say nothing.
+        task: what it is about.
+        checkpoint: the file.
+        state: the checkpoint's state.
+        learner: the method with its weights.
+        device: where they are.
+    """
+
+    config: TrainConfig
+    final_episodes: int | None
+    task: Task
+    checkpoint: Path
+    state: Mapping[str, Any]
+    learner: Learner
+    device: torch.device
+
+
+def load_run(out: Path, *, policy: str | None = None, device: str | None = None) -> LoadedRun:
+    """Load a run's last checkpoint, and use kernels and threads as the run does from now on.
+
+    Args:
+        out: run folder.
+
+    Keyword Args:
+        policy: keep this one alone among the evaluated policies, ``acting`` being the run's acting policy.
+        device: where to; the run's own by default.
+
+    Raises:
+        InputError: if ``out`` is no run folder, holds no checkpoint or has no such policy.
+    """
     settings = read_run_settings(out)
     config = config_from_dict(settings["config"])
     checkpoints = list_checkpoints(out / "checkpoints")
@@ -212,21 +266,7 @@ def evaluate_run(
         if name not in policies:
             raise InputError(f"{out} has no policy {name!r}; there are {', '.join(policies)}")
         learner = replace(learner, evaluated_policies={name: policies[name]})
-    task = _task(config)
-    if workers is not None:
-        config = replace(config, eval_workers=workers)
-    with open_evaluator(task, config, where) as evaluator:
-        if evaluator is None:
-            raise InputError(f"{out} was trained without an environment (env=); there is nothing to evaluate it in")
-        outcomes = _evaluate_all(
-            evaluator, learner, episodes or settings["final_episodes"] or config.eval_episodes, show_progress, seed=seed
-        )
-    return {
-        "step": state["step"],
-        "seed": seed,
-        "metric": task.metric,
-        "evaluations": _outcomes(outcomes, reference_returns(task)),
-    }
+    return LoadedRun(config, settings["final_episodes"], _task(config), checkpoints[-1], state, learner, where)
 
 
 def read_run_settings(out: Path) -> dict[str, Any]:

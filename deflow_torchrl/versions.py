@@ -12,10 +12,10 @@ _PACKAGES = (
 )  # fmt: skip
 
 
-def package_versions() -> dict[str, str]:
-    """Versions of Python and of the packages a result depends on; absent ones are left out."""
+def package_versions(*more: str) -> dict[str, str]:
+    """Versions of Python and of the packages a result depends on, and of ``more``; absent ones are left out."""
     versions = {"python": platform.python_version()}
-    for name in _PACKAGES:
+    for name in (*_PACKAGES, *more):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -228,3 +228,22 @@ def test_the_wheelhouse_holds_what_the_extras_need_and_not_torch():
         result = subprocess.run(arguments, capture_output=True, text=True, check=False)
         assert result.returncode == 2
         assert said in result.stderr.splitlines()[-1]
+
+
+def test_the_latency_of_an_action_is_measured_in_turns():
+    pytest.importorskip("onnxscript", reason="needs the extra export")
+    tiny = "--obs-dim 4 --action-dim 2 --hidden-dims 8 8 --batch-sizes 1 3 --turns 2 --in-a-row 3 --json"
+    command = [sys.executable, str(SCRIPT.with_name("latency.py")), *tiny.split()]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    printed = json.loads(result.stdout.splitlines()[-1])["batch"]
+    assert list(printed) == ["1", "3"]
+    for rows, policies in printed.items():
+        assert list(policies) == ["eager", "onnx", "pt2"]
+        assert policies["eager"]["to_eager"] == 1
+        for name, taken in policies.items():
+            assert min(taken.values()) > 0
+            assert f"| {rows} | {name} | " in result.stdout
+    refused = subprocess.run([*command, "--in-a-row", "1"], capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines()[-1].endswith("--in-a-row at least 2")

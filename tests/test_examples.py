@@ -209,3 +209,25 @@ def test_the_adroit_scripts_refuse_other_files_in_one_line(run, name, task, tmp_
         with pytest.raises(InputError, match=file.name) as caught:
             run(name, str(file), *task)
         assert "\n" not in str(caught.value)
+
+
+def test_an_exported_policy_acts_in_its_environment_without_torch(run, tmp_path, monkeypatch, capsys, in_process):
+    pytest.importorskip("ogbench", reason="needs the extra ogbench")
+    pytest.importorskip("onnxscript", reason="needs the extra export")
+    from deflow_torchrl.trainers import evaluation
+
+    real_env = evaluation.make_gym_env
+    monkeypatch.setattr(evaluation, "make_gym_env", lambda task: real_env(task, max_episode_steps=20))
+    monkeypatch.setenv("DEFLOW_HOME", str(tmp_path))
+    script = EXAMPLES / "deploy_policy.py"
+    assert len(script.read_text().splitlines()) < 100
+    found = run("deploy_policy.py", "--steps", "4", "--episodes", "1")
+    out = capsys.readouterr().out
+    assert "deflow of pointmaze-medium-navigate-singletask-task1-v0, step 4: 2 -> 2" in out
+    (file,) = tmp_path.glob("examples/*/deflow.onnx")
+    code = "import runpy, sys\nfor name in ('torch', 'torchrl', 'tensordict'):\n    sys.modules[name] = None\n"
+    code += f"sys.argv = ['deploy_policy.py', {str(file)!r}, '--episodes', '1']\n"
+    code += f"print(runpy.run_path({str(script)!r})['main']()['success'])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout.splitlines()[-1]) == found["success"]

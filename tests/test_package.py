@@ -27,6 +27,9 @@ OPTIONAL = (
     "ray",
     "yaml",
     "requests",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
 )
 
 

@@ -1,0 +1,244 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
+"""Run an exported policy where it acts: with numpy and onnxruntime alone, or with numpy and torch for a ``.pt2`` file.
+
+    from deflow_torchrl.deploy import load_policy
+
+    policy = load_policy("deflow.onnx", seed=0)
+    action = policy(observation)  # [O] -> [A], or [B, O] -> [B, A]
+
+Neither torchrl nor tensordict is imported. The file is what :mod:`deflow_torchrl.export` writes; it holds its own manifest.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from deflow_torchrl.errors import InputError, MissingExtraError
+from deflow_torchrl.processes import available_cores
+
+FORMAT = 1
+MANIFEST = "deflow_policy.json"  # its name among a pt2 archive's extra files and an ONNX model's properties
+PROBE_TOLERANCE = 1e-4  # other processors round otherwise; what is damaged is off by more
+
+Array = NDArray[np.float32]
+
+
+class Graph(Protocol):
+    """An exported function: float32 arrays ``[B, ...]`` in the manifest's order to the action ``[B, A]``."""
+
+    manifest: str | None
+
+    def __call__(self, *inputs: Array) -> Array:
+        """Compute."""
+
+
+def load_policy(path: str | PathLike[str], *, seed: int | None = None, threads: int | None = None) -> Policy:
+    """Load a policy that ``deflow export`` wrote, and check that it computes here what it computed there.
+
+    Args:
+        path: the file; its content says which format it has.
+
+    Keyword Args:
+        seed: of the policy's own noise; fresh from the system by default.
+        threads: of onnxruntime, by default one for every core this process may use. A pt2 file uses torch's.
+
+    Raises:
+        InputError: if the file cannot be read, is damaged, or is no exported policy of this version.
+        MissingExtraError: if onnxruntime is not installed; for a pt2 file, InputError if torch is not.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"cannot read {path} ({error.strerror or error}); give a file that deflow export wrote"
+        ) from error
+    if threads is not None and threads < 1:
+        raise InputError(f"threads must be at least 1, got {threads}")
+    graph = open_graph(content, str(path), threads=threads)
+    policy = Policy(graph, _read_manifest(graph.manifest, str(path)), seed=seed)
+    policy.check_probe(str(path))
+    return policy
+
+
+class Policy:
+    """What :func:`load_policy` returns.
+
+    Attributes:
+        manifest: what the file says about itself; docs/deploy.md explains the entries.
+        observation_dim: O.
+        action_dim: A.
+        low: lower bounds of the actions ``[A]``, None where the policy has none.
+        high: upper bounds ``[A]`` or None.
+    """
+
+    def __init__(self, graph: Graph, manifest: Mapping[str, Any], *, seed: int | None = None) -> None:
+        self.manifest = manifest
+        self.observation_dim: int = manifest["inputs"]["observation"]["shape"][-1]
+        self.action_dim: int = manifest["outputs"]["action"]["shape"][-1]
+        bounds = (manifest["action_low"], manifest["action_high"])
+        self.low, self.high = (None if bound is None else np.asarray(bound, np.float32) for bound in bounds)
+        self._takes_noise = "noise" in manifest["inputs"]
+        self._graph = graph
+        self._random = np.random.default_rng(seed)
+
+    def __call__(self, observation: ArrayLike, *, noise: ArrayLike | None = None) -> Array:
+        """Choose actions.
+
+        Args:
+            observation: ``[O]`` or ``[B, O]``, finite numbers of any type.
+
+        Keyword Args:
+            noise: ``[A]`` or ``[B, A]`` in the place of what the policy would draw from N(0, I); the same noise and
+                observation give the same action.
+
+        Returns:
+            Actions ``[A]`` or ``[B, A]``, float32, inside the bounds.
+
+        Raises:
+            InputError: on another width, another kind of values, NaN or infinities, or noise for a policy that takes none.
+        """
+        rows = _numbers(observation, "observation", self.observation_dim)
+        single = rows.ndim == 1
+        inputs = [np.atleast_2d(rows)]
+        if self._takes_noise:
+            shape = (*rows.shape[:-1], self.action_dim)
+            drawn = self._random.standard_normal(shape, np.float32) if noise is None else None
+            given = _numbers(noise, "noise", self.action_dim) if drawn is None else drawn
+            if given.shape != shape:
+                raise InputError(f"noise has shape {list(given.shape)}; beside this observation it is {list(shape)}")
+            inputs.append(np.atleast_2d(given))
+        elif noise is not None:
+            raise InputError("this policy takes no noise: its action depends on the observation alone")
+        action = self._graph(*inputs)
+        if not np.isfinite(action).all():
+            raise InputError(f"the action is not finite: observations up to {np.abs(rows).max():.3g} are too large")
+        if self.low is not None:
+            action = np.clip(action, self.low, self.high)
+        return action[0] if single else action
+
+    def check_probe(self, where: str) -> None:
+        """Compute the manifest's one example.
+
+        Raises:
+            InputError: if the action is another than where the file was made.
+        """
+        probe = self.manifest["probe"]
+        expected = np.asarray(probe["action"], np.float32)
+        difference = np.abs(self(probe["observation"], noise=probe.get("noise")) - expected).max()
+        if not difference <= PROBE_TOLERANCE:
+            raise InputError(
+                f"{where} computes another action here than where it was made (they differ by {difference:.2g}): the file is "
+                "damaged, or its runtime here is of a version that does not run it; copy or export it again"
+            )
+
+
+def open_graph(content: bytes, where: str, *, threads: int | None = None) -> Graph:
+    """The function in a file's content.
+
+    Raises:
+        InputError: if it is damaged or none that was exported; see :func:`load_policy`.
+    """
+    if content.startswith(b"PK"):
+        return _Pt2Graph(content, where)
+    return _OnnxGraph(content, where, threads=threads)
+
+
+class _OnnxGraph:
+    def __init__(self, content: bytes, where: str, *, threads: int | None) -> None:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise MissingExtraError("onnxruntime", "export") from error
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # what is wrong is in the exception
+        options.intra_op_num_threads = threads or available_cores()
+        # Threads that wait spin, which saves a third of the time at batch 1, but by default for so long that a busy machine
+        # takes several times longer.
+        options.add_session_config_entry("session.intra_op.spin_duration_us", "20")
+        try:
+            self._session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # of a dozen kinds, without a common base
+            raise _damaged(where) from error
+        self.manifest = self._session.get_modelmeta().custom_metadata_map.get(MANIFEST)
+        self._names = [entry.name for entry in self._session.get_inputs()]
+
+    def __call__(self, *inputs: Array) -> Array:
+        return self._session.run(None, dict(zip(self._names, inputs, strict=True)))[0]
+
+
+class _Pt2Graph:
+    def __init__(self, content: bytes, where: str) -> None:
+        # Before torch sees anything of it: an archive that is not ours is not loaded at all.
+        try:
+            with zipfile.ZipFile(io.BytesIO(content)) as archive:
+                names = [name for name in archive.namelist() if name.endswith(f"extra/{MANIFEST}")]
+                self.manifest = archive.read(names[0]).decode() if names else None
+                damaged = archive.testzip() is not None
+        except (zipfile.BadZipFile, OSError, ValueError, LookupError, NotImplementedError) as error:
+            raise _damaged(where) from error
+        if damaged:
+            raise _damaged(where)
+        if self.manifest is None:
+            raise _foreign(where)
+        try:
+            import torch
+        except ImportError as error:
+            raise InputError(
+                f"{where} is a pt2 file, which needs torch (pip install torch); deflow export --format onnx makes one that "
+                "needs onnxruntime only"
+            ) from error
+        try:
+            self._module = torch.export.load(io.BytesIO(content)).module()
+        except Exception as error:  # whatever its reader meets
+            raise _damaged(where) from error
+        self._torch = torch
+
+    def __call__(self, *inputs: Array) -> Array:
+        with self._torch.inference_mode():
+            return self._module(*map(self._torch.tensor, inputs)).numpy()
+
+
+def _read_manifest(text: str | None, where: str) -> dict[str, Any]:
+    if text is None:
+        raise _foreign(where)
+    try:
+        manifest = json.loads(text)
+        found = manifest["format"]
+        whole = {"inputs", "outputs", "action_low", "action_high", "probe"} <= set(manifest)
+    except (ValueError, LookupError, TypeError) as error:
+        raise _damaged(where) from error
+    if found != FORMAT:
+        raise InputError(f"{where} has format {found}, this version of deflow-torchrl reads {FORMAT}; export it again")
+    if not whole:
+        raise _damaged(where)
+    return manifest
+
+
+def _numbers(value: ArrayLike | None, name: str, width: int) -> Array:
+    array = np.asarray(value)
+    if array.dtype.kind not in "fiu":
+        raise InputError(f"{name} must be real numbers, got values of type {array.dtype}")
+    if array.ndim not in (1, 2) or array.shape[-1] != width:
+        raise InputError(f"{name} must have shape [{width}] or [B, {width}], got {list(array.shape)}")
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite
+        array = np.ascontiguousarray(array, np.float32)
+    if not np.isfinite(array).all():
+        raise InputError(f"{name} holds NaN or infinite values")
+    return array
+
+
+def _foreign(where: str) -> InputError:
+    return InputError(f"{where} is damaged, or no policy that deflow export wrote: it has no {MANIFEST}")
+
+
+def _damaged(where: str) -> InputError:
+    return InputError(f"{where} is damaged, or neither an ONNX nor a pt2 file; give one that deflow export wrote")

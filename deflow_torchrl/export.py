@@ -1,0 +1,337 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
+"""Write a policy as one self-contained file, ONNX or ``torch.export``'s pt2, that :mod:`deflow_torchrl.deploy` runs.
+
+The graph maps ``observation [B, O]`` and, where the policy draws noise, ``noise [B, A]`` to ``action [B, A]``, for any B. In it
+
+* a flow prior's ten steps compute what does not change between them once: the observation's and the time's share of the
+  first layer;
+* every module of TorchRL and TensorDict is gone, as are the kernels of this package, whose plain layers it has.
+
+Before the file gets its name, its actions are held against the policy's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib.util
+import io
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModuleBase
+from tensordict.utils import NestedKey
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from deflow_torchrl.deploy import FORMAT, MANIFEST, Graph, load_policy, open_graph
+from deflow_torchrl.errors import ExportParityError, InputError, MissingExtraError
+from deflow_torchrl.experiment import ACTING, load_run
+from deflow_torchrl.modules import kernels
+from deflow_torchrl.modules.flow import FlowMatchingModel, register_bounds
+from deflow_torchrl.modules.networks import MLP, has_hooks
+from deflow_torchrl.paths import atomic_write, file_sha256, make_writable_folder
+from deflow_torchrl.versions import package_versions
+
+FORMATS = ("onnx", "pt2")
+TOLERANCE = 1e-5
+_BATCH_SIZES = (1, 2, 7, 64)
+_OPSET = 20  # the first with GELU's tanh form as one operation
+_ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
+
+def export_run(
+    run: Path, *, format: str | None = None, out: Path | None = None, policy: str = ACTING, force: bool = False
+) -> dict[str, Any]:
+    """Export a policy of a run's last checkpoint.
+
+    Args:
+        run: run folder.
+
+    Keyword Args:
+        format: ``onnx`` or ``pt2``; what ``out`` ends in, else ``onnx``, by default.
+        out: the file; ``RUN/NAME.FORMAT`` by default, NAME being the policy's.
+        policy: name of the policy; the run's acting policy by default.
+        force: overwrite ``out``.
+
+    Returns:
+        The manifest, and as ``file`` the path.
+
+    Raises:
+        InputError: if ``run`` is no run folder, has no checkpoint or no such policy, or as :func:`export_policy`.
+        ExportParityError: as :func:`export_policy`.
+    """
+    format = _format(format, out)
+    loaded = load_run(run, policy=policy, device="cpu")
+    ((name, chosen),) = loaded.learner.evaluated_policies.items()
+    out = out or run / f"{name}.{format}"
+    task = loaded.task
+    about = {
+        # Of own data the name alone: the folder it lay in is nobody's business elsewhere.
+        "task": f"own:{Path(task.dataset).name}" if task.source == "own" else task.name,
+        "environment": task.environment,
+        "method": loaded.config.algo.name,
+        "policy": name,
+        "step": loaded.state["step"],
+        "checkpoint_sha256": file_sha256(loaded.checkpoint),
+    }
+    sizes = {key: loaded.state[key] for key in ("observation_dim", "action_dim")}
+    return export_policy(chosen, out, format=format, about=about, force=force, **sizes)
+
+
+def export_policy(
+    policy: TensorDictModuleBase,
+    out: Path,
+    *,
+    observation_dim: int,
+    action_dim: int,
+    format: str | None = None,
+    about: Mapping[str, Any] | None = None,
+    force: bool = False,
+    observation_key: NestedKey = "observation",
+    noise_key: NestedKey = "noise",
+    action_key: NestedKey = "action",
+) -> dict[str, Any]:
+    """Export any policy that reads an observation and, if it is stochastic, noise.
+
+    Args:
+        policy: the policy, for example a :class:`~deflow_torchrl.modules.DeFlowActor`; it is not changed.
+        out: the file.
+
+    Keyword Args:
+        observation_dim: O.
+        action_dim: A.
+        format: ``onnx`` or ``pt2``; what ``out`` ends in by default.
+        about: plain values for the manifest.
+        force: overwrite ``out``.
+        observation_key: where the policy reads its observation.
+        noise_key: where it reads its noise, if it does.
+        action_key: where it writes its action.
+
+    Returns:
+        The manifest, and as ``file`` the path.
+
+    Raises:
+        InputError: on a format, file or policy that cannot be used, for example one that draws random numbers itself.
+        MissingExtraError: if a package that ONNX needs is not installed.
+        ExportParityError: if the exported actions differ from the policy's by more than 1e-5; no file is left.
+    """
+    out, format = Path(out), _format(format, Path(out))
+    if out.is_dir():
+        raise InputError(f"{out} is a folder; --out takes the file to write")
+    if out.exists() and not force:
+        raise InputError(f"{out} exists already; --force overwrites it, --out names another file")
+    if format == "onnx":
+        for module in _ONNX_PACKAGES:
+            if importlib.util.find_spec(module) is None:
+                raise MissingExtraError(module, "export")
+    make_writable_folder(out.parent)
+
+    keys = {"observation": observation_key, "noise": noise_key}
+    unknown = [key for key in policy.in_keys if key not in keys.values()]
+    if unknown:
+        raise InputError(f"the policy reads {unknown}; what is exported reads an observation and noise only")
+    widths = {"observation": observation_dim}
+    if noise_key in policy.in_keys:
+        widths["noise"] = action_dim
+    eager = _Actor(copy.deepcopy(policy).to("cpu", torch.float32), keys, action_key).eval().requires_grad_(False)
+    program = _trace(eager, _random_inputs(widths, rows=2))
+    write = {"onnx": _onnx_writer, "pt2": _pt2_writer}[format](program, list(widths))
+    parity = _parity(eager, open_graph(write("{}"), str(out)), widths)
+    low, high = _bounds(policy, action_dim)
+    example = _random_inputs(widths, rows=1)
+    manifest = {
+        "format": FORMAT,
+        **(about or {}),
+        "inputs": {name: {"shape": ["batch", width], "dtype": "float32"} for name, width in widths.items()},
+        "outputs": {"action": {"shape": ["batch", action_dim], "dtype": "float32"}},
+        "action_low": low,
+        "action_high": high,
+        "noise_law": "independent N(0, 1) in every entry" if "noise" in widths else None,
+        "parity": {"max_abs_difference": parity, "tolerance": TOLERANCE, "batch_sizes": list(_BATCH_SIZES)},
+        "versions": package_versions(*(_ONNX_PACKAGES if format == "onnx" else ())),
+        "probe": {name: value[0].tolist() for name, value in [*example.items(), ("action", eager(*example.values()))]},
+    }
+    try:
+        with atomic_write(out) as temporary:
+            temporary.write_bytes(write(json.dumps(manifest)))
+            load_policy(temporary)
+    except OSError as error:
+        raise InputError(f"cannot write {out} ({error.strerror or error}); choose another file with --out") from error
+    return {**manifest, "file": str(out)}
+
+
+def _format(format: str | None, out: Path | None) -> str:
+    suffix = "" if out is None else out.suffix.removeprefix(".")
+    if format is None:
+        format = suffix if suffix in FORMATS else FORMATS[0]
+    if format not in FORMATS:
+        raise InputError(f"unknown format {format!r}; there are {', '.join(FORMATS)}")
+    if suffix in FORMATS and suffix != format:
+        raise InputError(f"{out} ends in .{suffix}, and the format is {format}; give one of the two")
+    return format
+
+
+class _Actor(nn.Module):
+    """A TensorDict policy as a function of tensors."""
+
+    def __init__(self, policy: TensorDictModuleBase, keys: Mapping[str, NestedKey], action_key: NestedKey) -> None:
+        super().__init__()
+        self.policy, self.keys, self.action_key = policy, keys, action_key
+
+    def forward(self, observation: Tensor, noise: Tensor | None = None) -> Tensor:
+        entries = TensorDict({})
+        entries[self.keys["observation"]] = observation
+        if noise is not None:
+            entries[self.keys["noise"]] = noise
+        return self.policy(entries)[self.action_key]
+
+
+class _UnrolledFlow(nn.Module):
+    """:class:`FlowMatchingModel` with the shares of the first layer that are the same for all actions computed once."""
+
+    bias: Tensor
+    low: Tensor
+    high: Tensor
+    of_observation: Tensor
+    of_action: Tensor
+    of_times: Tensor
+
+    def __init__(self, model: FlowMatchingModel, network: MLP) -> None:
+        super().__init__()
+        self.num_steps, self.draw_noise = model.num_steps, model.draw_noise
+        self.others = nn.Sequential(*network[1:].children())
+        first = cast("nn.Linear", network[0])
+        weight, bias = first.weight.detach(), first.bias.detach()
+        shares = [weight.shape[1] - model.action_dim - 1, model.action_dim, 1]
+        of_observation, of_action, of_time = weight.split(shares, dim=1)
+        times = torch.arange(model.num_steps).unsqueeze(-1) / model.num_steps
+        self.register_buffer("bias", bias)
+        self.register_buffer("of_observation", of_observation.T.contiguous())
+        self.register_buffer("of_action", of_action.T.contiguous())
+        self.register_buffer("of_times", times * of_time.T)
+        register_bounds(self, model.low, model.high)
+
+    def forward(self, observation: Tensor, noise: Tensor | None = None) -> Tensor:
+        x = self.draw_noise(observation) if noise is None else noise
+        share = torch.addmm(self.bias, observation, self.of_observation)
+        for step in range(self.num_steps):
+            x = x + self.others(torch.addmm(share + self.of_times[step], x, self.of_action)) / self.num_steps
+        return x.clamp(self.low, self.high)
+
+
+def _unroll(policy: nn.Module) -> None:
+    """Replace the flow samplers whose network is the paper's MLP as it was built; others are traced as they are."""
+    for parent in list(policy.modules()):
+        for name, child in parent.named_children():
+            if type(child) is FlowMatchingModel and not has_hooks(child) and _is_plain(child.velocity_network):
+                setattr(parent, name, _UnrolledFlow(child, cast("MLP", child.velocity_network)))
+
+
+def _is_plain(network: nn.Module) -> bool:
+    if type(network) is not MLP or network.layer_norm or has_hooks(network):
+        return False
+    with kernels.use_kernels(True):
+        return network.kernel_parameters(torch.empty(0)) is not None
+
+
+def _trace(eager: _Actor, inputs: Mapping[str, Tensor]) -> ExportedProgram:
+    actor = copy.deepcopy(eager)
+    _unroll(actor)
+    batch = Dim("batch", min=1)
+    with torch.no_grad(), _quiet():
+        program = torch.export.export(
+            actor, tuple(inputs.values()), dynamic_shapes=tuple({0: batch} for _ in inputs), strict=False
+        )
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # paths of this machine
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            raise InputError(
+                f"the policy draws random numbers itself ({node.target}); build it so that it reads its noise from its input"
+            )
+    return program
+
+
+def _pt2_writer(program: ExportedProgram, names: Sequence[str]) -> Callable[[str], bytes]:
+    def write(manifest: str) -> bytes:
+        file = io.BytesIO()
+        torch.export.save(program, file, extra_files={MANIFEST: manifest})
+        return file.getvalue()
+
+    return write
+
+
+def _onnx_writer(program: ExportedProgram, names: Sequence[str]) -> Callable[[str], bytes]:
+    import onnx
+
+    with _quiet():
+        exported = torch.onnx.export(
+            program, dynamo=True, opset_version=_OPSET, input_names=list(names), output_names=["action"], verbose=False
+        )
+    assert exported is not None
+    model = exported.model_proto
+    for node in model.graph.node:
+        del node.metadata_props[:]  # where in whose Python it comes from
+    del model.graph.metadata_props[:]
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        for size in value.type.tensor_type.shape.dim:
+            if size.dim_param:
+                size.dim_param = "batch"  # there is no other that varies
+
+    def write(manifest: str) -> bytes:
+        onnx.helper.set_model_props(model, {MANIFEST: manifest})
+        return model.SerializeToString()
+
+    return write
+
+
+def _parity(eager: _Actor, graph: Graph, widths: Mapping[str, int]) -> float:
+    """Largest difference of the graph's actions from the policy's."""
+    largest = 0.0
+    for rows in _BATCH_SIZES:
+        inputs = _random_inputs(widths, rows=rows).values()
+        with torch.no_grad():
+            difference = eager(*inputs) - torch.from_numpy(graph(*(value.numpy() for value in inputs)))
+        largest = max(largest, float(difference.abs().max()))
+        if not difference.abs().max() <= TOLERANCE:
+            raise ExportParityError(
+                f"the exported actions differ from the policy's by {difference.abs().max():.2g} at batch size {rows} "
+                f"({TOLERANCE:g} is allowed); no file was written"
+            )
+    return largest
+
+
+def _random_inputs(widths: Mapping[str, int], *, rows: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(rows)
+    return {name: torch.randn(rows, width, generator=generator) for name, width in widths.items()}
+
+
+def _bounds(policy: nn.Module, action_dim: int) -> tuple[list[float] | None, list[float] | None]:
+    """Bounds of the last part that clips; none where nothing does."""
+    clipping = [
+        module for module in policy.modules() if {"low", "high"} <= dict(module.named_buffers(recurse=False)).keys()
+    ]
+    if not clipping:
+        return None, None
+    low, high = (clipping[-1].get_buffer(name).expand(action_dim).tolist() for name in ("low", "high"))
+    return low, high
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch's exporters say to their developers."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

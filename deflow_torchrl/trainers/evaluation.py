@@ -254,16 +254,18 @@ class _LocalGroup:
 
 
 class _RemoteGroup:
-    """The same in a process of its own."""
+    """The same in a process of its own, which starts when it is first needed: not beside the first steps of a run."""
 
     def __init__(self, task: str, slots: list[int]) -> None:
         self.slots = slots
         context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, task, slots), daemon=True)
+        self._pipe, self._theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(self._theirs, task, slots), daemon=True)
+
+    def _start(self) -> None:
         with children_ignore_ctrl_c():
             self._process.start()
-        theirs.close()
+        self._theirs.close()
 
     @property
     def action_dim(self) -> int:
@@ -273,6 +275,8 @@ class _RemoteGroup:
         return self._action_dim
 
     def send(self, command: str, values: dict[int, Any]) -> None:
+        if self._process.pid is None:
+            self._start()
         self._pipe.send((command, values))
 
     def receive(self) -> Any:
@@ -286,6 +290,9 @@ class _RemoteGroup:
 
     def close(self) -> None:
         self._pipe.close()
+        if self._process.pid is None:
+            self._theirs.close()
+            return
         self._process.join(timeout=5)
         if self._process.is_alive():
             self._process.terminate()

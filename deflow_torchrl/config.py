@@ -343,6 +343,8 @@ def _check_seeds(config: TrainConfig, need: Callable[[bool, str, Any, str], None
             f"online_steps={config.online_steps}: seeds are trained together offline only; leave it off, and go on with each "
             f"seed's own folder: deflow resume OUT/seed{seeds[0]} online_steps={config.online_steps} --force"
         )
+    if config.compile:
+        raise InputError("compile=true: the stacked losses of seeds cannot be compiled; leave it off")
     if config.logger in ("wandb", "mlflow"):
         raise InputError(f"logger={config.logger} follows one run in a process; with seeds take tensorboard or none")
 

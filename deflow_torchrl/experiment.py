@@ -323,7 +323,7 @@ def _check_free_of_group(out: Path, settings: Mapping[str, Any]) -> None:
     if settings["stacked"] and (group / GROUP_FILE).is_file() and not read_settings(group / GROUP_FILE)["finished"]:
         raise InputError(
             f"{out} is trained together with the runs of seeds {settings['stacked']}, which are not finished; go on with all "
-            f"of them: deflow resume {shlex.quote(str(out.parent))}"
+            f"of them: deflow resume {shlex.quote(str(group))}"
         )
 
 

@@ -194,9 +194,7 @@ class _Group:
                 # A stream of the seeds' own: a separate run's would be that of the last seed's networks.
                 seed_generators(int(np.random.SeedSequence(self.seeds).generate_state(1, np.uint64)[0] >> 1))
             first = self.runs[0]
-            update = StackedUpdate(
-                [run.update for run in self.runs], seeds=self.seeds, compile_loss=self.config.compile
-            )
+            update = StackedUpdate([run.update for run in self.runs], seeds=self.seeds)
             buffer = first.batches(len(self.runs))
             trainers = [run.trainer for run in self.runs]
             with open_evaluator(first.task, self.config, first.device) as evaluator:

@@ -247,3 +247,15 @@ def test_the_latency_of_an_action_is_measured_in_turns():
     refused = subprocess.run([*command, "--in-a-row", "1"], capture_output=True, text=True, check=False)
     assert refused.returncode == 2
     assert refused.stderr.splitlines()[-1].endswith("--in-a-row at least 2")
+
+
+def test_stacked_seeds_are_timed_against_separate_updates_in_turns():
+    script = SCRIPT.with_name("stacked_seeds.py")
+    tiny = ("--seeds", "2", "--steps", "2", "--warmup", "1", "--hidden-dims", "8", "--batch-size", "8", "--json")
+    result = subprocess.run([sys.executable, str(script), *tiny], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    measured = json.loads(result.stdout.splitlines()[-1])
+    assert measured["seeds"] == 2
+    assert all(measured[name] > 0 for name in ("stacked_ms", "separate_ms", "one_ms", "to_separate", "to_one"))
+    refused = subprocess.run([sys.executable, str(script), "--seeds", "0"], capture_output=True, text=True, check=False)
+    assert refused.returncode == 2

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import sys
 
 import pytest
@@ -17,7 +18,7 @@ from deflow_torchrl.errors import CheckpointNotWritten, InputError, NonFiniteLos
 from deflow_torchrl.group import resume_group, train_group
 from deflow_torchrl.trainers import StackedTrainer, StackedUpdate
 from deflow_torchrl.trainers.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint, step_of
-from tests.killable import ENVIRONMENT, record_pendulum
+from tests.killable import ENVIRONMENT, Children, record_pendulum
 from tests.test_kill_resume import assert_bitwise, without_times
 from tests.test_resume import go_on as go_on_alone
 from tests.test_resume import rows, steps, undrawn
@@ -161,6 +162,16 @@ def test_a_group_killed_between_two_seeds_checkpoints_goes_on_from_the_step_befo
         assert record["commands"] == ["deflow train", "deflow resume"]
 
 
+def test_a_group_killed_while_it_writes_checkpoints_is_bit_for_bit_the_uninterrupted_one(task, finished, tmp_path):
+    out = tmp_path / "group"
+    config = config_to_dict(settings(task, out))
+    with Children(tmp_path / "log") as children:
+        for moment, number in (("writing", 2), ("written", 5), ("renamed", 4), ("renamed", 2)):
+            assert children.run(out, None if out.exists() else config, die=(moment, number)) == -signal.SIGKILL
+        assert children.run(out) == 0, children.log.read_text()
+    assert_equal_groups(out, finished)
+
+
 def test_a_group_of_which_one_seed_has_no_checkpoint_begins_again(group, finished):
     shutil.rmtree(folders(group)[1])
     (group / "group.yaml").write_text((group / "group.yaml").read_text().replace("finished: true", "finished: false"))
@@ -278,6 +289,7 @@ def test_a_full_disk_costs_all_seeds_a_checkpoint_and_not_the_run(task, finished
         (["seeds=[0,1]", "seed=0"], "give seed= or seeds=, not both"),
         (["seeds=[1,2]", "online_steps=5"], r"deflow resume OUT/seed1 online_steps=5 --force"),
         (["seeds=[1,2]", "logger=wandb"], "one run in a process"),
+        (["seeds=[1,2]", "compile=true"], "leave it off"),
     ],
 )
 def test_seeds_that_cannot_be_trained_are_refused_in_one_line(overrides, said):

@@ -22,6 +22,7 @@ from deflow_torchrl.errors import InputError, NonFiniteLossError
 from deflow_torchrl.trainers.update import UpdateStep
 
 _COUNT = "step"  # of an optimiser's state of a parameter: the one entry that is no tensor of the parameter's shape
+_ATTRIBUTE = " (of the loss)"
 
 
 class StackedUpdate:
@@ -34,16 +35,14 @@ class StackedUpdate:
 
     Keyword Args:
         seeds: names of the updates in messages; their numbers by default.
-        compile_loss: run the losses through ``torch.compile(fullgraph=True)``.
 
     Raises:
         InputError: if the updates cannot be stacked: what differs, and between which seeds.
         NonFiniteLossError: by calls, on a CPU, as soon as a loss of any seed is NaN or infinite.
+        ValueError: by calls, on a batch that is not of S seeds.
     """
 
-    def __init__(
-        self, updates: Sequence[UpdateStep], *, seeds: Sequence[int] | None = None, compile_loss: bool = False
-    ) -> None:
+    def __init__(self, updates: Sequence[UpdateStep], *, seeds: Sequence[int] | None = None) -> None:
         if not updates:
             raise InputError("there are no updates to stack")
         self.updates = list(updates)
@@ -51,7 +50,6 @@ class StackedUpdate:
         self._template = updates[0].learner.loss
         self._device = next(self._template.parameters()).device
         self.gather()
-        self._losses = torch.compile(self._compute, fullgraph=True) if compile_loss else self._compute
 
     def __call__(self, batch: TensorDictBase) -> TensorDictBase:
         """Train each seed on its row of ``batch [S, B]``, in which its loss may write, as its update alone would.
@@ -59,10 +57,11 @@ class StackedUpdate:
         Returns:
             The losses and metadata of each seed ``[S]``, detached.
         """
-        for update in self.updates:
-            update.step += 1
+        if batch.shape[:1] != (len(self.updates),):
+            raise ValueError(f"a batch [{len(self.updates)}, B] is needed, got {list(batch.shape)}")
+        self.step += 1
         self._count += 1
-        out, written = self._losses(self._tensors, batch)
+        out, written = self._compute(batch)
         for key, value in written.items():
             batch.set(key, value)
         terms = torch.stack([out[name] for name in self._names])
@@ -79,6 +78,16 @@ class StackedUpdate:
         if self._device.type == "cpu":
             self.check_finite()
         return TensorDict({name: value.detach() for name, value in out.items()}, batch_size=[len(self.updates)])
+
+    @property
+    def step(self) -> int:
+        """Gradient steps of every seed so far."""
+        return self.updates[0].step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        for update in self.updates:
+            update.step = step
 
     def gather(self) -> None:
         """Stack what the updates hold now: needed after any of them loaded a state.
@@ -101,7 +110,7 @@ class StackedUpdate:
         self._targets = self._find_targets()
         self._gather_optimizer()
         self._names = self.updates[0].learner.loss_names
-        self._count = torch.tensor(self.updates[0].step, device=self._device)
+        self._count = torch.tensor(self.step, device=self._device)
         self._first_bad = torch.full((len(self._names), len(self.updates)), -1, device=self._device)
 
     def check_finite(self) -> None:
@@ -117,9 +126,7 @@ class StackedUpdate:
         step, number, name = min(bad, key=lambda found: found[:2])
         raise NonFiniteLossError(f"seed {self.seeds[number]}: {name} became NaN or infinite at gradient step {step}")
 
-    def _compute(
-        self, tensors: Sequence[Tensor], batch: TensorDictBase
-    ) -> tuple[dict[str, Tensor], dict[NestedKey, Tensor]]:
+    def _compute(self, batch: TensorDictBase) -> tuple[dict[str, Tensor], dict[NestedKey, Tensor]]:
         """Losses and metadata of each seed, and the entries that the loss wrote into its batch."""
 
         def one(tensors: Sequence[Tensor], batch: TensorDictBase) -> tuple[dict[str, Tensor], dict[NestedKey, Tensor]]:
@@ -129,7 +136,7 @@ class StackedUpdate:
             written = {key: value for key, value in batch.items(True, True) if given.get(key) is not value}
             return dict(out.items()), written
 
-        return torch.vmap(one, randomness="different")(tensors, batch)
+        return torch.vmap(one, randomness="different")(self._tensors, batch)
 
     def _find_targets(self) -> tuple[list[Tensor], list[Tensor]] | None:
         """Stacked targets and what they follow, where they follow softly."""
@@ -241,10 +248,14 @@ def _check_alike(updates: Sequence[UpdateStep], seeds: Sequence[int]) -> None:
     """Raise InputError unless the updates differ in nothing but what they have learned."""
     first = _description(updates[0])
     for update, seed in zip(updates[1:], seeds[1:], strict=True):
-        for name, value in _description(update).items():
-            if not _equal(value, first.get(name)):
+        described = _description(update)
+        for name in {**first, **described}:
+            if name.endswith(_ATTRIBUTE) and not (name in first and name in described):
+                continue  # not yet computed by one of them
+            one, other = first.get(name), described.get(name)
+            if not _equal(one, other):
                 raise InputError(
-                    f"seeds {seeds[0]} and {seed} cannot be stacked, they differ in {name}: {first.get(name)} and {value}"
+                    f"seeds {seeds[0]} and {seed} cannot be stacked, they differ in {name}: {one} and {other}"
                 )
     tensors = [id(tensor) for update in updates for tensor in _state_of(update.learner.loss).values()]
     if len(set(tensors)) < len(tensors):
@@ -258,7 +269,7 @@ def _description(update: UpdateStep) -> dict[str, Any]:
         "method": type(loss).__name__,
         "steps done": update.step,
         "outputs": list(loss.out_keys),
-        **{f"{name} (of the loss)": value for name, value in vars(loss).items() if isinstance(value, plain)},
+        **{f"{name}{_ATTRIBUTE}": value for name, value in vars(loss).items() if isinstance(value, plain)},
         **_constants_of(loss),
         "target updater": type(updater).__name__,
         "target updater's rate": getattr(updater, "eps", None),

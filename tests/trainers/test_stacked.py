@@ -206,6 +206,8 @@ def test_what_differs_in_more_than_the_seed_is_refused():
     ahead(make_batch(8))
     with pytest.raises(InputError, match="steps done"):
         StackedUpdate([first, ahead])
+    with pytest.raises(ValueError, match=r"a batch \[3, B\] is needed, got \[8\]"):
+        StackedUpdate(make_updates())(make_batch(8))
     with pytest.raises(InputError, match="share a tensor"):
         StackedUpdate([first, first])
     with pytest.raises(InputError, match="no updates"):

@@ -203,7 +203,8 @@ class _Group:
                 with ExitStack() as timed:
                     for run in self.runs:
                         timed.enter_context(run.history.timed("train_and_evaluate"))
-                    StackedTrainer(update, buffer, trainers, show_progress=self.show_progress).run()
+                    graphed = first.graphed(update, len(self.runs))
+                    StackedTrainer(update, buffer, trainers, show_progress=self.show_progress, graphed=graphed).run()
                 for run in self.runs:
                     run.evaluate_if_missing()
             records = [run.report() for run in self.runs]

@@ -148,6 +148,11 @@ def test_the_offline_to_online_runs_are_made_once_and_rendered_without_places(ge
     assert again == page
 
 
+def run_script(name, *arguments, check=True):
+    command = [sys.executable, str(SCRIPT.with_name(name)), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=check)
+
+
 def throughput(*arguments):
     sizes = "--obs-dim 4 --action-dim 2 --batch-size 8 --hidden-dims 8 8 --steps 2 --warmup 1 --json"
     command = [sys.executable, str(SCRIPT.with_name("throughput.py")), *arguments, *sizes.split()]
@@ -259,3 +264,21 @@ def test_stacked_seeds_are_timed_against_separate_updates_in_turns():
     assert all(measured[name] > 0 for name in ("stacked_ms", "separate_ms", "one_ms", "to_separate", "to_one"))
     refused = subprocess.run([sys.executable, str(script), "--seeds", "0"], capture_output=True, text=True, check=False)
     assert refused.returncode == 2
+
+
+def test_evaluation_in_a_batch_is_timed_against_a_loop_with_the_same_results():
+    pytest.importorskip("ogbench", reason="needs the extra ogbench")
+    out = run_script("evaluation.py", "--task", "pointmaze-medium-navigate-singletask-task1-v0", "--hidden-dims", "8",
+                     "--episodes", "3", "--num-envs", "2", "--workers", "2", "--rounds", "1", "--json")  # fmt: skip
+    result = json.loads(out.stdout.splitlines()[-1])
+    assert result["same"]["success"] == 1.0
+    assert result["faster"] > 0
+    refused = run_script("evaluation.py", "--task", "nothing-v0", check=False)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("evaluation.py: ")
+
+
+def test_startup_is_timed_and_a_failing_command_passes_its_code_on(tmp_path):
+    refused = run_script("startup.py", "--rounds", "1", "--data-root", str(tmp_path), check=False)
+    assert refused.returncode == 2
+    assert "Traceback" not in refused.stderr

@@ -15,10 +15,10 @@ import torch
 from tensordict import TensorDict, TensorDictBase, TensorDictParams
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
-from torchrl.objectives import SoftUpdate
 from torchrl.objectives.common import LossModule
 
 from deflow_torchrl.errors import InputError, NonFiniteLossError
+from deflow_torchrl.trainers.targets import soft_pairs
 from deflow_torchrl.trainers.update import UpdateStep
 
 _COUNT = "step"  # of an optimiser's state of a parameter: the one entry that is no tensor of the parameter's shape
@@ -60,6 +60,13 @@ class StackedUpdate:
         if batch.shape[:1] != (len(self.updates),):
             raise ValueError(f"a batch [{len(self.updates)}, B] is needed, got {list(batch.shape)}")
         self.step += 1
+        out = self.run(batch)
+        if self._device.type == "cpu":
+            self.check_finite()
+        return out
+
+    def run(self, batch: TensorDictBase) -> TensorDictBase:
+        """The work of a call, on the device alone; see :meth:`UpdateStep.run`."""
         self._count += 1
         out, written = self._compute(batch)
         for key, value in written.items():
@@ -75,9 +82,11 @@ class StackedUpdate:
         self._steps.copy_(torch.stack(self._counts))
         bad = ~terms.detach().isfinite() & (self._first_bad < 0)
         self._first_bad.copy_(torch.where(bad, self._count, self._first_bad))
-        if self._device.type == "cpu":
-            self.check_finite()
         return TensorDict({name: value.detach() for name, value in out.items()}, batch_size=[len(self.updates)])
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that a call changes in place, but for the optimiser's own and the gradients."""
+        return [*self._tensors, self._count, self._first_bad]
 
     @property
     def step(self) -> int:
@@ -140,14 +149,11 @@ class StackedUpdate:
 
     def _find_targets(self) -> tuple[list[Tensor], list[Tensor]] | None:
         """Stacked targets and what they follow, where they follow softly."""
-        updater = self.updates[0].learner.target_updater
-        if type(updater) is not SoftUpdate:
+        pairs = soft_pairs(self.updates[0].learner.target_updater)
+        if pairs is None:
             return None
-        pairs = [
-            (updater._targets[f"target_{key[0]}", *key[1:]], source)
-            for key, source in updater._sources.items(True, True)
-        ]
-        return [self._stack[id(target)] for target, _ in pairs], [self._stack[id(source)].data for _, source in pairs]
+        targets, sources = pairs
+        return [self._stack[id(target)] for target in targets], [self._stack[id(source)].data for source in sources]
 
     def _step_targets(self) -> None:
         if self._targets is None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from torchrl.data import ReplayBuffer
 
 from deflow_torchrl.errors import CheckpointNotWritten, NonFiniteLossError
+from deflow_torchrl.trainers.graphed import GraphedUpdate
 from deflow_torchrl.trainers.loop import TrainingLoop
 from deflow_torchrl.trainers.stacked import StackedUpdate
 from deflow_torchrl.trainers.trainer import Trainer
@@ -33,6 +34,7 @@ class StackedTrainer(TrainingLoop):
 
     Keyword Args:
         show_progress: show a progress bar on standard error.
+        graphed: ``update`` with its batches, several at once: steps at which nothing is due are left to it.
 
     Raises:
         NonFiniteLossError: by :meth:`run`, naming the seed; the last checkpoints are from before.
@@ -40,7 +42,13 @@ class StackedTrainer(TrainingLoop):
     """
 
     def __init__(
-        self, update: StackedUpdate, buffer: ReplayBuffer, trainers: Sequence[Trainer], *, show_progress: bool = True
+        self,
+        update: StackedUpdate,
+        buffer: ReplayBuffer,
+        trainers: Sequence[Trainer],
+        *,
+        show_progress: bool = True,
+        graphed: GraphedUpdate | None = None,
     ) -> None:
         steps = {trainer.step for trainer in trainers}
         if len(steps) != 1 or len(trainers) != len(update.updates):
@@ -51,6 +59,7 @@ class StackedTrainer(TrainingLoop):
         self.schedule = trainers[0].schedule
         self.step = trainers[0].step
         self.show_progress = show_progress
+        self.graphed = graphed
         self._saved_step = self.step
         self._torn = False
 
@@ -70,18 +79,23 @@ class StackedTrainer(TrainingLoop):
 
     def _train_step(self) -> None:
         began = time.perf_counter()
-        batch = self.buffer.sample().reshape(len(self.trainers), -1)
-        self._torn = True
-        out = self.update(batch)
+        count = 1 if self.graphed is None else self.schedule.steps_ahead(self.step)
+        if self.graphed is None:
+            batch = self.buffer.sample().reshape(len(self.trainers), -1)
+            self._torn = True
+            out = self.update(batch)
+        else:
+            self._torn = True
+            out, batch = self.graphed(count)
         seconds = time.perf_counter() - began
-        self.step += 1
+        self.step += count
         due = self.schedule.due(self.schedule.log_interval, self.step)
         if due:
             self.update.check_finite()
         for row, (seed, trainer) in enumerate(self._each()):
             trainer.trained_seconds += seconds
             with _naming(seed):
-                trainer.take_step(out[row] if due else None, batch[row] if due else None)
+                trainer.take_step(out[row] if due else None, batch[row] if due else None, count=count)
         self._torn = False
 
     def _finish_step(self) -> None:

@@ -1,5 +1,6 @@
 """Several updates a call, and what happens where the captured ones are not the same as the eager ones."""
 
+import dataclasses
 import logging
 
 import pytest
@@ -8,14 +9,16 @@ import torch
 from deflow_torchrl.algorithms import DeFlowConfig, get_algorithm
 from deflow_torchrl.algorithms.base import ProblemSpec
 from deflow_torchrl.errors import NonFiniteLossError
-from deflow_torchrl.trainers import UpdateStep
+from deflow_torchrl.trainers import StackedUpdate, UpdateStep
 from deflow_torchrl.trainers.graphed import GraphedUpdate, repeat
 from tests.conftest import ACTION_DIM, OBSERVATION_DIM, make_batch
+
+PROBLEM = ProblemSpec(OBSERVATION_DIM, ACTION_DIM, (16, 16), 0.9, "min", 0.01, torch.device("cpu"))
 
 
 def make_update(device="cpu"):
     torch.manual_seed(0)
-    problem = ProblemSpec(OBSERVATION_DIM, ACTION_DIM, (16, 16), 0.9, "min", 0.01, torch.device(device))
+    problem = dataclasses.replace(PROBLEM, device=torch.device(device))
     return UpdateStep(get_algorithm("deflow").build(DeFlowConfig(), problem))
 
 
@@ -54,6 +57,32 @@ def test_twenty_updates_are_those_of_single_calls_to_the_last_bit(updates_per_re
     expected = [tensor for state in eager.optimizer.state.values() for tensor in state.values()]
     torch.testing.assert_close(moments, expected, rtol=0, atol=0)
     assert graphed.fell_back is None
+
+
+def test_stacked_seeds_are_captured_like_one():
+    def make_stack():
+        updates = []
+        for seed in range(3):
+            torch.manual_seed(seed)
+            updates.append(UpdateStep(get_algorithm("deflow").build(DeFlowConfig(), PROBLEM)))
+        return StackedUpdate(updates)
+
+    draw = make_draw()
+    single, several = make_stack(), make_stack()
+    torch.manual_seed(1)
+    for _ in range(7):
+        expected = single(torch.stack([draw() for _ in range(3)]))
+    graphed = GraphedUpdate(several, lambda: torch.stack([draw() for _ in range(3)]), updates_per_replay=3)
+    torch.manual_seed(1)
+    out, batch = graphed(7)
+    assert graphed.fell_back is None
+    assert batch.shape == (3, 16)
+    torch.testing.assert_close(out.to_dict(), expected.to_dict(), rtol=0, atol=0)
+    for one, other in zip(several.updates, single.updates, strict=True):
+        assert one.step == other.step == 7
+        torch.testing.assert_close(weights(one), weights(other), rtol=0, atol=0)
+        states = [update.optimizer.state_dict()["state"] for update in (one, other)]
+        torch.testing.assert_close(*states, rtol=0, atol=0)
 
 
 def wrong(kind):

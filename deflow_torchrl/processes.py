@@ -17,6 +17,8 @@ from typing import Any
 
 # Of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
+_MADV_HUGEPAGE = 14  # of Linux's mman.h
+_HUGE = 512 << 20
 
 
 def available_cores() -> int:
@@ -25,19 +27,40 @@ def available_cores() -> int:
 
 
 def keep_freed_memory() -> None:
-    """Have the C library keep memory that is freed for the next tensor, rather than give it back to the system.
+    """Have the C library keep memory that is freed for the next tensor, and the system back it with huge pages.
 
     An update allocates the same tensors of a megabyte again and again, and pages from the system have to be cleared each
     time. Blocks above 32 MB still go back, as does what is free above 1 GB. Without effect where the C library is not glibc, or
-    where a variable ``MALLOC_...`` is in the environment: somebody has made settings of his own.
+    where a variable ``MALLOC_...`` or ``GLIBC_TUNABLES`` is in the environment: somebody has made settings of his own.
     """
-    if not sys.platform.startswith("linux") or any(name.startswith("MALLOC_") for name in os.environ):
+    own = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
+    if own or not sys.platform.startswith("linux"):
         return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the largest it takes
-        mallopt(_M_TRIM_THRESHOLD, 1 << 30)
-        mallopt(_M_TOP_PAD, 64 << 20)
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):
+        return
+    libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the largest it takes
+    libc.mallopt(_M_TRIM_THRESHOLD, 1 << 30)
+    libc.mallopt(_M_TOP_PAD, 64 << 20)
+    _want_huge_pages(libc)
+
+
+def _want_huge_pages(libc: Any) -> None:
+    """Grow the heap and ask for huge pages in what it grew by: matrices strewn over small ones miss the processor's tables.
+
+    Nothing is touched, so nothing is used yet; where the system gives huge pages to nobody, the request changes nothing.
+    """
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    size, page = 31 << 20, os.sysconf("SC_PAGE_SIZE")  # below the threshold: of the heap, which keeps it
+    blocks = [libc.malloc(size) for _ in range(_HUGE // size)]
+    for block in blocks:
+        if block is not None:
+            start = block - block % page
+            libc.madvise(start, size, _MADV_HUGEPAGE)
+    for block in blocks:
+        libc.free(block)
 
 
 @contextmanager

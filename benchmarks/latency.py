@@ -65,7 +65,7 @@ def make_policies(arguments: argparse.Namespace, folder: Path) -> dict[str, Act]
     for format in FORMATS:
         out = folder / f"policy.{format}"
         export_policy(actor, out, observation_dim=arguments.obs_dim, action_dim=arguments.action_dim)
-        acts[format] = load_policy(out, threads=torch.get_num_threads())
+        acts[format] = load_policy(out, trusted=True, threads=torch.get_num_threads())
     return acts
 
 

@@ -110,21 +110,26 @@ def update_parts(update: UpdateStep, batch: TensorDictBase) -> dict[str, Callabl
         with loss._acting():
             loss._base_actions(batch)
 
+    zero_grad = update.optimizer.zero_grad
+
     def flow_loss() -> None:
+        zero_grad()
         with loss._acting():
             loss._flow_loss(batch).backward()
 
     def actor() -> None:
+        zero_grad()
         with loss._acting():
             terms = loss._refinement_terms(batch, base)
         (terms["loss_actor"] + terms["loss_alpha"]).backward()
 
     def critic() -> None:
+        zero_grad()
         with loss._acting():
             loss._critic_terms(batch, following)["loss_qvalue"].backward()
 
     def optimiser() -> None:
-        update.learner.target_updater.step()
+        update._move_targets()
         update.optimizer.step()
 
     return {
@@ -168,7 +173,12 @@ def measure(
         floor = {name: sum(count * each[product] for product, count in part.items()) for name, part in products.items()}
         floor["optimiser"] = clock(lambda: target.copy_(source), device)
         floor["update"] = sum(floor.values())
-        now = {name: clock(part, device) for name, part in parts.items()}
+        now = {}
+        for name, part in parts.items():
+            if name == "optimiser":  # it needs every gradient; the parts before it left one's
+                update.optimizer.zero_grad()
+                sum(update.learner.loss(batch)[term] for term in update.learner.loss_names).backward()
+            now[name] = clock(part, device)
         update.optimizer.zero_grad()
         now["update"] = clock(lambda: update(batch), device)
         if number >= warmup:

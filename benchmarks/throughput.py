@@ -41,6 +41,7 @@ from deflow_torchrl.modules import kernels
 from deflow_torchrl.modules.precision import Precision
 from deflow_torchrl.processes import keep_freed_memory
 from deflow_torchrl.trainers import UpdateStep
+from deflow_torchrl.trainers.graphed import GraphedUpdate
 
 Update = Callable[[TensorDict], object]
 Timed = TypeVar("Timed")
@@ -97,12 +98,50 @@ def time_updates(timed: dict[str, Callable[[], Timed]], *, steps: int, warmup: i
     return milliseconds
 
 
-def stopwatch(update: Update, buffer: TensorDictReplayBuffer, device: torch.device) -> Callable[[], float]:
-    """A call that makes one update and returns its milliseconds, the device synchronised at both ends."""
+def stopwatch(
+    update: Update, buffer: TensorDictReplayBuffer, device: torch.device, *, in_a_row: int = 1
+) -> Callable[[], float]:
+    """A call that makes so many updates and returns the milliseconds of one, the device synchronised at both ends.
+
+    Of several in a row the first, which finds others' data in the caches, is made but not timed.
+    """
 
     def once() -> float:
-        batch = buffer.sample()
-        return clock(lambda: update(batch), device)
+        batches = [buffer.sample() for _ in range(in_a_row)]
+        if in_a_row > 1:
+            update(buffer.sample())
+
+        def row() -> None:
+            for batch in batches:
+                update(batch)
+
+        return clock(row, device) / in_a_row
+
+    return once
+
+
+def replays(arguments: argparse.Namespace, transitions: TensorDict) -> Callable[[], float]:
+    """The same of updates that draw their batches themselves, several a replay: as `deflow train` does on a GPU."""
+    device = torch.device(arguments.device)
+
+    def draw() -> TensorDict:
+        return transitions[torch.randint(len(transitions), (arguments.batch_size,), device=device)]
+
+    per_replay = arguments.updates_per_replay
+    graphed = GraphedUpdate(make_update(arguments), draw, updates_per_replay=per_replay)
+
+    def once() -> float:
+        graphed(per_replay)
+        return clock(lambda: graphed(arguments.in_a_row * per_replay), device) / (arguments.in_a_row * per_replay)
+
+    return once
+
+
+def jax_rows(jax: JaxAgent, in_a_row: int) -> Callable[[], float]:
+    """As :func:`stopwatch`."""
+
+    def once() -> float:
+        return statistics.mean(jax.several(in_a_row + 1)[1:]) if in_a_row > 1 else jax()
 
     return once
 
@@ -200,11 +239,14 @@ def run_update(arguments: argparse.Namespace) -> dict[str, object]:
         updates["frozen"] = make_frozen_update(arguments, buffer)
     if arguments.plain:
         updates["plain"] = make_plain_update(arguments)
-    timed = {name: stopwatch(update, buffer, device) for name, update in updates.items()}
+    row = arguments.in_a_row
+    timed = {name: stopwatch(update, buffer, device, in_a_row=row) for name, update in updates.items()}
+    if arguments.updates_per_replay:
+        timed["replayed"] = replays(arguments, buffer[:])
     jax = None
     if arguments.against_jax:
         jax = JaxAgent(arguments)
-        timed["jax"] = jax
+        timed["jax"] = jax_rows(jax, row)
     try:
         times = time_updates(timed, steps=arguments.steps, warmup=arguments.warmup)
     finally:
@@ -217,18 +259,24 @@ def run_update(arguments: argparse.Namespace) -> dict[str, object]:
         "ms_min": min(times[kind]),
         "ms_max": max(times[kind]),
         "steps": arguments.steps,
+        "in_a_row": row,
         "compile": arguments.compile,
         "device": arguments.device,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
-    print(f"{medians[kind]:.1f} ms per update (median of {arguments.steps}), {result['threads']} threads")
+    about = f"(median of {arguments.steps} turns of {row} in a row), {result['threads']} threads"
+    print(f"{medians[kind]:.1f} ms per update {about}")
 
     if arguments.frozen_prior:
         result |= {"full_ms_per_update": medians["full"], "speedup": ratio(times["full"], times["frozen"])}
         print(
             f"{medians['full']:.1f} ms with a prior that learns: the frozen one is {result['speedup']:.2f} times faster"
         )
+    if arguments.updates_per_replay:
+        per_replay, to_single = arguments.updates_per_replay, ratio(times["replayed"], times["full"])
+        result |= {"replayed_ms_per_update": medians["replayed"], "replayed_to_single": to_single}
+        print(f"{medians['replayed']:.2f} ms with {per_replay} updates a replay: {to_single:.2f} of single calls")
     if arguments.plain:
         result |= {"plain_ms_per_update": medians["plain"], "to_plain": ratio(times["full"], times["plain"])}
         print(f"{medians['plain']:.1f} ms without the CPU kernels: with them {result['to_plain']:.2f} of it")
@@ -368,6 +416,14 @@ def main() -> None:
     add_sizes(verb)
     verb.add_argument("--frozen-prior", action="store_true", help="a frozen prior and a bank of its base actions")
     verb.add_argument("--plain", action="store_true", help="the update without the CPU kernels too, in turns")
+    verb.add_argument(
+        "--in-a-row", type=int, default=5, help="updates of each kind in a turn, after one that is not timed"
+    )
+    verb.add_argument(
+        "--updates-per-replay",
+        type=int,
+        help="so many updates as one CUDA graph too, in turns (on a CPU without a graph); 10 on a GPU",
+    )
     add_jax(verb)
     verb = verbs.add_parser("roofline", help="floor and time of each part of an update")
     add_sizes(verb)
@@ -387,6 +443,10 @@ def main() -> None:
         parser.error(f"--steps must be at least 1, got {arguments.steps}")
     if arguments.verb == "update":
         check_jax(parser, arguments)
+        if arguments.updates_per_replay is None and torch.device(arguments.device).type == "cuda":
+            arguments.updates_per_replay = 10
+        if arguments.in_a_row < 1 or (arguments.updates_per_replay or 1) < 1:
+            parser.error("--in-a-row and --updates-per-replay must be at least 1")
     keep_freed_memory()  # as `deflow train` does
     torch.manual_seed(0)
     runs = {

@@ -14,6 +14,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
+import zlib
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -27,6 +28,7 @@ from deflow_torchrl.processes import available_cores
 
 FORMAT = 1
 MANIFEST = "deflow_policy.json"  # its name among a pt2 archive's extra files and an ONNX model's properties
+_ZIP = b"PK"  # how a pt2 file begins
 PROBE_TOLERANCE = 1e-4  # other processors round otherwise; what is damaged is off by more
 
 Array = NDArray[np.float32]
@@ -41,7 +43,9 @@ class Graph(Protocol):
         """Compute."""
 
 
-def load_policy(path: str | PathLike[str], *, seed: int | None = None, threads: int | None = None) -> Policy:
+def load_policy(
+    path: str | PathLike[str], *, seed: int | None = None, threads: int | None = None, trusted: bool = False
+) -> Policy:
     """Load a policy that ``deflow export`` wrote, and check that it computes here what it computed there.
 
     Args:
@@ -50,9 +54,12 @@ def load_policy(path: str | PathLike[str], *, seed: int | None = None, threads: 
     Keyword Args:
         seed: of the policy's own noise; fresh from the system by default.
         threads: of onnxruntime, by default one for every core this process may use. A pt2 file uses torch's.
+        trusted: load a pt2 file. Torch's reader of these can run what is hidden in a file that somebody else made; an ONNX file
+            is data, and needs no trust.
 
     Raises:
-        InputError: if the file cannot be read, is damaged, or is no exported policy of this version.
+        InputError: if the file cannot be read, is damaged, is no exported policy of this version, or is a pt2 file and not
+            ``trusted``.
         MissingExtraError: if onnxruntime is not installed; for a pt2 file, InputError if torch is not.
     """
     try:
@@ -63,9 +70,22 @@ def load_policy(path: str | PathLike[str], *, seed: int | None = None, threads: 
         ) from error
     if threads is not None and threads < 1:
         raise InputError(f"threads must be at least 1, got {threads}")
+    if content.startswith(_ZIP) and not trusted:
+        raise InputError(
+            f"{path} is a pt2 file, and loading one can run code that is hidden in it; pass trusted=True if you know who made "
+            "it, or export with --format onnx"
+        )
     graph = open_graph(content, str(path), threads=threads)
-    policy = Policy(graph, _read_manifest(graph.manifest, str(path)), seed=seed)
-    policy.check_probe(str(path))
+    manifest = _read_manifest(graph.manifest, str(path))
+    try:
+        policy = Policy(graph, manifest, seed=seed)
+        policy.check_probe(str(path))
+    except InputError as error:
+        if str(path) in str(error):
+            raise
+        raise _damaged(str(path)) from error
+    except Exception as error:  # whatever a manifest makes of it that does not fit its graph
+        raise _damaged(str(path)) from error
     return policy
 
 
@@ -147,7 +167,7 @@ def open_graph(content: bytes, where: str, *, threads: int | None = None) -> Gra
     Raises:
         InputError: if it is damaged or none that was exported; see :func:`load_policy`.
     """
-    if content.startswith(b"PK"):
+    if content.startswith(_ZIP):
         return _Pt2Graph(content, where)
     return _OnnxGraph(content, where, threads=threads)
 
@@ -177,13 +197,20 @@ class _OnnxGraph:
 
 class _Pt2Graph:
     def __init__(self, content: bytes, where: str) -> None:
-        # Before torch sees anything of it: an archive that is not ours is not loaded at all.
         try:
             with zipfile.ZipFile(io.BytesIO(content)) as archive:
                 names = [name for name in archive.namelist() if name.endswith(f"extra/{MANIFEST}")]
                 self.manifest = archive.read(names[0]).decode() if names else None
                 damaged = archive.testzip() is not None
-        except (zipfile.BadZipFile, OSError, ValueError, LookupError, NotImplementedError) as error:
+        except (
+            zipfile.BadZipFile,
+            zlib.error,
+            EOFError,
+            OSError,
+            ValueError,
+            LookupError,
+            NotImplementedError,
+        ) as error:
             raise _damaged(where) from error
         if damaged:
             raise _damaged(where)

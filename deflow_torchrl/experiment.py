@@ -47,6 +47,7 @@ from deflow_torchrl.trainers.identity import run_identity
 from deflow_torchrl.trainers.loggers import check_logger, logger_state, make_logger
 from deflow_torchrl.trainers.online import OnlinePhase
 from deflow_torchrl.trainers.resuming import check_resumable, drop_later_checkpoints, find_checkpoint
+from deflow_torchrl.trainers.targets import soft_pairs
 from deflow_torchrl.trainers.trainer import restore_learner
 
 CONFIG_FILE = "config.yaml"
@@ -522,6 +523,8 @@ class Run:
         config, data = self.config, self.data.train
         if self.device.type != "cuda" or not config.cuda_graph or data.device.type != "cuda":
             return None
+        if soft_pairs(self.learner.target_updater) is None:
+            return None  # one that counts its steps in Python would be recorded at one of them
         return GraphedUpdate(
             update,
             functools.partial(data.draw, *shape, config.batch_size),

@@ -131,8 +131,6 @@ def export_policy(
         for module in _ONNX_PACKAGES:
             if importlib.util.find_spec(module) is None:
                 raise MissingExtraError(module, "export")
-    make_writable_folder(out.parent)
-
     keys = {"observation": observation_key, "noise": noise_key}
     unknown = [key for key in policy.in_keys if key not in keys.values()]
     if unknown:
@@ -158,10 +156,11 @@ def export_policy(
         "versions": package_versions(*(_ONNX_PACKAGES if format == "onnx" else ())),
         "probe": {name: value[0].tolist() for name, value in [*example.items(), ("action", eager(*example.values()))]},
     }
+    make_writable_folder(out.parent)
     try:
         with atomic_write(out) as temporary:
             temporary.write_bytes(write(json.dumps(manifest)))
-            load_policy(temporary)
+            load_policy(temporary, trusted=True)
     except OSError as error:
         raise InputError(f"cannot write {out} ({error.strerror or error}); choose another file with --out") from error
     return {**manifest, "file": str(out)}

@@ -98,6 +98,8 @@ def resume_group(
     """
     settings = read_settings(out / GROUP_FILE)
     saved = config_from_dict(settings["config"])
+    if not saved.seeds:
+        raise InputError(f"{out / GROUP_FILE} is damaged: it names no seeds")
     fixed = [override for override in overrides if override.partition("=")[0] in ("out", "seed", "seeds")]
     if fixed:
         raise InputError(f"{fixed[0]}: cannot be changed; {out} holds the runs of seeds {saved.seeds}")
@@ -123,7 +125,7 @@ def resume_group(
         final_episodes=settings["final_episodes"],
         show_progress=show_progress,
     )
-    return group.go(checkpoints, resume=True, keep_settings=any(changes))
+    return group.go(checkpoints, resume=True, keep_settings=any(changes), saved=saved)
 
 
 def common_checkpoints(folders: Sequence[Path], *, out: Path, step: int | None = None) -> list[Path | None]:
@@ -137,6 +139,15 @@ def common_checkpoints(folders: Sequence[Path], *, out: Path, step: int | None =
     steps = sorted(set.intersection(*({step_of(path) for path in paths} for paths in kept)))
     if step is None:
         if not steps:
+            # What a kill within the very first save leaves is lost, more is not thrown away.
+            if max((len(paths) for paths in kept), default=0) > 1:
+                missing = [str(folder) for folder, paths in zip(folders, kept, strict=True) if not paths] or [
+                    "each of them"
+                ]
+                raise InputError(
+                    f"{out}: the seeds have no step in common of which all have a checkpoint ({', '.join(missing)} lacks it); "
+                    "put the missing folders back, or resume the others' one by one after moving group.yaml away"
+                )
             return [None] * len(folders)
         step = steps[-1]
     chosen = [find_checkpoint(folder / "checkpoints", step) for folder in folders]
@@ -180,9 +191,17 @@ class _Group:
             )
         self.final_episodes = self.runs[0].final_episodes
 
-    def go(self, checkpoints: Sequence[Path | None], *, resume: bool, keep_settings: bool = False) -> dict[str, Any]:
+    def go(
+        self,
+        checkpoints: Sequence[Path | None],
+        *,
+        resume: bool,
+        keep_settings: bool = False,
+        saved: TrainConfig | None = None,
+    ) -> dict[str, Any]:
         with saying_how_to_go_on(self.out, self.config.offline_steps, self._newest):
-            self._write_settings(finished=False)
+            # The new settings only when every seed has a checkpoint with them: a kill before that changes nothing.
+            self._write_settings(finished=False, config=saved)
             for run, checkpoint in zip(self.runs, checkpoints, strict=True):
                 make_writable_folder(run.out)
                 if not resume:
@@ -190,6 +209,7 @@ class _Group:
                 if checkpoint is None:
                     drop_later_checkpoints(run.out / "checkpoints", -1)  # those that other seeds lack
                 run.open(resume=resume, checkpoint=checkpoint, keep_settings=keep_settings)
+            self._write_settings(finished=False)
             if checkpoints[0] is None:
                 # A stream of the seeds' own: a separate run's would be that of the last seed's networks.
                 seed_generators(int(np.random.SeedSequence(self.seeds).generate_state(1, np.uint64)[0] >> 1))
@@ -218,9 +238,9 @@ class _Group:
         common = set.intersection(*kept)
         return (max(common), f"checkpoints are of step {max(common)}") if common else None
 
-    def _write_settings(self, *, finished: bool) -> None:
+    def _write_settings(self, *, finished: bool, config: TrainConfig | None = None) -> None:
         settings = {
-            "config": config_to_dict(self.config),
+            "config": config_to_dict(config or self.config),
             "final_episodes": self.final_episodes,
             "command": self.commands[0],
             "finished": finished,

@@ -54,7 +54,7 @@ def without(*modules, code, arguments=()):
 
 ACT = """
 from deflow_torchrl.deploy import load_policy
-policy = load_policy(sys.argv[1], seed=0)
+policy = load_policy(sys.argv[1], trusted=True, seed=0)
 action = policy([0.5] * policy.observation_dim)
 print(action.tolist())
 """
@@ -64,7 +64,7 @@ def test_an_onnx_policy_acts_without_torch(exported):
     path = exported / "policy.onnx"
     result = without("torch", "torchrl", "tensordict", "onnx", code=ACT, arguments=[path])
     assert result.returncode == 0, result.stderr
-    expected = load_policy(path, seed=0)([0.5] * OBSERVATION_DIM)
+    expected = load_policy(path, trusted=True, seed=0)([0.5] * OBSERVATION_DIM)
     np.testing.assert_allclose(json.loads(result.stdout), expected, atol=1e-6)
 
 
@@ -72,7 +72,7 @@ def test_a_pt2_policy_acts_with_torch_alone(exported):
     path = exported / "policy.pt2"
     result = without("torchrl", "tensordict", "onnx", "onnxruntime", code=ACT, arguments=[path])
     assert result.returncode == 0, result.stderr
-    expected = load_policy(path, seed=0)([0.5] * OBSERVATION_DIM)
+    expected = load_policy(path, trusted=True, seed=0)([0.5] * OBSERVATION_DIM)
     np.testing.assert_allclose(json.loads(result.stdout), expected, atol=1e-6)
 
 
@@ -92,7 +92,7 @@ def test_importing_it_imports_numpy_and_no_runtime():
 
 
 def test_one_observation_and_a_batch_of_any_kind_of_numbers(path):
-    policy = load_policy(path)
+    policy = load_policy(path, trusted=True)
     assert (policy.observation_dim, policy.action_dim) == (OBSERVATION_DIM, ACTION_DIM)
     rows, noise = observations(5), np.ones((5, ACTION_DIM))
     actions = policy(rows, noise=noise)
@@ -115,7 +115,7 @@ def test_one_observation_and_a_batch_of_any_kind_of_numbers(path):
 
 def test_its_noise_is_standard_normal_and_its_seed_repeats_it(path):
     rows = observations(4)
-    first, again, other = (load_policy(path, seed=seed) for seed in (1, 1, 2))
+    first, again, other = (load_policy(path, trusted=True, seed=seed) for seed in (1, 1, 2))
     actions = first(rows)
     np.testing.assert_array_equal(again(rows), actions)
     assert not np.array_equal(other(rows), actions)
@@ -125,7 +125,7 @@ def test_its_noise_is_standard_normal_and_its_seed_repeats_it(path):
 
 
 def test_two_actions_do_not_share_memory(path):
-    policy = load_policy(path)
+    policy = load_policy(path, trusted=True)
     first = policy(observations(3))
     kept = first.copy()
     policy(observations(3))
@@ -153,13 +153,13 @@ def test_two_actions_do_not_share_memory(path):
 )  # fmt: skip
 def test_what_is_no_observation_is_refused_in_one_line(path, observation, noise, said):
     with pytest.raises(InputError, match=said) as caught:
-        load_policy(path)(observation, noise=noise)
+        load_policy(path, trusted=True)(observation, noise=noise)
     assert "\n" not in str(caught.value)
 
 
 def assert_refused(path, said):
     with pytest.raises(InputError, match=said) as caught:
-        load_policy(path)
+        load_policy(path, trusted=True)
     assert "\n" not in str(caught.value)
     assert str(path) in str(caught.value)
 
@@ -216,8 +216,8 @@ def _write(path, content):
 
 def test_threads_must_be_positive(path):
     with pytest.raises(InputError, match="threads must be at least 1, got 0"):
-        load_policy(path, threads=0)
-    load_policy(path, threads=1)
+        load_policy(path, trusted=True, threads=0)
+    load_policy(path, trusted=True, threads=1)
 
 
 def test_a_policy_without_noise_takes_none_and_need_not_have_bounds(tmp_path):
@@ -227,9 +227,36 @@ def test_a_policy_without_noise_takes_none_and_need_not_have_bounds(tmp_path):
     manifest = export_policy(module, tmp_path / "linear.pt2", observation_dim=3, action_dim=2)
     assert manifest["noise_law"] is None
     assert list(manifest["inputs"]) == ["observation"]
-    policy = load_policy(tmp_path / "linear.pt2")
+    policy = load_policy(tmp_path / "linear.pt2", trusted=True)
     assert policy.low is None
     rows = np.full((4, 3), 50.0, np.float32)
     np.testing.assert_allclose(policy(rows), linear(torch.from_numpy(rows)).detach(), rtol=1e-6)
     with pytest.raises(InputError, match="takes no noise"):
         policy(rows, noise=np.zeros((4, 2)))
+
+
+def test_a_pt2_file_is_loaded_only_where_it_is_trusted(exported):
+    with pytest.raises(InputError, match="trusted=True if you know who made it"):
+        load_policy(exported / "policy.pt2")
+    load_policy(exported / "policy.onnx")
+
+
+def test_a_manifest_that_does_not_fit_its_graph_is_one_line(exported, tmp_path):
+    source = zipfile.ZipFile(exported / "policy.pt2")
+    name = next(name for name in source.namelist() if name.endswith(MANIFEST))
+    manifest = json.loads(source.read(name))
+    wider = {"shape": ["batch", 3], "dtype": "float32"}
+    broken = (
+        {"inputs": {}},
+        {"probe": {}},
+        {"inputs": {**manifest["inputs"], "observation": wider}},
+        {"action_low": ["x"]},
+    )
+    for number, change in enumerate(broken):
+        path = tmp_path / f"{number}.pt2"
+        with zipfile.ZipFile(path, "w") as archive:
+            for entry in source.namelist():
+                content = json.dumps({**manifest, **change}).encode() if entry == name else source.read(entry)
+                archive.writestr(entry, content)
+        with pytest.raises(InputError, match=str(path)):
+            load_policy(path, trusted=True)

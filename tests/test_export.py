@@ -51,7 +51,7 @@ def run(tmp_path_factory):
 
 def assert_same_actions(path, policy, observation_dim, action_dim, *, action="action"):
     """The file's actions are the policy's for several batches, far observations included; its manifest is returned."""
-    loaded = load_policy(path)
+    loaded = load_policy(path, trusted=True)
     generator = np.random.default_rng(0)
     for rows in (1, 3, 50):
         observation = 3 * generator.standard_normal((rows, observation_dim), np.float32)
@@ -101,12 +101,12 @@ def test_the_prior_is_exported_by_name_and_a_file_is_not_overwritten_unasked(run
     assert deflow(*arguments).returncode == 0
     out = copy / "prior.pt2"
     assert_same_actions(out, load_run(run).learner.evaluated_policies["prior"], 3, 1)
-    assert load_policy(out).manifest["policy"] == "prior"
+    assert load_policy(out, trusted=True).manifest["policy"] == "prior"
     out.write_text("mine")
     assert_one_line(deflow(*arguments), f"{out} exists already", "--force")
     assert out.read_text() == "mine"
     assert deflow(*arguments, "--force").returncode == 0
-    assert load_policy(out).manifest["policy"] == "prior"
+    assert load_policy(out, trusted=True).manifest["policy"] == "prior"
 
 
 def test_the_format_is_what_the_file_ends_in(run, tmp_path):
@@ -233,5 +233,7 @@ def test_nested_keys_and_double_precision(tmp_path):
     observation, noise = np.ones((2, OBSERVATION_DIM)), np.ones((2, ACTION_DIM))
     with torch.no_grad():
         expected = flow.module(torch.from_numpy(observation), torch.from_numpy(noise))
-    np.testing.assert_allclose(load_policy(tmp_path / "a.pt2")(observation, noise=noise), expected, atol=1e-6)
+    np.testing.assert_allclose(
+        load_policy(tmp_path / "a.pt2", trusted=True)(observation, noise=noise), expected, atol=1e-6
+    )
     assert flow.module.low.dtype == torch.float64, "the policy itself is left as it was"

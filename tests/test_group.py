@@ -172,9 +172,14 @@ def test_a_group_killed_while_it_writes_checkpoints_is_bit_for_bit_the_uninterru
     assert_equal_groups(out, finished)
 
 
-def test_a_group_of_which_one_seed_has_no_checkpoint_begins_again(group, finished):
+def test_a_group_that_was_killed_in_its_first_save_begins_again(group, finished):
     shutil.rmtree(folders(group)[1])
     (group / "group.yaml").write_text((group / "group.yaml").read_text().replace("finished: true", "finished: false"))
+    with pytest.raises(InputError, match=r"seed.* lacks it.*; put the missing folders back"):
+        go_on(group)
+    for folder in folders(group):
+        for path in list_checkpoints(folder / "checkpoints")[1:]:
+            path.unlink()
     go_on(group)
     assert_equal_groups(group, finished)
 

@@ -7,6 +7,7 @@ launches them at once. On a device without graphs the same code calls the update
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -48,9 +49,9 @@ class DeviceUpdate(Protocol):
 class GraphedUpdate:
     """Updates on batches that are drawn on the device, several a call.
 
-    Before the first call that captures, three updates are done twice, by the graph and without it, from the same state and
-    with the same random numbers: losses and weights must agree, else the updates stay eager and a warning says why. The state
-    is put back, so that a run with a graph is the run without one.
+    Before the first call a few updates are done twice, by the graphs and without them, from the same state and with the same
+    random numbers: losses and weights must agree, else the updates stay eager and a warning says why. The state is put back, so
+    that a run with graphs is the run without them.
 
     Args:
         update: the update, on the device of its batches.
@@ -110,15 +111,15 @@ class GraphedUpdate:
         return self.update.run(batch), batch
 
     def _prepare(self) -> None:
-        sizes = {1, self.updates_per_replay}
-        with _state_kept(self.update):  # to capture is to run: the first Adam step makes its state, kernels are chosen
-            for _ in range(_WARMUP):
-                self._once()
+        sizes = sorted({1, self.updates_per_replay})
         try:
-            with _state_kept(self.update):
+            with _state_kept(self.update):  # to capture is to run
                 self._replays = {size: self._capture(self._once, size) for size in sizes}
             reason = self._difference() if self.self_check else None
-        except RuntimeError as error:
+        except RuntimeError as failure:
+            error: BaseException = failure
+            while error.__context__ is not None:  # the end of a capture that failed fails too, and says less
+                error = error.__context__
             reason = f"the capture failed: {str(error).splitlines()[0]}"
         if reason is not None:
             self.fell_back = reason
@@ -128,21 +129,24 @@ class GraphedUpdate:
     def _difference(self) -> str | None:
         """How captured updates differ from eager ones; None where they agree."""
         runs = []
-        for once in (self._once, self._replays[1]):
+        size = self.updates_per_replay
+        single, several = [self._once] * _CHECKED, [repeat(self._once, size)]
+        for calls in (single + several, [self._replays[1]] * _CHECKED + [self._replays[size]]):
             with _state_kept(self.update):
                 before = _flat(self.update)
                 rows = []
-                for _ in range(_CHECKED):
-                    out = once()[0]
+                for call in calls:
+                    out = call()[0]
                     rows.append(torch.stack([out[name].double().sum() for name in sorted(out.keys())]))
                 runs.append((torch.stack(rows), _flat(self.update), before))
         (losses, weights, before), (own_losses, own_weights, _) = runs
-        off = float(((own_losses - losses).abs() / losses.abs().clamp_min(1e-6)).nan_to_num(torch.inf).max())
+        done = _CHECKED + size
+        off = float((_change(own_losses, losses) / losses.abs().clamp_min(1e-6)).nan_to_num(torch.inf).max())
         if off > _LOSS_TOLERANCE:
-            return f"within {_CHECKED} updates losses differ by {off:.1g} of their value from those without it"
-        off = float((own_weights - weights).norm() / (weights - before).norm())
+            return f"within {done} updates losses differ by {off:.1g} of their value from those without it"
+        off = float(_change(own_weights, weights).norm() / _change(weights, before).norm())
         if not off <= _WEIGHT_TOLERANCE:
-            return f"after {_CHECKED} updates weights differ by {off:.1g} of what they moved from those without it"
+            return f"after {done} updates weights differ by {off:.1g} of what they moved from those without it"
         return None
 
 
@@ -164,19 +168,28 @@ def capture_cuda_graph(once: Once, count: int) -> Once:
         RuntimeError: where something in them cannot be recorded.
     """
     graph = torch.cuda.CUDAGraph()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        once()
-    torch.cuda.current_stream().wait_stream(stream)
-    with torch.cuda.graph(graph):
-        result = repeat(once, count)()
+    current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):  # kernels are chosen, and Adam makes its state, before anything is recorded
+        repeat(once, _WARMUP)()
+    current.wait_stream(stream)
+    gc.collect()
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            result = repeat(once, count)()
+    finally:
+        torch.cuda.set_stream(current)  # which a capture that failed does not do
 
     def replay() -> tuple[TensorDictBase, TensorDictBase]:
         graph.replay()
         return result
 
     return replay
+
+
+def _change(one: Tensor, other: Tensor) -> Tensor:
+    """|one - other|, of equal infinities too."""
+    return torch.where(one == other, 0.0, (one - other).abs())
 
 
 def _flat(update: DeviceUpdate) -> Tensor:
@@ -192,13 +205,15 @@ def _state_kept(update: DeviceUpdate) -> Iterator[None]:
         parameter: {name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()}
         for parameter, state in update.optimizer.state.items()
     }
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        yield
-    with torch.no_grad():
-        for tensor, value in tensors:
-            tensor.copy_(value)
-        for parameter, state in update.optimizer.state.items():
-            # In place, for a graph knows addresses: a moment that is new is what it was before it was made.
-            for name, value in state.items():
-                if isinstance(value, Tensor):
-                    value.copy_(moments[parameter][name]) if parameter in moments else value.zero_()
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in tensors:
+                tensor.copy_(value)
+            for parameter, state in update.optimizer.state.items():
+                # In place, for a graph knows addresses: a moment that is new is what it was before it was made.
+                for name, value in state.items():
+                    if isinstance(value, Tensor):
+                        value.copy_(moments[parameter][name]) if parameter in moments else value.zero_()

@@ -12,6 +12,7 @@ from pathlib import Path
 from torchrl.data import ReplayBuffer
 
 from deflow_torchrl.errors import CheckpointNotWritten, NonFiniteLossError
+from deflow_torchrl.trainers.checkpoint import list_checkpoints
 from deflow_torchrl.trainers.graphed import GraphedUpdate
 from deflow_torchrl.trainers.loop import TrainingLoop
 from deflow_torchrl.trainers.stacked import StackedUpdate
@@ -87,11 +88,11 @@ class StackedTrainer(TrainingLoop):
         else:
             self._torn = True
             out, batch = self.graphed(count)
-        seconds = time.perf_counter() - began
         self.step += count
         due = self.schedule.due(self.schedule.log_interval, self.step)
         if due:
-            self.update.check_finite()
+            self.update.check_finite()  # waits for the device, whose time the clock is to count
+        seconds = time.perf_counter() - began
         for row, (seed, trainer) in enumerate(self._each()):
             trainer.trained_seconds += seconds
             with _naming(seed):
@@ -123,6 +124,7 @@ class StackedTrainer(TrainingLoop):
             CheckpointNotWritten: on a full disk; the older checkpoints stay whole.
         """
         self.update.check_finite()
+        before = {path for trainer in self.trainers for path in list_checkpoints(trainer.checkpoints)}
         written: list[Path] = []
         try:
             for seed, trainer in self._each():
@@ -131,7 +133,8 @@ class StackedTrainer(TrainingLoop):
         except (NonFiniteLossError, CheckpointNotWritten):
             # Kept, they would push out the older ones, which the other seeds have too.
             for path in written:
-                path.unlink(missing_ok=True)
+                if path not in before:  # one that was there already is the same step's
+                    path.unlink(missing_ok=True)
             raise
         self._saved_step = self.step
 

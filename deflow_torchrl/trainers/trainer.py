@@ -176,6 +176,7 @@ class Trainer(TrainingLoop):
 
     def _prepare_step(self) -> None:
         if self.online is not None and not self.online.begun and self.schedule.is_online(self.step + 1):
+            self.graphed = None  # and the memory of its graphs with it
             self.online.begin(self.update)
 
     def _close(self) -> None:
@@ -210,6 +211,8 @@ class Trainer(TrainingLoop):
             self._torn = True
             began = time.perf_counter()
             out, batch = self.graphed(count)
+            if self.schedule.due(self.schedule.log_interval, self.step + count):
+                self.update.check_finite()  # waits for the device, whose time the clock is to count
             self.trained_seconds += time.perf_counter() - began
             self.take_step(out, batch, count=count)
             self._torn = False
@@ -386,6 +389,8 @@ class Trainer(TrainingLoop):
         """
         state = load_checkpoint(path, device="cpu", identity=self.identity)
         restore_learner(self.update, state, path, keep_settings=keep_settings)
+        if self.graphed is not None:
+            self.graphed.reset()
         if self.online is not None and state["online"] is not None:
             self.online.load_state_dict(state["online"])
         self.step = state["step"]

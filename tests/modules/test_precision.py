@@ -6,6 +6,7 @@ from typing import get_args
 import pytest
 import torch
 
+from deflow_torchrl.config import PRECISIONS
 from deflow_torchrl.modules.precision import Precision, matmul_precision
 from tests.conftest import make_batch, make_loss
 
@@ -26,6 +27,25 @@ def test_only_what_samples_is_rounded(name):
         torch.testing.assert_close(out.to_dict(), expected.to_dict(), rtol=0, atol=0)
     if name == "bfloat16":
         assert (out["loss_actor"] != expected["loss_actor"]).all()
+
+
+@pytest.mark.parametrize("name", get_args(Precision))
+def test_the_sampler_alone_runs_with_it(name):
+    seen = {True: set(), False: set()}
+
+    def look(module, inputs, output):
+        fewer = torch.get_float32_matmul_precision(), torch.is_autocast_enabled("cpu")
+        seen[torch.is_grad_enabled()].add(fewer)
+
+    loss = make_loss(sampler_precision=name)
+    loss.actor_network.flow_policy.module.velocity_network.register_forward_hook(look)
+    loss(make_batch(8))
+    expected = (name if name in ("high", "medium") else "highest", name == "bfloat16")
+    assert seen == {False: {expected}, True: {("highest", False)}}
+
+
+def test_the_settings_know_every_precision():
+    assert get_args(Precision) == PRECISIONS
 
 
 @pytest.mark.parametrize("name", get_args(Precision))

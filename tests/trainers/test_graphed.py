@@ -94,7 +94,11 @@ def wrong(kind):
             return lambda: (update.run(batch), batch)
         if kind == "no step":
             return lambda: _without_step(once)
-        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        once()  # to warm up
+        try:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        finally:
+            raise RuntimeError("the end of the capture failed too")  # as torch.cuda.graph does
 
     return capture
 
@@ -126,6 +130,23 @@ def test_a_capture_that_differs_falls_back_and_says_why(kind, reason, caplog):
     assert reason in graphed.fell_back
     assert [reason in record.message and "\n" not in record.message for record in caplog.records] == [True]
     torch.testing.assert_close(weights(update), weights(eager), rtol=0, atol=0)
+
+
+def test_a_fault_of_the_graph_of_several_updates_alone_is_found():
+    def capture(once, count):
+        return repeat(once, count if count == 1 else count - 1)
+
+    graphed = GraphedUpdate(make_update(), make_draw(), updates_per_replay=4, capture=capture)
+    graphed(4)
+    assert "differ" in graphed.fell_back
+
+
+def test_a_fixed_alpha_of_zero_is_no_difference():
+    torch.manual_seed(0)
+    update = UpdateStep(get_algorithm("deflow").build(DeFlowConfig(fixed_alpha=0.0), PROBLEM))
+    graphed = GraphedUpdate(update, make_draw())
+    graphed(1)
+    assert graphed.fell_back is None
 
 
 def test_without_the_check_a_wrong_capture_is_believed():

@@ -7,7 +7,7 @@ import torch
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
 from deflow_torchrl.errors import InputError, NonFiniteLossError
-from deflow_torchrl.trainers import MetricsLog, Trainer, TrainerSchedule
+from deflow_torchrl.trainers import MetricsLog, StackedTrainer, StackedUpdate, Trainer, TrainerSchedule
 from deflow_torchrl.trainers.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from deflow_torchrl.trainers.graphed import GraphedUpdate
 from tests.conftest import make_batch
@@ -196,10 +196,14 @@ def test_steps_trained_several_at_once_leave_the_run_of_single_steps(tmp_path, u
     single.run()
     counts = []
 
+    class Counted(GraphedUpdate):
+        def __call__(self, count):
+            counts.append(count)
+            return super().__call__(count)
+
     def make_several(folder):
         trainer = make_trainer(folder, validation=make_buffer(16))
-        several = GraphedUpdate(trainer.update, trainer.buffer.sample, updates_per_replay=updates_per_replay)
-        trainer.graphed = lambda count: counts.append(count) or several(count)
+        trainer.graphed = Counted(trainer.update, trainer.buffer.sample, updates_per_replay=updates_per_replay)
         return trainer
 
     stopped = make_several(tmp_path / "several")
@@ -221,3 +225,28 @@ def test_steps_trained_several_at_once_leave_the_run_of_single_steps(tmp_path, u
 def test_steps_ahead_end_where_something_is_due():
     schedule = TrainerSchedule(offline_steps=25, log_interval=10, eval_interval=0, save_interval=7, online_steps=5)
     assert [schedule.steps_ahead(step) for step in (0, 7, 10, 14, 21, 24, 25)] == [7, 3, 4, 6, 4, 1, 3]
+
+
+def test_stacked_seeds_trained_several_steps_at_once_leave_the_rows_of_single_steps(tmp_path):
+    def make_group(folder, *, several):
+        folder.mkdir()
+        trainers = [make_trainer(folder / f"seed{seed}") for seed in range(2)]
+        with torch.no_grad():
+            for parameter in trainers[1].update.learner.loss.parameters():
+                parameter.mul_(1.5)
+        stack = StackedUpdate([trainer.update for trainer in trainers])
+        buffer = make_buffer(batch_size=16)
+        torch.manual_seed(4)
+        graphed = GraphedUpdate(stack, lambda: buffer.sample().reshape(2, 8), updates_per_replay=2) if several else None
+        StackedTrainer(stack, buffer, trainers, show_progress=False, graphed=graphed).run()
+        return trainers
+
+    single, several = (make_group(tmp_path / str(several), several=several) for several in (False, True))
+    for one, other in zip(single, several, strict=True):
+        assert without_time(one.metrics.rows) == without_time(other.metrics.rows)
+        assert len(one.metrics.rows) == 4
+        names = [path.name for path in list_checkpoints(one.checkpoints)]
+        assert names == [path.name for path in list_checkpoints(other.checkpoints)]
+        states = [dict(trainer.update.learner.loss.state_dict()) for trainer in (one, other)]
+        torch.testing.assert_close(*states, rtol=0, atol=0)
+    assert without_time(single[0].metrics.rows) != without_time(single[1].metrics.rows)

@@ -3,7 +3,9 @@
     python benchmarks/stacked_seeds.py --seeds 8 --steps 10 --json
     python benchmarks/stacked_seeds.py --device cuda --steps 200
 
-Machines are noisy: the ratios are medians over rounds of the ratio within a round.
+On a GPU all three are timed as `deflow train` runs them there: whole updates, drawing included, in CUDA graphs, as milliseconds
+of one update; `separate` is then so many times `one`. Machines are noisy: the ratios are medians over rounds of the ratio within
+a round.
 """
 
 from __future__ import annotations
@@ -12,13 +14,31 @@ import argparse
 import functools
 import json
 import statistics
+from collections.abc import Callable
 
 import torch
 from roofline import clock, ratio
+from tensordict import TensorDict
 from throughput import add_sizes, make_buffer, make_update, time_updates
 
 from deflow_torchrl.processes import keep_freed_memory
 from deflow_torchrl.trainers import StackedUpdate
+from deflow_torchrl.trainers.graphed import DeviceUpdate, GraphedUpdate
+
+
+def graphed(
+    update: DeviceUpdate, transitions: TensorDict, arguments: argparse.Namespace, *shape: int
+) -> Callable[[], float]:
+    """A call that does a row of updates in CUDA graphs and returns the milliseconds of one."""
+    size, device = (*shape, arguments.batch_size), torch.device(arguments.device)
+    replayed = GraphedUpdate(update, lambda: transitions[torch.randint(len(transitions), size, device=device)])
+    row = 10 * replayed.updates_per_replay
+
+    def once() -> float:
+        replayed(replayed.updates_per_replay)
+        return clock(lambda: replayed(row), device) / row
+
+    return once
 
 
 def run(arguments: argparse.Namespace) -> dict[str, object]:
@@ -40,6 +60,13 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
 
     kinds = {"stacked": all_stacked, "separate": all_separately, "one": one}
     timed = {name: functools.partial(clock, kind, device) for name, kind in kinds.items()}
+    if device.type == "cuda":
+        transitions = buffer[:]
+        single, several = (
+            graphed(separate[0], transitions, arguments),
+            graphed(stacked, transitions, arguments, len(seeds)),
+        )
+        timed = {"stacked": several, "separate": lambda: len(seeds) * single(), "one": single}
     times = time_updates(timed, steps=arguments.steps, warmup=arguments.warmup)
     result: dict[str, object] = {f"{name}_ms": statistics.median(each) for name, each in times.items()}
     result |= {

@@ -12,14 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from deflow_torchrl.algorithms.settings import DeFlowConfig
+from deflow_torchrl.algorithms.registry import ALGORITHMS, get_algorithm
 from deflow_torchrl.errors import InputError, MissingExtraError
 
-ALGORITHM_CONFIGS = {"deflow": DeFlowConfig}
 MIXINGS = ("uniform", "balanced", "annealed")
 OVERWRITES = ("online", "fifo")
 STORAGES = ("device", "memmap")
-PRECISIONS = ("highest", "high", "medium", "bfloat16")
 LOGGERS = ("none", "wandb", "tensorboard", "mlflow")
 
 
@@ -143,8 +141,8 @@ def compose_config(overrides: Sequence[str]) -> TrainConfig:
         raise MissingExtraError(error.name or "hydra", "cli") from error
     store = ConfigStore.instance()
     store.store(name="deflow_torchrl_train", node=TrainConfig, provider="deflow_torchrl")
-    for name, schema in ALGORITHM_CONFIGS.items():
-        store.store(group="algo", name=name, node=schema, provider="deflow_torchrl")
+    for name, algorithm in ALGORITHMS.items():
+        store.store(group="algo", name=name, node=algorithm.config, provider="deflow_torchrl")
     _check_keys(overrides)
     for override in overrides:
         try:
@@ -213,7 +211,7 @@ def config_from_dict(values: dict[str, Any]) -> TrainConfig:
     try:
         values = {key: value for key, value in values.items() if key != "defaults"}
         algo = dict(values.pop("algo"))
-        config = TrainConfig(**values, algo=ALGORITHM_CONFIGS[algo["name"]](**algo))
+        config = TrainConfig(**values, algo=get_algorithm(algo["name"]).config(**algo))
         _check_values(config)
     except InputError:
         raise
@@ -254,13 +252,13 @@ def _check_keys(overrides: Sequence[str]) -> None:
                 else f"there are {', '.join(prefix + name for name in names)}"
             )
             raise InputError(f"unknown setting {key!r}; {hint}")
-        if key == "algo" and override.partition("=")[2] not in ALGORITHM_CONFIGS:
-            raise InputError(f"unknown method {override.partition('=')[2]!r}; there are {', '.join(ALGORITHM_CONFIGS)}")
+        if key == "algo":
+            get_algorithm(override.partition("=")[2])
 
 
 def _algo_names(overrides: Sequence[str]) -> list[str]:
     chosen = [override.partition("=")[2] for override in overrides if override.startswith("algo=")]
-    node = ALGORITHM_CONFIGS.get(chosen[-1] if chosen else "deflow", DeFlowConfig)
+    node = get_algorithm(chosen[-1] if chosen else "deflow").config
     return [item.name for item in dataclasses.fields(node) if item.name != "name"]
 
 
@@ -299,34 +297,8 @@ def _check_values(config: TrainConfig) -> None:
         need(value is None or value >= 1, name, value, "at least 1")
     need(config.storage in STORAGES, "storage", config.storage, f"one of {', '.join(STORAGES)}")
     need(config.logger in LOGGERS, "logger", config.logger, f"one of {', '.join(LOGGERS)}")
-    need(algo.lr > 0, "algo.lr", algo.lr, "a positive number")
-    need(0 < algo.tau <= 1, "algo.tau", algo.tau, "a number in (0, 1]")
-    need(algo.flow_steps >= 1, "algo.flow_steps", algo.flow_steps, "at least 1")
-    need(algo.gamma is None or 0 <= algo.gamma < 1, "algo.gamma", algo.gamma, "a number in [0, 1)")
-    need(algo.q_aggregation in (None, "mean", "min"), "algo.q_aggregation", algo.q_aggregation, "mean or min")
-    need(
-        algo.divergence_reduction in ("mean", "sum"),
-        "algo.divergence_reduction",
-        algo.divergence_reduction,
-        "mean or sum",
-    )
-    for name in ("target_divergence", "min_alpha", "max_alpha"):
-        value = getattr(algo, name)
-        need(value is None or value > 0, f"algo.{name}", value, "a positive number")
-    if algo.min_alpha is not None and algo.max_alpha is not None:
-        need(
-            algo.min_alpha <= algo.max_alpha,
-            "algo.min_alpha",
-            algo.min_alpha,
-            f"at most algo.max_alpha={algo.max_alpha}",
-        )
-    need(algo.fixed_alpha is None or algo.fixed_alpha >= 0, "algo.fixed_alpha", algo.fixed_alpha, "a number >= 0")
-    bounded = algo.min_alpha is not None or algo.max_alpha is not None
-    need(
-        algo.fixed_alpha is None or not bounded, "algo.fixed_alpha", algo.fixed_alpha, "no bounds beside a fixed alpha"
-    )
-    precision = algo.sampler_precision
-    need(precision in PRECISIONS, "algo.sampler_precision", precision, f"one of {', '.join(PRECISIONS)}")
+    algo.check(need)
+    precision = getattr(algo, "sampler_precision", "highest")
     if config.compile and precision in ("high", "medium"):
         raise InputError(f"algo.sampler_precision={precision} cannot be compiled; choose bfloat16, or compile=false")
 

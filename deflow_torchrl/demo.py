@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from deflow_torchrl.algorithms.settings import DeFlowConfig
+from deflow_torchrl.algorithms import DeFlowConfig
 from deflow_torchrl.config import TrainConfig
 from deflow_torchrl.data.generation import generate_ogbench_dataset
 from deflow_torchrl.envs.names import parse_ogbench_name

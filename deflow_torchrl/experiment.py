@@ -489,7 +489,7 @@ class Run:
 
     @property
     def _gamma(self) -> float:
-        given = self.config.algo.gamma
+        given = getattr(self.config.algo, "gamma", None)
         return self.task.gamma if given is None else given
 
     @property
@@ -568,7 +568,7 @@ class Run:
         def make_experience(add: Any, discard: Any) -> OnlineExperience:
             return OnlineExperience(
                 environment,
-                self.learner.policy,
+                self.learner.online_policy,
                 seed=config.seed,
                 add=add,
                 discard=discard,

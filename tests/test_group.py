@@ -12,7 +12,7 @@ pytest.importorskip("gymnasium", reason="needs gymnasium's pendulum")
 pytest.importorskip("hydra", reason="needs the extra cli")
 
 from deflow_torchrl import cli, experiment
-from deflow_torchrl.algorithms.settings import DeFlowConfig
+from deflow_torchrl.algorithms import DeFlowConfig
 from deflow_torchrl.config import TrainConfig, compose_config, config_from_dict, config_to_dict, default_out
 from deflow_torchrl.errors import CheckpointNotWritten, InputError, NonFiniteLossError, RunInterrupted
 from deflow_torchrl.group import resume_group, train_group

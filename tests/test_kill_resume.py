@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("gymnasium", reason="needs gymnasium's pendulum")
 pytest.importorskip("hydra", reason="needs the extra cli")
 
-from deflow_torchrl.algorithms.settings import DeFlowConfig
+from deflow_torchrl.algorithms import DeFlowConfig
 from deflow_torchrl.config import TrainConfig, config_to_dict
 from deflow_torchrl.trainers.checkpoint import list_checkpoints, load_checkpoint, step_of
 from tests.killable import ENVIRONMENT, Children, record_pendulum

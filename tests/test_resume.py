@@ -12,7 +12,7 @@ pytest.importorskip("gymnasium", reason="needs gymnasium's pendulum")
 pytest.importorskip("hydra", reason="needs the extra cli")
 
 from deflow_torchrl import cli
-from deflow_torchrl.algorithms.settings import DeFlowConfig
+from deflow_torchrl.algorithms import DeFlowConfig
 from deflow_torchrl.config import TrainConfig, apply_overrides, compose_config, config_to_dict
 from deflow_torchrl.errors import CheckpointNotWritten, InputError, RunInterrupted
 from deflow_torchrl.experiment import resume, train

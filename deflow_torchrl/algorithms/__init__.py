@@ -8,18 +8,26 @@ from typing import TYPE_CHECKING
 from deflow_torchrl._lazy import lazy_exports
 
 if TYPE_CHECKING:  # what type checkers and editors see
-    from deflow_torchrl.algorithms.base import Algorithm as Algorithm
     from deflow_torchrl.algorithms.base import Learner as Learner
+    from deflow_torchrl.algorithms.base import ProblemSpec as ProblemSpec
+    from deflow_torchrl.algorithms.deflow import DeFlowConfig as DeFlowConfig
     from deflow_torchrl.algorithms.registry import ALGORITHMS as ALGORITHMS
     from deflow_torchrl.algorithms.registry import get_algorithm as get_algorithm
-    from deflow_torchrl.algorithms.settings import DeFlowConfig as DeFlowConfig
+    from deflow_torchrl.algorithms.registry import register_algorithm as register_algorithm
+    from deflow_torchrl.algorithms.settings import Algorithm as Algorithm
+    from deflow_torchrl.algorithms.settings import CriticConfig as CriticConfig
+    from deflow_torchrl.algorithms.settings import MethodConfig as MethodConfig
 
 _EXPORTS = {
-    "Algorithm": ".base",
+    "Algorithm": ".settings",
+    "CriticConfig": ".settings",
     "Learner": ".base",
+    "MethodConfig": ".settings",
+    "ProblemSpec": ".base",
     "ALGORITHMS": ".registry",
     "get_algorithm": ".registry",
-    "DeFlowConfig": ".settings",
+    "register_algorithm": ".registry",
+    "DeFlowConfig": ".deflow",
 }
 __all__ = list(_EXPORTS)
 __getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)

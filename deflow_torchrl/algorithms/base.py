@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -57,19 +57,31 @@ class Learner:
         policy: the acting policy.
         evaluated_policies: name -> policy, everything worth evaluating at the end of a run.
         param_groups: optimiser groups over the loss's parameters, in ``torch.optim`` form.
-        target_updater: moves the target networks after each optimiser step.
+        target_updater: moves the target networks at each update; None in a method that has none.
         prior: the part that writes the base action, which :meth:`~deflow_torchrl.trainers.UpdateStep.freeze_prior` fixes; None
             in a method that has none.
         diagnostics: explains a batch the update has just seen, in scalars; None where a method has nothing to say.
+        exploration_policy: acts in the online phase, where that is not how ``policy`` acts; None where it is.
+        term_periods: name of a loss -> n: it counts at every n-th update only, and is zero at the others (whose gradient is then
+            zero too, not absent: Adam's momentum goes on moving what the term trains).
+        target_period: the target networks move at every n-th update only.
     """
 
     loss: LossModule
     policy: TensorDictModuleBase
     evaluated_policies: Mapping[str, TensorDictModuleBase]
     param_groups: Sequence[Mapping[str, Any]]
-    target_updater: TargetNetUpdater
+    target_updater: TargetNetUpdater | None
     prior: TensorDictModuleBase | None = None
     diagnostics: Diagnostics | None = None
+    exploration_policy: TensorDictModuleBase | None = None
+    term_periods: Mapping[str, int] = field(default_factory=dict)
+    target_period: int = 1
+
+    @property
+    def online_policy(self) -> TensorDictModuleBase:
+        """The policy that acts in the online phase."""
+        return self.policy if self.exploration_policy is None else self.exploration_policy
 
     @property
     def loss_names(self) -> list[str]:
@@ -80,21 +92,6 @@ class Learner:
     def acting_policy(self) -> str:
         """Name of the acting policy among the evaluated ones."""
         return next(name for name, policy in self.evaluated_policies.items() if policy is self.policy)
-
-
-@dataclass(frozen=True)
-class Algorithm:
-    """A method's name, its settings and how to build it.
-
-    Attributes:
-        name: as in ``algo=NAME``.
-        config: dataclass of its settings, each with a default.
-        build: settings and problem to :class:`Learner`.
-    """
-
-    name: str
-    config: type
-    build: Callable[[Any, ProblemSpec], Learner]
 
 
 def trainable(module: nn.Module) -> list[Tensor]:

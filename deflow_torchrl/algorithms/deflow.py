@@ -3,25 +3,69 @@
 
 from __future__ import annotations
 
-from typing import TypeVar, cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
-from torchrl.objectives import SoftUpdate, ValueEstimators
+from deflow_torchrl.algorithms.settings import PRECISIONS, Algorithm, CriticConfig, Need, check_positive, given
 
-from deflow_torchrl.algorithms.base import Algorithm, Learner, ProblemSpec, trainable
-from deflow_torchrl.algorithms.diagnostics import DeFlowDiagnostics
-from deflow_torchrl.algorithms.settings import DeFlowConfig
-from deflow_torchrl.modules import (
-    DeFlowActor,
-    FlowMatchingPolicy,
-    RefinementPolicy,
-    make_qvalue_networks,
-    make_refinement_network,
-    make_velocity_network,
-)
-from deflow_torchrl.modules.precision import Precision
-from deflow_torchrl.objectives import DeFlowLoss
+if TYPE_CHECKING:
+    from deflow_torchrl.algorithms.base import Learner, ProblemSpec
+    from deflow_torchrl.modules.precision import Precision
 
-_T = TypeVar("_T")
+
+@dataclass
+class DeFlowConfig(CriticConfig):
+    """Settings of DeFlow, ``algo.<name>=...``; the defaults are the paper's.
+
+    Attributes:
+        flow_steps: Euler steps M of the prior.
+        target_divergence: delta, mean-square shift per action dimension; the task's where None.
+        normalize_q_loss: scale the actor's Q term by 1 / mean|Q|.
+        divergence_reduction: ``mean`` or ``sum`` over action dimensions.
+        log_alpha_init: start of log alpha.
+        min_alpha: lower bound of alpha, none where None.
+        max_alpha: upper bound of alpha, none where None.
+        fixed_alpha: constant multiplier, none where None.
+        sampler_precision: of the matrix products that sample the prior's actions for the losses: ``highest``; ``high`` or
+            ``medium`` as in ``torch.set_float32_matmul_precision`` (TF32 on a GPU; ``medium`` is bfloat16 on a CPU that has
+            it); or ``bfloat16``. What has a gradient, acting and evaluation are always computed in full.
+    """
+
+    name: str = "deflow"
+    flow_steps: int = 10
+    target_divergence: float | None = None
+    normalize_q_loss: bool = True
+    divergence_reduction: str = "mean"
+    log_alpha_init: float = 1.0
+    min_alpha: float | None = None
+    max_alpha: float | None = None
+    fixed_alpha: float | None = None
+    sampler_precision: str = "highest"
+
+    def check(self, need: Need) -> None:
+        """As :meth:`MethodConfig.check`."""
+        super().check(need)
+        need(self.flow_steps >= 1, "algo.flow_steps", self.flow_steps, "at least 1")
+        need(
+            self.divergence_reduction in ("mean", "sum"),
+            "algo.divergence_reduction",
+            self.divergence_reduction,
+            "mean or sum",
+        )
+        check_positive(need, self, "target_divergence", "min_alpha", "max_alpha")
+        if self.min_alpha is not None and self.max_alpha is not None:
+            need(
+                self.min_alpha <= self.max_alpha,
+                "algo.min_alpha",
+                self.min_alpha,
+                f"at most algo.max_alpha={self.max_alpha}",
+            )
+        fixed = self.fixed_alpha
+        need(fixed is None or fixed >= 0, "algo.fixed_alpha", fixed, "a number >= 0")
+        bounded = self.min_alpha is not None or self.max_alpha is not None
+        need(fixed is None or not bounded, "algo.fixed_alpha", fixed, "no bounds beside a fixed alpha")
+        precision = self.sampler_precision
+        need(precision in PRECISIONS, "algo.sampler_precision", precision, f"one of {', '.join(PRECISIONS)}")
 
 
 def build_deflow(config: DeFlowConfig, problem: ProblemSpec) -> Learner:
@@ -30,6 +74,20 @@ def build_deflow(config: DeFlowConfig, problem: ProblemSpec) -> Learner:
     Raises:
         ValueError: on a setting out of range.
     """
+    from torchrl.objectives import SoftUpdate, ValueEstimators
+
+    from deflow_torchrl.algorithms.base import Learner, trainable
+    from deflow_torchrl.algorithms.diagnostics import DeFlowDiagnostics
+    from deflow_torchrl.modules import (
+        DeFlowActor,
+        FlowMatchingPolicy,
+        RefinementPolicy,
+        make_qvalue_networks,
+        make_refinement_network,
+        make_velocity_network,
+    )
+    from deflow_torchrl.objectives import DeFlowLoss
+
     sizes = (problem.observation_dim, problem.action_dim, problem.hidden_dims)
     flow = FlowMatchingPolicy(
         make_velocity_network(*sizes), problem.action_dim, config.flow_steps, out_keys=("base_action",)
@@ -39,8 +97,8 @@ def build_deflow(config: DeFlowConfig, problem: ProblemSpec) -> Learner:
     loss = DeFlowLoss(
         actor.to(problem.device),
         critics,
-        target_divergence=_given(config.target_divergence, problem.target_divergence),
-        q_aggregation=_given(config.q_aggregation, problem.q_aggregation),
+        target_divergence=given(config.target_divergence, problem.target_divergence),
+        q_aggregation=given(config.q_aggregation, problem.q_aggregation),
         normalize_q_loss=config.normalize_q_loss,
         divergence_reduction=config.divergence_reduction,
         log_alpha_init=config.log_alpha_init,
@@ -49,7 +107,7 @@ def build_deflow(config: DeFlowConfig, problem: ProblemSpec) -> Learner:
         fixed_alpha=config.fixed_alpha,
         sampler_precision=cast("Precision", config.sampler_precision),
     )
-    loss.make_value_estimator(ValueEstimators.TD0, gamma=_given(config.gamma, problem.gamma), device=problem.device)
+    loss.make_value_estimator(ValueEstimators.TD0, gamma=given(config.gamma, problem.gamma), device=problem.device)
     return Learner(
         loss=loss,
         policy=actor,
@@ -61,8 +119,4 @@ def build_deflow(config: DeFlowConfig, problem: ProblemSpec) -> Learner:
     )
 
 
-def _given(setting: _T | None, task_value: _T) -> _T:
-    return task_value if setting is None else setting
-
-
-DEFLOW = Algorithm(name="deflow", config=DeFlowConfig, build=build_deflow)
+ALGORITHM = Algorithm(name="deflow", config=DeFlowConfig, build=build_deflow)

@@ -1,44 +1,102 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""Settings of the methods, free of torch so that the command line can check them at once."""
+"""What a method is to the command line, free of torch so that settings are checked at once."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+
+from deflow_torchrl.errors import InputError
+
+if TYPE_CHECKING:
+    from deflow_torchrl.algorithms.base import Learner, ProblemSpec
+
+_T = TypeVar("_T")
+
+Need: TypeAlias = Callable[[bool, str, Any, str], None]
+"""``need(condition, name, value, expected)`` raises :class:`InputError` where the condition does not hold."""
+
+PRECISIONS = ("highest", "high", "medium", "bfloat16")
 
 
 @dataclass
-class DeFlowConfig:
-    """Settings of DeFlow, ``algo.<name>=...``; the defaults are the paper's.
+class MethodConfig:
+    """Settings every method has, ``algo.<name>=...``.
 
     Attributes:
+        name: as in ``algo=NAME``.
         lr: learning rate of the one Adam.
-        tau: share of the critics that moves into their targets at each step.
-        flow_steps: Euler steps M of the prior.
-        gamma: discount; the task's where None.
-        q_aggregation: ``mean`` or ``min`` over the target critics; the task's where None.
-        target_divergence: delta, mean-square shift per action dimension; the task's where None.
-        normalize_q_loss: scale the actor's Q term by 1 / mean|Q|.
-        divergence_reduction: ``mean`` or ``sum`` over action dimensions.
-        log_alpha_init: start of log alpha.
-        min_alpha: lower bound of alpha, none where None.
-        max_alpha: upper bound of alpha, none where None.
-        fixed_alpha: constant multiplier, none where None.
-        sampler_precision: of the matrix products that sample the prior's actions for the losses: ``highest``; ``high`` or
-            ``medium`` as in ``torch.set_float32_matmul_precision`` (TF32 on a GPU; ``medium`` is bfloat16 on a CPU that has
-            it); or ``bfloat16``. What has a gradient, acting and evaluation are always computed in full.
     """
 
-    name: str = "deflow"
+    name: str = "???"
     lr: float = 3e-4
+
+    def check(self, need: Need) -> None:
+        """Raise :class:`InputError`, by ``need``, on a setting out of range."""
+        need(self.lr > 0, "algo.lr", self.lr, "a positive number")
+
+
+@dataclass
+class CriticConfig(MethodConfig):
+    """Settings every method with a critic has; the defaults are the paper's.
+
+    Attributes:
+        tau: share of the critics that moves into their targets at each step.
+        gamma: discount; the task's where None.
+        q_aggregation: ``mean`` or ``min`` over the target critics; the task's where None.
+    """
+
     tau: float = 0.005
-    flow_steps: int = 10
     gamma: float | None = None
     q_aggregation: str | None = None
-    target_divergence: float | None = None
-    normalize_q_loss: bool = True
-    divergence_reduction: str = "mean"
-    log_alpha_init: float = 1.0
-    min_alpha: float | None = None
-    max_alpha: float | None = None
-    fixed_alpha: float | None = None
-    sampler_precision: str = "highest"
+
+    def check(self, need: Need) -> None:
+        """As :meth:`MethodConfig.check`."""
+        super().check(need)
+        need(0 < self.tau <= 1, "algo.tau", self.tau, "a number in (0, 1]")
+        need(self.gamma is None or 0 <= self.gamma < 1, "algo.gamma", self.gamma, "a number in [0, 1)")
+        need(self.q_aggregation in (None, "mean", "min"), "algo.q_aggregation", self.q_aggregation, "mean or min")
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """A method's name, its settings and how to build it.
+
+    Attributes:
+        name: as in ``algo=NAME``.
+        config: dataclass of its settings, each with a default; a :class:`MethodConfig`.
+        build: settings and problem to :class:`~deflow_torchrl.algorithms.base.Learner`.
+    """
+
+    name: str
+    config: type[Any]
+    build: Callable[[Any, ProblemSpec], Learner]
+
+
+def given(setting: _T | None, task_value: _T) -> _T:
+    """The setting, or the task's value where it is None."""
+    return task_value if setting is None else setting
+
+
+def needed(setting: _T | None, name: str) -> _T:
+    """A setting that only a task or the user can give.
+
+    Raises:
+        InputError: where it is None.
+    """
+    if setting is None:
+        raise InputError(f"algo.{name} has no value: this task names none, so give one")
+    return setting
+
+
+def check_positive(need: Need, config: MethodConfig, *names: str, optional: bool = True) -> None:
+    """Each of these settings is a positive number, or None where ``optional``."""
+    for name in names:
+        value = getattr(config, name)
+        need(
+            (optional and value is None) or (value is not None and value > 0),
+            f"algo.{name}",
+            value,
+            "a positive number",
+        )

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase, TensorDictParams
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torchrl.objectives.common import LossModule
+from torchrl.objectives.utils import TargetNetUpdater
 
 from deflow_torchrl.errors import InputError, NonFiniteLossError
-from deflow_torchrl.trainers.targets import soft_pairs
-from deflow_torchrl.trainers.update import UpdateStep
+from deflow_torchrl.trainers.targets import due, move_softly, soft_pairs
+from deflow_torchrl.trainers.update import UpdateStep, total
 
 _COUNT = "step"  # of an optimiser's state of a parameter: the one entry that is no tensor of the parameter's shape
 _ATTRIBUTE = " (of the loss)"
@@ -74,7 +75,7 @@ class StackedUpdate:
         terms = torch.stack([out[name] for name in self._names])
         self.optimizer.zero_grad()
         # The terms of a seed depend on its parameters alone: the gradient of the sum holds every seed's own.
-        terms.sum().backward()
+        total(terms, self._names, self.updates[0].learner.term_periods, self._count).backward()
         self._step_targets()  # before the optimiser, as in UpdateStep
         self.optimizer.step()
         if len(self.optimizer.state) != len(self._counts):
@@ -156,12 +157,17 @@ class StackedUpdate:
         return [self._stack[id(target)] for target in targets], [self._stack[id(source)].data for source in sources]
 
     def _step_targets(self) -> None:
+        learner = self.updates[0].learner
+        updater: Any = learner.target_updater
+        if updater is None:
+            return
         if self._targets is None:
             for update in self.updates:
-                update.learner.target_updater.step()
+                cast("TargetNetUpdater", update.learner.target_updater).step()
         else:
-            updater: Any = self.updates[0].learner.target_updater
-            torch._foreach_lerp_(*self._targets, 1 - updater.eps)
+            weight = 1 - updater.eps
+            period = learner.target_period
+            move_softly(*self._targets, weight if period == 1 else weight * due(self._count, period))
 
     def _gather_optimizer(self) -> None:
         optimizer = self.updates[0].optimizer
@@ -279,6 +285,7 @@ def _description(update: UpdateStep) -> dict[str, Any]:
         **_constants_of(loss),
         "target updater": type(updater).__name__,
         "target updater's rate": getattr(updater, "eps", None),
+        "periods": (dict(update.learner.term_periods), update.learner.target_period),
         "optimiser": type(update.optimizer).__name__,
     }
     for name, tensor in _state_of(loss).items():

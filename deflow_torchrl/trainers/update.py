@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from deflow_torchrl.algorithms.base import Learner
 from deflow_torchrl.errors import InputError, NonFiniteLossError
-from deflow_torchrl.trainers.targets import target_mover
+from deflow_torchrl.trainers.targets import due, target_mover
 
 
 class UpdateStep:
@@ -37,9 +38,9 @@ class UpdateStep:
         self.optimizer = torch.optim.Adam(
             [dict(group) for group in learner.param_groups], fused=True, capturable=self._device.type == "cuda"
         )
-        self._mover = (learner.target_updater, target_mover(learner.target_updater))
         self.step = 0
         self._count = torch.zeros((), dtype=torch.int64, device=self._device)
+        self._mover = (learner.target_updater, self._make_mover())
         self._watch_losses()
         self._losses = torch.compile(self._compute, fullgraph=True) if compile_loss else self._compute
 
@@ -60,7 +61,7 @@ class UpdateStep:
         out = self._losses(batch)
         terms = torch.stack([out.get(name) for name in self._names])
         self.optimizer.zero_grad()
-        terms.sum().backward()
+        total(terms, self._names, self.learner.term_periods, self._count).backward()
         # The order of the authors' code: targets move towards the critics of before this step (one step's lag). In the
         # other order the losses leave the reference's by some 1e-3 within eight updates at the paper's sizes.
         self._move_targets()
@@ -72,8 +73,12 @@ class UpdateStep:
     def _move_targets(self) -> None:
         updater = self.learner.target_updater
         if self._mover[0] is not updater:
-            self._mover = (updater, target_mover(updater))
+            self._mover = (updater, self._make_mover())
         self._mover[1]()
+
+    def _make_mover(self) -> Callable[[], None]:
+        learner = self.learner
+        return target_mover(learner.target_updater, period=learner.target_period, count=self._count)
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that a call changes in place, but for the optimiser's own and the gradients."""
@@ -173,3 +178,11 @@ class UpdateStep:
     def _constants(self) -> dict[str, Tensor]:
         """The loss's buffers that are settings; those of networks are state."""
         return {name: buffer for name, buffer in self.learner.loss.named_buffers() if "_params." not in name}
+
+
+def total(terms: Tensor, names: Sequence[str], periods: Mapping[str, int], count: Tensor) -> Tensor:
+    """What an update minimises: the sum of the terms ``[T, ...]`` that count at this update (``Learner.term_periods``)."""
+    if periods:
+        weights = [due(count, periods[name]) if name in periods else 1.0 for name in names]
+        terms = torch.stack([term * weight for term, weight in zip(terms, weights, strict=True)])
+    return terms.sum()

@@ -6,7 +6,7 @@ from typing import get_args
 import pytest
 import torch
 
-from deflow_torchrl.config import PRECISIONS
+from deflow_torchrl.algorithms.settings import PRECISIONS
 from deflow_torchrl.modules.precision import Precision, matmul_precision
 from tests.conftest import make_batch, make_loss
 

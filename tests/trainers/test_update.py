@@ -3,7 +3,7 @@ import torch
 
 from deflow_torchrl.algorithms import ALGORITHMS, DeFlowConfig, get_algorithm
 from deflow_torchrl.algorithms.base import ProblemSpec
-from deflow_torchrl.config import ALGORITHM_CONFIGS
+from deflow_torchrl.config import compose_config
 from deflow_torchrl.errors import InputError, NonFiniteLossError
 from deflow_torchrl.trainers import UpdateStep
 from tests.conftest import ACTION_DIM, OBSERVATION_DIM, make_batch, total
@@ -194,7 +194,15 @@ def test_after_freezing_a_non_finite_loss_names_the_right_term():
         update(bad)
 
 
-def test_every_method_has_its_settings_in_the_schema_of_the_command_line():
-    assert {name: algorithm.config for name, algorithm in ALGORITHMS.items()} == ALGORITHM_CONFIGS
+@pytest.mark.parametrize("name", list(ALGORITHMS))
+def test_every_method_has_its_settings_in_the_schema_of_the_command_line(name):
+    config = compose_config(["task=cube-single-play-singletask-task2-v0", f"algo={name}", "algo.lr=0.5"])
+    assert config.algo == ALGORITHMS[name].config(lr=0.5)
+    assert config.algo.name == name
+
+
+def test_an_unknown_method_is_refused_with_the_nearest_names():
+    with pytest.raises(InputError, match="unknown method 'deflw'; did you mean deflow"):
+        get_algorithm("deflw")
     with pytest.raises(InputError, match="unknown method"):
         get_algorithm("nonsense")

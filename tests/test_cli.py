@@ -302,12 +302,17 @@ def test_wrong_settings_are_refused_with_a_hint(overrides, message):
 
 @pytest.mark.parametrize(
     "values",
-    [{}, {"algo": None}, {"task": "x", "algo": {"name": "deflow"}, "batch_size": "abc"}, {"task": "x", "algo": {"name": "y"}},
+    [{}, {"algo": None}, {"task": "x", "algo": {"name": "deflow"}, "batch_size": "abc"},
      {"task": "x", "algo": {"name": "deflow", "lr": "fast"}}, None],
 )  # fmt: skip
 def test_edited_run_settings_are_refused(values):
     with pytest.raises(InputError, match="do not fit"):
         config_from_dict(values)
+
+
+def test_run_settings_of_an_unknown_method_are_refused_by_its_name():
+    with pytest.raises(InputError, match="unknown method 'deflov'; did you mean deflow"):
+        config_from_dict({"task": "x", "algo": {"name": "deflov"}})
 
 
 def test_settings_survive_the_run_folder():

@@ -44,8 +44,8 @@ def make_actor(observation_dim=OBSERVATION_DIM, action_dim=ACTION_DIM, hidden=HI
     return DeFlowActor(flow, RefinementPolicy(refinement, action_dim, low=-1.0, high=1.0))
 
 
-def make_flow() -> FlowMatchingPolicy:
-    return FlowMatchingPolicy(make_velocity_network(OBSERVATION_DIM, ACTION_DIM, HIDDEN), ACTION_DIM)
+def make_flow(num_steps=10) -> FlowMatchingPolicy:
+    return FlowMatchingPolicy(make_velocity_network(OBSERVATION_DIM, ACTION_DIM, HIDDEN), ACTION_DIM, num_steps)
 
 
 def make_one_step() -> OneStepPolicy:

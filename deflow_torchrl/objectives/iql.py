@@ -2,13 +2,11 @@
 """Implicit Q-learning as FQL's comparison runs it: IQL's values, and advantage-weighted regression of a unit Gaussian.
 
 TorchRL 0.14.1 has an ``IQLLoss``. On equal networks, with ``loss_function="l2"``, its ``loss_value`` and ``loss_qvalue`` are
-those of here (``tests/objectives/test_iql.py`` holds them against each other), and so is its ``loss_actor`` as long as targets
-and critics are equal. It is not reused because of what no setting of it changes:
+those of here, and so is its ``loss_actor`` as long as targets and critics are equal: a test holds them against each other
+(``tests/objectives/test_golden_values.py``). It is not reused because of what no setting of it changes, each seen in that test:
   1. Its weights exp(temperature (min_j Q_j - V)) take the *target* critics; the reference's take the online ones.
-  2. ``loss_qvalue`` selects its inputs and loses a mask with them: padding counts, and a NaN there reaches the gradients.
-  3. The priority it writes is the squared TD error, and ``forward`` adds ``sample_log_prob`` to the caller's batch.
-  4. Its actor is a probabilistic module whose distribution checks its arguments, which does not go through ``torch.vmap`` over
-     stacked seeds.
+  2. ``loss_qvalue`` selects its inputs and loses a mask with them: padding counts, and a NaN there makes the loss one.
+  3. The priority it writes is the squared TD error, and ``forward`` adds the policy's entries to the caller's batch.
 """
 
 from __future__ import annotations

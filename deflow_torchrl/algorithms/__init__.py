@@ -11,6 +11,10 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from deflow_torchrl.algorithms.base import Learner as Learner
     from deflow_torchrl.algorithms.base import ProblemSpec as ProblemSpec
     from deflow_torchrl.algorithms.deflow import DeFlowConfig as DeFlowConfig
+    from deflow_torchrl.algorithms.fawac import FAWACConfig as FAWACConfig
+    from deflow_torchrl.algorithms.fbrac import FBRACConfig as FBRACConfig
+    from deflow_torchrl.algorithms.flow_bc import FlowBCConfig as FlowBCConfig
+    from deflow_torchrl.algorithms.fql import FQLConfig as FQLConfig
     from deflow_torchrl.algorithms.registry import ALGORITHMS as ALGORITHMS
     from deflow_torchrl.algorithms.registry import get_algorithm as get_algorithm
     from deflow_torchrl.algorithms.registry import register_algorithm as register_algorithm
@@ -28,6 +32,10 @@ _EXPORTS = {
     "get_algorithm": ".registry",
     "register_algorithm": ".registry",
     "DeFlowConfig": ".deflow",
+    "FAWACConfig": ".fawac",
+    "FBRACConfig": ".fbrac",
+    "FQLConfig": ".fql",
+    "FlowBCConfig": ".flow_bc",
 }
 __all__ = list(_EXPORTS)
 __getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)

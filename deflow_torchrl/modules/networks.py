@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""The paper's networks: one MLP shape for the velocity, the refinement and the critics.
+"""The paper's networks: one MLP shape for the velocity, the refinement, the one-step policy and the critics.
 
 Each hidden layer is ``Linear -> tanh-GELU`` (critics add ``LayerNorm`` with eps 1e-6 *after* the activation), the output is
 a plain ``Linear``; weights are Xavier-uniform and biases zero. Width and depth are 4 x 512 in every experiment of the paper.
@@ -186,6 +186,13 @@ def make_refinement_network(
     observation_dim: int, action_dim: int, hidden_dims: Sequence[int] = PAPER_HIDDEN_DIMS
 ) -> nn.Sequential:
     """Refinement f_phi: ``cat([s, base_action], -1)`` to an unbounded shift ``[..., A]`` (no tanh, no small last layer)."""
+    return make_mlp(observation_dim + action_dim, action_dim, hidden_dims, layer_norm=False)
+
+
+def make_one_step_network(
+    observation_dim: int, action_dim: int, hidden_dims: Sequence[int] = PAPER_HIDDEN_DIMS
+) -> nn.Sequential:
+    """FQL's one-step policy mu: ``cat([s, z], -1)`` to an unbounded action ``[..., A]`` (no tanh, no small last layer)."""
     return make_mlp(observation_dim + action_dim, action_dim, hidden_dims, layer_norm=False)
 
 

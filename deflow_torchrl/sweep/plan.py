@@ -375,8 +375,8 @@ def _check_engine(plan: SweepPlan, options: Mapping[str, str]) -> None:
         assert cell.config is not None
         if plan.stacked == "true" and not can_stack(cell.config):
             raise InputError(
-                f"stacked=true: {cell.name} cannot train its seeds together (online_steps, compile=true, logger=wandb or mlflow); "
-                "leave stacked off"
+                f"stacked=true: {cell.name} cannot train its seeds together (online_steps, compile=true, logger=wandb or "
+                "mlflow); leave stacked off"
             )
 
 

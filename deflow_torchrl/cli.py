@@ -125,6 +125,13 @@ def demo(
 @_verb
 def train(
     settings: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="Settings, as in Hydra.")] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            metavar="paper|released",
+            help="Where paper and authors' code disagree: what is printed, or what the code does. [default: docs/tasks.md]",
+        ),
+    ] = None,
     json_: _JSON = False,
 ) -> None:
     """Train a method on a data set, then online: deflow train task=NAME [online_steps=N] [KEY=VALUE...]
@@ -135,7 +142,11 @@ def train(
     seeds=[0,1,2] trains a run for each of these seeds, all at once in this process and offline, into OUT/seed0, OUT/seed1...;
     deflow resume OUT goes on with all of them, deflow eval OUT/seed0 evaluates one.
 
-    Settings: task, env, algo (deflow), seed or seeds, offline_steps, batch_size, hidden_dims=[256,256], log_interval,
+    What is not given is the task's (deflow tasks lists the paper's): offline_steps, eval_interval, eval_episodes, hidden_dims,
+    and of the method what the paper chooses for each task. preset=paper or preset=released, as --preset, decides where the
+    paper and its authors' code disagree; settings that are given are as given (docs/tasks.md).
+
+    Settings: task, env, algo (deflow), preset, seed or seeds, offline_steps, batch_size, hidden_dims=[256,256], log_interval,
     eval_interval, eval_episodes, save_interval, data_root, download, storage (device, memmap), out, device, compile, kernels,
     threads, eval_workers, logger (none, wandb, tensorboard, mlflow).
 
@@ -143,15 +154,21 @@ def train(
     freeze_prior (with base_actions of each state in a bank), mixing (uniform, balanced, annealed) with offline_fraction and
     anneal_steps, online_capacity, overwrite (online, fifo), collector_workers with steps_per_collection, max_fault_share.
 
-    Settings of the method: algo.lr, algo.tau, algo.flow_steps, algo.gamma, algo.q_aggregation, algo.target_divergence,
-    algo.normalize_q_loss, algo.divergence_reduction, algo.log_alpha_init, algo.min_alpha, algo.max_alpha,
-    algo.fixed_alpha. Defaults are the paper's; gamma, q_aggregation and target_divergence are the task's.
+    Settings of the method: algo.lr, with critics algo.tau, algo.gamma and algo.q_aggregation; of DeFlow algo.flow_steps,
+    algo.target_divergence, algo.normalize_q_loss, algo.divergence_reduction, algo.log_alpha_init, algo.min_alpha,
+    algo.max_alpha, algo.fixed_alpha, algo.square_fixed_alpha, algo.sampler_precision. A wrong one lists those of its method.
+    Defaults are the paper's; gamma, q_aggregation, target_divergence and what Table 6 has for other methods are the task's.
 
     Example: deflow train task=cube-single-play-singletask-task2-v0 seed=1 offline_steps=200000 online_steps=50000 out=runs/cube
     """
     from deflow_torchrl.config import compose_config
 
-    config = compose_config(settings or [])
+    settings = settings or []
+    if preset is not None:
+        if any(setting.startswith("preset=") for setting in settings):
+            raise InputError("give --preset or preset=, not both")
+        settings = [*settings, f"preset={preset}"]
+    config = compose_config(settings)
     if config.seeds is not None:
         from deflow_torchrl.group import train_group
 
@@ -412,6 +429,34 @@ def sweep(
         print(json.dumps(summary))
     if summary["failed"]:
         raise SystemExit(EXIT_FAILED)
+
+
+@app.command()
+@_verb
+def tasks(
+    family: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="A family or several: cube, cube-single, antmaze, d4rl... [default: all]"),
+    ] = None,
+    setting: Annotated[
+        str | None, typer.Option(metavar="offline|offline_to_online", help="One setting. [default: both]")
+    ] = None,
+    json_: _JSON = False,
+) -> None:
+    """List the paper's tasks, 73 offline and 15 offline to online, with the protocol and the values of each (docs/tasks.md).
+
+    All numbers are the paper's, not results of this package. deflow train takes its defaults from them. With --json the last
+    line has every field, of methods that this package does not train too.
+
+    Example: deflow tasks --family cube
+    """
+    from deflow_torchrl.tasks.listing import list_tasks
+    from deflow_torchrl.tasks.paper import SETTINGS, paper_tasks
+
+    found = {name: paper_tasks(name, family) for name in ([setting] if setting is not None else SETTINGS)}
+    print("\n\n".join(list_tasks(name, listed) for name, listed in found.items()))
+    if json_:
+        print(json.dumps({name: [task.as_dict() for task in listed] for name, listed in found.items()}))
 
 
 @data.command("download")

@@ -17,7 +17,15 @@ from torchrl.envs import DeviceCastTransform
 
 from deflow_torchrl.algorithms import Learner, get_algorithm
 from deflow_torchrl.algorithms.base import ProblemSpec
-from deflow_torchrl.config import TrainConfig, apply_overrides, config_from_dict, config_to_dict, default_out
+from deflow_torchrl.config import (
+    SettledConfig,
+    TrainConfig,
+    apply_overrides,
+    config_from_dict,
+    config_to_dict,
+    default_out,
+    with_task_defaults,
+)
 from deflow_torchrl.data import OfflineOnlineReplayBuffer, TransitionDataset, TransitionReplayBuffer
 from deflow_torchrl.data.base_actions import BaseActionBank
 from deflow_torchrl.envs.factory import make_gym_env
@@ -71,7 +79,7 @@ def train(
     """Train and evaluate a new run and leave its folder.
 
     Args:
-        config: the settings.
+        config: the settings; those that are None and the task's are filled in.
 
     Keyword Args:
         command: the command line, for the record.
@@ -91,9 +99,9 @@ def train(
         raise InputError("a run has one seed; several are trained by deflow_torchrl.group.train_group")
     out = default_out(config) if config.out is None else Path(config.out)
     check_free(out)
-    config = resumable_from_anywhere(replace(config, out=str(out)))
+    settled = resumable_from_anywhere(replace(with_task_defaults(config), out=str(out)))
     run = Run(
-        config,
+        settled,
         out,
         commands=[command],
         extra_seconds=extra_seconds,
@@ -226,7 +234,7 @@ class LoadedRun:
         device: where they are.
     """
 
-    config: TrainConfig
+    config: SettledConfig
     final_episodes: int | None
     task: Task
     checkpoint: Path
@@ -361,7 +369,7 @@ class Run:
 
     def __init__(
         self,
-        config: TrainConfig,
+        config: SettledConfig,
         out: Path,
         *,
         commands: Sequence[str],
@@ -724,7 +732,7 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _build(config: TrainConfig, observation_dim: int, action_dim: int, device: torch.device) -> Learner:
+def _build(config: SettledConfig, observation_dim: int, action_dim: int, device: torch.device) -> Learner:
     task = _task(config)
     problem = ProblemSpec(
         observation_dim=observation_dim,
@@ -738,7 +746,7 @@ def _build(config: TrainConfig, observation_dim: int, action_dim: int, device: t
     return get_algorithm(config.algo.name).build(config.algo, problem)
 
 
-def resumable_from_anywhere(config: TrainConfig) -> TrainConfig:
+def resumable_from_anywhere(config: SettledConfig) -> SettledConfig:
     """The settings with absolute paths of data."""
     prefix, _, folder = config.task.partition(":")
     if prefix == "own":

@@ -3,7 +3,15 @@
 
 from __future__ import annotations
 
-from deflow_torchrl.tasks.paper import PaperTask, families, family_groups, paper_task, paper_tasks
+from deflow_torchrl.tasks.paper import (
+    PaperTask,
+    families,
+    family_groups,
+    paper_settings,
+    paper_task,
+    paper_tasks,
+    usual_protocol,
+)
 from deflow_torchrl.tasks.registry import Task, d4rl_task_names, get_task, ogbench_dataset_name, ogbench_task_names
 
 __all__ = [
@@ -15,6 +23,8 @@ __all__ = [
     "get_task",
     "ogbench_dataset_name",
     "ogbench_task_names",
+    "paper_settings",
     "paper_task",
     "paper_tasks",
+    "usual_protocol",
 ]

@@ -144,6 +144,19 @@ def paper_task(name: str, setting: str = "offline") -> PaperTask | None:
     return _by_task()[setting].get(_key(get_task(name)))
 
 
+def paper_settings(method: str) -> list[str]:
+    """The settings of a method that the paper chooses for each task (those of its Table 6)."""
+    return list(dict.fromkeys(name for task in paper_tasks("offline") for name in task.hyperparameters.get(method, {})))
+
+
+def usual_protocol() -> dict[str, Any]:
+    """How a task outside the paper is trained and evaluated: as OGBench's states."""
+    table = read_table("paper.json")
+    protocol = table["protocols"]["ogbench-state"]
+    names = ("offline_steps", "eval_interval", "eval_episodes")
+    return {name: protocol[name] for name in names} | {"hidden_dims": list(table["hidden_dims"])}
+
+
 def _near(name: str, names: list[str]) -> str:
     near = difflib.get_close_matches(name, names, n=3)
     return f"did you mean {', '.join(near)}?" if near else f"there are {', '.join(names)}"

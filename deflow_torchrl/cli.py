@@ -319,6 +319,63 @@ def export(
 
 @app.command()
 @_verb
+def landscape(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder of a method with critics.")],
+    second: Annotated[
+        Path | None, typer.Argument(metavar="RUN2", help="Run of the same task whose samples are shown too.")
+    ] = None,
+    *,
+    state: Annotated[int, typer.Option("--state", metavar="INDEX", help="Which transition of the training data.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help=".png or .svg, overwritten. [default: RUN/landscape-stateINDEX.png]"),
+    ] = None,
+    dims: Annotated[
+        str | None, typer.Option(metavar="I,J", help="Two action dimensions, the others at the base samples' mean.")
+    ] = None,
+    principal: Annotated[
+        bool, typer.Option("--principal", help="The base samples' two leading principal directions; the default.")
+    ] = False,
+    samples: Annotated[int, typer.Option(min=2, max=4096, help="Actions of each policy.")] = 256,
+    neighbours: Annotated[
+        int, typer.Option(min=2, max=4096, help="Nearest states of the data whose actions are shown.")
+    ] = 64,
+    seed: Annotated[int, typer.Option(min=0, max=2**31, help="Seed of the noise.")] = 0,
+    json_: _JSON = False,
+) -> None:
+    """Draw Q over a slice of actions at one state of the data, with where the data's and the policies' actions lie in it.
+
+    As Figure 2 of the paper: base samples, arrows to the refined ones, and with RUN2 a second method's. What the picture
+    suggests is printed in numbers (docs/landscape.md): mean Q by RUN's critics; root-mean-square distance per dimension to the
+    5 nearest of the data's actions, and the share of actions further away than 95% of those are from each other; the effective
+    number of modes.
+
+    Example: deflow landscape runs/cube-deflow runs/cube-fql --state 1000 --out landscape.svg
+    """
+    from deflow_torchrl.landscape import draw_landscape
+
+    if dims is not None and principal:
+        raise InputError("give --dims or --principal, not both")
+    if dims is not None and not re.fullmatch(r"\d+,\d+", dims):
+        raise InputError(f"--dims {dims}: write two action dimensions, for example 0,1")
+    first, _, other = (dims or "").partition(",")
+    result = draw_landscape(
+        run,
+        second,
+        state=state,
+        out=out,
+        dims=None if dims is None else (int(first), int(other)),
+        samples=samples,
+        neighbours=neighbours,
+        seed=seed,
+    )
+    _print_landscape(result)
+    if json_:
+        print(json.dumps(result))
+
+
+@app.command()
+@_verb
 def sweep(
     settings: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="The sweep's settings, then those of its runs.")
@@ -799,6 +856,21 @@ def _print_evaluations(evaluations: dict[str, Any], metric: str) -> None:
         parts += [f"normalised score {outcome['mean_score']:.1f}"] if "mean_score" in outcome else []
         parts += [f"return {outcome['mean_return']:.1f}"] if metric == "return" else []
         print(f"{name}: {', '.join(parts)} over {outcome['episodes']} episodes")
+
+
+def _print_landscape(result: dict[str, Any]) -> None:
+    print(f"{result['task']}, state {result['state']} of the data; {result['method']} at step {result['step']}")
+    width = max(len(group["label"]) for group in result["samples"].values())
+    print(f"{'':{width}}  number   mean Q  distance to data (max)  outside  effective modes")
+    for group in result["samples"].values():
+        far = group["distance_to_data"]
+        print(
+            f"{group['label']:{width}}  {group['number']:6}  {group['mean_q']:7.4g}  {far['mean']:16.3f} ({far['max']:.2f})"
+            f"  {group['outside_data']:7.0%}  {group['effective_modes']:15.1f}"
+        )
+    if result["refinement_rms"] is not None:
+        print(f"the refinement shifts an action dimension by {result['refinement_rms']:.3f} (root mean square)")
+    print(f"{result['file']}")
 
 
 def _print_comparison(compared: dict[str, Any]) -> None:

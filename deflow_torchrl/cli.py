@@ -14,6 +14,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -149,7 +150,7 @@ def train(
 
     Example: deflow train task=cube-single-play-singletask-task2-v0 seed=1 offline_steps=200000 online_steps=50000 out=runs/cube
     """
-    from deflow_torchrl.config import compose_config
+    from deflow_torchrl.config import compose_config, default_out
 
     config = compose_config(settings or [])
     if config.seeds is not None:
@@ -159,7 +160,8 @@ def train(
         return
     from deflow_torchrl.experiment import train as run_training
 
-    _print_record(run_training(config, command=_command()), json_)
+    config = replace(config, out=config.out or str(default_out(config)))
+    _print_record(run_training(config, command=_command()), str(config.out), json_)
 
 
 @app.command()
@@ -194,7 +196,7 @@ def resume(
         _print_group(summary, json_)
         return
     record = resume_training(run, command=_command(), overrides=settings or [], force=force, step=step)
-    _print_record(record, json_)
+    _print_record(record, str(run), json_)
 
 
 @app.command("eval")
@@ -664,10 +666,9 @@ def _families_by_value(divergences: dict[str, float]) -> dict[float, list[str]]:
     return families
 
 
-def _print_record(record: dict[str, Any], as_json: bool) -> None:
+def _print_record(record: dict[str, Any], out: str, as_json: bool) -> None:
     from deflow_torchrl.reports.records import summarize
 
-    out = record["config"]["out"]
     _print_evaluations(record["evaluations"], record["metric"])
     print(f"Report: {Path(out) / 'report.html'}")
     if as_json:

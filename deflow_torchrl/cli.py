@@ -883,7 +883,7 @@ def _check_reports(files: list[Path], *, write: bool, as_json: bool) -> None:
     for outcome in outcomes:
         if write and outcome.differences:
             write_file(outcome)
-        if not outcome.blocks + outcome.values:
+        if not (outcome.blocks or outcome.values or outcome.differences):
             print(f"{outcome.file}: no marker, nothing was checked")
     left = (
         [difference for path in outcomes for difference in check_file(path.file).differences] if write else differences

@@ -237,11 +237,11 @@ def draw_outcomes(
         steps, means, lows, highs = zip(*points, strict=True)
         (line,) = axis.plot(steps, means, marker="o", markersize=4, label=label)
         axis.fill_between(steps, lows, highs, color=line.get_color(), alpha=0.2, linewidth=0)
-    _, heading, unit = _OUTCOMES[metric]
+    _, heading, _ = _OUTCOMES[metric]
     if metric == "success":
         axis.set_ylim(-0.03, 1.03)
     _mark_boundary(axis, boundary)
-    axis.set(xlabel=_steps(boundary is not None), ylabel=f"{heading}: {unit}" if metric == "success" else heading)
+    axis.set(xlabel=_steps(boundary is not None), ylabel=heading)
     axis.grid(alpha=0.3)
     axis.legend(loc="best", fontsize="small")
     return _png(figure)

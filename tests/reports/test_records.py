@@ -142,6 +142,8 @@ def test_without_git_or_gpu_the_entries_are_null(monkeypatch):
 
 
 def test_the_commit_outside_a_checkout_is_what_the_environment_says(monkeypatch, tmp_path):
+    from deflow_torchrl.reports import records
+
     monkeypatch.setattr(records, "__file__", str(tmp_path / "deflow_torchrl" / "reports" / "records.py"))
     monkeypatch.delenv("DEFLOW_COMMIT", raising=False)
     assert records.git_commit() is None

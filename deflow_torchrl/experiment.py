@@ -405,14 +405,14 @@ class Run:
         with self.history.timed("load_data"):
             self.data = self._load() if data is None else data
             dataset, validation = self.data.train, self.data.validation
-            self.buffer = self._union(dataset) if config.online_steps else self._buffer(dataset)
-            self.validation = None if validation is None else self._buffer(validation)
             self.reward_bound = float(dataset.reward.abs().max())
             self.reward_shift = float(dataset.about.get("reward_shift", 0.0))
             self.references = reference_returns(self.task)
-        sample = self.buffer[:1]
         seed_generators(config.seed)
-        self.learner = _build(config, sample["observation"].shape[-1], sample["action"].shape[-1], self.device)
+        self.learner = _build(config, dataset.observation.shape[-1], dataset.action.shape[-1], self.device)
+        with self.history.timed("load_data"):
+            self.buffer = self._union(dataset) if config.online_steps else self._buffer(dataset)
+            self.validation = None if validation is None else self._buffer(validation)
         if self.learner.diagnostics is not None:  # a few thousand rows of a set that may not fit into memory
             rows = torch.linspace(0, len(dataset) - 1, min(len(dataset), _DIAGNOSED_TRANSITIONS)).round().long()
             self.learner.diagnostics.use_data(dataset[rows])
@@ -535,7 +535,7 @@ class Run:
             return None  # one that counts its steps in Python would be recorded at one of them
         return GraphedUpdate(
             update,
-            functools.partial(data.draw, *shape, config.batch_size),
+            functools.partial(data.draw, *shape, config.batch_size, next_action=self.learner.next_action),
             updates_per_replay=config.updates_per_replay,
             self_check=config.self_check,
         )
@@ -545,7 +545,9 @@ class Run:
         return self._buffer(self.data.train, number=number)
 
     def _buffer(self, dataset: TransitionDataset, *, number: int = 1) -> TransitionReplayBuffer:
-        buffer = TransitionReplayBuffer(dataset, batch_size=number * self.config.batch_size)
+        buffer = TransitionReplayBuffer(
+            dataset, batch_size=number * self.config.batch_size, next_action=self.learner.next_action
+        )
         if dataset.device != self.device:
             buffer.append_transform(DeviceCastTransform(self.device))
         return buffer
@@ -566,6 +568,8 @@ class Run:
             overwrite=cast("Any", config.overwrite),
             batch_size=config.batch_size,
             device=self.device,
+            next_action=self.learner.next_action,
+            online_stride=max(config.collector_workers, 1),
         )
 
     def _online_phase(self) -> OnlinePhase:

@@ -237,14 +237,20 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, message, capsys, monke
     assert len(printed.err.strip().splitlines()) == 1
 
 
-def test_a_run_folder_holds_every_value(generated, tmp_path, capsys, monkeypatch):
-    out = tmp_path / "run"
-    code, printed = deflow(
-        capsys, monkeypatch, "train", f"task={CUBE}", "offline_steps=2", "eval_episodes=1", "eval_interval=0", "hidden_dims=[8]",
-        "batch_size=4", "eval_workers=1", f"data_root={generated}", f"out={out}", "--preset", "released",
-    )  # fmt: skip
+def test_a_run_folder_holds_every_value_and_resumes_with_them(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("gymnasium", reason="needs gymnasium's pendulum")
+    from tests.killable import record_pendulum
+    from tests.test_resume import undrawn
+
+    undrawn(monkeypatch)
+    task, out = record_pendulum(tmp_path, episodes=2), tmp_path / "run"
+    small = ["offline_steps=2", "hidden_dims=[8]", "batch_size=4", "save_interval=1"]
+    code, printed = deflow(capsys, monkeypatch, "train", f"task={task}", *small, f"out={out}", "--preset", "released")
     assert code == 0, printed.err
     kept = yaml.safe_load((out / "config.yaml").read_text())["config"]
-    assert (kept["preset"], kept["overwrite"]) == ("released", "fifo")
-    assert (kept["algo"]["gamma"], kept["algo"]["target_divergence"]) == (0.99, 0.001)
-    assert json.loads((out / "record.json").read_text())["config"]["algo"]["q_aggregation"] == "mean"
+    assert (kept["preset"], kept["overwrite"], kept["eval_interval"]) == ("released", "fifo", 100_000)
+    algo = {"gamma": 0.99, "q_aggregation": "mean", "target_divergence": 0.001, "square_fixed_alpha": True}
+    assert algo.items() <= kept["algo"].items()
+    assert algo.items() <= json.loads((out / "record.json").read_text())["config"]["algo"].items()
+    code, printed = deflow(capsys, monkeypatch, "resume", str(out), "--step", "1")
+    assert code == 0, printed.err

@@ -72,8 +72,8 @@ def estimate_costs(plan: SweepPlan, *, show_progress: bool = True) -> dict[str, 
 
     Returns:
         ``cells`` (task, algo, seeds, how many of them are done, steps of each, folder, updates a second, hours still to go),
-        ``jobs``, their number, ``left_out`` (cell -> why it cannot be trained), ``speeds``, ``at_once``, ``threads`` (of a job), ``core_hours`` and ``wall_hours`` (as
-        if all ran on this machine, ``at_once`` jobs together).
+        ``jobs``, their number, ``left_out`` (cell -> why it cannot be trained), ``speeds``, ``at_once``, ``threads`` (of a job),
+        ``core_hours`` and ``wall_hours`` (as if all ran on this machine, ``at_once`` jobs together).
 
     Raises:
         InputError: if a folder holds runs of other settings, or an environment or data set that is needed for its sizes cannot
@@ -138,7 +138,8 @@ def describe_costs(estimate: dict[str, Any]) -> str:
     lines += [
         f"{len(estimate['cells'])} cells, {estimate['jobs']} jobs; {len(estimate['left_out'])} cells left out",
         f"updates a second: of {measured} kinds of update measured here just now, of {records} from records in {estimate['out']}",
-        f"{estimate['core_hours']:,.1f} core hours; {wall} on this machine, {estimate['at_once']} jobs of {threads} threads at once",
+        f"{estimate['core_hours']:,.1f} core hours; {wall} on this machine, {estimate['at_once']} jobs at once, threads of each: "
+        f"{threads}",
         "hours are of one job's threads, and of updates alone: evaluations and environment steps come on top",
     ]
     return "\n".join(lines)

@@ -119,11 +119,15 @@ def check_folder(job: Job) -> None:
     """Raise InputError if the job's folder holds something of other settings."""
     from deflow_torchrl.experiment import CONFIG_FILE, GROUP_FILE, read_settings
 
-    path = Path(job.out) / (GROUP_FILE if job.stacked else CONFIG_FILE)
-    if path.is_file():
-        # What earlier versions left open is filled in by reading it.
-        saved = config_to_dict(config_from_dict(read_settings(path)["config"]))
-        _check_same(path, saved, job.config)
+    wanted = {Path(job.out) / (GROUP_FILE if job.stacked else CONFIG_FILE): job.config}
+    if job.stacked:  # a finished group's runs may have gone on by themselves since
+        for seed, folder in zip(job.seeds, job.folders, strict=True):
+            wanted[folder / CONFIG_FILE] = {**job.config, "seed": seed, "seeds": None}
+    for path, config in wanted.items():
+        if path.is_file():
+            # What earlier versions left open is filled in by reading it.
+            saved = config_to_dict(config_from_dict(read_settings(path)["config"]))
+            _check_same(path, saved, config)
 
 
 def run_job(job: Job, *, show_progress: bool = False) -> Outcome:
@@ -208,8 +212,9 @@ def _jobs_of(plan: SweepPlan, cell: Cell) -> list[Job]:
     seeds, together = list(plan.seeds), []
     if (out / GROUP_FILE).is_file():
         settings = read_settings(out / GROUP_FILE)
-        if not settings["finished"]:
-            together = [int(seed) for seed in settings["config"]["seeds"] or ()]
+        of_group = [int(seed) for seed in settings["config"]["seeds"] or ()]
+        if not settings["finished"] or all(_record_of(seed_folder(out, seed)) for seed in of_group):
+            together = of_group
     elif not any((seed_folder(out, seed) / CONFIG_FILE).is_file() for seed in seeds):
         stack = plan.stacked == "true" or (
             plan.stacked == "auto" and can_stack(cell.config) and (plan.engine == "ray" or is_gpu(cell.config))

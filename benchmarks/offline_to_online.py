@@ -16,6 +16,7 @@ small: the numbers are not comparable with the paper's.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -138,7 +139,7 @@ def start(arguments: argparse.Namespace, prior: str, seed: int, root: str, threa
 
 def render(arguments: argparse.Namespace) -> None:
     if arguments.protocol == "paper":
-        execute(arguments, report)
+        execute(arguments, functools.partial(report, last=1))
         return
     records = {}
     for prior in PRIORS:

@@ -14,6 +14,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -161,7 +162,7 @@ def train(
 
     Example: deflow train task=cube-single-play-singletask-task2-v0 seed=1 offline_steps=200000 online_steps=50000 out=runs/cube
     """
-    from deflow_torchrl.config import compose_config
+    from deflow_torchrl.config import compose_config, default_out
 
     settings = settings or []
     if preset is not None:
@@ -176,7 +177,8 @@ def train(
         return
     from deflow_torchrl.experiment import train as run_training
 
-    _print_record(run_training(config, command=_command()), json_)
+    config = replace(config, out=config.out or str(default_out(config)))
+    _print_record(run_training(config, command=_command()), str(config.out), json_)
 
 
 @app.command()
@@ -211,7 +213,7 @@ def resume(
         _print_group(summary, json_)
         return
     record = resume_training(run, command=_command(), overrides=settings or [], force=force, step=step)
-    _print_record(record, json_)
+    _print_record(record, str(run), json_)
 
 
 @app.command("eval")
@@ -457,6 +459,63 @@ def tasks(
     print("\n\n".join(list_tasks(name, listed) for name, listed in found.items()))
     if json_:
         print(json.dumps({name: [task.as_dict() for task in listed] for name, listed in found.items()}))
+
+
+@app.command()
+@_verb
+def report(
+    paths: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="DIR...", help="Run folders, or folders of them; with --check and --write Markdown files."
+        ),
+    ] = None,
+    *,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write one self-contained page.")] = None,
+    md: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the tables as Markdown.")] = None,
+    label: Annotated[str | None, typer.Option(metavar="TEXT", help="The first note of page and tables.")] = None,
+    last: Annotated[
+        int, typer.Option(min=1, help="Average each run's last evaluations (the paper: 3 on OGBench, 1 elsewhere).")
+    ] = 1,
+    check: Annotated[
+        bool, typer.Option("--check", help="Compare the marked numbers of Markdown files with their records.")
+    ] = False,
+    write: Annotated[bool, typer.Option("--write", help="Put what the records say into the marked places.")] = False,
+    json_: _JSON = False,
+) -> None:
+    """Tables of finished runs in the paper's layout, with errors and intervals, beside the paper's own numbers.
+
+    Every record.json below the folders is read; runs alike but for the seed make a cell. Without --html and --md the tables are
+    printed. Where the data are not the published ones the report says so.
+
+    --check recomputes the numbers that stand between markers (docs/reports.md) in the given files, or in README.md and
+    benchmarks/results/**/*.md of this folder, prints one line for each that differs and then exits with 1; --write corrects them.
+
+    Example: deflow report runs/lite --html report.html --md report.md --label "regenerated data, lite protocol"
+    """
+    if check or write:
+        if html or md or label or last != 1:
+            raise InputError(
+                "--check and --write take Markdown files; --html, --md, --label and --last are for a report"
+            )
+        _check_reports(paths or [], write=write, as_json=json_)
+        return
+    if not paths:
+        raise InputError("name a folder of finished runs: deflow report runs/NAME --html report.html")
+    from deflow_torchrl.reports import summary as summaries
+
+    summary = summaries.summarize_runs(paths, label=label, last=last)
+    title = f"Results: {', '.join(path.name or str(path.absolute().name) for path in paths)}"
+    if html:
+        summaries.write_summary_page(summary, html, title=title)
+    if md:
+        summaries.write_summary_markdown(summary, md, title=title)
+    if html or md:
+        print(f"{len(summary.runs)} runs: {', '.join(str(path) for path in (html, md) if path)}")
+    else:
+        print("\n".join(summaries.summary_markdown(summary, title=title)))
+    if json_:
+        print(json.dumps(summaries.summary_json(summary)))
 
 
 @data.command("download")
@@ -816,6 +875,34 @@ def iav(
         print(json.dumps(summary))
 
 
+def _check_reports(files: list[Path], *, write: bool, as_json: bool) -> None:
+    from deflow_torchrl.reports.check import check_file, default_files, write_file
+
+    outcomes = [check_file(path) for path in files or default_files(Path())]
+    differences = [difference for outcome in outcomes for difference in outcome.differences]
+    for outcome in outcomes:
+        if write and outcome.differences:
+            write_file(outcome)
+        if not (outcome.blocks or outcome.values or outcome.differences):
+            print(f"{outcome.file}: no marker, nothing was checked")
+    left = (
+        [difference for path in outcomes for difference in check_file(path.file).differences] if write else differences
+    )
+    for difference in left:
+        print(difference)
+    blocks, values = (sum(getattr(outcome, name) for outcome in outcomes) for name in ("blocks", "values"))
+    verb = "were corrected" if write else "differ"
+    print(f"{blocks} blocks and {values} values in {len(outcomes)} files checked; {len(differences)} lines {verb}")
+    if as_json:
+        print(
+            json.dumps(
+                {"files": len(outcomes), "blocks": blocks, "values": values, "differences": list(map(str, left))}
+            )
+        )
+    if left:
+        raise SystemExit(EXIT_FAILED)
+
+
 def _families_by_value(divergences: dict[str, float]) -> dict[float, list[str]]:
     families: dict[float, list[str]] = {}
     for family, value in divergences.items():
@@ -823,10 +910,9 @@ def _families_by_value(divergences: dict[str, float]) -> dict[float, list[str]]:
     return families
 
 
-def _print_record(record: dict[str, Any], as_json: bool) -> None:
+def _print_record(record: dict[str, Any], out: str, as_json: bool) -> None:
     from deflow_torchrl.reports.records import summarize
 
-    out = record["config"]["out"]
     _print_evaluations(record["evaluations"], record["metric"])
     print(f"Report: {Path(out) / 'report.html'}")
     if as_json:

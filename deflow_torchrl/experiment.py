@@ -28,7 +28,7 @@ from deflow_torchrl.config import (
 )
 from deflow_torchrl.data import OfflineOnlineReplayBuffer, TransitionDataset, TransitionReplayBuffer
 from deflow_torchrl.data.base_actions import BaseActionBank
-from deflow_torchrl.envs.factory import make_gym_env
+from deflow_torchrl.envs.factory import make_gym_env, success_timing
 from deflow_torchrl.errors import (
     CheckpointNotWritten,
     EnvironmentFaultError,
@@ -41,6 +41,7 @@ from deflow_torchrl.paths import make_writable_folder, write_text
 from deflow_torchrl.processes import available_cores
 from deflow_torchrl.progress import progress_bar
 from deflow_torchrl.reports import build_record, check_report_extra, plot_learning_curve, write_html_report
+from deflow_torchrl.reports.records import RECORD_FILE
 from deflow_torchrl.tasks import Task, get_task
 from deflow_torchrl.tasks.sources import data_digest, load_task_data, reference_returns
 from deflow_torchrl.trainers import EvaluationResult, Evaluator, MetricsLog, Trainer, TrainerSchedule, UpdateStep
@@ -60,7 +61,6 @@ from deflow_torchrl.trainers.trainer import restore_learner
 
 CONFIG_FILE = "config.yaml"
 GROUP_FILE = "group.yaml"  # beside the run folders of seeds that are trained together
-RECORD_FILE = "record.json"
 ACTING = "acting"
 BANK_FILE = "base_actions.pt"
 _NUM_ENVS = 10
@@ -673,6 +673,10 @@ class Run:
             config=config_to_dict(self.config),
             data=self.data.about,
             metric=self.task.metric,
+            acting=self.learner.acting_policy,
+            variant=method_variant(self.config, self.task),
+            success_timing=None if self.task.environment is None else success_timing(self.task.environment),
+            evaluation_seed=DEFAULT_EVALUATION_SEED,
             evaluations=_outcomes(self.outcomes, self.references),
             history=trainer.notes.get("evaluations", []),
             online=None if trainer.online is None else trainer.online.counters,
@@ -758,6 +762,16 @@ def resumable_from_anywhere(config: SettledConfig) -> SettledConfig:
     if config.data_root is not None:
         config = replace(config, data_root=str(Path(config.data_root).expanduser().absolute()))
     return config
+
+
+def method_variant(config: TrainConfig, task: Task) -> dict[str, Any]:
+    """The method's settings that are neither its own defaults nor the task's: what a table has to say beside its name."""
+    defaults = asdict(get_algorithm(config.algo.name).config())
+    return {
+        name: value
+        for name, value in asdict(config.algo).items()
+        if value != defaults[name] and not (defaults[name] is None and value == getattr(task, name, None))
+    }
 
 
 def _images(task: str) -> InputError:

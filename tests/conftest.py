@@ -28,7 +28,14 @@ OBSERVATION_DIM, ACTION_DIM, HIDDEN = 4, 3, (16, 16)
 TASK = "cube-single-play-singletask-task2-v0"
 DATASET = "cube-single-play-v0"
 # Settings of methods that only a task or a user can give.
-NEEDED = {"fql": {"alpha": 10.0}, "fbrac": {"alpha": 10.0}, "fawac": {"temperature": 1.0}}
+NEEDED = {  # what a method's settings leave to the task
+    "fql": {"alpha": 10.0},
+    "fbrac": {"alpha": 10.0},
+    "fawac": {"temperature": 1.0},
+    "iql": {"temperature": 2.0},
+    "ifql": {"num_samples": 4},
+    "rebrac": {"actor_bc_coef": 0.3, "critic_bc_coef": 0.2},
+}
 
 
 @pytest.fixture(autouse=True)

@@ -19,6 +19,8 @@ from deflow_torchrl.config import (
     with_task_defaults,
 )
 from deflow_torchrl.errors import InputError
+from deflow_torchrl.tasks import paper_settings, paper_task, paper_tasks
+from deflow_torchrl.tasks.paper import SETTINGS
 from deflow_torchrl.tasks.tables import read_table
 
 CUBE = "cube-single-play-singletask-task2-v0"
@@ -254,3 +256,23 @@ def test_a_run_folder_holds_every_value_and_resumes_with_them(tmp_path, capsys, 
     assert algo.items() <= json.loads((out / "record.json").read_text())["config"]["algo"].items()
     code, printed = deflow(capsys, monkeypatch, "resume", str(out), "--step", "1")
     assert code == 0, printed.err
+
+
+@pytest.mark.parametrize("name", list(ALGORITHMS))
+def test_every_method_is_complete_on_each_task_that_the_paper_has_values_for(name):
+    ran = 0
+    for setting in SETTINGS:
+        for task in paper_tasks(setting):
+            algo = ALGORITHMS[name].config()
+            config = TrainConfig(task=task.name, online_steps=task.online_steps, algo=algo)
+            values = paper_task(task.name).hyperparameters.get(name, {}) | task.hyperparameters.get(name, {})
+            if set(values) != set(paper_settings(name)):
+                with pytest.raises(InputError, match="has no value"):
+                    with_task_defaults(config)
+                continue
+            filled = with_task_defaults(config)
+            assert {key: getattr(filled.algo, key) for key in values} == values
+            assert filled.offline_steps == task.offline_steps
+            assert config_from_dict(config_to_dict(filled)) == filled, "the table's values are in range"
+            ran += 1
+    assert ran >= 50

@@ -15,11 +15,6 @@ from tests.conftest import NEEDED, make_batch
 from tests.trainers.test_update import PROBLEM
 
 SEEDS = 3
-NEEDED = {  # what a method's settings leave to the task
-    "iql": {"temperature": 2.0},
-    "ifql": {"num_samples": 4},
-    "rebrac": {"actor_bc_coef": 0.3, "critic_bc_coef": 0.2},
-}
 ALPHAS = {"free": {}, "bounded": {"min_alpha": 2.5, "max_alpha": 2.8}, "fixed": {"fixed_alpha": 0.5}}
 
 

@@ -2,6 +2,10 @@
 
     python benchmarks/offline_to_online.py run --out runs/offline_to_online
     python benchmarks/offline_to_online.py render --runs runs/offline_to_online --out benchmarks/results/offline_to_online
+    python benchmarks/offline_to_online.py run --protocol paper --device cuda --dry-run
+
+With `--protocol paper` the paper's 15 tasks of Table 2 are trained by every method with `deflow sweep`, and rendered with
+`deflow report`. What follows is about the default, `lite`.
 
 `run` generates cube-single-play data with OGBench's oracle (100 episodes, seed 0), trains every seed with the full update and
 with the frozen prior, `--jobs` runs at a time, and goes on where it was after Ctrl-C or a kill. `render` keeps the records and
@@ -12,8 +16,10 @@ small: the numbers are not comparable with the paper's.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -22,11 +28,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+from _family import execute, names, sweeps
+from _family import render as report
+
 from deflow_torchrl.data.generation import generate_ogbench_dataset, generated_root
+from deflow_torchrl.errors import InputError
 from deflow_torchrl.paths import dataset_path
 from deflow_torchrl.progress import progress_bar
 from deflow_torchrl.reports.records import load_record, without_places
 from deflow_torchrl.reports.tables import online_progress
+from deflow_torchrl.tasks.protocols import get_protocol
 
 DATASET = "cube-single-play-v0"
 TASK = "cube-single-play-singletask-task2-v0"
@@ -47,6 +58,8 @@ SETTINGS = {
     "algo.gamma": 0.98,
     "algo.target_divergence": 0.005,
 }
+RUNS = {"lite": "runs/offline_to_online", "paper": "runs/bench-offline-to-online"}
+KEPT = "benchmarks/results/offline_to_online"
 PRIORS = {"full": "false", "frozen": "true"}
 
 
@@ -57,7 +70,20 @@ def settings_of(prior: str, seed: int, root: str, out: Path, others: list[str]) 
 
 
 def run(arguments: argparse.Namespace) -> None:
+    if arguments.protocol == "paper":
+        arguments.seeds = None if arguments.seeds is None else ",".join(map(str, arguments.seeds))
+        execute(arguments, paper)
+        return
+    if arguments.methods is not None or arguments.device != "cpu":
+        raise InputError("--methods and --device are for --protocol paper: lite compares DeFlow's two priors on a CPU")
+    arguments.seeds = [0, 1] if arguments.seeds is None else arguments.seeds
     root = arguments.data_root or generated_root(DATASET, episodes=EPISODES, val_episodes=VAL_EPISODES, seed=0)
+    waiting = [(prior, seed) for seed in arguments.seeds for prior in PRIORS]
+    if arguments.dry_run:
+        for prior, seed in waiting:
+            target = folder(arguments.out, prior, seed)
+            print("$", shlex.join(["deflow", "train", *settings_of(prior, seed, str(root), target, arguments.set)]))
+        return
     if not dataset_path(DATASET, root, "train").is_file():
         generate_ogbench_dataset(
             DATASET,
@@ -67,14 +93,14 @@ def run(arguments: argparse.Namespace) -> None:
             seed=0,
             progress=lambda finished, total: progress_bar(finished, total=total, desc="generate", unit="episode"),
         )
-    waiting = [(prior, seed) for seed in arguments.seeds for prior in PRIORS]
     waiting = [cell for cell in waiting if not (folder(arguments.out, *cell) / "record.json").is_file()]
-    threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
+    jobs = arguments.jobs or 2
+    threads = max(1, (os.cpu_count() or 1) // jobs)
     running: dict[subprocess.Popen[bytes], tuple[str, int]] = {}
     bar = progress_bar(total=len(waiting), desc="runs", unit="run")
     try:
         while waiting or running:
-            while waiting and len(running) < arguments.jobs:
+            while waiting and len(running) < jobs:
                 cell = waiting.pop(0)
                 running[start(arguments, *cell, str(root), threads)] = cell
             time.sleep(1)
@@ -88,6 +114,11 @@ def run(arguments: argparse.Namespace) -> None:
             process.terminate()
         for process in running:
             process.wait()
+
+
+def paper(arguments: argparse.Namespace) -> list[list[str]]:
+    protocol = get_protocol("paper")
+    return sweeps(protocol, ["o2o"], arguments.methods or protocol.online_methods, arguments)
 
 
 def folder(out: Path, prior: str, seed: int) -> Path:
@@ -107,6 +138,9 @@ def start(arguments: argparse.Namespace, prior: str, seed: int, root: str, threa
 
 
 def render(arguments: argparse.Namespace) -> None:
+    if arguments.protocol == "paper":
+        execute(arguments, functools.partial(report, last=1))
+        return
     records = {}
     for prior in PRIORS:
         for path in sorted(arguments.runs.glob(f"{prior}-seed*/record.json")):
@@ -180,19 +214,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
     verb = verbs.add_parser("run", help="make the runs")
-    verb.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    verb.add_argument("--jobs", type=int, default=2, help="runs at a time; the cores are shared out among them")
-    verb.add_argument("--data-root", type=Path, help="folder of the data; generated where absent")
-    verb.add_argument("--out", type=Path, default=Path("runs/offline_to_online"))
+    verb.add_argument("--protocol", default="lite", help="paper or lite [default: %(default)s]")
+    verb.add_argument("--methods", type=names, help="paper: with commas [default: the protocol's]")
+    verb.add_argument("--seeds", type=int, nargs="+", help="[default: 0 1; paper: 0 to 7]")
+    verb.add_argument(
+        "--jobs", type=int, help="runs at a time; the cores are shared out [default: 2; paper: one a core]"
+    )
+    verb.add_argument("--device", default="cpu", help="paper: where to train [default: %(default)s]")
+    verb.add_argument("--data-root", type=Path, help="folder of the data; generated where absent (paper: downloaded)")
+    verb.add_argument("--out", type=Path, help=f"folder of the runs [default: {RUNS['lite']}; paper: {RUNS['paper']}]")
     verb.add_argument(
         "--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of other runs than the stored ones"
     )
+    verb.add_argument("--dry-run", action="store_true", help="print the commands (paper: and their cost), and run none")
     verb = verbs.add_parser("render", help="table and curves of the finished runs")
-    verb.add_argument("--runs", type=Path, default=Path("runs/offline_to_online"))
-    verb.add_argument("--out", type=Path, default=Path("benchmarks/results/offline_to_online"))
+    verb.add_argument("--protocol", default="lite", help="of the runs: paper or lite [default: %(default)s]")
+    verb.add_argument("--runs", type=Path, help=f"folder of the runs [default: {RUNS['lite']}; paper: {RUNS['paper']}]")
+    verb.add_argument("--out", type=Path, help=f"where tables go [default: {KEPT}; paper: the folder of the runs]")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))  # a polite kill ends the runs too: each saves and can go on
-    {"run": run, "render": render}[arguments.verb](arguments)
+    try:
+        runs = Path(RUNS[get_protocol(arguments.protocol).name])
+        if arguments.verb == "run":
+            arguments.out = arguments.out or runs
+        else:
+            arguments.runs = arguments.runs or runs
+            arguments.out = arguments.out or (arguments.runs if arguments.protocol == "paper" else Path(KEPT))
+        {"run": run, "render": render}[arguments.verb](arguments)
+    except InputError as error:
+        print(f"offline_to_online.py: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
 
 
 if __name__ == "__main__":

@@ -1,6 +1,11 @@
+import dataclasses
+import functools
+import importlib
 import json
 import os
 import re
+import runpy
+import shlex
 import signal
 import subprocess
 import sys
@@ -9,6 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from deflow_torchrl.sweep import parse_sweep
+from deflow_torchrl.tasks import protocols
+from deflow_torchrl.tasks.protocols import get_protocol
 from tests.conftest import heed_ctrl_c
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "data_memory.py"
@@ -282,3 +290,259 @@ def test_startup_is_timed_and_a_failing_command_passes_its_code_on(tmp_path):
     refused = run_script("startup.py", "--rounds", "1", "--data-root", str(tmp_path), check=False)
     assert refused.returncode == 2
     assert "Traceback" not in refused.stderr
+
+
+FAMILIES = {
+    "antmaze": "antmaze-large-navigate-singletask-task1-v0",
+    "humanoidmaze": "humanoidmaze-medium-navigate-singletask-task1-v0",
+    "antsoccer": "antsoccer-arena-navigate-singletask-task4-v0",
+    "cube": "cube-single-play-singletask-task2-v0",
+    "scene": "scene-play-singletask-task1-v0",
+    "puzzle": "puzzle-3x3-play-singletask-task1-v0",
+    "d4rl_antmaze": "antmaze-umaze-v2",
+    "adroit": "pen-human-v1",
+}
+TINY_RUNS = ("hidden_dims=[8]", "batch_size=4")
+
+
+def call_in_process(monkeypatch, capsys, name, *arguments):
+    """Run a script as `python benchmarks/NAME.py` does, without the seconds that importing torch takes: code, out, err."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    monkeypatch.setattr(sys, "argv", [f"benchmarks/{name}.py", *map(str, arguments)])
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        runpy.run_path(str(SCRIPT.with_name(f"{name}.py")), run_name="__main__")
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    return (code, *capsys.readouterr())
+
+
+@pytest.fixture
+def script(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("DEFLOW_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    return functools.partial(call_in_process, monkeypatch, capsys)
+
+
+@pytest.fixture
+def commands(script, monkeypatch):
+    """The `deflow` commands a script would run, and the plan of its sweep as `deflow sweep` reads it."""
+
+    def call(name, *arguments):
+        monkeypatch.syspath_prepend(str(SCRIPT.parent))
+        made = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(importlib.import_module("_family"), "deflow", lambda command: made.append(command) or 0)
+            code, out, err = script(name, *arguments)
+        assert code == 0, err
+        *before, sweep = [shlex.split(line)[2:] for line in out.splitlines()]
+        assert made == ([sweep] if "--dry-run" in arguments else [*before, sweep]), "what runs is printed before"
+        assert sweep[0] == "sweep"
+        return before, parse_sweep([part for part in sweep[1:] if part != "--dry-run"])
+
+    return call
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ("d4rl_antmaze", "adroit")])
+def test_a_familys_script_sweeps_its_small_tasks_by_every_method_once_it_has_their_data(commands, name, tmp_path):
+    before, plan = commands(name, "run", "--out", tmp_path / "runs", "--jobs", "2")
+    dataset = re.sub(r"-singletask-task\d", "", FAMILIES[name])
+    if name in ("cube", "scene", "puzzle"):
+        numbers = ["--episodes", "100", "--val-episodes", "2", "--seed", "0"]
+        assert before == [["data", "generate", dataset, *numbers]]
+        root = str(tmp_path / "home" / "generated" / f"{dataset}-100-2-seed0")
+    else:
+        assert before == [["data", "download", dataset]]
+        root = None
+    assert [(cell.task, cell.variant.label) for cell in plan.cells] == [
+        (FAMILIES[name], method) for method in ("deflow", "fql", "ifql", "iql", "rebrac", "flow_bc")
+    ]
+    assert (plan.seeds, plan.jobs, plan.out) == ([0, 1, 2], 2, tmp_path / "runs")
+    for cell in plan.cells:
+        assert cell.left_out is None
+        assert (cell.config.offline_steps, cell.config.online_steps, cell.config.hidden_dims) == (10_000, 0, [256] * 3)
+        assert (cell.config.data_root, cell.config.algo.lr) == (root, 1e-3)
+
+
+@pytest.mark.parametrize("name", ["d4rl_antmaze", "adroit"])
+def test_a_familys_script_on_d4rl_takes_the_methods_that_have_values_there(commands, name, tmp_path):
+    # Without --dry-run the sets are fetched first: see the test of one that cannot be had.
+    before, plan = commands(name, "run", "--out", tmp_path, "--dry-run")
+    assert before == []
+    assert [(cell.task, cell.variant.label, cell.left_out) for cell in plan.cells] == [
+        (FAMILIES[name], method, None) for method in ("deflow", "fql", "ifql", "flow_bc")
+    ]
+
+
+def test_a_familys_script_does_all_its_tasks_by_the_papers_protocol(commands, tmp_path):
+    before, plan = commands(
+        "cube", "run", "--protocol", "paper", "--out", tmp_path, "--device", "cpu", "--seeds", "0..1"
+    )
+    assert before == [["data", "download", f"cube-{name}-play-v0"] for name in ("single", "double")]
+    tasks = [f"cube-{name}-play-singletask-task{number}-v0" for name in ("single", "double") for number in range(1, 6)]
+    assert list(dict.fromkeys(cell.task for cell in plan.cells)) == tasks
+    assert len(plan.cells) == 10 * len(get_protocol("paper").methods)
+    assert all(cell.left_out is None and cell.steps == 1_000_000 for cell in plan.cells)
+    assert plan.seeds == [0, 1]
+
+
+def test_the_ablations_variants_are_the_tables(commands, tmp_path):
+    _, plan = commands("alpha_ablation", "run", "--out", tmp_path)
+    alphas = [cell.config.algo.fixed_alpha for cell in plan.cells]
+    assert alphas == [None, 0.03, 0.1, 0.3, 1.0, 3.0]
+    assert {cell.task for cell in plan.cells} == {FAMILIES["cube"]}
+    before, plan = commands("alpha_ablation", "run", "--protocol", "paper", "--out", tmp_path)
+    assert before == [["data", "download", f"{name}-play-v0"] for name in ("cube-double", "puzzle-3x3")]
+    steps = {(cell.task, cell.config.offline_steps, cell.config.online_steps) for cell in plan.cells}
+    assert steps == {(f"{name}-play-singletask-v0", 1_000_000, 1_000_000) for name in ("cube-double", "puzzle-3x3")}
+    assert (len(plan.cells), len(plan.seeds)) == (12, 8)
+
+
+def test_offline_to_online_by_the_papers_protocol_is_its_fifteen_tasks(commands, script, tmp_path):
+    before, plan = commands(
+        "offline_to_online", "run", "--protocol", "paper", "--out", tmp_path, "--dry-run", "--jobs", "3"
+    )
+    assert ["data", "download", "puzzle-4x4-play-v0"] in before
+    assert len({cell.task for cell in plan.cells}) == 15
+    assert len(plan.cells) == 15 * len(get_protocol("paper").online_methods)
+    assert {(cell.config.offline_steps, cell.config.online_steps) for cell in plan.trained} == {(1_000_000, 1_000_000)}
+    assert (len(plan.seeds), plan.jobs) == (8, 3)
+    code, out, err = script("offline_to_online", "run", "--dry-run", "--seeds", "5")
+    assert code == 0, err
+    assert [("freeze_prior=true" in line, "seed=5" in line) for line in out.splitlines()] == [
+        (False, True),
+        (True, True),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "last"), [("cube", "3"), ("adroit", "1"), ("alpha_ablation", "1"), ("offline_to_online", "1")]
+)
+def test_tables_are_made_of_as_many_evaluations_as_the_papers_and_labelled(script, monkeypatch, name, last, tmp_path):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    made = []
+    monkeypatch.setattr(importlib.import_module("_family"), "deflow", lambda command: made.append(command) or 0)
+    for protocol in ("paper", "lite")[: 1 if name == "offline_to_online" else 2]:
+        code, _, err = script(name, "render", "--protocol", protocol, "--runs", tmp_path)
+        assert code == 0, err
+        pages = ["--html", str(tmp_path / "report.html"), "--md", str(tmp_path / "report.md")]
+        label = ["--label", "lite protocol, not comparable with the paper's numbers"] if protocol == "lite" else []
+        assert made.pop() == ["report", str(tmp_path), *pages, "--last", last, *label]
+
+
+def test_a_dry_run_prints_commands_and_cost_and_does_nothing(script, tmp_path):
+    arguments = ("run", "--methods", "deflow", "--out", tmp_path / "runs", "--dry-run", "--set", *TINY_RUNS)
+    code, out, err = script("puzzle", *arguments)
+    assert code == 0, err
+    assert "$ deflow data generate puzzle-3x3-play-v0 " in out
+    assert f"tasks={FAMILIES['puzzle']} algos=deflow protocol=lite" in out
+    assert re.search(rf"^{FAMILIES['puzzle']} +deflow +0\.\.2 +10,000 ", out, re.MULTILINE), out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_familys_script_generates_data_and_trains_and_goes_on(script, short_episodes, in_process, tmp_path):
+    tiny = ("offline_steps=2", "eval_interval=0", "eval_episodes=1", "eval_workers=1", "save_interval=0", *TINY_RUNS)
+    arguments = (
+        "run",
+        "--methods",
+        "deflow",
+        "--seeds",
+        "3",
+        "--jobs",
+        "1",
+        "--out",
+        tmp_path / "runs",
+        "--set",
+        *tiny,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        protocol = get_protocol("lite")
+        small = dataclasses.replace(protocol.generated, episodes=1, val_episodes=1)
+        patch.setattr(protocols, "_protocols", lambda: {"lite": dataclasses.replace(protocol, generated=small)})
+        code, out, err = script("cube", *arguments)
+        assert code == 0, err
+        (record,) = (tmp_path / "runs").rglob("record.json")
+        assert record.parent.relative_to(tmp_path / "runs").parts == (FAMILIES["cube"], "deflow", "seed3")
+        config = json.loads(record.read_text())["config"]
+        assert (config["algo"]["lr"], config["algo"]["tau"]) == (1e-3, 0.02)
+        written = record.stat().st_mtime_ns
+        code, out, err = script("cube", *arguments)
+    assert code == 0, err
+    assert "data generate" not in out, "it is there"
+    assert record.stat().st_mtime_ns == written, "and so is the run"
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "alpha_ablation", "offline_to_online", "runtime"])
+def test_a_scripts_help_shows_how_to_call_it(script, name):
+    code, out, _ = script(name, "--help")
+    assert code == 0
+    assert f"python benchmarks/{name}.py " in out
+    assert "--protocol paper" in out
+    assert "lite" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("cube", "run", "--protocol", "liet"), "unknown protocol 'liet'; did you mean lite?"),
+        (("cube", "run", "--methods", "deflow,fqll"), "unknown method 'fqll'; did you mean fql"),
+        (("cube", "render", "--runs", "nowhere"), "there is no folder nowhere; make the runs with:"),
+        (("alpha_ablation", "run", "--protocol", "x"), "unknown protocol 'x'; there are paper, lite"),
+        (("offline_to_online", "run", "--protocol", "papr"), "unknown protocol 'papr'; did you mean paper?"),
+        (("offline_to_online", "run", "--methods", "fql"), "--methods and --device are for --protocol paper"),
+        (("runtime", "--protocol", "papr"), "unknown protocol 'papr'; did you mean paper?"),
+    ],
+)
+def test_what_a_script_does_not_know_is_one_line(script, arguments, said):
+    code, out, err = script(*arguments)
+    assert code == 2
+    assert out == ""
+    (line,) = err.splitlines()
+    assert line.startswith(f"{arguments[0]}.py: {said}")
+
+
+def test_data_that_cannot_be_had_are_refused_before_any_run(script, monkeypatch, tmp_path):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    monkeypatch.setattr("deflow_torchrl.envs.minari._check_network", refuse_network)
+    code, _, err = script("adroit", "run", "--methods", "deflow", "--out", tmp_path / "runs")
+    assert code == 2
+    (line,) = err.splitlines()
+    assert line.startswith("adroit.py: Minari set D4RL/pen/human-v2 could not be downloaded (no network")
+    assert not (tmp_path / "runs").exists()
+
+
+def refuse_network():
+    raise OSError("no network")
+
+
+def test_the_steps_of_two_methods_are_timed_in_turns_beside_the_papers_copied_numbers(script):
+    pytest.importorskip("ogbench", reason="needs the extra ogbench")
+    tiny = (
+        "--protocol",
+        "lite",
+        "--steps",
+        "2",
+        "--warmup",
+        "1",
+        "--transitions",
+        "300",
+        "--hidden-dims",
+        "8",
+        "--json",
+    )
+    code, out, err = script("runtime", *tiny)
+    assert code == 0, err
+    result = json.loads(out.splitlines()[-1])
+    assert {phase: list(times) for phase, times in result["ms"].items()} == {
+        "offline": ["fql", "deflow"],
+        "online": ["fql", "deflow", "deflow, frozen prior"],
+        "inference": ["fql", "deflow"],
+    }
+    for phase, times in result["ms"].items():
+        assert min(times.values()) > 0
+        assert result["to_fql"][phase]["fql"] == 1
+    assert "| ms, copied from the paper |" in out
+    assert re.search(r"^\| online \| deflow, frozen prior \| [\d.]+ \| [\d.]+ \| 5\.2 \| 1\.02 \|$", out, re.MULTILINE)

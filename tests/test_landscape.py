@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 import shutil
 
 import numpy as np
@@ -112,10 +111,12 @@ def test_the_nearest_states_begin_with_the_state_itself_even_among_copies():
     assert len(nearest_states(states, 0, 99)) == 5
 
 
-def learner(**settings):
-    problem = ProblemSpec(OBSERVATION_DIM, ACTION_DIM, (8,), 0.99, "mean", 1e-3, torch.device("cpu"))
+PROBLEM = ProblemSpec(OBSERVATION_DIM, ACTION_DIM, (8,), 0.99, "mean", 1e-3, torch.device("cpu"))
+
+
+def learner():
     algorithm = get_algorithm("deflow")
-    return algorithm.build(algorithm.config(**settings), problem)
+    return algorithm.build(algorithm.config(), PROBLEM)
 
 
 def test_q_is_the_mean_of_the_losss_critics():
@@ -250,9 +251,29 @@ def test_one_action_dimension_and_another_task_are_refused(runs, tmp_path):
     assert_one_line(deflow("landscape", *both, "--state", "0"), "only runs of one task share a landscape")
 
 
-def test_a_method_without_critics_is_refused():
-    method = learner()
-    method.loss.__dict__["_modules"].pop("qvalue_network_params", None)
-    method.loss.__dict__.pop("qvalue_network_params", None)
-    with pytest.raises(InputError, match=re.escape("deflow has no critics")):
-        critic_values(method, torch.zeros(OBSERVATION_DIM), torch.zeros(1, ACTION_DIM))
+GIVEN = {  # what a method has no default for
+    "fql": {"alpha": 10.0},
+    "fbrac": {"alpha": 10.0},
+    "fawac": {"temperature": 1.0},
+    "iql": {"temperature": 1.0},
+    "ifql": {"num_samples": 4},
+    "rebrac": {"actor_bc_coef": 0.1, "critic_bc_coef": 0.1},
+}
+
+
+@pytest.mark.parametrize("name", ["fql", "fbrac", "fawac", "iql", "ifql", "rebrac", "bc", "flow_bc"])
+def test_every_method_is_sampled_and_those_with_critics_have_a_landscape(name):
+    algorithm = get_algorithm(name)
+    method = algorithm.build(algorithm.config(**GIVEN.get(name, {})), PROBLEM)
+    observation = torch.randn(OBSERVATION_DIM)
+    drawn = sample_actions(method, observation, 6, action_dim=ACTION_DIM, seed=0)
+    assert drawn["policy"].shape == (6, ACTION_DIM)
+    assert torch.isfinite(drawn["policy"]).all()
+    assert ("base" in drawn) == (method.prior is not None)
+    if name in ("bc", "flow_bc"):
+        with pytest.raises(InputError, match=f"{name} has no critics"):
+            critic_values(method, observation, drawn["policy"])
+    else:
+        values = critic_values(method, observation, drawn["policy"])
+        assert values.shape == (6,)
+        assert (values.max() - values.min() < 1e-5) == (name in ("rebrac", "iql")), "two act without noise"

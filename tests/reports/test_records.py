@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("jsonschema", reason="needs the extra reports")
 
 from deflow_torchrl.errors import InputError
-from deflow_torchrl.reports import build_record, load_record, upgrade_record, without_places
+from deflow_torchrl.reports import load_record, upgrade_record, without_places
 from deflow_torchrl.reports.records import SCHEMA, config_digest
 from tests.reports.synthetic import record_of, write_run
 
@@ -131,11 +131,3 @@ def test_the_kept_records_can_be_read_and_are_what_their_schema_3_becomes():
         assert upgrade_record(old, variant={})["success_timing"] == "post"
         with pytest.raises(InputError, match="only records of schema 3"):
             upgrade_record(record, variant={})
-
-
-def test_without_git_or_gpu_the_entries_are_null(monkeypatch):
-    from deflow_torchrl.reports import records
-
-    monkeypatch.setattr(records, "git_commit", lambda: None)
-    assert record_of(5)["git_commit"] is None
-    assert build_record is records.build_record

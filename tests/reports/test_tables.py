@@ -104,21 +104,22 @@ def test_the_same_run_twice_is_refused_and_one_folder_named_twice_is_not(tmp_pat
     assert len(find_runs([folder / "run0", folder / "run0", folder / ".." / "runs" / "run0"])) == 1
 
 
-def test_folders_that_cannot_be_used_are_refused(tmp_path):
+def test_folders_that_cannot_be_used_are_refused(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     for path, message in ((tmp_path / "none", "is missing"), (tmp_path / "empty", "holds no record.json")):
         with pytest.raises(InputError, match=message):
             find_runs([path])
-    closed = tmp_path / "closed"
-    write_run(closed / "run", record_of(5))
-    (closed / "run").chmod(0)
-    try:
-        if os.access(closed / "run", os.R_OK):
-            pytest.skip("this user may read everything")
-        with pytest.raises(InputError, match="cannot read"):
-            find_runs([closed])
-    finally:
-        (closed / "run").chmod(0o755)
+    closed = write_run(tmp_path / "runs" / "closed", record_of(5))
+    scandir = os.scandir
+
+    def forbid(path):
+        if Path(path) == closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", forbid)  # root may read everything
+    with pytest.raises(InputError, match=r"cannot read .*closed \(Permission denied\)"):
+        find_runs([closed.parent])
 
 
 def test_a_score_is_the_last_evaluation_or_the_mean_of_the_last_few():

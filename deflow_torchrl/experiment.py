@@ -17,7 +17,16 @@ from torchrl.envs import DeviceCastTransform
 
 from deflow_torchrl.algorithms import Learner, get_algorithm
 from deflow_torchrl.algorithms.base import ProblemSpec
-from deflow_torchrl.config import TrainConfig, apply_overrides, config_from_dict, config_to_dict, default_out
+from deflow_torchrl.config import (
+    SettledConfig,
+    TrainConfig,
+    apply_overrides,
+    config_from_dict,
+    config_to_dict,
+    default_out,
+    method_values,
+    with_task_defaults,
+)
 from deflow_torchrl.data import OfflineOnlineReplayBuffer, TransitionDataset, TransitionReplayBuffer
 from deflow_torchrl.data.base_actions import BaseActionBank
 from deflow_torchrl.envs.factory import make_gym_env, success_timing
@@ -71,7 +80,7 @@ def train(
     """Train and evaluate a new run and leave its folder.
 
     Args:
-        config: the settings.
+        config: the settings; those that are None and the task's are filled in.
 
     Keyword Args:
         command: the command line, for the record.
@@ -91,9 +100,9 @@ def train(
         raise InputError("a run has one seed; several are trained by deflow_torchrl.group.train_group")
     out = default_out(config) if config.out is None else Path(config.out)
     check_free(out)
-    config = resumable_from_anywhere(replace(config, out=str(out)))
+    settled = resumable_from_anywhere(replace(with_task_defaults(config), out=str(out)))
     run = Run(
-        config,
+        settled,
         out,
         commands=[command],
         extra_seconds=extra_seconds,
@@ -226,7 +235,7 @@ class LoadedRun:
         device: where they are.
     """
 
-    config: TrainConfig
+    config: SettledConfig
     final_episodes: int | None
     task: Task
     checkpoint: Path
@@ -361,7 +370,7 @@ class Run:
 
     def __init__(
         self,
-        config: TrainConfig,
+        config: SettledConfig,
         out: Path,
         *,
         commands: Sequence[str],
@@ -397,14 +406,14 @@ class Run:
         with self.history.timed("load_data"):
             self.data = self._load() if data is None else data
             dataset, validation = self.data.train, self.data.validation
-            self.buffer = self._union(dataset) if config.online_steps else self._buffer(dataset)
-            self.validation = None if validation is None else self._buffer(validation)
             self.reward_bound = float(dataset.reward.abs().max())
             self.reward_shift = float(dataset.about.get("reward_shift", 0.0))
             self.references = reference_returns(self.task)
-        sample = self.buffer[:1]
         seed_generators(config.seed)
-        self.learner = _build(config, sample["observation"].shape[-1], sample["action"].shape[-1], self.device)
+        self.learner = _build(config, dataset.observation.shape[-1], dataset.action.shape[-1], self.device)
+        with self.history.timed("load_data"):
+            self.buffer = self._union(dataset) if config.online_steps else self._buffer(dataset)
+            self.validation = None if validation is None else self._buffer(validation)
         if self.learner.diagnostics is not None:  # a few thousand rows of a set that may not fit into memory
             rows = torch.linspace(0, len(dataset) - 1, min(len(dataset), _DIAGNOSED_TRANSITIONS)).round().long()
             self.learner.diagnostics.use_data(dataset[rows])
@@ -527,7 +536,7 @@ class Run:
             return None  # one that counts its steps in Python would be recorded at one of them
         return GraphedUpdate(
             update,
-            functools.partial(data.draw, *shape, config.batch_size),
+            functools.partial(data.draw, *shape, config.batch_size, next_action=self.learner.next_action),
             updates_per_replay=config.updates_per_replay,
             self_check=config.self_check,
         )
@@ -537,7 +546,9 @@ class Run:
         return self._buffer(self.data.train, number=number)
 
     def _buffer(self, dataset: TransitionDataset, *, number: int = 1) -> TransitionReplayBuffer:
-        buffer = TransitionReplayBuffer(dataset, batch_size=number * self.config.batch_size)
+        buffer = TransitionReplayBuffer(
+            dataset, batch_size=number * self.config.batch_size, next_action=self.learner.next_action
+        )
         if dataset.device != self.device:
             buffer.append_transform(DeviceCastTransform(self.device))
         return buffer
@@ -558,6 +569,8 @@ class Run:
             overwrite=cast("Any", config.overwrite),
             batch_size=config.batch_size,
             device=self.device,
+            next_action=self.learner.next_action,
+            online_stride=max(config.collector_workers, 1),
         )
 
     def _online_phase(self) -> OnlinePhase:
@@ -662,7 +675,7 @@ class Run:
             data=self.data.about,
             metric=self.task.metric,
             acting=self.learner.acting_policy,
-            variant=method_variant(self.config, self.task),
+            variant=method_variant(self.config),
             success_timing=None if self.task.environment is None else success_timing(self.task.environment),
             evaluation_seed=DEFAULT_EVALUATION_SEED,
             evaluations=_outcomes(self.outcomes, self.references),
@@ -728,7 +741,7 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _build(config: TrainConfig, observation_dim: int, action_dim: int, device: torch.device) -> Learner:
+def _build(config: SettledConfig, observation_dim: int, action_dim: int, device: torch.device) -> Learner:
     task = _task(config)
     problem = ProblemSpec(
         observation_dim=observation_dim,
@@ -742,7 +755,7 @@ def _build(config: TrainConfig, observation_dim: int, action_dim: int, device: t
     return get_algorithm(config.algo.name).build(config.algo, problem)
 
 
-def resumable_from_anywhere(config: TrainConfig) -> TrainConfig:
+def resumable_from_anywhere(config: SettledConfig) -> SettledConfig:
     """The settings with absolute paths of data."""
     prefix, _, folder = config.task.partition(":")
     if prefix == "own":
@@ -752,14 +765,11 @@ def resumable_from_anywhere(config: TrainConfig) -> TrainConfig:
     return config
 
 
-def method_variant(config: TrainConfig, task: Task) -> dict[str, Any]:
-    """The method's settings that are neither its own defaults nor the task's: what a table has to say beside its name."""
-    defaults = asdict(get_algorithm(config.algo.name).config())
-    return {
-        name: value
-        for name, value in asdict(config.algo).items()
-        if value != defaults[name] and not (defaults[name] is None and value == getattr(task, name, None))
-    }
+def method_variant(config: TrainConfig) -> dict[str, Any]:
+    """The method's settings that are neither its own, nor the task's or the preset's: what a table says beside its name."""
+    usual = asdict(get_algorithm(config.algo.name).config())
+    usual |= {name: value for name, value in method_values(config).items() if usual.get(name, "") is None}
+    return {name: value for name, value in asdict(config.algo).items() if value != usual[name]}
 
 
 def _images(task: str) -> InputError:

@@ -10,9 +10,9 @@ import pytest
 pytest.importorskip("jsonschema", reason="needs the extra reports")
 
 from deflow_torchrl.errors import InputError
-from deflow_torchrl.reports import load_record, upgrade_record, without_places
+from deflow_torchrl.reports import load_record, records, upgrade_record, without_places
 from deflow_torchrl.reports.records import SCHEMA, config_digest
-from tests.reports.synthetic import record_of, write_run
+from tests.reports.synthetic import CUBE2, record_of, write_run
 
 KEPT = Path(__file__).parents[2] / "benchmarks" / "results" / "offline_to_online"
 
@@ -131,3 +131,30 @@ def test_the_kept_records_can_be_read_and_are_what_their_schema_3_becomes():
         assert upgrade_record(old, variant={})["success_timing"] == "post"
         with pytest.raises(InputError, match="only records of schema 3"):
             upgrade_record(record, variant={})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "variant"),
+    [
+        ([], {}),
+        (["algo=fql"], {}),
+        (["preset=released"], {}),
+        (["algo.gamma=0.99"], {}),
+        (["algo.fixed_alpha=1", "algo.gamma=0.9"], {"fixed_alpha": 1.0, "gamma": 0.9}),
+        (["algo=fql", "algo.alpha=5"], {"alpha": 5.0}),
+    ],
+)
+def test_the_variant_is_what_neither_method_nor_task_nor_preset_gives(overrides, variant):
+    pytest.importorskip("hydra", reason="needs the extra cli")
+    from deflow_torchrl.config import compose_config
+    from deflow_torchrl.experiment import method_variant
+
+    assert method_variant(compose_config([f"task={CUBE2}", *overrides])) == variant
+
+
+def test_the_commit_outside_a_checkout_is_what_the_environment_says(monkeypatch, tmp_path):
+    monkeypatch.setattr(records, "__file__", str(tmp_path / "deflow_torchrl" / "reports" / "records.py"))
+    monkeypatch.delenv("DEFLOW_COMMIT", raising=False)
+    assert records.git_commit() is None
+    monkeypatch.setenv("DEFLOW_COMMIT", "0123abc")
+    assert records.git_commit() == "0123abc"

@@ -80,6 +80,20 @@ def test_bold_from_95_percent_of_the_best_and_a_mark_for_gaps_inside_the_noise(t
     assert "**95 (4.9)" in line
 
 
+def test_equal_means_are_marked_alike_whatever_their_sign(tmp_path):
+    records = [record_of(0, algo=algo) for algo in ("deflow", "fql")]
+    records += [
+        record_of(wins, task="minari:x/y-v0", metric="return", algo=algo) for algo, wins in (("deflow", 0), ("fql", 1))
+    ]
+    (table,) = make_tables(find_runs([write_all(tmp_path / "runs", *records)]))
+    bold = {
+        row.entries[1].text.split(" (")[0]: [entry.bold for entry in row.entries[2:]]
+        for row in results_grid(table).rows
+    }
+    assert bold == {CUBE2: [True, True], "minari:x/y-v0": [True, False]}, "columns fql, deflow; returns of -9.5 and -10"
+    assert [entry.text[-1] for entry in results_grid(table).rows[0].entries[2:]].count("≈") == 1
+
+
 def test_runs_alike_but_for_the_seed_share_a_column_others_say_how_they_differ(tmp_path):
     shared = {"lr": 1e-3}
     records = [record_of(5, seed=seed, variant=shared) for seed in (0, 1)]

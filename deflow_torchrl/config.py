@@ -202,7 +202,7 @@ def with_task_defaults(config: TrainConfig) -> SettledConfig:
     """
     settled = _with_run_defaults(config)
     algo = config.algo
-    values = _method_values(config)
+    values = method_values(config)
     filled = {
         item.name: _as_annotated(item, values[item.name])
         for item in dataclasses.fields(algo)
@@ -239,7 +239,7 @@ def _with_run_defaults(config: TrainConfig) -> SettledConfig:
     return cast("SettledConfig", dataclasses.replace(config, **{name: values[name] for name in missing}))
 
 
-def _method_values(config: TrainConfig) -> dict[str, Any]:
+def method_values(config: TrainConfig) -> dict[str, Any]:
     """What task and preset say about settings of the run's method, where they say anything."""
     task = get_task(config.task, environment=config.env)
     # What every task has, in the paper or not.

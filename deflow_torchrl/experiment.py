@@ -24,6 +24,7 @@ from deflow_torchrl.config import (
     config_from_dict,
     config_to_dict,
     default_out,
+    method_values,
     with_task_defaults,
 )
 from deflow_torchrl.data import OfflineOnlineReplayBuffer, TransitionDataset, TransitionReplayBuffer
@@ -674,7 +675,7 @@ class Run:
             data=self.data.about,
             metric=self.task.metric,
             acting=self.learner.acting_policy,
-            variant=method_variant(self.config, self.task),
+            variant=method_variant(self.config),
             success_timing=None if self.task.environment is None else success_timing(self.task.environment),
             evaluation_seed=DEFAULT_EVALUATION_SEED,
             evaluations=_outcomes(self.outcomes, self.references),
@@ -764,14 +765,11 @@ def resumable_from_anywhere(config: SettledConfig) -> SettledConfig:
     return config
 
 
-def method_variant(config: TrainConfig, task: Task) -> dict[str, Any]:
-    """The method's settings that are neither its own defaults nor the task's: what a table has to say beside its name."""
-    defaults = asdict(get_algorithm(config.algo.name).config())
-    return {
-        name: value
-        for name, value in asdict(config.algo).items()
-        if value != defaults[name] and not (defaults[name] is None and value == getattr(task, name, None))
-    }
+def method_variant(config: TrainConfig) -> dict[str, Any]:
+    """The method's settings that are neither its own, nor the task's or the preset's: what a table says beside its name."""
+    usual = asdict(get_algorithm(config.algo.name).config())
+    usual |= {name: value for name, value in method_values(config).items() if usual.get(name, "") is None}
+    return {name: value for name, value in asdict(config.algo).items() if value != usual[name]}
 
 
 def _images(task: str) -> InputError:

@@ -15,6 +15,7 @@ and ``percent=true`` say which number it is.
 
 from __future__ import annotations
 
+import functools
 import re
 import shlex
 from collections.abc import Sequence
@@ -124,6 +125,7 @@ class _Reader:
         self.differences: list[Difference] = []
         self.written: list[str] = []
         self.blocks = self.values = 0
+        self.runs = functools.cache(find_runs)  # many values are of the same runs
 
     def run(self) -> Checked:
         fenced, number = False, 0
@@ -195,7 +197,7 @@ class _Reader:
         last = self._last(options, number)
         if stat not in STATS:
             raise self._wrong(number, f"stat={stat} is none of {', '.join(STATS)}")
-        runs = [run for run in find_runs(folders) if run.record["evaluations"] and _has(run, options)]
+        runs = [run for run in self.runs(tuple(folders)) if run.record["evaluations"] and _has(run, options)]
         cells = sorted({(run.task, run.column, "online" if run.online else "offline") for run in runs})
         if len(cells) != 1:
             several = "; ".join(" ".join(cell) for cell in cells[:3])

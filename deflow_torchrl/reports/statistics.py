@@ -181,7 +181,7 @@ def success_standard_error(rate: float, episodes: int) -> float:
 
 
 def inside_noise(gap: float, *errors: float, quantile: float = 1.96) -> bool:
-    """Whether a gap of two means is smaller than what noise alone gives in one of twenty comparisons.
+    """Whether a gap of two means is no larger than what noise alone gives in one of twenty comparisons.
 
     Args:
         gap: difference of the means.
@@ -199,7 +199,7 @@ def inside_noise(gap: float, *errors: float, quantile: float = 1.96) -> bool:
     """
     if not errors or min(errors) < 0:
         raise ValueError(f"expected standard errors, got {errors}")
-    return abs(gap) < quantile * math.sqrt(sum(error**2 for error in errors))
+    return abs(gap) <= quantile * math.sqrt(sum(error**2 for error in errors))
 
 
 def _scores(scores: Sequence[float]) -> np.ndarray:

@@ -328,7 +328,8 @@ def _entry(row: Row, cell: Cell | None, best: Cell) -> Entry:
         return Entry("")
     scale = _SCALE[row.metric]
     near = cell is not best and inside_noise(best.mean - cell.mean, best.noise, cell.noise)
-    bold = cell is best or (best.mean > 0 and cell.mean >= BOLD_FROM * best.mean)
+    # Of a negative best 95% would be a better number than the best.
+    bold = cell.mean == best.mean or (best.mean > 0 and cell.mean >= BOLD_FROM * best.mean)
     text = f"{_numbers(cell, scale)} ({cell.error * scale:.1f}){NEAR if near else ''}"
     if cell.before is not None:
         text = f"{_numbers(cell.before, scale)} → {text}"

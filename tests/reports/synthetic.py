@@ -1,17 +1,20 @@
 """Run folders with records of chosen outcomes, made by the package's own ``build_record``."""
 
+import functools
 import json
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 
 from deflow_torchrl.algorithms import DeFlowConfig
 from deflow_torchrl.config import TrainConfig, config_to_dict
-from deflow_torchrl.reports import build_record
+from deflow_torchrl.reports import build_record, records
 
 CUBE = "cube-single-play-singletask-task{}-v0"
 CUBE2 = CUBE.format(2)
 EPISODES = 20
+_COMMIT = functools.cache(records.git_commit)  # two processes a call
 
 
 def outcome(wins, *, episodes=EPISODES, seed=1_000_000, **more):
@@ -52,7 +55,8 @@ def record_of(wins, *, task=CUBE2, algo="deflow", seed=0, before=(), online=(), 
         "acting": algo, "variant": variant or {}, "success_timing": "pre", "evaluation_seed": 1_000_000,
         "evaluations": {algo: outcome(wins)}, "history": history, "seconds": {"updates": 1.5, "load_data": 0.5},
     }  # fmt: skip
-    return build_record(**(given | more))
+    with mock.patch.object(records, "git_commit", _COMMIT):
+        return build_record(**(given | more))
 
 
 def write_run(folder: Path, record, rows=()):

@@ -10,9 +10,9 @@ import pytest
 pytest.importorskip("jsonschema", reason="needs the extra reports")
 
 from deflow_torchrl.errors import InputError
-from deflow_torchrl.reports import build_record, load_record, upgrade_record, without_places
+from deflow_torchrl.reports import load_record, records, upgrade_record, without_places
 from deflow_torchrl.reports.records import SCHEMA, config_digest
-from tests.reports.synthetic import record_of, write_run
+from tests.reports.synthetic import CUBE2, record_of, write_run
 
 KEPT = Path(__file__).parents[2] / "benchmarks" / "results" / "offline_to_online"
 
@@ -133,12 +133,23 @@ def test_the_kept_records_can_be_read_and_are_what_their_schema_3_becomes():
             upgrade_record(record, variant={})
 
 
-def test_without_git_or_gpu_the_entries_are_null(monkeypatch):
-    from deflow_torchrl.reports import records
+@pytest.mark.parametrize(
+    ("overrides", "variant"),
+    [
+        ([], {}),
+        (["algo=fql"], {}),
+        (["preset=released"], {}),
+        (["algo.gamma=0.99"], {}),
+        (["algo.fixed_alpha=1", "algo.gamma=0.9"], {"fixed_alpha": 1.0, "gamma": 0.9}),
+        (["algo=fql", "algo.alpha=5"], {"alpha": 5.0}),
+    ],
+)
+def test_the_variant_is_what_neither_method_nor_task_nor_preset_gives(overrides, variant):
+    pytest.importorskip("hydra", reason="needs the extra cli")
+    from deflow_torchrl.config import compose_config
+    from deflow_torchrl.experiment import method_variant
 
-    monkeypatch.setattr(records, "git_commit", lambda: None)
-    assert record_of(5)["git_commit"] is None
-    assert build_record is records.build_record
+    assert method_variant(compose_config([f"task={CUBE2}", *overrides])) == variant
 
 
 def test_the_commit_outside_a_checkout_is_what_the_environment_says(monkeypatch, tmp_path):

@@ -80,6 +80,20 @@ def test_bold_from_95_percent_of_the_best_and_a_mark_for_gaps_inside_the_noise(t
     assert "**95 (4.9)" in line
 
 
+def test_equal_means_are_marked_alike_whatever_their_sign(tmp_path):
+    records = [record_of(0, algo=algo) for algo in ("deflow", "fql")]
+    records += [
+        record_of(wins, task="minari:x/y-v0", metric="return", algo=algo) for algo, wins in (("deflow", 0), ("fql", 1))
+    ]
+    (table,) = make_tables(find_runs([write_all(tmp_path / "runs", *records)]))
+    bold = {
+        row.entries[1].text.split(" (")[0]: [entry.bold for entry in row.entries[2:]]
+        for row in results_grid(table).rows
+    }
+    assert bold == {CUBE2: [True, True], "minari:x/y-v0": [True, False]}, "columns fql, deflow; returns of -9.5 and -10"
+    assert [entry.text[-1] for entry in results_grid(table).rows[0].entries[2:]].count("≈") == 1
+
+
 def test_runs_alike_but_for_the_seed_share_a_column_others_say_how_they_differ(tmp_path):
     shared = {"lr": 1e-3}
     records = [record_of(5, seed=seed, variant=shared) for seed in (0, 1)]
@@ -104,21 +118,22 @@ def test_the_same_run_twice_is_refused_and_one_folder_named_twice_is_not(tmp_pat
     assert len(find_runs([folder / "run0", folder / "run0", folder / ".." / "runs" / "run0"])) == 1
 
 
-def test_folders_that_cannot_be_used_are_refused(tmp_path):
+def test_folders_that_cannot_be_used_are_refused(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     for path, message in ((tmp_path / "none", "is missing"), (tmp_path / "empty", "holds no record.json")):
         with pytest.raises(InputError, match=message):
             find_runs([path])
-    closed = tmp_path / "closed"
-    write_run(closed / "run", record_of(5))
-    (closed / "run").chmod(0)
-    try:
-        if os.access(closed / "run", os.R_OK):
-            pytest.skip("this user may read everything")
-        with pytest.raises(InputError, match="cannot read"):
-            find_runs([closed])
-    finally:
-        (closed / "run").chmod(0o755)
+    closed = write_run(tmp_path / "runs" / "closed", record_of(5))
+    scandir = os.scandir
+
+    def forbid(path):
+        if Path(path) == closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", forbid)  # root may read everything
+    with pytest.raises(InputError, match=r"cannot read .*closed \(Permission denied\)"):
+        find_runs([closed.parent])
 
 
 def test_a_score_is_the_last_evaluation_or_the_mean_of_the_last_few():

@@ -10,30 +10,38 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from deflow_torchrl.algorithms.registry import ALGORITHMS, get_algorithm
+from deflow_torchrl.algorithms.settings import PRESETS, needed
 from deflow_torchrl.errors import InputError, MissingExtraError
+from deflow_torchrl.tasks import get_task, paper_settings, paper_task, usual_protocol
 
 MIXINGS = ("uniform", "balanced", "annealed")
 OVERWRITES = ("online", "fifo")
 STORAGES = ("device", "memmap")
 LOGGERS = ("none", "wandb", "tensorboard", "mlflow")
+_OF_THE_TASK = ("offline_steps", "overwrite", "hidden_dims", "eval_interval", "eval_episodes")
 
 
 @dataclass
 class TrainConfig:
     """Settings of ``deflow train``, ``key=value``; the defaults are the paper's protocol.
 
+    What is None and described as the task's is filled in by :func:`with_task_defaults`, the method's settings too.
+
     Attributes:
         task: OGBench single-task name, for example ``cube-single-play-singletask-task2-v0``; the paper's D4RL names
             (``door-human-v1``); ``minari:ID``; or ``own:FOLDER``, a set made by ``deflow data import``.
         env: where ``own:`` and ``minari:`` data are evaluated: a gymnasium id, an OGBench single-task name, or ``none``; a
             Minari set's own environment where None.
+        preset: where the paper and its authors' code disagree and both can be had (docs/tasks.md): ``paper``, what is printed,
+            or ``released``, what the code does; this package's choice, setting by setting, where None. A setting that is given
+            is as given.
         seed: seed of networks, batches and noise.
         seeds: train one run for each of these seeds, all at once in one process and offline: ``seeds=[0,1,2]``; each is a run
             folder of its own in ``out``.
-        offline_steps: gradient steps on the data set.
+        offline_steps: gradient steps on the data set; the task's where None (1M of tasks outside the paper).
         online_steps: environment steps after them, on the policy's own experience and the data set.
         utd: gradient steps per environment step.
         warmup_steps: environment steps before the first online gradient step.
@@ -42,7 +50,7 @@ class TrainConfig:
         offline_fraction: ``balanced``: the data set's share of a batch; ``annealed``: ``[START,END]``.
         anneal_steps: ``annealed``: environment steps from START to END; all online steps where None.
         overwrite: what new experience replaces when there is no room: the oldest experience (``online``), or the oldest
-            transition of all (``fifo``, the authors' code: their buffer has room for two million).
+            transition of all (``fifo``, the authors' code: their buffer has room for two million); the preset's where None.
         online_capacity: transitions of experience kept; all where None (with ``fifo``: room up to two million in all).
         freeze_prior: keep the flow prior as the offline phase left it: its base actions are drawn once, into a bank.
         base_actions: ``freeze_prior``: base actions kept of each state.
@@ -50,10 +58,11 @@ class TrainConfig:
         steps_per_collection: environment steps acted with the same weights (for processes: a multiple of them).
         max_fault_share: share of online episodes that may fail (an environment that raises or returns NaN).
         batch_size: transitions per gradient step.
-        hidden_dims: widths of the hidden layers of every network.
+        hidden_dims: widths of the hidden layers of every network; where None 4 x 512, or what the paper used for this method
+            on this task.
         log_interval: steps between rows of metrics.
-        eval_interval: steps between evaluations; 0 evaluates at the end only.
-        eval_episodes: episodes of each evaluation.
+        eval_interval: steps between evaluations, 0 evaluates at the end only; the task's where None (100K).
+        eval_episodes: episodes of each evaluation; the task's where None (50).
         save_interval: steps between checkpoints; 0 saves at the end only.
         data_root: folder of NAME.npz and NAME-val.npz; ``$DEFLOW_HOME/data`` where None.
         download: fetch missing data from the source's host.
@@ -78,16 +87,17 @@ class TrainConfig:
     defaults: list[Any] = field(default_factory=lambda: [{"algo": "deflow"}, "_self_"])
     task: str = "???"
     env: str | None = None
+    preset: str | None = None
     seed: int = 0
     seeds: list[int] | None = None
-    offline_steps: int = 1_000_000
+    offline_steps: int | None = None
     online_steps: int = 0
     utd: float = 1.0
     warmup_steps: int = 0
     mixing: str = "uniform"
     offline_fraction: Any = 0.5
     anneal_steps: int | None = None
-    overwrite: str = "online"
+    overwrite: str | None = None
     online_capacity: int | None = None
     freeze_prior: bool = False
     base_actions: int = 8
@@ -95,10 +105,10 @@ class TrainConfig:
     steps_per_collection: int = 1
     max_fault_share: float = 0.1
     batch_size: int = 256
-    hidden_dims: list[int] = field(default_factory=lambda: [512, 512, 512, 512])
+    hidden_dims: list[int] | None = None
     log_interval: int = 1_000
-    eval_interval: int = 100_000
-    eval_episodes: int = 50
+    eval_interval: int | None = None
+    eval_episodes: int | None = None
     save_interval: int = 100_000
     data_root: str | None = None
     download: bool = True
@@ -119,14 +129,30 @@ class TrainConfig:
         self.defaults = [*self.defaults]
 
 
-def compose_config(overrides: Sequence[str]) -> TrainConfig:
-    """Compose and check the settings of a run.
+if TYPE_CHECKING:
+
+    class SettledConfig(TrainConfig):
+        """Settings in which nothing that a run needs is None."""
+
+        offline_steps: int
+        overwrite: str
+        hidden_dims: list[int]
+        eval_interval: int
+        eval_episodes: int
+
+else:
+    SettledConfig = TrainConfig
+
+
+def compose_config(overrides: Sequence[str]) -> SettledConfig:
+    """Compose and check the settings of a run, with the task's for those that are not given.
 
     Args:
         overrides: ``key=value`` as in Hydra.
 
     Raises:
-        InputError: on an unknown setting (with the nearest name), a value of the wrong type or out of range.
+        InputError: on an unknown setting (with the nearest name), a value of the wrong type or out of range, an unknown task,
+            or a setting of the method that neither the task nor an override gives.
         MissingExtraError: without the ``cli`` extra.
     """
     try:
@@ -160,18 +186,89 @@ def compose_config(overrides: Sequence[str]) -> TrainConfig:
         cause = f": {error.__cause__}".splitlines()[0] if error.__cause__ else ""
         message = " ".join(str(error).split()).split(" See https", 1)[0]
         raise InputError(f"{message}{cause}") from error
-    return config_from_dict(values)
+    return with_task_defaults(config_from_dict(values))
 
 
-def apply_overrides(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
+def with_task_defaults(config: TrainConfig) -> SettledConfig:
+    """The settings with every one that is None and the task's, the preset's or the protocol's filled in.
+
+    Tasks of the paper have its protocol and its Table 6; with ``online_steps`` what it says of offline-to-online training
+    comes first. Other tasks have the protocol of OGBench's states, and no values for the settings that are the paper's of
+    each task. What is not None stays, so that filling twice changes nothing.
+
+    Raises:
+        InputError: on an unknown task, or where a setting of the method is the paper's of each task, and neither the paper
+            has one for this task nor the settings do.
+    """
+    settled = _with_run_defaults(config)
+    algo = config.algo
+    values = _method_values(config)
+    filled = {
+        item.name: _as_annotated(item, values[item.name])
+        for item in dataclasses.fields(algo)
+        if getattr(algo, item.name) is None and item.name in values
+    }
+    algo = dataclasses.replace(algo, **filled)
+    for name in paper_settings(algo.name):
+        if hasattr(algo, name):
+            needed(getattr(algo, name), name)
+    return dataclasses.replace(settled, algo=algo)
+
+
+def _with_run_defaults(config: TrainConfig) -> SettledConfig:
+    """The settings with those of the run that are None filled in, and the method's as they are."""
+    missing = [name for name in _OF_THE_TASK if getattr(config, name) is None]
+    if not missing:
+        return cast("SettledConfig", config)  # a run folder's task is looked up when it is used
+    task = paper_task(config.task, "offline_to_online") if config.online_steps else None
+    task = task or paper_task(config.task)
+    if task is None:
+        values = usual_protocol()
+    else:
+        values = {
+            "offline_steps": task.offline_steps,
+            "eval_interval": task.eval_interval,
+            "eval_episodes": task.eval_episodes,
+            "hidden_dims": task.hidden_dims.get(config.algo.name, task.default_hidden_dims),
+        }
+        values |= {
+            name: task.released[name] for name in values if config.preset == "released" and name in task.released
+        }
+    values["hidden_dims"] = list(values["hidden_dims"])
+    values["overwrite"] = "fifo" if config.preset == "released" else "online"
+    return cast("SettledConfig", dataclasses.replace(config, **{name: values[name] for name in missing}))
+
+
+def _method_values(config: TrainConfig) -> dict[str, Any]:
+    """What task and preset say about settings of the run's method, where they say anything."""
+    task = get_task(config.task, environment=config.env)
+    # What every task has, in the paper or not.
+    values: dict[str, Any] = {
+        "gamma": task.gamma, "q_aggregation": task.q_aggregation, "target_divergence": task.target_divergence,
+    }  # fmt: skip
+    for row in (paper_task(config.task), paper_task(config.task, "offline_to_online") if config.online_steps else None):
+        if row is not None:
+            values |= row.hyperparameters.get(config.algo.name, {})
+            if config.preset == "released":
+                values |= {name: value for name, value in row.released.items() if name in values}
+    values |= {key: choice[config.preset] for key, choice in config.algo.choices.items()}
+    return values
+
+
+def _as_annotated(item: dataclasses.Field[Any], value: Any) -> Any:
+    return float(value) if "float" in str(item.type) else value
+
+
+def apply_overrides(config: TrainConfig, overrides: Sequence[str]) -> SettledConfig:
     """The settings of a run with ``key=value`` overrides on top, checked as :func:`compose_config` does.
 
     Raises:
-        InputError: on what ``compose_config`` refuses, and on another method: its settings are others.
+        InputError: on what ``compose_config`` refuses, on another method, whose settings are others, and on another preset,
+            which would change nothing: every setting has a value by now.
         MissingExtraError: without the ``cli`` extra.
     """
     if not overrides:
-        return config
+        return _with_run_defaults(config)
     try:
         from hydra.core.override_parser.overrides_parser import OverridesParser
         from hydra.errors import HydraException
@@ -194,6 +291,8 @@ def apply_overrides(config: TrainConfig, overrides: Sequence[str]) -> TrainConfi
                         f"{text}: this run's method is {config.algo.name}; train another run with another one"
                     )
                 continue
+            if override.key_or_group == "preset" and override.value() != config.preset:
+                raise InputError(f"{text}: a preset is for a new run; of this one change the settings themselves")
             OmegaConf.update(values, override.key_or_group, override.value())
         except (HydraException, OmegaConfBaseException) as error:
             raise InputError(
@@ -202,11 +301,14 @@ def apply_overrides(config: TrainConfig, overrides: Sequence[str]) -> TrainConfi
     return config_from_dict(cast("dict[str, Any]", OmegaConf.to_container(values, resolve=True)))
 
 
-def config_from_dict(values: dict[str, Any]) -> TrainConfig:
+def config_from_dict(values: dict[str, Any]) -> SettledConfig:
     """Build and check the settings from a plain dictionary, as a run folder keeps them.
 
+    Those of the run that are missing or None are the task's (:func:`with_task_defaults`); the method's stay None: an earlier
+    version left them so where they were the task's.
+
     Raises:
-        InputError: on unknown names or values out of range.
+        InputError: on unknown names or values out of range, and on an unknown task.
     """
     try:
         values = {key: value for key, value in values.items() if key != "defaults"}
@@ -217,7 +319,7 @@ def config_from_dict(values: dict[str, Any]) -> TrainConfig:
         raise
     except (AttributeError, TypeError, KeyError, ValueError) as error:
         raise InputError(f"settings do not fit this version: {type(error).__name__} {error}") from error
-    return config
+    return _with_run_defaults(config)
 
 
 def config_to_dict(config: TrainConfig) -> dict[str, Any]:
@@ -274,18 +376,20 @@ def _check_values(config: TrainConfig) -> None:
     for name in (
         "batch_size", "eval_episodes", "log_interval", "base_actions", "steps_per_collection", "updates_per_replay",
     ):  # fmt: skip
-        need(getattr(config, name) >= 1, name, getattr(config, name), "at least 1")
+        value = getattr(config, name)
+        need(value is None or value >= 1, name, value, "at least 1")
     for name in (
         "offline_steps", "online_steps", "warmup_steps", "collector_workers", "eval_interval", "save_interval", "seed",
     ):  # fmt: skip
-        need(getattr(config, name) >= 0, name, getattr(config, name), "at least 0")
-    need(config.offline_steps + config.online_steps >= 1, "offline_steps", 0, "at least 1, or online_steps")
+        value = getattr(config, name)
+        need(value is None or value >= 0, name, value, "at least 0")
+    need(config.offline_steps != 0 or config.online_steps >= 1, "offline_steps", 0, "at least 1, or online_steps")
+    need(config.preset in (None, *PRESETS), "preset", config.preset, f"one of {', '.join(PRESETS)}")
     _check_online(config, need)
     if config.seeds is not None:
         _check_seeds(config, need)
-    need(
-        bool(config.hidden_dims) and min(config.hidden_dims) >= 1, "hidden_dims", config.hidden_dims, "positive widths"
-    )
+    widths = config.hidden_dims
+    need(widths is None or (bool(widths) and min(widths) >= 1), "hidden_dims", widths, "positive widths")
     need(config.seed < 2**63, "seed", config.seed, "a number below 2**63")
     for name, what in (("out", "a folder"), ("data_root", "a folder"), ("env", "a name")):
         need(getattr(config, name) != "", name, "''", what)
@@ -323,7 +427,7 @@ def _check_seeds(config: TrainConfig, need: Callable[[bool, str, Any, str], None
 
 def _check_online(config: TrainConfig, need: Callable[[bool, str, Any, str], None]) -> None:
     need(config.mixing in MIXINGS, "mixing", config.mixing, f"one of {', '.join(MIXINGS)}")
-    need(config.overwrite in OVERWRITES, "overwrite", config.overwrite, f"one of {', '.join(OVERWRITES)}")
+    need(config.overwrite in (None, *OVERWRITES), "overwrite", config.overwrite, f"one of {', '.join(OVERWRITES)}")
     need(config.utd > 0 and math.isfinite(config.utd), "utd", config.utd, "a positive number")
     need(0 <= config.max_fault_share <= 1, "max_fault_share", config.max_fault_share, "a share between 0 and 1")
     for name in ("anneal_steps", "online_capacity"):

@@ -27,6 +27,10 @@ class MissingExtraError(InputError, ImportError):
         return type(self), self._arguments
 
 
+class LockHeldError(InputError):
+    """Another process holds a lock; it is free when that process ends."""
+
+
 class NonFiniteLossError(RuntimeError):
     """A loss became NaN or infinite: the message names the term and the step."""
 

@@ -17,10 +17,18 @@ from torchrl.envs import DeviceCastTransform
 
 from deflow_torchrl.algorithms import Learner, get_algorithm
 from deflow_torchrl.algorithms.base import ProblemSpec
-from deflow_torchrl.config import TrainConfig, apply_overrides, config_from_dict, config_to_dict, default_out
+from deflow_torchrl.config import (
+    SettledConfig,
+    TrainConfig,
+    apply_overrides,
+    config_from_dict,
+    config_to_dict,
+    default_out,
+    with_task_defaults,
+)
 from deflow_torchrl.data import OfflineOnlineReplayBuffer, TransitionDataset, TransitionReplayBuffer
 from deflow_torchrl.data.base_actions import BaseActionBank
-from deflow_torchrl.envs.factory import make_gym_env
+from deflow_torchrl.envs.factory import make_gym_env, success_timing
 from deflow_torchrl.errors import (
     CheckpointNotWritten,
     EnvironmentFaultError,
@@ -33,6 +41,7 @@ from deflow_torchrl.paths import make_writable_folder, write_text
 from deflow_torchrl.processes import available_cores
 from deflow_torchrl.progress import progress_bar
 from deflow_torchrl.reports import build_record, check_report_extra, plot_learning_curve, write_html_report
+from deflow_torchrl.reports.records import RECORD_FILE
 from deflow_torchrl.tasks import Task, get_task
 from deflow_torchrl.tasks.sources import data_digest, load_task_data, reference_returns
 from deflow_torchrl.trainers import EvaluationResult, Evaluator, MetricsLog, Trainer, TrainerSchedule, UpdateStep
@@ -52,7 +61,6 @@ from deflow_torchrl.trainers.trainer import restore_learner
 
 CONFIG_FILE = "config.yaml"
 GROUP_FILE = "group.yaml"  # beside the run folders of seeds that are trained together
-RECORD_FILE = "record.json"
 ACTING = "acting"
 BANK_FILE = "base_actions.pt"
 _NUM_ENVS = 10
@@ -71,7 +79,7 @@ def train(
     """Train and evaluate a new run and leave its folder.
 
     Args:
-        config: the settings.
+        config: the settings; those that are None and the task's are filled in.
 
     Keyword Args:
         command: the command line, for the record.
@@ -91,9 +99,9 @@ def train(
         raise InputError("a run has one seed; several are trained by deflow_torchrl.group.train_group")
     out = default_out(config) if config.out is None else Path(config.out)
     check_free(out)
-    config = resumable_from_anywhere(replace(config, out=str(out)))
+    settled = resumable_from_anywhere(replace(with_task_defaults(config), out=str(out)))
     run = Run(
-        config,
+        settled,
         out,
         commands=[command],
         extra_seconds=extra_seconds,
@@ -226,7 +234,7 @@ class LoadedRun:
         device: where they are.
     """
 
-    config: TrainConfig
+    config: SettledConfig
     final_episodes: int | None
     task: Task
     checkpoint: Path
@@ -361,7 +369,7 @@ class Run:
 
     def __init__(
         self,
-        config: TrainConfig,
+        config: SettledConfig,
         out: Path,
         *,
         commands: Sequence[str],
@@ -665,6 +673,10 @@ class Run:
             config=config_to_dict(self.config),
             data=self.data.about,
             metric=self.task.metric,
+            acting=self.learner.acting_policy,
+            variant=method_variant(self.config, self.task),
+            success_timing=None if self.task.environment is None else success_timing(self.task.environment),
+            evaluation_seed=DEFAULT_EVALUATION_SEED,
             evaluations=_outcomes(self.outcomes, self.references),
             history=trainer.notes.get("evaluations", []),
             online=None if trainer.online is None else trainer.online.counters,
@@ -728,7 +740,7 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _build(config: TrainConfig, observation_dim: int, action_dim: int, device: torch.device) -> Learner:
+def _build(config: SettledConfig, observation_dim: int, action_dim: int, device: torch.device) -> Learner:
     task = _task(config)
     problem = ProblemSpec(
         observation_dim=observation_dim,
@@ -742,7 +754,7 @@ def _build(config: TrainConfig, observation_dim: int, action_dim: int, device: t
     return get_algorithm(config.algo.name).build(config.algo, problem)
 
 
-def resumable_from_anywhere(config: TrainConfig) -> TrainConfig:
+def resumable_from_anywhere(config: SettledConfig) -> SettledConfig:
     """The settings with absolute paths of data."""
     prefix, _, folder = config.task.partition(":")
     if prefix == "own":
@@ -750,6 +762,16 @@ def resumable_from_anywhere(config: TrainConfig) -> TrainConfig:
     if config.data_root is not None:
         config = replace(config, data_root=str(Path(config.data_root).expanduser().absolute()))
     return config
+
+
+def method_variant(config: TrainConfig, task: Task) -> dict[str, Any]:
+    """The method's settings that are neither its own defaults nor the task's: what a table has to say beside its name."""
+    defaults = asdict(get_algorithm(config.algo.name).config())
+    return {
+        name: value
+        for name, value in asdict(config.algo).items()
+        if value != defaults[name] and not (defaults[name] is None and value == getattr(task, name, None))
+    }
 
 
 def _images(task: str) -> InputError:

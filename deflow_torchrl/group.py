@@ -18,7 +18,15 @@ from typing import Any
 
 import numpy as np
 
-from deflow_torchrl.config import TrainConfig, apply_overrides, config_from_dict, config_to_dict, default_out
+from deflow_torchrl.config import (
+    SettledConfig,
+    TrainConfig,
+    apply_overrides,
+    config_from_dict,
+    config_to_dict,
+    default_out,
+    with_task_defaults,
+)
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.experiment import (
     CONFIG_FILE,
@@ -74,10 +82,10 @@ def train_group(
     """
     out = default_out(config) if config.out is None else Path(config.out)
     check_free(out)
-    config = resumable_from_anywhere(replace(config, out=str(out)))
-    for seed in config.seeds or ():
+    settled = resumable_from_anywhere(replace(with_task_defaults(config), out=str(out)))
+    for seed in settled.seeds or ():
         check_free(seed_folder(out, seed))
-    group = _Group(config, [command], final_episodes=final_episodes, show_progress=show_progress)
+    group = _Group(settled, [command], final_episodes=final_episodes, show_progress=show_progress)
     make_writable_folder(out)
     return group.go([None] * len(group.runs), resume=False)
 
@@ -169,7 +177,7 @@ class _Group:
     """The seeds' runs, put together before anything is written."""
 
     def __init__(
-        self, config: TrainConfig, commands: Sequence[str], *, final_episodes: int | None, show_progress: bool
+        self, config: SettledConfig, commands: Sequence[str], *, final_episodes: int | None, show_progress: bool
     ) -> None:
         self.config = config
         self.out = Path(config.out or "")
@@ -268,7 +276,7 @@ class _Group:
         }
 
 
-def _of_seed(config: TrainConfig, seed: int) -> TrainConfig:
+def _of_seed(config: SettledConfig, seed: int) -> SettledConfig:
     """The settings of one seed's run."""
     return replace(config, seeds=None, seed=seed, out=str(seed_folder(Path(config.out or ""), seed)))
 

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from deflow_torchrl.errors import InputError
+from deflow_torchrl.errors import InputError, LockHeldError
 
 
 @contextmanager
-def hold_lock(path: Path, *, busy: str | None = None) -> Iterator[None]:
+def hold_lock(path: Path, *, busy: str | None = None, note: str = "") -> Iterator[None]:
     """Hold the lock file ``path`` during the block; it is removed afterwards.
 
     Args:
@@ -21,27 +21,32 @@ def hold_lock(path: Path, *, busy: str | None = None) -> Iterator[None]:
 
     Keyword Args:
         busy: message of the error raised where another process holds the lock; ``None`` waits for it instead.
+        note: what the file says meanwhile, for others to read.
 
     Raises:
-        InputError: where it is held (with ``busy``), or where the folder cannot hold a lock.
+        LockHeldError: where it is held, with ``busy``.
+        InputError: where the folder cannot hold a lock.
     """
     mode = fcntl.LOCK_EX if busy is None else fcntl.LOCK_EX | fcntl.LOCK_NB
     while True:
         try:
-            file = path.open("w")
+            file = path.open("a", encoding="utf-8")  # what a holder has noted stays
         except OSError as error:
             raise InputError(f"cannot write {path} ({error.strerror})") from error
         with file:
             try:
                 fcntl.flock(file, mode)
             except BlockingIOError as error:
-                raise InputError(busy or "") from error
+                raise LockHeldError(busy or "") from error
             except OSError as error:
                 raise InputError(f"cannot lock {path} ({error.strerror}); choose a folder on another disk") from error
             # Between open and flock the holder may have removed the file: a lock on a removed file guards nothing.
             if not _is_at(file.fileno(), path):
                 continue
             try:
+                file.truncate(0)
+                file.write(note)
+                file.flush()
                 yield
             finally:
                 path.unlink(missing_ok=True)  # still locked: whoever opened it meanwhile finds it gone and tries again

@@ -12,6 +12,10 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from deflow_torchrl.algorithms.base import ProblemSpec as ProblemSpec
     from deflow_torchrl.algorithms.bc import BCConfig as BCConfig
     from deflow_torchrl.algorithms.deflow import DeFlowConfig as DeFlowConfig
+    from deflow_torchrl.algorithms.fawac import FAWACConfig as FAWACConfig
+    from deflow_torchrl.algorithms.fbrac import FBRACConfig as FBRACConfig
+    from deflow_torchrl.algorithms.flow_bc import FlowBCConfig as FlowBCConfig
+    from deflow_torchrl.algorithms.fql import FQLConfig as FQLConfig
     from deflow_torchrl.algorithms.ifql import IFQLConfig as IFQLConfig
     from deflow_torchrl.algorithms.iql import IQLConfig as IQLConfig
     from deflow_torchrl.algorithms.rebrac import ReBRACConfig as ReBRACConfig
@@ -38,6 +42,10 @@ _EXPORTS = {
     "IFQLConfig": ".ifql",
     "IQLConfig": ".iql",
     "ReBRACConfig": ".rebrac",
+    "FAWACConfig": ".fawac",
+    "FBRACConfig": ".fbrac",
+    "FQLConfig": ".fql",
+    "FlowBCConfig": ".flow_bc",
 }
 __all__ = list(_EXPORTS)
 __getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)

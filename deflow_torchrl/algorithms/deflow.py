@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from deflow_torchrl.algorithms.settings import PRECISIONS, Algorithm, CriticConfig, Need, check_positive, given
 
@@ -21,25 +22,33 @@ class DeFlowConfig(CriticConfig):
         flow_steps: Euler steps M of the prior.
         target_divergence: delta, mean-square shift per action dimension; the task's where None.
         normalize_q_loss: scale the actor's Q term by 1 / mean|Q|.
-        divergence_reduction: ``mean`` or ``sum`` over action dimensions.
+        divergence_reduction: ``mean`` (the authors' code, and how the paper chooses delta) or ``sum`` (Eq. 10 as printed) over
+            action dimensions; the preset's where None, ``mean`` without one.
         log_alpha_init: start of log alpha.
         min_alpha: lower bound of alpha, none where None.
         max_alpha: upper bound of alpha, none where None.
         fixed_alpha: constant multiplier, none where None.
+        square_fixed_alpha: multiply by it twice, as the authors' code does; the preset's where None, no without one.
         sampler_precision: of the matrix products that sample the prior's actions for the losses: ``highest``; ``high`` or
             ``medium`` as in ``torch.set_float32_matmul_precision`` (TF32 on a GPU; ``medium`` is bfloat16 on a CPU that has
             it); or ``bfloat16``. What has a gradient, acting and evaluation are always computed in full.
     """
 
+    choices: ClassVar[Mapping[str, Mapping[str | None, Any]]] = {
+        "divergence_reduction": {None: "mean", "paper": "sum", "released": "mean"},
+        "square_fixed_alpha": {None: False, "paper": False, "released": True},
+    }
+
     name: str = "deflow"
     flow_steps: int = 10
     target_divergence: float | None = None
     normalize_q_loss: bool = True
-    divergence_reduction: str = "mean"
+    divergence_reduction: str | None = None
     log_alpha_init: float = 1.0
     min_alpha: float | None = None
     max_alpha: float | None = None
     fixed_alpha: float | None = None
+    square_fixed_alpha: bool | None = None
     sampler_precision: str = "highest"
 
     def check(self, need: Need) -> None:
@@ -47,7 +56,7 @@ class DeFlowConfig(CriticConfig):
         super().check(need)
         need(self.flow_steps >= 1, "algo.flow_steps", self.flow_steps, "at least 1")
         need(
-            self.divergence_reduction in ("mean", "sum"),
+            self.divergence_reduction in (None, "mean", "sum"),
             "algo.divergence_reduction",
             self.divergence_reduction,
             "mean or sum",
@@ -88,6 +97,9 @@ def build_deflow(config: DeFlowConfig, problem: ProblemSpec) -> Learner:
     )
     from deflow_torchrl.objectives import DeFlowLoss
 
+    fixed_alpha = config.fixed_alpha
+    if fixed_alpha is not None and given(config.square_fixed_alpha, False):
+        fixed_alpha = fixed_alpha**2
     sizes = (problem.observation_dim, problem.action_dim, problem.hidden_dims)
     flow = FlowMatchingPolicy(
         make_velocity_network(*sizes), problem.action_dim, config.flow_steps, out_keys=("base_action",)
@@ -100,11 +112,11 @@ def build_deflow(config: DeFlowConfig, problem: ProblemSpec) -> Learner:
         target_divergence=given(config.target_divergence, problem.target_divergence),
         q_aggregation=given(config.q_aggregation, problem.q_aggregation),
         normalize_q_loss=config.normalize_q_loss,
-        divergence_reduction=config.divergence_reduction,
+        divergence_reduction=cast("Any", given(config.divergence_reduction, "mean")),
         log_alpha_init=config.log_alpha_init,
         min_alpha=config.min_alpha,
         max_alpha=config.max_alpha,
-        fixed_alpha=config.fixed_alpha,
+        fixed_alpha=fixed_alpha,
         sampler_precision=cast("Precision", config.sampler_precision),
     )
     loss.make_value_estimator(ValueEstimators.TD0, gamma=given(config.gamma, problem.gamma), device=problem.device)

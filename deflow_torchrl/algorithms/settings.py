@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
 
 from deflow_torchrl.errors import InputError
 
@@ -17,6 +17,9 @@ _T = TypeVar("_T")
 Need: TypeAlias = Callable[[bool, str, Any, str], None]
 """``need(condition, name, value, expected)`` raises :class:`InputError` where the condition does not hold."""
 
+PRESETS = ("paper", "released")
+"""What ``preset=`` chooses between: what the paper prints, and what its authors' code does."""
+
 PRECISIONS = ("highest", "high", "medium", "bfloat16")
 
 
@@ -27,7 +30,10 @@ class MethodConfig:
     Attributes:
         name: as in ``algo=NAME``.
         lr: learning rate of the one Adam.
+        choices: settings, None by default, whose value is the preset's: name -> preset, None for no preset, -> value.
     """
+
+    choices: ClassVar[Mapping[str, Mapping[str | None, Any]]] = {}
 
     name: str = "???"
     lr: float = 3e-4

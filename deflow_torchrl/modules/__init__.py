@@ -9,12 +9,14 @@ from deflow_torchrl.modules.deterministic import DeterministicModel, Determinist
 from deflow_torchrl.modules.flow import FlowMatchingModel, FlowMatchingPolicy
 from deflow_torchrl.modules.gaussian import GaussianModel, GaussianPolicy
 from deflow_torchrl.modules.networks import (
+    make_one_step_network,
     make_policy_network,
     make_qvalue_networks,
     make_refinement_network,
     make_value_network,
     make_velocity_network,
 )
+from deflow_torchrl.modules.one_step import OneStepModel, OneStepPolicy
 from deflow_torchrl.modules.refinement import RefinementModel, RefinementPolicy
 
 __all__ = [
@@ -27,8 +29,11 @@ __all__ = [
     "FlowMatchingPolicy",
     "GaussianModel",
     "GaussianPolicy",
+    "OneStepModel",
+    "OneStepPolicy",
     "RefinementModel",
     "RefinementPolicy",
+    "make_one_step_network",
     "make_policy_network",
     "make_qvalue_networks",
     "make_refinement_network",

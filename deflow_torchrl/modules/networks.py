@@ -225,6 +225,13 @@ def make_value_network(
     )
 
 
+def make_one_step_network(
+    observation_dim: int, action_dim: int, hidden_dims: Sequence[int] = PAPER_HIDDEN_DIMS
+) -> nn.Sequential:
+    """FQL's one-step policy mu: ``cat([s, z], -1)`` to an unbounded action ``[..., A]`` (no tanh, no small last layer)."""
+    return make_mlp(observation_dim + action_dim, action_dim, hidden_dims, layer_norm=False)
+
+
 def make_qvalue_networks(
     observation_dim: int,
     action_dim: int,

@@ -3,6 +3,28 @@
 
 from __future__ import annotations
 
+from deflow_torchrl.tasks.paper import (
+    PaperTask,
+    families,
+    family_groups,
+    paper_settings,
+    paper_task,
+    paper_tasks,
+    usual_protocol,
+)
 from deflow_torchrl.tasks.registry import Task, d4rl_task_names, get_task, ogbench_dataset_name, ogbench_task_names
 
-__all__ = ["Task", "d4rl_task_names", "get_task", "ogbench_dataset_name", "ogbench_task_names"]
+__all__ = [
+    "PaperTask",
+    "Task",
+    "d4rl_task_names",
+    "families",
+    "family_groups",
+    "get_task",
+    "ogbench_dataset_name",
+    "ogbench_task_names",
+    "paper_settings",
+    "paper_task",
+    "paper_tasks",
+    "usual_protocol",
+]

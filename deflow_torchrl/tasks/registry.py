@@ -1,19 +1,18 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""What a run is about: data, environment and what a method takes from the task, read from ``ogbench.json`` and ``d4rl.json``."""
+"""What a run is about: data, environment and what a method takes from the task, from ``ogbench.json``, ``d4rl.json``."""
 
 from __future__ import annotations
 
 import difflib
 import functools
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from importlib import resources
 from typing import Literal
 
 from deflow_torchrl.envs.d4rl import d4rl_task
 from deflow_torchrl.envs.names import parse_ogbench_name
 from deflow_torchrl.errors import InputError
+from deflow_torchrl.tasks.tables import paper_names, read_table
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,7 @@ class Task:
             ``None`` where nobody said.
         reward_meaning: what the data's rewards mean; ``None`` where nobody said.
         number: number of an OGBench task; the environment's default task where the name has none.
+        default_number: number of its environment's default task; ``None`` for other tasks.
         images: whether observations are known to be uint8 pictures ``[H, W, C]`` instead of states.
     """
 
@@ -50,6 +50,7 @@ class Task:
     domain: str | None = None
     reward_meaning: str | None = None
     number: int | None = None
+    default_number: int | None = None
     images: bool = False
 
 
@@ -92,10 +93,11 @@ def get_task(name: str, *, environment: str | None = None) -> Task:
 
 @functools.cache
 def _ogbench_tasks() -> Mapping[str, Task]:
-    table = json.loads(resources.files(__package__).joinpath("ogbench.json").read_text(encoding="utf-8"))
+    table = read_table("ogbench.json")
     tasks = {}
     for group in table["groups"]:
         numbers = range(1, table["tasks_per_environment"] + 1)
+        default = group["default_task"]
         for environment in group["environments"]:
             for data in group["data"]:
                 for number in (None, *numbers):
@@ -109,12 +111,11 @@ def _ogbench_tasks() -> Mapping[str, Task]:
                         gamma=group["discount"],
                         q_aggregation=group["q_aggregation"],
                         target_divergence=group["target_divergence"],
-                        in_paper=group["in_paper"]
-                        and data == group["data"][0]
-                        and (number or group["default_task"]) in group.get("paper_tasks", numbers),
+                        in_paper=f"{environment}-{data}-singletask-task{number or default}-v0" in paper_names(),
                         domain=group["domain"],
                         reward_meaning=table["reward_meaning"][group["domain"]],
-                        number=number or group["default_task"],
+                        number=number or default,
+                        default_number=default,
                         images=group.get("images", False),
                     )
     return tasks
@@ -123,7 +124,7 @@ def _ogbench_tasks() -> Mapping[str, Task]:
 @functools.cache
 def _d4rl_tasks() -> Mapping[str, Task]:
     """The paper's D4RL tasks, by D4RL's name and by the Minari id of their data."""
-    table = json.loads(resources.files(__package__).joinpath("d4rl.json").read_text(encoding="utf-8"))
+    table = read_table("d4rl.json")
     tasks = {}
     for group in table["groups"]:
         for name in group["tasks"]:
@@ -139,7 +140,7 @@ def _d4rl_tasks() -> Mapping[str, Task]:
                 gamma=group["discount"],
                 q_aggregation=group["q_aggregation"],
                 target_divergence=group["target_divergence"],
-                in_paper=True,
+                in_paper=name in paper_names(),
                 domain="d4rl",
                 reward_meaning=group["reward_meaning"],
             )

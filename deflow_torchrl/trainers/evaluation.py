@@ -57,7 +57,10 @@ class EvaluationResult:
 
     def as_dict(self, references: tuple[float, float] | None = None) -> dict[str, Any]:
         """Plain lists and numbers, for a record; with normalised scores where there are references."""
-        score = {} if references is None else {"mean_score": float(self.score(references).mean())}
+        score: dict[str, Any] = {}
+        if references is not None:
+            scores = self.score(references)
+            score = {"mean_score": float(scores.mean()), "score": [float(value) for value in scores]}
         return {
             "success_rate": self.success_rate,
             "mean_return": float(self.episode_return.mean()),

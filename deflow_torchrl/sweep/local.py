@@ -1,0 +1,185 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
+"""Jobs on this machine: a process each, as many at once as it has cores for."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, NoReturn
+
+from deflow_torchrl.processes import available_cores, children_ignore_ctrl_c, die_with_parent, keep_freed_memory
+from deflow_torchrl.sweep.jobs import Job, Outcome, one_line, run_job
+
+_PRELOADED = [
+    "deflow_torchrl.group",
+    "deflow_torchrl.reports.figures",
+    "deflow_torchrl.reports.html",
+    "yaml",
+    "gymnasium",
+]
+
+
+@dataclass
+class _Running:
+    job: Job
+    process: Any
+    results: Connection
+
+
+class LocalEngine:
+    """A process for each job: what kills it, be it a crash or a lack of memory, kills one job only.
+
+    On a CPU processes are forked from one that has imported everything and done nothing; on a GPU, which a forked process
+    may not use, they start from nothing.
+
+    Args:
+        jobs: how many run at once.
+        sweep: the sweep's folder, for what the jobs print.
+
+    Keyword Args:
+        gpu: whether they use an accelerator.
+    """
+
+    def __init__(self, jobs: int, sweep: Path, *, gpu: bool) -> None:
+        self.jobs = jobs
+        self.threads = max(1, available_cores() // jobs)
+        self._sweep = sweep
+        self._context: Any = multiprocessing.get_context("spawn" if gpu else "forkserver")
+        self._gpu = gpu
+        self._running: list[_Running] = []
+
+    def __enter__(self) -> LocalEngine:
+        (self._sweep).mkdir(parents=True, exist_ok=True)
+        if not self._gpu:
+            self._context.set_forkserver_preload(_PRELOADED)
+            with children_ignore_ctrl_c(), _few_threads(self.threads):
+                forkserver.ensure_running()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.kill()
+
+    @property
+    def free(self) -> int:
+        """How many more jobs can start now."""
+        return self.jobs - len(self._running)
+
+    def start(self, job: Job) -> None:
+        """Start a job's process."""
+        log = job.log(self._sweep)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        results, theirs = self._context.Pipe(duplex=False)
+        arguments = (job, theirs, str(log), self.threads)
+        process = self._context.Process(target=_work, args=arguments, name=job.name)
+        with children_ignore_ctrl_c(), _few_threads(self.threads):
+            process.start()
+        theirs.close()
+        self._running.append(_Running(job, process, results))
+
+    def wait(self, seconds: float) -> list[tuple[Job, Outcome]]:
+        """Jobs that have ended, at once or within so many seconds."""
+        if not self._running:
+            time.sleep(seconds)
+            return []
+        ended = set(wait([running.process.sentinel for running in self._running], timeout=seconds))
+        over = [running for running in self._running if running.process.sentinel in ended]
+        self._running = [running for running in self._running if running not in over]
+        return [(running.job, _outcome(running)) for running in over]
+
+    def interrupt(self) -> None:
+        """Ask every job to save and end."""
+        for running in self._running:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(running.process.pid, signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End what still runs at once; checkpoints are whole at any moment."""
+        for running in self._running:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(running.process.pid, signal.SIGKILL)  # those that step its environments too
+            running.process.kill()
+            running.process.join()
+        self._running = []
+
+
+def _outcome(running: _Running) -> Outcome:
+    process, outcome = running.process, None
+    process.join()
+    with contextlib.suppress(EOFError, OSError):
+        if running.results.poll():
+            outcome = running.results.recv()
+    running.results.close()
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)  # whatever it has left behind
+    if outcome is not None:
+        return outcome
+    if process.exitcode is not None and process.exitcode < 0:
+        name = signal.Signals(-process.exitcode).name
+        memory = " (was the memory full?)" if name == "SIGKILL" else ""
+        return Outcome("failed", f"the process was ended by {name}{memory}")
+    return Outcome("failed", f"the process ended with exit code {process.exitcode}")
+
+
+def _work(job: Job, results: Connection, log: str, threads: int) -> None:
+    """Run a job in this process of its own."""
+    os.setsid()  # Ctrl-C in the terminal is the sweep's to hand on
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115 # for the life of the process
+    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    die_with_parent()
+    signal.signal(signal.SIGTERM, _interrupt)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="(torch|tensordict|torchrl)")
+    try:
+        import torch
+
+        keep_freed_memory()
+        torch.set_num_threads(threads)  # settings of the job's own come later
+        outcome = run_job(job)
+    except KeyboardInterrupt:
+        outcome = Outcome("interrupted")
+    except BaseException as error:
+        traceback.print_exc()
+        outcome = Outcome("failed", one_line(error))
+    if outcome.kind != "done":
+        print(f"{outcome.kind}: {outcome.message}", file=sys.stderr)  # noqa: T201 # the job's log
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    results.send(outcome)
+    results.close()
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _few_threads(number: int) -> Iterator[None]:
+    """What starts in this block uses so many threads; where torch's are not bound by OpenMP, by :func:`_work`."""
+    saved = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "GOMP_SPINCOUNT")}
+    os.environ["OMP_NUM_THREADS"] = str(number)
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # see deflow_torchrl.cli.main
+    try:
+        yield
+    finally:
+        for name, value in saved.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -1,0 +1,414 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
+"""What a sweep is to run: tasks x methods, each a cell with its seeds, and the settings of every cell's runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from deflow_torchrl.algorithms.registry import get_algorithm
+from deflow_torchrl.config import (
+    SettledConfig,
+    TrainConfig,
+    compose_config,
+    config_from_dict,
+    config_to_dict,
+    with_task_defaults,
+)
+from deflow_torchrl.errors import InputError
+from deflow_torchrl.tasks import families, family_groups, get_task, paper_task, paper_tasks
+from deflow_torchrl.tasks.protocols import get_protocol
+
+ENGINES = ("local", "ray")
+STACKINGS = ("auto", "true", "false")
+PLAN_FILE = "sweep.json"
+STATUS_FILE = "status.jsonl"
+LOGS = "logs"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method, with settings of its own that tell it from the same method without them.
+
+    Attributes:
+        method: its name.
+        settings: ``NAME=VALUE`` of ``algo.NAME=VALUE``, in the order given.
+    """
+
+    method: str
+    settings: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """Name of its folder: the method's, with the settings behind it.
+
+        Examples:
+            >>> Variant("deflow", ("fixed_alpha=0.3",)).label
+            'deflow-fixed_alpha=0.3'
+        """
+        return "-".join([self.method, *(re.sub(r"[^\w.=+-]+", "-", text) for text in self.settings)])
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of the benchmark's table.
+
+    Attributes:
+        task: its name.
+        variant: the method.
+        config: the settings of its runs but for seeds and folder, nothing that a run needs left open; None where it cannot be
+            trained.
+        left_out: why it cannot be trained; None where it can.
+    """
+
+    task: str
+    variant: Variant
+    config: SettledConfig | None
+    left_out: str | None = None
+
+    @property
+    def name(self) -> str:
+        """``TASK/ALGO``, its folder below the sweep's."""
+        return f"{folder_name(self.task)}/{self.variant.label}"
+
+    @property
+    def steps(self) -> int:
+        """Gradient steps offline and environment steps online of each seed; 0 where it is left out."""
+        return 0 if self.config is None else (self.config.offline_steps or 0) + self.config.online_steps
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """A sweep.
+
+    Attributes:
+        cells: tasks x methods, task by task.
+        seeds: of every cell.
+        out: the sweep's folder; a run's is ``OUT/TASK/ALGO/seedN``.
+        engine: ``local``, this machine's cores, or ``ray``.
+        ray_address: of the Ray cluster; a cluster of this machine alone is started where None.
+        jobs: how many jobs run at once (``local``); where None one a core, or one where ``device`` is a GPU.
+        stacked: whether a cell's seeds train together in one process: ``true``, ``false``, or ``auto``: on a GPU and on Ray.
+            Cells that cannot (online steps, compile, wandb, mlflow) train one by one with ``auto``.
+        retries: how often a job that failed is tried again, from its last checkpoint.
+        num_cpus: cores of a job on Ray.
+        num_gpus: GPUs of a job on Ray; where None one if ``device`` is a GPU, else none.
+        protocol: name of the protocol whose settings are below those given; None without one.
+        settings: ``KEY=VALUE`` of ``deflow train``, as given.
+        command: the command line, for the records.
+    """
+
+    cells: Sequence[Cell]
+    seeds: Sequence[int]
+    out: Path
+    engine: str = "local"
+    ray_address: str | None = None
+    jobs: int | None = None
+    stacked: str = "auto"
+    retries: int = 1
+    num_cpus: float = 1.0
+    num_gpus: float | None = None
+    protocol: str | None = None
+    settings: Sequence[str] = field(default_factory=tuple)
+    command: str = "deflow_torchrl.sweep.run_sweep"
+
+    @property
+    def trained(self) -> list[Cell]:
+        """The cells that can be trained."""
+        return [cell for cell in self.cells if cell.left_out is None]
+
+    def as_dict(self) -> dict[str, Any]:
+        """What ``sweep.json`` says of it."""
+        return {
+            "tasks": list(dict.fromkeys(cell.task for cell in self.cells)),
+            "algos": list(dict.fromkeys(cell.variant.label for cell in self.cells)),
+            "seeds": list(self.seeds),
+            "protocol": self.protocol,
+            "settings": list(self.settings),
+            "stacked": self.stacked,
+            "engine": self.engine,
+            "left_out": {cell.name: cell.left_out for cell in self.cells if cell.left_out is not None},
+            "command": self.command,
+        }
+
+
+def parse_sweep(arguments: Sequence[str], *, command: str | None = None) -> SweepPlan:
+    """Read ``tasks=... algos=... seeds=... out=DIR [KEY=VALUE...]``, as ``deflow sweep`` takes them.
+
+    Args:
+        arguments: ``KEY=VALUE`` of the sweep (:data:`OPTIONS`); all others are settings of ``deflow train`` for every run.
+            Tasks: names, families or groups of families, ``all`` (the paper's 73 offline tasks) or ``o2o`` (its 15
+            offline-to-online tasks, with their online steps). Methods: names, with settings of their own behind colons
+            (``deflow:fixed_alpha=0.3``). Seeds: ``0..7`` or a list.
+
+    Keyword Args:
+        command: the command line, for the records.
+
+    Raises:
+        InputError: on an unknown key, task, family, method, setting or protocol (with the nearest names), or a value out of
+            range.
+        MissingExtraError: without the ``cli`` extra.
+    """
+    options, settings = _split(arguments)
+    if missing := [name for name in ("tasks", "algos", "out") if name not in options]:
+        raise InputError(f"{missing[0]}= is missing; a sweep needs tasks=, algos= and out=")
+    protocol = None if "protocol" not in options else get_protocol(options["protocol"])
+    if "seeds" not in options and protocol is None:
+        raise InputError("seeds= is missing; give them, for example seeds=0..7, or a protocol=")
+    seeds = _seeds(options["seeds"]) if "seeds" in options else list(protocol.seeds if protocol else ())
+    variants = [_variant(text) for text in _list(options["algos"], "algos")]
+    if double := _double(variant.label for variant in variants):
+        raise InputError(f"algos={options['algos']}: {double} is there twice")
+    tasks = _tasks(_list(options["tasks"], "tasks"))
+    if double := _double(folder_name(task) for task, _, _ in tasks):
+        raise InputError(
+            f"tasks={options['tasks']}: two of them have the folder {double}; give each a sweep of its own"
+        )
+    cells = _cells(tasks, variants, settings, protocol)
+    plan = SweepPlan(
+        cells=cells,
+        seeds=seeds,
+        out=Path(options["out"]).expanduser(),
+        engine=_one_of("engine", options.get("engine", "local"), ENGINES),
+        ray_address=options.get("ray_address"),
+        jobs=_number("jobs", options.get("jobs"), int, at_least=1),
+        stacked=_one_of("stacked", options.get("stacked", "auto").lower(), STACKINGS),
+        retries=_number("retries", options.get("retries", "1"), int, at_least=0) or 0,
+        num_cpus=_number("num_cpus", options.get("num_cpus", "1"), float, at_least=0) or 0.0,
+        num_gpus=_number("num_gpus", options.get("num_gpus"), float, at_least=0),
+        protocol=options.get("protocol"),
+        settings=tuple(settings),
+        **({} if command is None else {"command": command}),
+    )
+    _check_engine(plan, options)
+    return plan
+
+
+OPTIONS = (
+    "tasks", "algos", "seeds", "out", "engine", "ray_address", "jobs", "stacked", "retries", "num_cpus", "num_gpus", "protocol",
+)  # fmt: skip
+"""The keys of a sweep; every other key is a setting of ``deflow train``."""
+_INSTEAD = {"task": "tasks", "algo": "algos", "seed": "seeds"}
+
+
+def folder_name(task: str) -> str:
+    """A task's name as a folder's."""
+    return re.sub(r"[^\w.-]+", "-", task).strip("-")
+
+
+def can_stack(config: TrainConfig) -> bool:
+    """Whether seeds of these settings can train together in one process."""
+    return not config.online_steps and not config.compile and config.logger not in ("wandb", "mlflow")
+
+
+def is_gpu(config: TrainConfig) -> bool:
+    """Whether these settings train on an accelerator."""
+    return not config.device.startswith("cpu")
+
+
+def uses_gpu(plan: SweepPlan) -> bool:
+    """Whether any cell trains on an accelerator."""
+    return any(is_gpu(cell.config) for cell in plan.trained if cell.config is not None)
+
+
+def _split(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    options: dict[str, str] = {}
+    settings = []
+    for text in arguments:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise InputError(f"{text!r} is not a setting; write key=value, for example seeds=0..7")
+        if key in _INSTEAD:
+            raise InputError(f"{text}: a sweep has several; write {_INSTEAD[key]}=")
+        if key not in OPTIONS:
+            names = [item.name for item in dataclasses.fields(TrainConfig) if item.name not in ("defaults", *_INSTEAD)]
+            if "." not in key and key not in names:
+                near = difflib.get_close_matches(key, [*OPTIONS, *names], n=3)
+                hint = f"did you mean {', '.join(near)}?" if near else f"a sweep's own are {', '.join(OPTIONS)}"
+                raise InputError(f"unknown setting {key!r}; {hint}")
+            settings.append(text)
+        elif key in options:
+            raise InputError(f"{key}= is given twice")
+        else:
+            options[key] = value
+    return options, settings
+
+
+def _list(text: str, name: str) -> list[str]:
+    items = [item.strip() for item in text.removeprefix("[").removesuffix("]").split(",")]
+    if not all(items):
+        raise InputError(f"{name}={text}: a list has names and commas, for example {name}=a,b")
+    return items
+
+
+def _seeds(text: str) -> list[int]:
+    first, dots, last = text.partition("..")
+    try:
+        seeds = list(range(int(first), int(last) + 1)) if dots else [int(item) for item in _list(text, "seeds")]
+    except ValueError as error:
+        raise InputError(f"seeds={text} are no seeds; write seeds=0..7 or seeds=0,1,2") from error
+    if not seeds or len(set(seeds)) != len(seeds) or not all(0 <= seed < 2**63 for seed in seeds):
+        raise InputError(f"seeds={text} is out of range; expected numbers from 0 to below 2**63, each once")
+    return seeds
+
+
+def _variant(text: str) -> Variant:
+    method, *settings = text.split(":")
+    known = [item.name for item in dataclasses.fields(get_algorithm(method).config) if item.name != "name"]
+    for setting in settings:
+        name, equals, _ = setting.partition("=")
+        if not equals:
+            raise InputError(f"{text}: write METHOD:NAME=VALUE, for example deflow:fixed_alpha=0.3")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3) or known
+            raise InputError(f"{text}: {method} has no setting {name!r}; did you mean {', '.join(near)}?")
+    return Variant(method, tuple(settings))
+
+
+def _tasks(names: Sequence[str]) -> list[tuple[str, bool, bool]]:
+    """Task names, each with whether it goes on online as the paper's and whether it was named itself."""
+    tasks: dict[str, tuple[str, bool, bool]] = {}
+    for name in names:
+        if name in ("all", "o2o"):
+            setting = "offline" if name == "all" else "offline_to_online"
+            found = [(task.name, name == "o2o", False) for task in paper_tasks(setting)]
+        elif name in families() or name in family_groups():
+            found = [(task.name, False, False) for task in paper_tasks("offline", name)]
+        else:
+            found = [(_known(name), False, True)]
+        for task, online, named in found:
+            if tasks.setdefault(task, (task, online, named))[1] != online:
+                raise InputError(f"{task} is asked for offline and offline to online; give each a sweep of its own")
+    return list(tasks.values())
+
+
+def _known(name: str) -> str:
+    """A task's name, with an absolute path where it is one's own."""
+    try:
+        get_task(name)
+    except InputError as error:
+        near = difflib.get_close_matches(name, ["all", "o2o", *families(), *family_groups()], n=3)
+        raise InputError(f"{error}{f', or the families {chr(44).join(near)}' if near else ''}") from error
+    prefix, _, folder = name.partition(":")
+    return f"own:{Path(folder).expanduser().absolute()}" if prefix == "own" else name
+
+
+def _cells(
+    tasks: Sequence[tuple[str, bool, bool]], variants: Sequence[Variant], settings: Sequence[str], protocol: Any
+) -> list[Cell]:
+    readers = {variant: _reader(variant, settings, protocol) for variant in variants}
+    cells = []
+    for task, online, named in tasks:
+        images = get_task(task).images
+        for variant in variants:
+            config, reason = None, None
+            if images:
+                reason = "has images for observations: not trainable in this version"
+            else:
+                try:
+                    config = readers[variant](task, online)
+                except InputError as error:
+                    # Of a family, tasks that a method has no values for are left out; one that was named is an error.
+                    if named:
+                        raise InputError(f"{task} with {variant.label}: {error}") from error
+                    reason = str(error)
+            if reason is not None and named:
+                raise InputError(f"{task} {reason}")
+            cells.append(Cell(task, variant, config, reason))
+    if cells and all(cell.left_out is not None for cell in cells):
+        raise InputError(f"none of the {len(cells)} cells can be trained; {cells[0].name}: {cells[0].left_out}")
+    return cells
+
+
+def _reader(variant: Variant, settings: Sequence[str], protocol: Any) -> Callable[[str, bool], SettledConfig]:
+    """What makes a task's settings of the sweep's: the given ones are read once, by Hydra, for all tasks."""
+    algorithm = get_algorithm(variant.method)
+    method_settings = [item.name for item in dataclasses.fields(algorithm.config) if item.name != "name"]
+    own = [f"algo.{text}" for text in variant.settings]
+    given = {text.partition("=")[0] for text in (*settings, *own)}
+    read = _read_overrides([f"algo={variant.method}", *settings, *own])
+    if read["data_root"] is not None:
+        read["data_root"] = str(Path(read["data_root"]).expanduser().absolute())
+
+    def config_of(task: str, online: bool) -> SettledConfig:
+        values = config_to_dict(TrainConfig(task=task, algo=algorithm.config()))
+        _put(values, {} if protocol is None else protocol.settings_of(method_settings, online=online))
+        known = paper_task(task, "offline_to_online") if online else None
+        if known is not None and not values["online_steps"]:
+            values["online_steps"] = known.online_steps
+        _put(values, {key: _get(read, key) for key in given})
+        return with_task_defaults(config_from_dict(values))
+
+    return config_of
+
+
+def _read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """The values of ``key=value`` settings among all of a run's, checked; those of a task stand for any."""
+    # This task has values for every setting of every method; what it gives is not looked at. It has no other environment.
+    environments = [text.partition("=")[2].strip("'\"") for text in overrides if text.startswith("env=")]
+    others = [text for text in overrides if not text.startswith("env=")]
+    read = config_to_dict(compose_config(["task=cube-single-play-singletask-v0", *others]))
+    return {**read, "env": environments[-1] if environments else None}
+
+
+def _put(values: dict[str, Any], settings: Mapping[str, Any]) -> None:
+    for key, value in settings.items():
+        group, dot, name = key.partition(".")
+        if dot:
+            values[group][name] = value
+        else:
+            values[key] = value
+
+
+def _get(values: Mapping[str, Any], key: str) -> Any:
+    for name in key.split("."):
+        values = values[name]
+    return values
+
+
+def _check_engine(plan: SweepPlan, options: Mapping[str, str]) -> None:
+    if plan.engine == "local":
+        for name in ("ray_address", "num_cpus", "num_gpus"):
+            if name in options:
+                raise InputError(f"{name}= is for engine=ray")
+    elif plan.jobs is not None:
+        raise InputError("jobs= is for engine=local; on Ray num_cpus= says how many jobs a node takes")
+    for cell in plan.trained:
+        assert cell.config is not None
+        if plan.stacked == "true" and not can_stack(cell.config):
+            raise InputError(
+                f"stacked=true: {cell.name} cannot train its seeds together (online_steps, compile=true, logger=wandb or "
+                "mlflow); leave stacked off"
+            )
+
+
+def _double(names: Iterable[str]) -> str | None:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
+
+
+def _one_of(name: str, value: str, choices: Sequence[str]) -> str:
+    if value not in choices:
+        raise InputError(f"{name}={value} is out of range; expected one of {', '.join(choices)}")
+    return value
+
+
+def _number(name: str, text: str | None, kind: Callable[[str], Any], *, at_least: float) -> Any:
+    if text is None:
+        return None
+    try:
+        value = kind(text)
+    except ValueError as error:
+        raise InputError(f"{name}={text} is not a number") from error
+    if not at_least <= value < float("inf"):
+        raise InputError(f"{name}={text} is out of range; expected at least {at_least}")
+    return value

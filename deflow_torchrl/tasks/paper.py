@@ -1,0 +1,240 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
+"""The paper's tasks and how it trains, evaluates and tunes on each (its Table 6), read from ``paper.json``.
+
+A value here is the paper's; :attr:`PaperTask.released` holds what the authors' code or README says instead.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from deflow_torchrl.envs.d4rl import d4rl_task
+from deflow_torchrl.envs.names import parse_ogbench_name
+from deflow_torchrl.errors import InputError
+from deflow_torchrl.tasks.registry import Task, get_task
+from deflow_torchrl.tasks.tables import read_table, row_tasks
+
+SETTINGS = ("offline", "offline_to_online")
+
+
+@dataclass(frozen=True)
+class PaperTask:
+    """A row of the paper's tables.
+
+    Attributes:
+        name: as ``deflow train task=NAME`` takes it.
+        setting: ``offline`` or ``offline_to_online``.
+        family: one of :func:`families`.
+        benchmark: ``ogbench-state``, ``ogbench-visual`` or ``d4rl``.
+        dataset: the published set: name of OGBench's files, or Minari's id.
+        environment: as :func:`deflow_torchrl.envs.make_gym_env` takes it.
+        default_task: whether OGBench's methods were tuned on it, for its whole family; ``None`` where each task, or a
+            visual family's only one, was.
+        trainable: whether this package can train on it: not on pixels.
+        horizon: environment steps until an episode is cut.
+        discount: gamma.
+        q_aggregation: how the target critics are aggregated, ``mean`` or ``min``.
+        target_divergence: delta of DeFlow, mean square per action dimension.
+        offline_steps: gradient steps on the data set.
+        online_steps: environment steps after them, with one gradient step each.
+        eval_interval: steps between evaluations.
+        eval_episodes: episodes of each.
+        eval_checkpoints: steps whose evaluations are averaged into a cell of the table; offline to online: the two steps a
+            cell shows.
+        seeds: runs of a cell, over which its mean and standard deviation are.
+        metric: ``success`` (share of episodes, x 100 in the tables) or ``score`` (D4RL's normalised return).
+        hidden_dims: method -> widths of its networks, where they are not :attr:`default_hidden_dims`.
+        default_hidden_dims: widths of all other networks.
+        hyperparameters: method -> setting -> value, by the names of ``algo.<name>``; DeFlow's is ``target_divergence``. A
+            method without an entry has no value in the paper for this task.
+        released: field of this class -> what the authors' code or README says instead of the paper.
+        copied: whose numbers the paper prints for some methods, and their protocol; ``None`` where nothing is known.
+        pixels: encoder, probability of the random crop, frames stacked; ``None`` for states.
+    """
+
+    name: str
+    setting: Literal["offline", "offline_to_online"]
+    family: str
+    benchmark: str
+    dataset: str
+    environment: str
+    default_task: bool | None
+    trainable: bool
+    horizon: int
+    discount: float
+    q_aggregation: str
+    target_divergence: float
+    offline_steps: int
+    online_steps: int
+    eval_interval: int
+    eval_episodes: int
+    eval_checkpoints: tuple[int, ...]
+    seeds: int
+    metric: Literal["success", "score", "return"]
+    hidden_dims: Mapping[str, tuple[int, ...]]
+    default_hidden_dims: tuple[int, ...]
+    hyperparameters: Mapping[str, Mapping[str, float]]
+    released: Mapping[str, Any]
+    copied: str | None
+    pixels: Mapping[str, Any] | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """All fields, as JSON has them."""
+        return asdict(self) | {"eval_checkpoints": list(self.eval_checkpoints)}
+
+
+def paper_tasks(setting: str, family: str | None = None) -> list[PaperTask]:
+    """The paper's tasks in the order of its tables: 73 offline, 15 offline-to-online.
+
+    Args:
+        setting: ``"offline"`` or ``"offline_to_online"``.
+        family: a family's name, or a group's: ``cube`` is ``cube-single`` and ``cube-double``; all where None. A family may
+            have no task in a setting.
+
+    Raises:
+        InputError: on an unknown setting or family, with the nearest names.
+
+    Examples:
+        >>> [len(paper_tasks(setting)) for setting in SETTINGS]
+        [73, 15]
+        >>> [task.name for task in paper_tasks("offline_to_online", "cube")]
+        ['cube-double-play-singletask-v0']
+    """
+    if setting not in SETTINGS:
+        raise InputError(f"unknown setting {setting!r}; {_near(setting, list(SETTINGS))}")
+    chosen = families() if family is None else families_of(family)
+    tasks = _tasks()[setting]
+    return [task for task in tasks if task.family in chosen]
+
+
+def families() -> list[str]:
+    """The families of the paper's tasks, in the order of its tables."""
+    return list(dict.fromkeys(row["family"] for row in read_table("paper.json")["offline"]))
+
+
+def family_groups() -> dict[str, list[str]]:
+    """Names for several families at once -> these families."""
+    return {name: list(members) for name, members in read_table("paper.json")["groups"].items()}
+
+
+def families_of(name: str) -> list[str]:
+    """The families of a family's or a group's name.
+
+    Raises:
+        InputError: on an unknown name, with the nearest ones.
+    """
+    groups = family_groups()
+    if name in families():
+        return [name]
+    if name not in groups:
+        raise InputError(f"unknown family {name!r}; {_near(name, [*families(), *groups])}")
+    return groups[name]
+
+
+def paper_task(name: str, setting: str = "offline") -> PaperTask | None:
+    """The paper's task of this name, in any form :func:`~deflow_torchrl.tasks.get_task` takes; ``None`` where it is none.
+
+    Raises:
+        InputError: where the name is no task at all.
+    """
+    return _by_task()[setting].get(_key(get_task(name)))
+
+
+def paper_settings(method: str) -> list[str]:
+    """The settings of a method that the paper chooses for each task (those of its Table 6)."""
+    return list(dict.fromkeys(name for task in paper_tasks("offline") for name in task.hyperparameters.get(method, {})))
+
+
+def usual_protocol() -> dict[str, Any]:
+    """How a task outside the paper is trained and evaluated: as OGBench's states."""
+    table = read_table("paper.json")
+    protocol = table["protocols"]["ogbench-state"]
+    names = ("offline_steps", "eval_interval", "eval_episodes")
+    return {name: protocol[name] for name in names} | {"hidden_dims": list(table["hidden_dims"])}
+
+
+def _near(name: str, names: list[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=3)
+    return f"did you mean {', '.join(near)}?" if near else f"there are {', '.join(names)}"
+
+
+def _key(task: Task) -> tuple[str, str, int | None]:
+    """What a task is, whichever of its names it was called by."""
+    published = parse_ogbench_name(task.dataset).dataset if task.source == "ogbench" else task.dataset
+    return task.source, published, task.number
+
+
+@functools.cache
+def _by_task() -> dict[str, dict[tuple[str, str, int | None], PaperTask]]:
+    return {setting: {_key(get_task(task.name)): task for task in tasks} for setting, tasks in _tasks().items()}
+
+
+@functools.cache
+def _tasks() -> dict[str, list[PaperTask]]:
+    table = read_table("paper.json")
+    offline = [_offline(table, row, name) for row in table["offline"] for name in row_tasks(row)]
+    known = {_key(get_task(task.name)): task for task in offline}
+    online = []
+    for row in table["offline_to_online"]:
+        for name in row_tasks(row):
+            # What is not in the table of this setting is as in the offline one.
+            task = known[_key(get_task(name))]
+            assert task.family == row["family"], name
+            protocol = dict(table["protocols"]["offline_to_online"])
+            checkpoints = tuple(protocol.pop("eval_checkpoints"))
+            hyperparameters = _with_delta(row["hyperparameters"], task.target_divergence)
+            released = {**task.released, **row.get("released", {})}
+            online.append(
+                replace(
+                    task,
+                    name=name,
+                    setting="offline_to_online",
+                    environment=get_task(name).environment or "",
+                    eval_checkpoints=checkpoints,
+                    hyperparameters=hyperparameters,
+                    released=released,
+                    **(protocol if task.benchmark == "d4rl" else {**protocol, "copied": None}),
+                )
+            )
+    return {"offline": offline, "offline_to_online": online}
+
+
+def _offline(table: dict[str, Any], row: dict[str, Any], name: str) -> PaperTask:
+    task = get_task(name)
+    assert task.environment is not None, name
+    protocol = {"copied": None, **table["protocols"][row["protocol"]]}
+    checkpoints = tuple(protocol.pop("eval_checkpoints"))
+    facts = d4rl_task(name)
+    state = row["protocol"] == "ogbench-state"
+    return PaperTask(
+        name=name,
+        setting="offline",
+        family=row["family"],
+        benchmark=row["protocol"],
+        dataset=parse_ogbench_name(name).dataset if task.source == "ogbench" else task.dataset,
+        environment=task.environment,
+        default_task=task.number == task.default_number if state else None,
+        trainable=not task.images,
+        horizon=row["horizon"] if facts is None else facts.max_steps,
+        discount=task.gamma,
+        q_aggregation=task.q_aggregation,
+        target_divergence=task.target_divergence,
+        metric=task.metric,
+        hidden_dims={method: tuple(widths) for method, widths in row.get("hidden_dims", {}).items()},
+        default_hidden_dims=tuple(table["hidden_dims"]),
+        hyperparameters=_with_delta(row["hyperparameters"], task.target_divergence),
+        released=dict(row.get("released", {})),
+        eval_checkpoints=checkpoints,
+        **protocol,
+    )
+
+
+def _with_delta(hyperparameters: dict[str, dict[str, float]], delta: float) -> dict[str, dict[str, float]]:
+    return {
+        **{method: dict(values) for method, values in hyperparameters.items()},
+        "deflow": {"target_divergence": delta},
+    }

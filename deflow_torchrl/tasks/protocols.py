@@ -1,0 +1,142 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
+"""How much of the benchmark a sweep does: the protocols ``paper`` and ``lite``, read from ``protocols.json``."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+from deflow_torchrl.errors import InputError
+
+
+@dataclass(frozen=True)
+class GeneratedData:
+    """How a protocol's data sets are made with OGBench's oracles: the arguments of ``deflow data generate``.
+
+    Attributes:
+        datasets: names of the sets that are made.
+        episodes: training episodes of each.
+        val_episodes: validation episodes of each.
+        seed: seed of each.
+    """
+
+    datasets: tuple[str, ...]
+    episodes: int
+    val_episodes: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class FixedAlpha:
+    """The ablation of DeFlow's multiplier (Table 5).
+
+    Attributes:
+        values: the fixed multipliers, compared with the adaptive one.
+        online: whether the runs go on online after the offline steps.
+        tasks: on which tasks.
+    """
+
+    values: tuple[float, ...]
+    online: bool
+    tasks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """A protocol. What it leaves open is the task's and the method's, which are the paper's.
+
+    Attributes:
+        name: as in ``protocol=NAME``.
+        summary: what it is, in a sentence.
+        comparable: whether its numbers may stand beside the paper's.
+        seeds: seeds of training.
+        settings: ``key=value`` of ``deflow train``; see :meth:`settings_of` for those of the method.
+        online_settings: added to them offline to online.
+        methods: names of the methods offline; see :meth:`methods_of`.
+        family_methods: family -> these names, where they are others.
+        online_methods: names of the methods offline to online.
+        tasks: family -> tasks offline; None for the paper's.
+        generated: the data sets that are made here; None where all data is the published one.
+        fixed_alpha: its ablation of the multiplier.
+    """
+
+    name: str
+    summary: str
+    comparable: bool
+    seeds: tuple[int, ...]
+    settings: Mapping[str, Any]
+    online_settings: Mapping[str, Any]
+    methods: tuple[str, ...]
+    family_methods: Mapping[str, tuple[str, ...]]
+    online_methods: tuple[str, ...]
+    tasks: Mapping[str, tuple[str, ...]] | None
+    generated: GeneratedData | None
+    fixed_alpha: FixedAlpha
+
+    def methods_of(self, family: str) -> tuple[str, ...]:
+        """The methods compared on a family's tasks: those that the paper has values for there."""
+        return self.family_methods.get(family, self.methods)
+
+    def settings_of(self, method_settings: Collection[str], *, online: bool = False) -> dict[str, Any]:
+        """The ``key=value`` settings of a run.
+
+        Args:
+            method_settings: names of the settings that the method has, without ``algo.``: a method without a critic has no
+                ``tau``, and takes none.
+
+        Keyword Args:
+            online: whether it goes on online after the offline steps.
+        """
+        settings = {**self.settings, **(self.online_settings if online else {})}
+        return {
+            name: value
+            for name, value in settings.items()
+            if not name.startswith("algo.") or name.removeprefix("algo.") in method_settings
+        }
+
+
+def protocol_names() -> list[str]:
+    """The names of all protocols."""
+    return list(_protocols())
+
+
+def get_protocol(name: str) -> Protocol:
+    """Look a protocol up.
+
+    Raises:
+        InputError: on an unknown name, with the nearest ones.
+    """
+    protocols = _protocols()
+    if name not in protocols:
+        near = difflib.get_close_matches(name, list(protocols), n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(protocols)}"
+        raise InputError(f"unknown protocol {name!r}; {hint}")
+    return protocols[name]
+
+
+@functools.cache
+def _protocols() -> Mapping[str, Protocol]:
+    table = json.loads(resources.files(__package__).joinpath("protocols.json").read_text(encoding="utf-8"))
+    return {name: _protocol(name, row) for name, row in table["protocols"].items()}
+
+
+def _protocol(name: str, row: dict[str, Any]) -> Protocol:
+    def by_family(names: dict[str, list[str]]) -> dict[str, tuple[str, ...]]:
+        return {family: tuple(several) for family, several in names.items()}
+
+    made, alpha, tasks = row.pop("generated"), row.pop("fixed_alpha"), row.pop("tasks")
+    for key in ("seeds", "methods", "online_methods"):
+        row[key] = tuple(row[key])
+    return Protocol(
+        name=name,
+        tasks=None if tasks is None else by_family(tasks),
+        family_methods=by_family(row.pop("family_methods")),
+        generated=None if made is None else GeneratedData(**{**made, "datasets": tuple(made["datasets"])}),
+        fixed_alpha=FixedAlpha(tuple(alpha["values"]), alpha["online"], tuple(alpha["tasks"])),
+        **row,
+    )

@@ -1,0 +1,124 @@
+"""A sweep on a Ray cluster: a node that dies in mid-sweep costs nothing and doubles nothing."""
+
+import json
+import socket
+import threading
+import time
+
+import pytest
+
+pytest.importorskip("gymnasium", reason="needs gymnasium's pendulum")
+pytest.importorskip("hydra", reason="needs the extra cli")
+
+from deflow_torchrl import experiment
+from deflow_torchrl.config import config_from_dict
+from deflow_torchrl.errors import InputError, MissingExtraError
+from deflow_torchrl.group import train_group
+from deflow_torchrl.sweep import on_ray, parse_sweep, plan_jobs, run_sweep
+from deflow_torchrl.trainers.metrics import read_rows
+from tests.killable import ENVIRONMENT, ROOT, record_pendulum
+from tests.test_kill_resume import assert_equal_runs
+from tests.test_resume import undrawn
+
+STEPS = 240
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    return record_pendulum(tmp_path_factory.mktemp("data"), episodes=4)
+
+
+def settings(task, out, *more):
+    return [
+        f"tasks={task}", f"env={ENVIRONMENT}", "algos=deflow,deflow:fixed_alpha=0.3,deflow:flow_steps=1", "seeds=0,1",
+        f"out={out}", f"offline_steps={STEPS}", "batch_size=8", "hidden_dims=[8]", "log_interval=1", "eval_interval=120",
+        "eval_episodes=1", "save_interval=20", "engine=ray", *more,
+    ]  # fmt: skip
+
+
+def test_without_ray_the_extra_is_named(task, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'deflow-torchrl\[ray\]'"):
+        run_sweep(parse_sweep(settings(task, tmp_path / "sweep")), show_progress=False)
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("127.0.0.1:1", "no Ray cluster answers at ray_address=127.0.0.1:1"),
+        ("nowhere:port", "ray_address=nowhere:port is no address"),
+    ],
+)
+def test_an_address_where_nothing_answers_is_one_line_at_once(task, tmp_path, address, message):
+    pytest.importorskip("ray", reason="needs the extra ray")
+    began = time.monotonic()
+    with pytest.raises(InputError, match=message) as error:
+        run_sweep(parse_sweep(settings(task, tmp_path / "sweep", f"ray_address={address}")), show_progress=False)
+    assert "\n" not in str(error.value)
+    assert time.monotonic() - began < 20
+
+
+def test_a_port_that_is_not_rays_is_given_up_in_bounded_time(task, tmp_path, monkeypatch):
+    pytest.importorskip("ray", reason="needs the extra ray")
+    monkeypatch.setattr(on_ray, "_CONNECT_SECONDS", 3.0)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(InputError, match=f"no Ray cluster answers at ray_address={address}"):
+            run_sweep(parse_sweep(settings(task, tmp_path / "sweep", f"ray_address={address}")), show_progress=False)
+
+
+def test_a_node_killed_in_mid_sweep_loses_nothing_and_doubles_nothing(task, tmp_path, monkeypatch):
+    ray = pytest.importorskip("ray", reason="needs the extra ray")
+    from ray.cluster_utils import Cluster
+
+    from tests.sweep_process import run_on_node
+
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setattr(on_ray, "_run_on_node", run_on_node)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    killed = []
+    try:
+        first = cluster.add_node(num_cpus=1)
+        cluster.add_node(num_cpus=1)
+        plan = parse_sweep(settings(task, tmp_path / "sweep", f"ray_address={cluster.address}"))
+        jobs = plan_jobs(plan)
+        assert [job.seeds for job in jobs] == [(0, 1)] * 3, "the seeds of a cell are one job"
+
+        def kill_when_two_run():
+            until = time.monotonic() + 120
+            while time.monotonic() < until:
+                rows = [len(read_rows(job.folders[0] / "metrics.jsonl")) for job in jobs]
+                if sum(30 < number < STEPS - 60 for number in rows) == 2:
+                    killed.extend(rows)
+                    cluster.remove_node(first, allow_graceful=False)
+                    return
+                time.sleep(0.05)
+
+        killer = threading.Thread(target=kill_when_two_run)
+        killer.start()
+        summary = run_sweep(plan, show_progress=False)
+        killer.join()
+        again = run_sweep(plan, show_progress=False)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    assert killed, "two jobs were running when the node died"
+    assert (summary["done"], summary["failed"]) == (3, [])
+    assert sorted(job["attempts"] for job in summary["jobs"].values()) == [1, 1, 2], "one was lost and sent again"
+    assert (again["done"], again["ran"]) == (3, 0), "nothing is run twice"
+    notes = [json.loads(line) for line in (tmp_path / "sweep" / "status.jsonl").read_text().splitlines()]
+    assert [note["outcome"] for note in notes if note["outcome"]].count("lost") == 1
+
+    undrawn(monkeypatch)
+    for job in jobs:
+        assert len(list((tmp_path / "sweep").glob(f"{job.name}/seed*/record.json"))) == 2
+        undisturbed = tmp_path / "undisturbed" / job.algo
+        train_group(
+            config_from_dict({**job.config, "out": str(undisturbed)}), command="deflow train", show_progress=False
+        )
+        for folder in job.folders:
+            assert [row["step"] for row in read_rows(folder / "metrics.jsonl")] == list(range(1, STEPS + 1))
+            assert_equal_runs(undisturbed / folder.name, folder)
+            assert not list(folder.rglob("*.part"))
+    assert experiment.read_settings(jobs[0].folders[0].parent / "group.yaml")["finished"]

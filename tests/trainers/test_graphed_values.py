@@ -11,8 +11,7 @@ from deflow_torchrl.algorithms import get_algorithm
 from deflow_torchrl.data import TransitionDataset
 from deflow_torchrl.trainers import UpdateStep
 from deflow_torchrl.trainers.graphed import GraphedUpdate
-from tests.conftest import ACTION_DIM, OBSERVATION_DIM
-from tests.trainers.test_stacked import NEEDED
+from tests.conftest import ACTION_DIM, NEEDED, OBSERVATION_DIM
 from tests.trainers.test_update import PROBLEM
 
 

@@ -117,6 +117,13 @@ def test_trajectories_added_in_turn_are_followed_over_their_number_unless_one_wa
         OfflineOnlineReplayBuffer(dataset, online_capacity=9, online_stride=0)
 
 
+def test_an_ended_trajectory_is_not_followed_by_one_that_starts_where_it_ended(dataset):
+    buffer = OfflineOnlineReplayBuffer(dataset, online_capacity=4, batch_size=8, next_action=True)
+    buffer.extend(online([20, 21, 22], dones=[21]))
+    found = next_of(buffer)
+    assert [found[number] for number in (20, 21, 22)] == [21, 21, 22]
+
+
 def test_a_restored_buffer_delivers_the_same(dataset):
     one, other = (OfflineOnlineReplayBuffer(dataset, online_capacity=4, batch_size=8, next_action=True) for _ in "ab")
     one.extend(online([20, 21, 22]))

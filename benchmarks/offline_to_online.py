@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import shutil
 import signal
@@ -26,7 +25,8 @@ from typing import Any
 from deflow_torchrl.data.generation import generate_ogbench_dataset, generated_root
 from deflow_torchrl.paths import dataset_path
 from deflow_torchrl.progress import progress_bar
-from deflow_torchrl.reports.records import config_digest
+from deflow_torchrl.reports.records import load_record, without_places
+from deflow_torchrl.reports.tables import online_progress
 
 DATASET = "cube-single-play-v0"
 TASK = "cube-single-play-singletask-task2-v0"
@@ -114,35 +114,15 @@ def render(arguments: argparse.Namespace) -> None:
             kept = folder(arguments.out, prior, seed)
             if kept.resolve() != path.parent.resolve():
                 kept.mkdir(parents=True, exist_ok=True)
-                (kept / "record.json").write_text(without_places(path), encoding="utf-8")
+                record = without_places(load_record(path))
+                (kept / "record.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
                 shutil.copyfile(path.with_name("metrics.jsonl"), kept / "metrics.jsonl")
-            records[prior, seed] = json.loads((kept / "record.json").read_text(encoding="utf-8"))
+            records[prior, seed] = load_record(kept)
     if not records:
         raise SystemExit(f"{arguments.runs} holds no finished run; make them with: {sys.argv[0]} run")
     (arguments.out / "README.md").write_text(table(records), encoding="utf-8")
     draw(records, arguments.out / "curves.png")
     print((arguments.out / "README.md").read_text(encoding="utf-8"))
-
-
-def without_places(path: Path) -> str:
-    """The record with its machine's folders called DATA and runs, and the digest of the settings that are left."""
-    text = path.read_text(encoding="utf-8")
-    config = json.loads(text)["config"]
-    for place, name in ((config["data_root"], "DATA"), (str(Path(config["out"]).parent), "runs")):
-        text = text.replace(json.dumps(place)[1:-1], name)
-    record = json.loads(text)
-    record["config_sha256"] = config_digest(record["config"])
-    return json.dumps(record, indent=2) + "\n"
-
-
-def outcome(record: dict[str, Any], step: int) -> list[int]:
-    (note,) = [note for note in record["history"] if note["step"] == step]
-    return note["policies"]["deflow"]["success"]
-
-
-def rate(successes: list[int]) -> str:
-    mean = sum(successes) / len(successes)
-    return f"{mean:.2f} +- {math.sqrt(mean * (1 - mean) / len(successes)):.2f}"
 
 
 def table(records: dict[tuple[str, int], dict[str, Any]]) -> str:
@@ -153,7 +133,7 @@ def table(records: dict[tuple[str, int], dict[str, Any]]) -> str:
         "**Regenerated data, small protocol: not comparable with the paper's numbers.** Written by",
         "`python benchmarks/offline_to_online.py render` from the records beside this file; the runs are made by",
         f"`python benchmarks/offline_to_online.py run`. Task {TASK}, {record['data']['transitions']:,} transitions of OGBench's",
-        f"oracle (SHA-256 {record['data']['sha256'][:16]}...), {len(outcome(record, offline_steps(record)))} evaluation",
+        f"oracle (SHA-256 {record['data']['sha256'][:16]}...), {record['evaluations']['deflow']['episodes']} evaluation",
         "episodes from the same starts for every policy, +- one standard error of the rate. What the frozen prior saves in",
         "time is measured by `python benchmarks/throughput.py update --frozen-prior`, not by these runs.",
         "",
@@ -161,19 +141,10 @@ def table(records: dict[tuple[str, int], dict[str, Any]]) -> str:
         "",
         "Success, and in brackets after how many online steps:",
         "",
-        "| prior | seed | offline steps | success offline | best online | at the end | gain, best | gain, end |",
-        "|---|---|---|---|---|---|---|---|",
+        "<!-- deflow-report: online . -->",
+        *online_progress(list(records.values())),
+        "<!-- /deflow-report -->",
     ]
-    for (prior, seed), record in sorted(records.items(), key=lambda item: (item[0][1], item[0][0])):
-        offline, total = offline_steps(record), total_steps(record)
-        online = {note["step"]: outcome(record, note["step"]) for note in record["history"] if note["step"] > offline}
-        best = max(online, key=lambda step: sum(online[step]) / len(online[step]))
-        before = outcome(record, offline)
-        gains = [sum(online[step]) / len(online[step]) - sum(before) / len(before) for step in (best, total)]
-        lines.append(
-            f"| {prior} | {seed} | {offline} | {rate(before)} | {rate(online[best])} ({best - offline}) "
-            f"| {rate(online[total])} ({total - offline}) | {gains[0]:+.2f} | {gains[1]:+.2f} |"
-        )
     lines += ["", "![success over steps](curves.png)", "", "Commands:", "", "```bash"]
     lines += [records[cell]["command"] for cell in sorted(records)]
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version)
@@ -181,14 +152,6 @@ def table(records: dict[tuple[str, int], dict[str, Any]]) -> str:
     return "\n".join(
         [*lines, "```", "", f"{hardware['cpu']}, {hardware['torch_threads']} thread(s) a run. {versions}.", ""]
     )
-
-
-def offline_steps(record: dict[str, Any]) -> int:
-    return record["config"]["offline_steps"]
-
-
-def total_steps(record: dict[str, Any]) -> int:
-    return offline_steps(record) + record["config"]["online_steps"]
 
 
 def draw(records: dict[tuple[str, int], dict[str, Any]], path: Path) -> None:
@@ -206,7 +169,7 @@ def draw(records: dict[tuple[str, int], dict[str, Any]], path: Path) -> None:
             linestyle="-" if seed % 2 == 0 else "--",
             label=f"{prior} update, seed {seed}" if prior == "full" else f"frozen prior, seed {seed}",
         )
-    axis.axvline(offline_steps(record), color="black", linestyle=":", label="offline | online")
+    axis.axvline(record["config"]["offline_steps"], color="black", linestyle=":", label="offline | online")
     axis.set(ylim=(-0.03, 1.03), xlabel="gradient steps offline, environment steps online", ylabel="success rate")
     axis.grid(alpha=0.3)
     axis.legend(fontsize="small")

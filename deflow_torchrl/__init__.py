@@ -14,14 +14,24 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from deflow_torchrl.data import OGBenchExperienceReplay as OGBenchExperienceReplay
     from deflow_torchrl.data import TransitionDataset as TransitionDataset
     from deflow_torchrl.data import TransitionReplayBuffer as TransitionReplayBuffer
+    from deflow_torchrl.modules import BestOfNPolicy as BestOfNPolicy
     from deflow_torchrl.modules import DeFlowActor as DeFlowActor
+    from deflow_torchrl.modules import DeterministicPolicy as DeterministicPolicy
     from deflow_torchrl.modules import FlowMatchingPolicy as FlowMatchingPolicy
+    from deflow_torchrl.modules import GaussianPolicy as GaussianPolicy
     from deflow_torchrl.modules import RefinementPolicy as RefinementPolicy
+    from deflow_torchrl.modules import make_policy_network as make_policy_network
     from deflow_torchrl.modules import make_qvalue_networks as make_qvalue_networks
     from deflow_torchrl.modules import make_refinement_network as make_refinement_network
+    from deflow_torchrl.modules import make_value_network as make_value_network
     from deflow_torchrl.modules import make_velocity_network as make_velocity_network
+    from deflow_torchrl.objectives import BCLoss as BCLoss
     from deflow_torchrl.objectives import DeFlowLoss as DeFlowLoss
     from deflow_torchrl.objectives import FlowMatchingLoss as FlowMatchingLoss
+    from deflow_torchrl.objectives import IFQLLoss as IFQLLoss
+    from deflow_torchrl.objectives import ImplicitQLoss as ImplicitQLoss
+    from deflow_torchrl.objectives import IQLLoss as IQLLoss
+    from deflow_torchrl.objectives import ReBRACLoss as ReBRACLoss
     from deflow_torchrl.objectives import RefinementLoss as RefinementLoss
     from deflow_torchrl.objectives import TDCriticLoss as TDCriticLoss
 
@@ -38,6 +48,16 @@ _EXPORTS = {
     "FlowMatchingLoss": ".objectives",
     "RefinementLoss": ".objectives",
     "TDCriticLoss": ".objectives",
+    "BestOfNPolicy": ".modules",
+    "DeterministicPolicy": ".modules",
+    "GaussianPolicy": ".modules",
+    "make_policy_network": ".modules",
+    "make_value_network": ".modules",
+    "BCLoss": ".objectives",
+    "IFQLLoss": ".objectives",
+    "ImplicitQLoss": ".objectives",
+    "IQLLoss": ".objectives",
+    "ReBRACLoss": ".objectives",
     "OGBenchExperienceReplay": ".data",
     "MinariExperienceReplay": ".data",
     "OfflineOnlineReplayBuffer": ".data",

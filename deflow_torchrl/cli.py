@@ -14,6 +14,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -161,7 +162,7 @@ def train(
 
     Example: deflow train task=cube-single-play-singletask-task2-v0 seed=1 offline_steps=200000 online_steps=50000 out=runs/cube
     """
-    from deflow_torchrl.config import compose_config
+    from deflow_torchrl.config import compose_config, default_out
 
     settings = settings or []
     if preset is not None:
@@ -176,7 +177,8 @@ def train(
         return
     from deflow_torchrl.experiment import train as run_training
 
-    _print_record(run_training(config, command=_command()), json_)
+    config = replace(config, out=config.out or str(default_out(config)))
+    _print_record(run_training(config, command=_command()), str(config.out), json_)
 
 
 @app.command()
@@ -211,7 +213,7 @@ def resume(
         _print_group(summary, json_)
         return
     record = resume_training(run, command=_command(), overrides=settings or [], force=force, step=step)
-    _print_record(record, json_)
+    _print_record(record, str(run), json_)
 
 
 @app.command("eval")
@@ -319,6 +321,63 @@ def export(
 
 @app.command()
 @_verb
+def landscape(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder of a method with critics.")],
+    second: Annotated[
+        Path | None, typer.Argument(metavar="RUN2", help="Run of the same task whose samples are shown too.")
+    ] = None,
+    *,
+    state: Annotated[int, typer.Option("--state", metavar="INDEX", help="Which transition of the training data.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help=".png or .svg, overwritten. [default: RUN/landscape-stateINDEX.png]"),
+    ] = None,
+    dims: Annotated[
+        str | None, typer.Option(metavar="I,J", help="Two action dimensions, the others at the base samples' mean.")
+    ] = None,
+    principal: Annotated[
+        bool, typer.Option("--principal", help="The base samples' two leading principal directions; the default.")
+    ] = False,
+    samples: Annotated[int, typer.Option(min=2, max=4096, help="Actions of each policy.")] = 256,
+    neighbours: Annotated[
+        int, typer.Option(min=2, max=4096, help="Nearest states of the data whose actions are shown.")
+    ] = 64,
+    seed: Annotated[int, typer.Option(min=0, max=2**31, help="Seed of the noise.")] = 0,
+    json_: _JSON = False,
+) -> None:
+    """Draw Q over a slice of actions at one state of the data, with where the data's and the policies' actions lie in it.
+
+    As Figure 2 of the paper: base samples, arrows to the refined ones, and with RUN2 a second method's. What the picture
+    suggests is printed in numbers (docs/landscape.md): mean Q by RUN's critics; root-mean-square distance per dimension to the
+    5 nearest of the data's actions, and the share of actions further away than 95% of those are from each other; the effective
+    number of modes.
+
+    Example: deflow landscape runs/cube-deflow runs/cube-fql --state 1000 --out landscape.svg
+    """
+    from deflow_torchrl.landscape import draw_landscape
+
+    if dims is not None and principal:
+        raise InputError("give --dims or --principal, not both")
+    if dims is not None and not re.fullmatch(r"\d+,\d+", dims):
+        raise InputError(f"--dims {dims}: write two action dimensions, for example 0,1")
+    first, _, other = (dims or "").partition(",")
+    result = draw_landscape(
+        run,
+        second,
+        state=state,
+        out=out,
+        dims=None if dims is None else (int(first), int(other)),
+        samples=samples,
+        neighbours=neighbours,
+        seed=seed,
+    )
+    _print_landscape(result)
+    if json_:
+        print(json.dumps(result))
+
+
+@app.command()
+@_verb
 def sweep(
     settings: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="The sweep's settings, then those of its runs.")
@@ -400,6 +459,63 @@ def tasks(
     print("\n\n".join(list_tasks(name, listed) for name, listed in found.items()))
     if json_:
         print(json.dumps({name: [task.as_dict() for task in listed] for name, listed in found.items()}))
+
+
+@app.command()
+@_verb
+def report(
+    paths: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="DIR...", help="Run folders, or folders of them; with --check and --write Markdown files."
+        ),
+    ] = None,
+    *,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write one self-contained page.")] = None,
+    md: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the tables as Markdown.")] = None,
+    label: Annotated[str | None, typer.Option(metavar="TEXT", help="The first note of page and tables.")] = None,
+    last: Annotated[
+        int, typer.Option(min=1, help="Average each run's last evaluations (the paper: 3 on OGBench, 1 elsewhere).")
+    ] = 1,
+    check: Annotated[
+        bool, typer.Option("--check", help="Compare the marked numbers of Markdown files with their records.")
+    ] = False,
+    write: Annotated[bool, typer.Option("--write", help="Put what the records say into the marked places.")] = False,
+    json_: _JSON = False,
+) -> None:
+    """Tables of finished runs in the paper's layout, with errors and intervals, beside the paper's own numbers.
+
+    Every record.json below the folders is read; runs alike but for the seed make a cell. Without --html and --md the tables are
+    printed. Where the data are not the published ones the report says so.
+
+    --check recomputes the numbers that stand between markers (docs/reports.md) in the given files, or in README.md and
+    benchmarks/results/**/*.md of this folder, prints one line for each that differs and then exits with 1; --write corrects them.
+
+    Example: deflow report runs/lite --html report.html --md report.md --label "regenerated data, lite protocol"
+    """
+    if check or write:
+        if html or md or label or last != 1:
+            raise InputError(
+                "--check and --write take Markdown files; --html, --md, --label and --last are for a report"
+            )
+        _check_reports(paths or [], write=write, as_json=json_)
+        return
+    if not paths:
+        raise InputError("name a folder of finished runs: deflow report runs/NAME --html report.html")
+    from deflow_torchrl.reports import summary as summaries
+
+    summary = summaries.summarize_runs(paths, label=label, last=last)
+    title = f"Results: {', '.join(path.name or str(path.absolute().name) for path in paths)}"
+    if html:
+        summaries.write_summary_page(summary, html, title=title)
+    if md:
+        summaries.write_summary_markdown(summary, md, title=title)
+    if html or md:
+        print(f"{len(summary.runs)} runs: {', '.join(str(path) for path in (html, md) if path)}")
+    else:
+        print("\n".join(summaries.summary_markdown(summary, title=title)))
+    if json_:
+        print(json.dumps(summaries.summary_json(summary)))
 
 
 @data.command("download")
@@ -759,6 +875,34 @@ def iav(
         print(json.dumps(summary))
 
 
+def _check_reports(files: list[Path], *, write: bool, as_json: bool) -> None:
+    from deflow_torchrl.reports.check import check_file, default_files, write_file
+
+    outcomes = [check_file(path) for path in files or default_files(Path())]
+    differences = [difference for outcome in outcomes for difference in outcome.differences]
+    for outcome in outcomes:
+        if write and outcome.differences:
+            write_file(outcome)
+        if not (outcome.blocks or outcome.values or outcome.differences):
+            print(f"{outcome.file}: no marker, nothing was checked")
+    left = (
+        [difference for path in outcomes for difference in check_file(path.file).differences] if write else differences
+    )
+    for difference in left:
+        print(difference)
+    blocks, values = (sum(getattr(outcome, name) for outcome in outcomes) for name in ("blocks", "values"))
+    verb = "were corrected" if write else "differ"
+    print(f"{blocks} blocks and {values} values in {len(outcomes)} files checked; {len(differences)} lines {verb}")
+    if as_json:
+        print(
+            json.dumps(
+                {"files": len(outcomes), "blocks": blocks, "values": values, "differences": list(map(str, left))}
+            )
+        )
+    if left:
+        raise SystemExit(EXIT_FAILED)
+
+
 def _families_by_value(divergences: dict[str, float]) -> dict[float, list[str]]:
     families: dict[float, list[str]] = {}
     for family, value in divergences.items():
@@ -766,10 +910,9 @@ def _families_by_value(divergences: dict[str, float]) -> dict[float, list[str]]:
     return families
 
 
-def _print_record(record: dict[str, Any], as_json: bool) -> None:
+def _print_record(record: dict[str, Any], out: str, as_json: bool) -> None:
     from deflow_torchrl.reports.records import summarize
 
-    out = record["config"]["out"]
     _print_evaluations(record["evaluations"], record["metric"])
     print(f"Report: {Path(out) / 'report.html'}")
     if as_json:
@@ -799,6 +942,21 @@ def _print_evaluations(evaluations: dict[str, Any], metric: str) -> None:
         parts += [f"normalised score {outcome['mean_score']:.1f}"] if "mean_score" in outcome else []
         parts += [f"return {outcome['mean_return']:.1f}"] if metric == "return" else []
         print(f"{name}: {', '.join(parts)} over {outcome['episodes']} episodes")
+
+
+def _print_landscape(result: dict[str, Any]) -> None:
+    print(f"{result['task']}, state {result['state']} of the data; {result['method']} at step {result['step']}")
+    width = max(len(group["label"]) for group in result["samples"].values())
+    print(f"{'':{width}}  number   mean Q  distance to data (max)  outside  effective modes")
+    for group in result["samples"].values():
+        far = group["distance_to_data"]
+        print(
+            f"{group['label']:{width}}  {group['number']:6}  {group['mean_q']:7.4g}  {far['mean']:16.3f} ({far['max']:.2f})"
+            f"  {group['outside_data']:7.0%}  {group['effective_modes']:15.1f}"
+        )
+    if result["refinement_rms"] is not None:
+        print(f"the refinement shifts an action dimension by {result['refinement_rms']:.3f} (root mean square)")
+    print(f"{result['file']}")
 
 
 def _print_comparison(compared: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ MIXINGS = ("uniform", "balanced", "annealed")
 OVERWRITES = ("online", "fifo")
 STORAGES = ("device", "memmap")
 LOGGERS = ("none", "wandb", "tensorboard", "mlflow")
+_OF_THE_TASK = ("offline_steps", "overwrite", "hidden_dims", "eval_interval", "eval_episodes")
 
 
 @dataclass
@@ -216,7 +217,9 @@ def with_task_defaults(config: TrainConfig) -> SettledConfig:
 
 def _with_run_defaults(config: TrainConfig) -> SettledConfig:
     """The settings with those of the run that are None filled in, and the method's as they are."""
-    get_task(config.task, environment=config.env)  # an unknown one is refused whether or not anything is missing
+    missing = [name for name in _OF_THE_TASK if getattr(config, name) is None]
+    if not missing:
+        return cast("SettledConfig", config)  # a run folder's task is looked up when it is used
     task = paper_task(config.task, "offline_to_online") if config.online_steps else None
     task = task or paper_task(config.task)
     if task is None:
@@ -233,8 +236,7 @@ def _with_run_defaults(config: TrainConfig) -> SettledConfig:
         }
     values["hidden_dims"] = list(values["hidden_dims"])
     values["overwrite"] = "fifo" if config.preset == "released" else "online"
-    missing = {name: value for name, value in values.items() if getattr(config, name) is None}
-    return cast("SettledConfig", dataclasses.replace(config, **missing) if missing else config)
+    return cast("SettledConfig", dataclasses.replace(config, **{name: values[name] for name in missing}))
 
 
 def _method_values(config: TrainConfig) -> dict[str, Any]:

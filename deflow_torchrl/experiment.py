@@ -28,7 +28,7 @@ from deflow_torchrl.config import (
 )
 from deflow_torchrl.data import OfflineOnlineReplayBuffer, TransitionDataset, TransitionReplayBuffer
 from deflow_torchrl.data.base_actions import BaseActionBank
-from deflow_torchrl.envs.factory import make_gym_env
+from deflow_torchrl.envs.factory import make_gym_env, success_timing
 from deflow_torchrl.errors import (
     CheckpointNotWritten,
     EnvironmentFaultError,
@@ -41,6 +41,7 @@ from deflow_torchrl.paths import make_writable_folder, write_text
 from deflow_torchrl.processes import available_cores
 from deflow_torchrl.progress import progress_bar
 from deflow_torchrl.reports import build_record, check_report_extra, plot_learning_curve, write_html_report
+from deflow_torchrl.reports.records import RECORD_FILE
 from deflow_torchrl.tasks import Task, get_task
 from deflow_torchrl.tasks.sources import data_digest, load_task_data, reference_returns
 from deflow_torchrl.trainers import EvaluationResult, Evaluator, MetricsLog, Trainer, TrainerSchedule, UpdateStep
@@ -60,7 +61,6 @@ from deflow_torchrl.trainers.trainer import restore_learner
 
 CONFIG_FILE = "config.yaml"
 GROUP_FILE = "group.yaml"  # beside the run folders of seeds that are trained together
-RECORD_FILE = "record.json"
 ACTING = "acting"
 BANK_FILE = "base_actions.pt"
 _NUM_ENVS = 10
@@ -405,14 +405,14 @@ class Run:
         with self.history.timed("load_data"):
             self.data = self._load() if data is None else data
             dataset, validation = self.data.train, self.data.validation
-            self.buffer = self._union(dataset) if config.online_steps else self._buffer(dataset)
-            self.validation = None if validation is None else self._buffer(validation)
             self.reward_bound = float(dataset.reward.abs().max())
             self.reward_shift = float(dataset.about.get("reward_shift", 0.0))
             self.references = reference_returns(self.task)
-        sample = self.buffer[:1]
         seed_generators(config.seed)
-        self.learner = _build(config, sample["observation"].shape[-1], sample["action"].shape[-1], self.device)
+        self.learner = _build(config, dataset.observation.shape[-1], dataset.action.shape[-1], self.device)
+        with self.history.timed("load_data"):
+            self.buffer = self._union(dataset) if config.online_steps else self._buffer(dataset)
+            self.validation = None if validation is None else self._buffer(validation)
         if self.learner.diagnostics is not None:  # a few thousand rows of a set that may not fit into memory
             rows = torch.linspace(0, len(dataset) - 1, min(len(dataset), _DIAGNOSED_TRANSITIONS)).round().long()
             self.learner.diagnostics.use_data(dataset[rows])
@@ -535,7 +535,7 @@ class Run:
             return None  # one that counts its steps in Python would be recorded at one of them
         return GraphedUpdate(
             update,
-            functools.partial(data.draw, *shape, config.batch_size),
+            functools.partial(data.draw, *shape, config.batch_size, next_action=self.learner.next_action),
             updates_per_replay=config.updates_per_replay,
             self_check=config.self_check,
         )
@@ -545,7 +545,9 @@ class Run:
         return self._buffer(self.data.train, number=number)
 
     def _buffer(self, dataset: TransitionDataset, *, number: int = 1) -> TransitionReplayBuffer:
-        buffer = TransitionReplayBuffer(dataset, batch_size=number * self.config.batch_size)
+        buffer = TransitionReplayBuffer(
+            dataset, batch_size=number * self.config.batch_size, next_action=self.learner.next_action
+        )
         if dataset.device != self.device:
             buffer.append_transform(DeviceCastTransform(self.device))
         return buffer
@@ -566,6 +568,8 @@ class Run:
             overwrite=cast("Any", config.overwrite),
             batch_size=config.batch_size,
             device=self.device,
+            next_action=self.learner.next_action,
+            online_stride=max(config.collector_workers, 1),
         )
 
     def _online_phase(self) -> OnlinePhase:
@@ -669,6 +673,10 @@ class Run:
             config=config_to_dict(self.config),
             data=self.data.about,
             metric=self.task.metric,
+            acting=self.learner.acting_policy,
+            variant=method_variant(self.config, self.task),
+            success_timing=None if self.task.environment is None else success_timing(self.task.environment),
+            evaluation_seed=DEFAULT_EVALUATION_SEED,
             evaluations=_outcomes(self.outcomes, self.references),
             history=trainer.notes.get("evaluations", []),
             online=None if trainer.online is None else trainer.online.counters,
@@ -754,6 +762,16 @@ def resumable_from_anywhere(config: SettledConfig) -> SettledConfig:
     if config.data_root is not None:
         config = replace(config, data_root=str(Path(config.data_root).expanduser().absolute()))
     return config
+
+
+def method_variant(config: TrainConfig, task: Task) -> dict[str, Any]:
+    """The method's settings that are neither its own defaults nor the task's: what a table has to say beside its name."""
+    defaults = asdict(get_algorithm(config.algo.name).config())
+    return {
+        name: value
+        for name, value in asdict(config.algo).items()
+        if value != defaults[name] and not (defaults[name] is None and value == getattr(task, name, None))
+    }
 
 
 def _images(task: str) -> InputError:

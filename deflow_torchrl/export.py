@@ -131,6 +131,11 @@ def export_policy(
         for module in _ONNX_PACKAGES:
             if importlib.util.find_spec(module) is None:
                 raise MissingExtraError(module, "export")
+    if getattr(policy, "noise_shape", None) is not None:
+        raise InputError(
+            f"a {type(policy).__name__} cannot be exported: it chooses among several actions by its critics, and what is "
+            "exported maps one noise to one action"
+        )
     keys = {"observation": observation_key, "noise": noise_key}
     unknown = [key for key in policy.in_keys if key not in keys.values()]
     if unknown:

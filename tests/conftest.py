@@ -15,7 +15,9 @@ from torchrl.objectives import SoftUpdate, ValueEstimators
 from deflow_torchrl.modules import (
     DeFlowActor,
     FlowMatchingPolicy,
+    OneStepPolicy,
     RefinementPolicy,
+    make_one_step_network,
     make_qvalue_networks,
     make_refinement_network,
     make_velocity_network,
@@ -25,6 +27,15 @@ from deflow_torchrl.objectives import DeFlowLoss
 OBSERVATION_DIM, ACTION_DIM, HIDDEN = 4, 3, (16, 16)
 TASK = "cube-single-play-singletask-task2-v0"
 DATASET = "cube-single-play-v0"
+# Settings of methods that only a task or a user can give.
+NEEDED = {  # what a method's settings leave to the task
+    "fql": {"alpha": 10.0},
+    "fbrac": {"alpha": 10.0},
+    "fawac": {"temperature": 1.0},
+    "iql": {"temperature": 2.0},
+    "ifql": {"num_samples": 4},
+    "rebrac": {"actor_bc_coef": 0.3, "critic_bc_coef": 0.2},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +49,14 @@ def make_actor(observation_dim=OBSERVATION_DIM, action_dim=ACTION_DIM, hidden=HI
     )
     refinement = make_refinement_network(observation_dim, action_dim, hidden)
     return DeFlowActor(flow, RefinementPolicy(refinement, action_dim, low=-1.0, high=1.0))
+
+
+def make_flow(num_steps=10) -> FlowMatchingPolicy:
+    return FlowMatchingPolicy(make_velocity_network(OBSERVATION_DIM, ACTION_DIM, HIDDEN), ACTION_DIM, num_steps)
+
+
+def make_one_step() -> OneStepPolicy:
+    return OneStepPolicy(make_one_step_network(OBSERVATION_DIM, ACTION_DIM, HIDDEN), ACTION_DIM)
 
 
 def make_critics(observation_dim=OBSERVATION_DIM, action_dim=ACTION_DIM, hidden=HIDDEN):

@@ -16,6 +16,7 @@ from deflow_torchrl.config import compose_config, config_from_dict, config_to_di
 from deflow_torchrl.data.oracles import GENERATED_DATASETS
 from deflow_torchrl.envs import online
 from deflow_torchrl.errors import InputError
+from deflow_torchrl.reports import load_record
 from tests.conftest import DATASET, TASK, heed_ctrl_c
 
 
@@ -81,9 +82,13 @@ def test_train_then_eval_then_resume(generated, tmp_path):
     assert {path.name for path in out.iterdir()} == {
         "config.yaml", "metrics.jsonl", "metrics.csv", "checkpoints", "record.json", "report.html", "learning_curve.png",
     }  # fmt: skip
-    record = json.loads((out / "record.json").read_text())
+    record = load_record(out)
     assert record["config"]["seed"] == 0
     assert record["data"]["transitions"] == 180
+    assert (record["acting"], record["success_timing"]) == ("deflow", "pre")
+    assert record["seeds"] == {"training": 0, "evaluation": record["evaluations"]["deflow"]["seeds"][0]}
+    assert summary["out"] == str(out)
+    assert str(generated) not in json.dumps({**record, "command": "", "commands": []})
     assert len(record["evaluations"]["deflow"]["success"]) == 1
     assert record["versions"]["torchrl"]
     again = [deflow("eval", str(out), "--json") for _ in range(2)]

@@ -54,6 +54,17 @@ def test_a_frozen_diffusion_policy_is_refined_without_being_called(run, capsys):
     assert found["refined"] != found["diffusion policy"]
 
 
+def test_a_method_of_ones_own_is_trained_and_evaluated(run, monkeypatch, capsys):
+    from deflow_torchrl.algorithms import registry
+
+    monkeypatch.setattr(registry, "ALGORITHMS", dict(registry.ALGORITHMS))
+    assert len((EXAMPLES / "extending_method.py").read_text().splitlines()) < 130
+    learned = run("extending_method.py", "--steps", "5", "--episodes", "1")
+    assert f"reward_bc: mean return {learned:.0f} after 5 steps" in capsys.readouterr().out
+    assert -2000 < learned < 0, "five episodes of the pendulum"
+    assert registry.get_algorithm("reward_bc").config().temperature == 1.0
+
+
 # minari's DataCollector removes its folder behind tempfile's back, which then says so.
 @pytest.mark.filterwarnings("ignore:Implicitly cleaning up:ResourceWarning")
 @pytest.mark.filterwarnings("ignore:Exception ignored:pytest.PytestUnraisableExceptionWarning")

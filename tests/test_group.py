@@ -10,12 +10,14 @@ import torch
 
 pytest.importorskip("gymnasium", reason="needs gymnasium's pendulum")
 pytest.importorskip("hydra", reason="needs the extra cli")
+pytest.importorskip("jsonschema", reason="needs the extra reports")
 
 from deflow_torchrl import cli, experiment
 from deflow_torchrl.algorithms import DeFlowConfig
 from deflow_torchrl.config import TrainConfig, compose_config, config_from_dict, config_to_dict, default_out
 from deflow_torchrl.errors import CheckpointNotWritten, InputError, NonFiniteLossError, RunInterrupted
 from deflow_torchrl.group import resume_group, train_group
+from deflow_torchrl.reports import load_record
 from deflow_torchrl.trainers import StackedTrainer, StackedUpdate
 from deflow_torchrl.trainers.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint, step_of
 from tests.killable import ENVIRONMENT, Children, record_pendulum
@@ -83,8 +85,10 @@ def test_each_seed_leaves_an_ordinary_run_and_the_group_its_summary(finished):
     summary = json.loads((finished / "summary.json").read_text())
     finals = []
     for seed, run in zip(SEEDS, folders(finished), strict=True):
-        record = json.loads((run / "record.json").read_text())
+        record = load_record(run)
         assert (record["config"]["seed"], record["config"]["seeds"]) == (seed, None)
+        assert (record["seeds"]["training"], record["success_timing"]) == (seed, None)
+        assert record["variant"] == {"flow_steps": 2}, "neither the method's default nor the task's"
         assert record["stacked"] == SEEDS
         assert len(record["history"]) == 3
         assert [row["step"] for row in rows(run)] == list(range(1, 10))

@@ -24,6 +24,7 @@ OPTIONAL = (
     "wandb",
     "matplotlib",
     "jinja2",
+    "jsonschema",
     "ray",
     "yaml",
     "requests",

@@ -137,7 +137,7 @@ def test_an_offline_run_goes_on_online_with_force(task, tmp_path, monkeypatch):
     ("overrides", "said"),
     [
         (["task=cube-single-play-singletask-task2-v0"], "of another run"),
-        (["algo=fql"], "unknown method"),
+        (["algo=sac"], "unknown method"),
         (["out=elsewhere"], "out= cannot be changed"),
         (["offline_steps=7"], "offline_steps: 6 -> 7: cannot change any more, the run is in its online phase"),
         (["freeze_prior=true"], "freeze_prior: False -> True: cannot change any more"),

@@ -19,6 +19,8 @@ from deflow_torchrl.config import (
     with_task_defaults,
 )
 from deflow_torchrl.errors import InputError
+from deflow_torchrl.tasks import paper_settings, paper_task, paper_tasks
+from deflow_torchrl.tasks.paper import SETTINGS
 from deflow_torchrl.tasks.tables import read_table
 
 CUBE = "cube-single-play-singletask-task2-v0"
@@ -237,14 +239,40 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, message, capsys, monke
     assert len(printed.err.strip().splitlines()) == 1
 
 
-def test_a_run_folder_holds_every_value(generated, tmp_path, capsys, monkeypatch):
-    out = tmp_path / "run"
-    code, printed = deflow(
-        capsys, monkeypatch, "train", f"task={CUBE}", "offline_steps=2", "eval_episodes=1", "eval_interval=0", "hidden_dims=[8]",
-        "batch_size=4", "eval_workers=1", f"data_root={generated}", f"out={out}", "--preset", "released",
-    )  # fmt: skip
+def test_a_run_folder_holds_every_value_and_resumes_with_them(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("gymnasium", reason="needs gymnasium's pendulum")
+    from tests.killable import record_pendulum
+    from tests.test_resume import undrawn
+
+    undrawn(monkeypatch)
+    task, out = record_pendulum(tmp_path, episodes=2), tmp_path / "run"
+    small = ["offline_steps=2", "hidden_dims=[8]", "batch_size=4", "save_interval=1"]
+    code, printed = deflow(capsys, monkeypatch, "train", f"task={task}", *small, f"out={out}", "--preset", "released")
     assert code == 0, printed.err
     kept = yaml.safe_load((out / "config.yaml").read_text())["config"]
-    assert (kept["preset"], kept["overwrite"]) == ("released", "fifo")
-    assert (kept["algo"]["gamma"], kept["algo"]["target_divergence"]) == (0.99, 0.001)
-    assert json.loads((out / "record.json").read_text())["config"]["algo"]["q_aggregation"] == "mean"
+    assert (kept["preset"], kept["overwrite"], kept["eval_interval"]) == ("released", "fifo", 100_000)
+    algo = {"gamma": 0.99, "q_aggregation": "mean", "target_divergence": 0.001, "square_fixed_alpha": True}
+    assert algo.items() <= kept["algo"].items()
+    assert algo.items() <= json.loads((out / "record.json").read_text())["config"]["algo"].items()
+    code, printed = deflow(capsys, monkeypatch, "resume", str(out), "--step", "1")
+    assert code == 0, printed.err
+
+
+@pytest.mark.parametrize("name", list(ALGORITHMS))
+def test_every_method_is_complete_on_each_task_that_the_paper_has_values_for(name):
+    ran = 0
+    for setting in SETTINGS:
+        for task in paper_tasks(setting):
+            algo = ALGORITHMS[name].config()
+            config = TrainConfig(task=task.name, online_steps=task.online_steps, algo=algo)
+            values = paper_task(task.name).hyperparameters.get(name, {}) | task.hyperparameters.get(name, {})
+            if set(values) != set(paper_settings(name)):
+                with pytest.raises(InputError, match="has no value"):
+                    with_task_defaults(config)
+                continue
+            filled = with_task_defaults(config)
+            assert {key: getattr(filled.algo, key) for key in values} == values
+            assert filled.offline_steps == task.offline_steps
+            assert config_from_dict(config_to_dict(filled)) == filled, "the table's values are in range"
+            ran += 1
+    assert ran >= 50

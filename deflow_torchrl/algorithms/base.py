@@ -65,6 +65,8 @@ class Learner:
         term_periods: name of a loss -> n: it counts at every n-th update only, and is zero at the others (whose gradient is then
             zero too, not absent: Adam's momentum goes on moving what the term trains).
         target_period: the target networks move at every n-th update only.
+        next_action: the loss reads ``("next", "action")``: buffers are to deliver the action of the transition that follows each
+            in its trajectory, the transition's own at the trajectory's end.
     """
 
     loss: LossModule
@@ -77,6 +79,7 @@ class Learner:
     exploration_policy: TensorDictModuleBase | None = None
     term_periods: Mapping[str, int] = field(default_factory=dict)
     target_period: int = 1
+    next_action: bool = False
 
     @property
     def online_policy(self) -> TensorDictModuleBase:

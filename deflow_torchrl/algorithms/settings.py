@@ -44,24 +44,37 @@ class MethodConfig:
 
 
 @dataclass
-class CriticConfig(MethodConfig):
-    """Settings every method with a critic has; the defaults are the paper's.
+class BootstrapConfig(MethodConfig):
+    """Settings every method with a value function has; the defaults are the paper's.
 
     Attributes:
-        tau: share of the critics that moves into their targets at each step.
+        tau: share of the networks that moves into their targets at each step.
         gamma: discount; the task's where None.
-        q_aggregation: ``mean`` or ``min`` over the target critics; the task's where None.
     """
 
     tau: float = 0.005
     gamma: float | None = None
-    q_aggregation: str | None = None
 
     def check(self, need: Need) -> None:
         """As :meth:`MethodConfig.check`."""
         super().check(need)
         need(0 < self.tau <= 1, "algo.tau", self.tau, "a number in (0, 1]")
         need(self.gamma is None or 0 <= self.gamma < 1, "algo.gamma", self.gamma, "a number in [0, 1)")
+
+
+@dataclass
+class CriticConfig(BootstrapConfig):
+    """Settings every method whose critics' aggregation is the task's has; the defaults are the paper's.
+
+    Attributes:
+        q_aggregation: ``mean`` or ``min`` over the target critics; the task's where None.
+    """
+
+    q_aggregation: str | None = None
+
+    def check(self, need: Need) -> None:
+        """As :meth:`MethodConfig.check`."""
+        super().check(need)
         need(self.q_aggregation in (None, "mean", "min"), "algo.q_aggregation", self.q_aggregation, "mean or min")
 
 

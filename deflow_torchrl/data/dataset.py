@@ -181,9 +181,35 @@ class TransitionDataset:
         """
         return self._transitions(self._rows(index))
 
-    def draw(self, *shape: int) -> TensorDict:
-        """Transitions drawn uniformly with replacement, ``[*shape]``, on the set's device without a word to the host."""
-        return self._transitions(torch.randint(len(self), shape, device=self.device))
+    def draw(self, *shape: int, next_action: bool = False) -> TensorDict:
+        """Transitions drawn uniformly with replacement, ``[*shape]``, on the set's device without a word to the host.
+
+        With ``next_action`` they hold ``("next", "action")`` too, see :meth:`next_actions`.
+        """
+        return self._delivered(torch.randint(len(self), shape, device=self.device), next_action=next_action)
+
+    def _delivered(self, rows: torch.Tensor, *, next_action: bool) -> TensorDict:
+        transitions = self._transitions(rows)
+        if next_action:
+            transitions["next", "action"] = self.next_actions(rows)
+        return transitions
+
+    def next_actions(self, rows: torch.Tensor) -> torch.Tensor:
+        """Action of the transition that follows each in its episode; at an episode's end the transition's own.
+
+        Args:
+            rows: numbers of transitions, int64 of any shape on the set's device.
+
+        Returns:
+            ``[*rows.shape, A]``.
+        """
+        following = rows + 1
+        ends = self._bounds[torch.searchsorted(self.episode_starts, rows, right=True)]
+        following = torch.where(following == ends, rows, following)
+        if self._files is None:
+            return self.action[following] if rows.ndim else self.action[following].clone()
+        own, place = torch.unique(following, return_inverse=True)
+        return self._files["action"].read(runs_of(own))[place]
 
     def _transitions(self, rows: torch.Tensor) -> TensorDict:
         episode = torch.searchsorted(self.episode_starts, rows, right=True)  # one more than the episode's number
@@ -507,11 +533,19 @@ def _fresh_part(folder: Path) -> Path:
 
 
 class TransitionStorage(Storage):
-    """A :class:`TransitionDataset` as the storage of any TorchRL replay buffer; it cannot be written."""
+    """A :class:`TransitionDataset` as the storage of any TorchRL replay buffer; it cannot be written.
 
-    def __init__(self, dataset: TransitionDataset) -> None:
+    Args:
+        dataset: the transitions.
+
+    Keyword Args:
+        next_action: read ``("next", "action")`` too, see :meth:`TransitionDataset.next_actions`.
+    """
+
+    def __init__(self, dataset: TransitionDataset, *, next_action: bool = False) -> None:
         super().__init__(len(dataset))
         self.dataset = dataset
+        self.next_action = next_action
 
     @property
     def device(self) -> torch.device:
@@ -520,7 +554,7 @@ class TransitionStorage(Storage):
 
     def get(self, index: Any) -> TensorDict:
         """Transitions in TED."""
-        return self.dataset[index]
+        return self.dataset._delivered(self.dataset._rows(index), next_action=self.next_action)
 
     def set(self, cursor: Any, data: Any, *, set_cursor: bool = True) -> None:
         """Refused: the set is immutable."""
@@ -582,6 +616,8 @@ class TransitionReplayBuffer(TensorDictReplayBuffer):
     Keyword Args:
         batch_size (int, optional): transitions per :meth:`sample`.
         sampler (Sampler, optional): defaults to uniform with replacement, as in the paper.
+        next_action (bool, optional): deliver ``("next", "action")`` too: the action of the transition that follows in the
+            episode, at its end the transition's own. Defaults to ``False``.
         **kwargs: forwarded to :class:`torchrl.data.TensorDictReplayBuffer` (``transform``, ``prefetch``, ``pin_memory``...).
     """
 
@@ -591,11 +627,12 @@ class TransitionReplayBuffer(TensorDictReplayBuffer):
         *,
         batch_size: int | None = None,
         sampler: Sampler | None = None,
+        next_action: bool = False,
         **kwargs: Any,
     ) -> None:
         self.dataset = dataset
         super().__init__(
-            storage=TransitionStorage(dataset),
+            storage=TransitionStorage(dataset, next_action=next_action),
             sampler=RandomSampler() if sampler is None else sampler,
             writer=ImmutableDatasetWriter(),
             collate_fn=_as_it_is,

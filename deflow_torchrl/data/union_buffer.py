@@ -81,6 +81,10 @@ class OfflineOnlineReplayBuffer(TensorDictReplayBuffer):
         sampler: another TorchRL sampler of single transitions, in mode ``"uniform"`` only: ``PrioritizedSampler`` (its
             ``max_capacity`` must reach ``capacity``; offline rows start with the default priority),
             ``SamplerWithoutReplacement``...
+        next_action: deliver ``("next", "action")`` too: the action of the transition that follows in the trajectory; at its
+            end, and as long as it is the newest of its trajectory, the transition's own.
+        online_stride: an online transition is followed in its trajectory by the one that is added so many later: W where W
+            trajectories are added in turn.
         **kwargs: forwarded to :class:`torchrl.data.TensorDictReplayBuffer`: ``transform``, ``prefetch``, ``pin_memory``,
             ``generator``, ``priority_key``.
 
@@ -122,9 +126,13 @@ class OfflineOnlineReplayBuffer(TensorDictReplayBuffer):
         device: torch.device | str | None = None,
         online_dir: str | os.PathLike[str] | None = None,
         sampler: Sampler | Callable[[], Sampler] | None = None,
+        next_action: bool = False,
+        online_stride: int = 1,
         **kwargs: Any,
     ) -> None:
         _refuse_unknown(kwargs)
+        if not is_count(online_stride):
+            raise InputError(f"online_stride={online_stride!r} is no positive number of transitions")
         own_sampler = UnionSampler(mode, offline_fraction, anneal_transitions)
         if overwrite not in ("online", "fifo"):
             raise InputError(f"overwrite={overwrite!r} is neither 'online' nor 'fifo'")
@@ -139,7 +147,15 @@ class OfflineOnlineReplayBuffer(TensorDictReplayBuffer):
             if where.type != "cpu":
                 raise InputError(f"online_dir={str(online_dir)!r}: files are for the CPU, the data are on {where}")
             folder = _fresh_folder(Path(online_dir).expanduser())
-        storage = UnionStorage(rows, where, online_capacity=online_capacity, fifo=overwrite == "fifo", folder=folder)
+        storage = UnionStorage(
+            rows,
+            where,
+            online_capacity=online_capacity,
+            fifo=overwrite == "fifo",
+            folder=folder,
+            next_action=next_action,
+            online_stride=online_stride,
+        )
         super().__init__(
             storage=storage,
             sampler=own_sampler if sampler is None else self._usable(sampler, storage.max_size),

@@ -158,6 +158,12 @@ class Rows:
             torch.stack([observation, next_observation], 1), torch.cat([action, reward], 1), torch.cat(flags, 1)
         )
 
+    def next_actions(self, rows: torch.Tensor) -> torch.Tensor:
+        """Actions ``[n, A]`` that follow those of ``rows`` [n] in their trajectories; their own where ``done``."""
+        action, done = self._columns[1], self._columns[6].squeeze(1)
+        stays = done.index_select(0, rows) | (rows + 1 == len(action))
+        return action.index_select(0, torch.where(stays, rows, rows + 1))
+
 
 class FrameRows:
     """The same of a :class:`TransitionDataset`, which keeps every observation once: nothing but the flags is copied."""
@@ -197,6 +203,10 @@ class FrameRows:
             frames = torch.stack([observation, next_observation], 1)
             flags = self._flags_of(terminated, self._last.index_select(0, episode) == rows)
         return Blocks(frames, torch.cat([action, reward.unsqueeze(1)], 1), flags)
+
+    def next_actions(self, rows: torch.Tensor) -> torch.Tensor:
+        """See :meth:`TransitionDataset.next_actions`."""
+        return self.dataset.next_actions(rows)
 
     @staticmethod
     def _flags_of(terminated: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
@@ -254,6 +264,8 @@ class UnionStorage(Storage):
         online_capacity: rows of the online zone.
         fifo: whether offline rows are overwritten.
         folder: where the online columns are memory-mapped; ``None`` in memory.
+        next_action: read ``("next", "action")`` too.
+        online_stride: distance of an online transition to the one that follows it in its trajectory.
     """
 
     def __init__(
@@ -264,7 +276,10 @@ class UnionStorage(Storage):
         online_capacity: int,
         fifo: bool,
         folder: Path | None,
+        next_action: bool = False,
+        online_stride: int = 1,
     ) -> None:
+        self.next_action, self.online_stride = next_action, online_stride
         self.offline = offline
         self.device = device
         self.num_offline = len(offline)
@@ -333,6 +348,8 @@ class UnionStorage(Storage):
             "truncated": truncated,
             "done": done,
         }
+        if self.next_action:
+            following["action"] = self._next_actions(rows, action, next_observation, done)
         batch_size, device = rows.shape, self.device
         # The constructor would look at every entry again, which takes as long as reading them.
         return TensorDict._new_unsafe(
@@ -345,6 +362,27 @@ class UnionStorage(Storage):
             batch_size=batch_size,
             device=device,
         )
+
+    def _next_actions(
+        self, rows: torch.Tensor, action: torch.Tensor, next_observation: torch.Tensor, done: torch.Tensor
+    ) -> torch.Tensor:
+        """Actions ``[n, A]`` that follow those of ``rows`` [n] in their trajectories; their own where there is none.
+
+        Of an online transition the one that follows was added ``online_stride`` transitions later, if it was yet, and if
+        it is one of the same trajectory: where dropped episodes have moved others' transitions together it may not be. That
+        is seen from the states: s' of the one is s of the other.
+        """
+        offline = self.offline.next_actions(rows.clamp(max=self.num_offline - 1))
+        if not self.written:
+            return offline
+        slots = self._slots(rows).remainder(self.slots)
+        newer = (self.written - 1 - slots).remainder(self.slots)  # transitions that were added after it
+        later = (slots + self.online_stride).remainder(self.slots)
+        candidates = self.online.gather(later)
+        same = (candidates.frames[:, 0] == next_observation).flatten(1).all(1)
+        follows = same & (newer >= self.online_stride) & ~done.squeeze(1)
+        online = torch.where(follows.unsqueeze(1), candidates.numbers[:, : action.shape[1]], action)
+        return torch.where(self.is_online(rows).unsqueeze(1), online, offline)
 
     def _gather(self, rows: torch.Tensor) -> Blocks:
         if not self.written:

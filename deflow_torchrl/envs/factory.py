@@ -11,7 +11,7 @@ import os
 import sys
 import warnings
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -135,6 +135,28 @@ def make_env_by_id(environment_id: str, **kwargs: Any) -> gymnasium.Env:
         warnings.filterwarnings("ignore", module="glfw")  # a missing display, once more: the simulator is imported here
         # The checker would look at the simulator's spaces before SeededReset has put them right.
         return SeededReset(gymnasium.make(environment_id, disable_env_checker=True, **kwargs))
+
+
+def success_timing(task: str) -> Literal["pre", "post"] | None:
+    """When a task's environment computes success, reward and ``terminated``: before a step, on s, or after it, on s'.
+
+    OGBench's data have them on s. So have the single-task environments of ogbench 1.2 and later; older ones compute them on s'.
+
+    Args:
+        task: as :func:`make_gym_env` takes it.
+
+    Returns:
+        ``pre`` or ``post``; None of an environment that is not OGBench's.
+
+    Raises:
+        MissingExtraError: if the task is OGBench's and ``ogbench`` is not installed.
+    """
+    if ":" in task:
+        return None
+    import_ogbench()
+    import gymnasium
+
+    return gymnasium.spec(parse_ogbench_name(task).environment_id).kwargs.get("success_timing", "post")
 
 
 def _check_renderer(environment_id: str) -> None:

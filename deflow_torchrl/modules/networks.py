@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""The paper's networks: one MLP shape for the velocity, the refinement and the critics.
+"""The paper's networks: one MLP shape for the velocity, the refinement, policies and the critics.
 
 Each hidden layer is ``Linear -> tanh-GELU`` (critics add ``LayerNorm`` with eps 1e-6 *after* the activation), the output is
 a plain ``Linear``; weights are Xavier-uniform and biases zero. Width and depth are 4 x 512 in every experiment of the paper.
@@ -96,7 +96,9 @@ def _is_norm(layer: nn.Module) -> bool:
 _LAYERS = (_is_linear, _is_tanh_gelu, _is_norm)
 
 
-def make_mlp(in_features: int, out_features: int, hidden_dims: Sequence[int], *, layer_norm: bool) -> nn.Sequential:
+def make_mlp(
+    in_features: int, out_features: int, hidden_dims: Sequence[int], *, layer_norm: bool, head_gain: float = 1.0
+) -> nn.Sequential:
     """Build the MLP shared by all parts.
 
     Args:
@@ -106,6 +108,7 @@ def make_mlp(in_features: int, out_features: int, hidden_dims: Sequence[int], *,
 
     Keyword Args:
         layer_norm: put a ``LayerNorm(eps=1e-6)`` behind every activation (critics) or none (actors).
+        head_gain: factor of the last layer's initial bound.
 
     Raises:
         ValueError: if a width is not positive or ``hidden_dims`` is empty.
@@ -118,20 +121,24 @@ def make_mlp(in_features: int, out_features: int, hidden_dims: Sequence[int], *,
         layers += [_linear(fan_in, fan_out), nn.GELU(approximate="tanh")]
         if layer_norm:
             layers.append(nn.LayerNorm(fan_out, eps=kernels.LAYER_NORM_EPS))
-    layers.append(_linear(widths[-2], widths[-1]))
+    layers.append(_linear(widths[-2], widths[-1], head_gain))
     return MLP(*layers)
 
 
 class _XavierLinear(nn.Linear):
     """``nn.Linear`` whose ``reset_parameters`` is the paper's initialisation, so that resetting a loss restores it."""
 
+    def __init__(self, fan_in: int, fan_out: int, gain: float) -> None:
+        self.gain = gain  # first: nn.Linear's constructor initialises
+        super().__init__(fan_in, fan_out)
+
     def reset_parameters(self) -> None:
-        nn.init.xavier_uniform_(self.weight)
+        nn.init.xavier_uniform_(self.weight, gain=self.gain)
         nn.init.zeros_(self.bias)
 
 
-def _linear(fan_in: int, fan_out: int) -> nn.Linear:
-    return _XavierLinear(fan_in, fan_out)
+def _linear(fan_in: int, fan_out: int, gain: float = 1.0) -> nn.Linear:
+    return _XavierLinear(fan_in, fan_out, gain)
 
 
 class StateActionValue(nn.Module):
@@ -186,6 +193,42 @@ def make_refinement_network(
     observation_dim: int, action_dim: int, hidden_dims: Sequence[int] = PAPER_HIDDEN_DIMS
 ) -> nn.Sequential:
     """Refinement f_phi: ``cat([s, base_action], -1)`` to an unbounded shift ``[..., A]`` (no tanh, no small last layer)."""
+    return make_mlp(observation_dim + action_dim, action_dim, hidden_dims, layer_norm=False)
+
+
+def make_policy_network(
+    observation_dim: int, action_dim: int, hidden_dims: Sequence[int] = PAPER_HIDDEN_DIMS
+) -> nn.Sequential:
+    """Head of a Gaussian or deterministic policy: s to ``[..., A]``, its last layer a tenth of the others' size at first.
+
+    FQL's actors: variance scaling 0.01 in the last layer, which is a bound 0.1 times Xavier's; no LayerNorm.
+
+    Examples:
+        >>> import torch
+        >>> make_policy_network(3, 2, (8, 8))(torch.zeros(5, 3)).shape
+        torch.Size([5, 2])
+    """
+    return make_mlp(observation_dim, action_dim, hidden_dims, layer_norm=False, head_gain=0.1)
+
+
+def make_value_network(
+    observation_dim: int,
+    hidden_dims: Sequence[int] = PAPER_HIDDEN_DIMS,
+    *,
+    observation_key: NestedKey = "observation",
+) -> TensorDictModule:
+    """V(s), the critics' MLP without an action: reads ``observation_key`` and writes ``state_value [..., 1]``."""
+    return TensorDictModule(
+        make_mlp(observation_dim, 1, hidden_dims, layer_norm=True),
+        in_keys=[observation_key],
+        out_keys=["state_value"],
+    )
+
+
+def make_one_step_network(
+    observation_dim: int, action_dim: int, hidden_dims: Sequence[int] = PAPER_HIDDEN_DIMS
+) -> nn.Sequential:
+    """FQL's one-step policy mu: ``cat([s, z], -1)`` to an unbounded action ``[..., A]`` (no tanh, no small last layer)."""
     return make_mlp(observation_dim + action_dim, action_dim, hidden_dims, layer_norm=False)
 
 

@@ -91,6 +91,7 @@ class OffPolicyLoss(LossModule):
     target_qvalue_network_params: TensorDictParams
 
     reduction: str
+    normalize_q_loss: bool
     num_qvalue_nets: int
     prior_frozen: bool = False
     sampler_precision: Precision = "highest"
@@ -217,6 +218,16 @@ class OffPolicyLoss(LossModule):
         if mask is None:
             return value.mean()
         return torch.where(mask, value, 0.0).sum() / mask.sum().clamp_min(1)
+
+    def _statistic(self, value: Tensor, tensordict: TensorDictBase) -> Tensor:
+        """A per-sample value as metadata: its mean over the batch, or as it is where nothing is reduced."""
+        return value if self.reduction == "none" else self._batch_mean(value, tensordict)
+
+    def _q_scale(self, qvalue: Tensor, tensordict: TensorDictBase) -> Tensor | float:
+        """Lambda of an actor's Q term: sg(1 / mean|Q|) where ``normalize_q_loss``, else 1."""
+        if not self.normalize_q_loss:
+            return 1.0
+        return 1 / self._batch_mean(qvalue.detach().abs(), tensordict).clamp_min(tiny(qvalue))
 
     # -- actor --------------------------------------------------------------------------------------------------------
 

@@ -199,5 +199,5 @@ class DeFlowLoss(FlowMatchingLoss, RefinementLoss, TDCriticLoss):
         return {
             **({} if self.prior_frozen else {"loss_flow": self._flow_loss(tensordict)}),
             **self._refinement_terms(tensordict, base_action),
-            **self._critic_terms(tensordict, next_base_action),
+            **self._critic_terms(tensordict, self._refined_next_action(tensordict, next_base_action)),
         }

@@ -73,7 +73,8 @@ class FlowMatchingLoss(OffPolicyLoss):
     def _compute(self, tensordict: TensorDictBase) -> dict[str, Tensor]:
         return {"loss_flow": self._flow_loss(tensordict)}
 
-    def _flow_loss(self, tensordict: TensorDictBase) -> Tensor:
+    def _flow_error(self, tensordict: TensorDictBase) -> Tensor:
+        """Squared error of the velocity of each sample, mean over action dimensions."""
         action = tensordict[self.tensor_keys.action]
         noise = tensordict.get(self.tensor_keys.flow_noise, None)
         if noise is None:
@@ -83,8 +84,10 @@ class FlowMatchingLoss(OffPolicyLoss):
             time = torch.rand_like(action[..., :1])
         x = (1 - time) * noise + time * action
         velocity = self._flow_policy.module.velocity(tensordict[self._flow_policy.observation_key], x, time)
-        error = (velocity - (action - noise)).square().mean(-1)
-        return self._reduce_term(error, tensordict)
+        return (velocity - (action - noise)).square().mean(-1)
+
+    def _flow_loss(self, tensordict: TensorDictBase) -> Tensor:
+        return self._reduce_term(self._flow_error(tensordict), tensordict)
 
     def flow_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute ``loss_flow``.

@@ -19,7 +19,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 
 from deflow_torchrl.modules.actor import DeFlowActor
-from deflow_torchrl.objectives.common import Critics, OffPolicyLoss, Reduction, tiny
+from deflow_torchrl.objectives.common import Critics, OffPolicyLoss, Reduction
 
 _UNBOUNDED = (-math.inf, math.inf)
 
@@ -174,10 +174,7 @@ class RefinementLoss(OffPolicyLoss):
         divergence = self._divergence(shift)
         # Eq. 11: critics fixed. Their gradients would be thrown away, so their parameters enter detached.
         qvalue = self._qvalues(tensordict, action, self.qvalue_network_params, frozen=True).mean(0)
-        scale: Tensor | float = 1.0
-        if self.normalize_q_loss:
-            scale = 1 / self._batch_mean(qvalue.detach().abs(), tensordict).clamp_min(tiny(qvalue))
-        loss = -scale * qvalue + self.alpha * divergence
+        loss = -self._q_scale(qvalue, tensordict) * qvalue + self.alpha * divergence
         return self._reduce_term(loss, tensordict), divergence.detach()
 
     def _alpha_loss(self, tensordict: TensorDictBase, divergence: Tensor) -> Tensor:
@@ -203,11 +200,8 @@ class RefinementLoss(OffPolicyLoss):
             "loss_actor": loss_actor,
             "loss_alpha": self._alpha_loss(tensordict, divergence),
             "alpha": self.alpha,
-            "divergence": self._divergence_metadata(divergence, tensordict),
+            "divergence": self._statistic(divergence, tensordict),
         }
-
-    def _divergence_metadata(self, divergence: Tensor, tensordict: TensorDictBase) -> Tensor:
-        return divergence if self.reduction == "none" else self._batch_mean(divergence, tensordict)
 
     def _compute(self, tensordict: TensorDictBase) -> dict[str, Tensor]:
         return self._refinement_terms(tensordict, self._current_base_action(tensordict))
@@ -225,7 +219,7 @@ class RefinementLoss(OffPolicyLoss):
         tensordict = self._blank_masked_rows(tensordict)
         with self._acting():
             loss, divergence = self._actor_loss(tensordict, self._current_base_action(tensordict))
-        return loss, {"alpha": self.alpha, "divergence": self._divergence_metadata(divergence, tensordict)}
+        return loss, {"alpha": self.alpha, "divergence": self._statistic(divergence, tensordict)}
 
     def alpha_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute ``loss_alpha``; inputs and metadata as in :meth:`actor_loss`."""
@@ -233,7 +227,7 @@ class RefinementLoss(OffPolicyLoss):
         with self._acting(), torch.no_grad():
             divergence = self._divergence(self._refine(tensordict, self._current_base_action(tensordict))[0])
         loss = self._alpha_loss(tensordict, divergence)
-        return loss, {"alpha": self.alpha, "divergence": self._divergence_metadata(divergence, tensordict)}
+        return loss, {"alpha": self.alpha, "divergence": self._statistic(divergence, tensordict)}
 
 
 def _log(value: float, name: str) -> float:

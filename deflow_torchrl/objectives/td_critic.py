@@ -138,11 +138,10 @@ class TDCriticLoss(OffPolicyLoss):
         self._forward_value_estimator_keys()
         return self
 
-    def _qvalue_loss(self, tensordict: TensorDictBase, next_base_action: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (loss_qvalue, |TD error| of each sample, the largest of the ensemble)."""
+    def _qvalue_loss(self, tensordict: TensorDictBase, next_action: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (loss_qvalue, |TD error| of each sample, the largest of the ensemble); ``next_action`` has no gradient."""
         with torch.no_grad():
             following = tensordict["next"]
-            next_action = self._refine(following, next_base_action)[1]
             next_qvalues = self._qvalues(following, next_action, self.target_qvalue_network_params)
             next_qvalue = next_qvalues.mean(0) if self.q_aggregation == "mean" else next_qvalues.amin(0)
             target = self.value_estimator.value_estimate(tensordict, next_value=next_qvalue.unsqueeze(-1)).squeeze(-1)
@@ -154,8 +153,8 @@ class TDCriticLoss(OffPolicyLoss):
         # A masked row has no error: a prioritised sampler must not come back for padding.
         return loss, td_error if mask is None else torch.where(mask, td_error, 0.0)
 
-    def _critic_terms(self, tensordict: TensorDictBase, next_base_action: Tensor) -> dict[str, Tensor]:
-        loss, td_error = self._qvalue_loss(tensordict, next_base_action)
+    def _critic_terms(self, tensordict: TensorDictBase, next_action: Tensor) -> dict[str, Tensor]:
+        loss, td_error = self._qvalue_loss(tensordict, next_action)
         return {"loss_qvalue": loss, self.tensor_keys.priority: td_error}
 
     def _next_noise(self, tensordict: TensorDictBase) -> Tensor:
@@ -166,8 +165,16 @@ class TDCriticLoss(OffPolicyLoss):
         given = self._given_base_action(tensordict["next"])
         return self._base_action(tensordict["next"], self._next_noise(tensordict)) if given is None else given
 
+    def _refined_next_action(self, tensordict: TensorDictBase, next_base_action: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self._refine(tensordict["next"], next_base_action)[1]
+
+    def _next_action(self, tensordict: TensorDictBase) -> Tensor:
+        """Action a' of s' that the target is evaluated at, without gradient: a loss with another policy says its own."""
+        return self._refined_next_action(tensordict, self._next_base_action(tensordict))
+
     def _compute(self, tensordict: TensorDictBase) -> dict[str, Tensor]:
-        return self._critic_terms(tensordict, self._next_base_action(tensordict))
+        return self._critic_terms(tensordict, self._next_action(tensordict))
 
     def qvalue_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute ``loss_qvalue``.
@@ -181,5 +188,5 @@ class TDCriticLoss(OffPolicyLoss):
         """
         tensordict = self._blank_masked_rows(tensordict)
         with self._acting():
-            loss, td_error = self._qvalue_loss(tensordict, self._next_base_action(tensordict))
+            loss, td_error = self._qvalue_loss(tensordict, self._next_action(tensordict))
         return loss, {"td_error": td_error}

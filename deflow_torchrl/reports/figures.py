@@ -15,6 +15,7 @@ from deflow_torchrl.reports.extra import check_report_extra
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _OUTCOMES = {
     "success": ("eval/success", "success rate", "fraction of evaluation episodes"),
@@ -208,10 +209,83 @@ def draw_diagnostics(rows: Sequence[Mapping[str, Any]]) -> list[tuple[Diagnostic
             axis.set_yscale("log")
         if len(diagnostic.curves) > 1 or diagnostic.level is not None:
             axis.legend(loc="best", fontsize="small")
-        png = io.BytesIO()
-        figure.savefig(png, format="png", dpi=90)
-        drawn.append((diagnostic, png.getvalue()))
+        drawn.append((diagnostic, _png(figure)))
     return drawn
+
+
+def draw_outcomes(
+    curves: Mapping[str, Sequence[tuple[int, float, float, float]]], *, metric: str, boundary: int | None = None
+) -> bytes:
+    """Draw the outcomes of several methods on one task with their intervals, as a PNG.
+
+    Args:
+        curves: label -> ``(step, mean, low, high)`` of each evaluation.
+
+    Keyword Args:
+        metric: ``success``, ``score`` or ``return``.
+        boundary: last offline step of runs that went online.
+
+    Raises:
+        MissingExtraError: without the ``reports`` extra.
+    """
+    check_report_extra()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.0, 3.4), layout="constrained")
+    axis = figure.subplots()
+    for label, points in curves.items():
+        steps, means, lows, highs = zip(*points, strict=True)
+        (line,) = axis.plot(steps, means, marker="o", markersize=4, label=label)
+        axis.fill_between(steps, lows, highs, color=line.get_color(), alpha=0.2, linewidth=0)
+    _, heading, _ = _OUTCOMES[metric]
+    if metric == "success":
+        axis.set_ylim(-0.03, 1.03)
+    _mark_boundary(axis, boundary)
+    axis.set(xlabel=_steps(boundary is not None), ylabel=heading)
+    axis.grid(alpha=0.3)
+    axis.legend(loc="best", fontsize="small")
+    return _png(figure)
+
+
+def draw_diagnostic_of_runs(
+    diagnostic: Diagnostic, runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]
+) -> bytes | None:
+    """Draw a diagnostic's first curve, a line a run and a colour a label, as a PNG; None where no run has it.
+
+    Args:
+        diagnostic: one of :data:`DIAGNOSTICS`.
+        runs: label -> rows of each of its runs.
+
+    Raises:
+        MissingExtraError: without the ``reports`` extra.
+    """
+    check_report_extra()
+    from matplotlib.figure import Figure
+
+    name = next(iter(diagnostic.curves))
+    if not any(name in row for group in runs.values() for rows in group for row in rows):
+        return None
+    figure = Figure(figsize=(5.0, 3.2), layout="constrained")
+    axis = figure.subplots()
+    positive = True
+    for number, (label, group) in enumerate(runs.items()):
+        for rows in group:
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            positive &= all(value > 0 for _, value in points)
+            if points:
+                axis.plot(*zip(*points, strict=True), color=f"C{number}", linewidth=1, label=label)
+    if diagnostic.level is not None:
+        axis.axhline(diagnostic.level[1], linestyle=":", color="black", label=diagnostic.level[0])
+    if diagnostic.logarithmic and positive:
+        axis.set_yscale("log")
+    everything = [rows for group in runs.values() for rows in group]
+    _mark_boundary(axis, next(filter(None, map(online_boundary, everything)), None))
+    online = any(row.get("phase") == "online" for rows in everything for row in rows)
+    axis.set(xlabel=_steps(online), ylabel=diagnostic.unit)
+    axis.grid(alpha=0.3)
+    named = {str(line.get_label()): line for line in axis.lines if not str(line.get_label()).startswith("_")}
+    axis.legend(named.values(), named.keys(), loc="best", fontsize="small")
+    return _png(figure)
 
 
 def online_boundary(rows: Sequence[Mapping[str, Any]]) -> int | None:
@@ -228,11 +302,23 @@ def _draw(axis: Axes, rows: Sequence[Mapping[str, Any]], curves: Mapping[str, st
         if points:
             marker = "o" if len(points) < _POINTS_WITH_MARKERS else None
             axis.plot(*zip(*points, strict=True), marker=marker, markersize=4, label=label)
-    boundary = online_boundary(rows)
+    _mark_boundary(axis, online_boundary(rows))
+    axis.set(xlabel=_steps(any(row.get("phase") == "online" for row in rows)), ylabel=unit)
+    axis.grid(alpha=0.3)
+
+
+def _mark_boundary(axis: Axes, boundary: int | None) -> None:
     if boundary is not None:
         axis.axvline(boundary, color="grey", linewidth=1)
         axis.annotate("online", (boundary, 0.98), (3, 0), xycoords=("data", "axes fraction"), textcoords="offset points",
                       va="top", fontsize="x-small", color="grey")  # fmt: skip
-    online = any(row.get("phase") == "online" for row in rows)
-    axis.set(xlabel="gradient steps offline, then environment steps" if online else "gradient steps", ylabel=unit)
-    axis.grid(alpha=0.3)
+
+
+def _steps(online: bool) -> str:
+    return "gradient steps offline, then environment steps" if online else "gradient steps"
+
+
+def _png(figure: Figure) -> bytes:
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=90)
+    return png.getvalue()

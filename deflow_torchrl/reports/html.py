@@ -7,11 +7,14 @@ import base64
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deflow_torchrl.paths import write_text
 from deflow_torchrl.reports.extra import check_report_extra
 from deflow_torchrl.reports.figures import draw_diagnostics
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 
 def write_html_report(
@@ -40,16 +43,12 @@ def write_html_report(
     Raises:
         MissingExtraError: without the ``reports`` extra.
     """
-    check_report_extra()
-    from jinja2 import Environment, StrictUndefined
-
-    source = resources.files(__package__).joinpath("report.html.j2").read_text(encoding="utf-8")
-    template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(source)
+    template = page_template("report.html.j2")
     page = template.render(
         title=title,
         record=record,
-        figure=_base64(figure.read_bytes()),
-        diagnostics=[(diagnostic, _base64(png)) for diagnostic, png in draw_diagnostics(rows)],
+        figure=as_base64(figure.read_bytes()),
+        diagnostics=[(diagnostic, as_base64(png)) for diagnostic, png in draw_diagnostics(rows)],
         settings=_flatten(record["config"]),
         target_divergence=target_divergence,
     )
@@ -57,7 +56,21 @@ def write_html_report(
     return path
 
 
-def _base64(png: bytes) -> str:
+def page_template(name: str) -> Template:
+    """A page's template of this folder; what a page does not give it is an error.
+
+    Raises:
+        MissingExtraError: without the ``reports`` extra.
+    """
+    check_report_extra()
+    from jinja2 import Environment, StrictUndefined
+
+    source = resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+    return Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(source)
+
+
+def as_base64(png: bytes) -> str:
+    """For a data URI."""
     return base64.b64encode(png).decode("ascii")
 
 

@@ -3,18 +3,26 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
 import platform
+import re
+import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from deflow_torchrl.errors import InputError, MissingExtraError
 from deflow_torchrl.versions import package_versions
 
-SCHEMA = 3
+RECORD_FILE = "record.json"
+SCHEMA = 4
+_PLACES = ("out", "data_root")
+"""Settings that say where a run lies; a record says what it is."""
 
 
 def build_record(
@@ -23,6 +31,10 @@ def build_record(
     config: Mapping[str, Any],
     data: Mapping[str, Any],
     metric: str,
+    acting: str,
+    variant: Mapping[str, Any],
+    success_timing: str | None,
+    evaluation_seed: int,
     evaluations: Mapping[str, Any],
     history: Sequence[Mapping[str, Any]] = (),
     online: Mapping[str, int] | None = None,
@@ -34,9 +46,15 @@ def build_record(
 
     Keyword Args:
         commands: the command lines that worked on it: the first began it, the others resumed it.
-        config: all settings.
+        config: all settings; where run and data lie (``out``, ``data_root``, the folder of ``own:FOLDER``) is left out of
+            the record.
         data: description of the data (file, transitions, checksum, provenance).
         metric: what the task is judged by: ``success``, ``score`` or ``return``.
+        acting: the policy among ``evaluations`` that acts, and that a table shows.
+        variant: the method's settings that are neither its own defaults nor the task's.
+        success_timing: whether an OGBench environment judges success and reward before (``pre``) or after (``post``) the step;
+            None of other environments.
+        evaluation_seed: seed of the first evaluation episode.
         evaluations: policy name -> outcome with per-episode results, at the end.
         history: every evaluation of the run: ``step``, ``phase`` and, by policy, the outcome.
         online: counters of the online phase; None without one.
@@ -44,16 +62,28 @@ def build_record(
         stacked: the seeds of all runs it was trained with in one process, whose time its own then is; None for a run that
             was trained by itself.
         seconds: wall time by phase.
+
+    Returns:
+        What ``record.schema.json`` describes.
     """
-    settings = dict(config)
+    settings = {name: value for name, value in config.items() if name not in _PLACES}
+    settings["task"] = _placeless(settings["task"])
     return {
         "schema": SCHEMA,
+        "task": settings["task"],
+        "algo": settings["algo"]["name"],
+        "variant": dict(variant),
+        "protocol": settings.get("protocol"),
+        "preset": settings.get("preset"),
+        "seeds": {"training": settings["seed"], "evaluation": evaluation_seed},
         "command": commands[0],
         "commands": list(commands),
         "config": settings,
         "config_sha256": config_digest(settings),
-        "data": dict(data),
+        "data": {**data, "name": _placeless(data["name"])},
         "metric": metric,
+        "acting": acting,
+        "success_timing": success_timing,
         "evaluations": dict(evaluations),
         "history": [dict(evaluation) for evaluation in history],
         "online": None if online is None else dict(online),
@@ -64,6 +94,130 @@ def build_record(
         "git_commit": git_commit(),
         "hardware": hardware(),
     }
+
+
+def load_record(path: Path) -> dict[str, Any]:
+    """Read and check a record.
+
+    Args:
+        path: the file, or the run folder that holds it.
+
+    Raises:
+        InputError: if there is none, it is damaged, of another schema version or says what a record cannot say.
+        MissingExtraError: without the ``reports`` extra.
+    """
+    if path.is_dir():
+        path = path / RECORD_FILE
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{path} is missing; a run writes it when it is finished (deflow resume RUN goes on)"
+        ) from error
+    except OSError as error:
+        raise InputError(f"cannot read {path} ({error.strerror})") from error
+    except ValueError as error:
+        raise InputError(f"{path} is damaged: it is not JSON ({' '.join(str(error).split())})") from error
+    version = record.get("schema") if isinstance(record, dict) else None
+    if version != SCHEMA:
+        raise InputError(f"{path} is a record of schema {version}, this version reads {SCHEMA}; {_advice(version)}")
+    wrong = min(_validator().iter_errors(record), key=lambda it: list(map(str, it.path)), default=None)
+    if wrong is not None:
+        where = ".".join(map(str, wrong.absolute_path)) or "the record"
+        raise InputError(f"{path} is damaged: {where}: {_shortened(wrong.message)}")
+    return record
+
+
+def upgrade_record(record: Mapping[str, Any], *, variant: Mapping[str, Any]) -> dict[str, Any]:
+    """A record of schema 3 as one of schema 4; what schema 4 adds is derived from what the record says.
+
+    Args:
+        record: as read from its file.
+
+    Keyword Args:
+        variant: the settings in ``config.algo`` that are neither the method's defaults nor the task's; schema 3 does not tell.
+
+    Raises:
+        InputError: if it is not of schema 3, or holds no evaluation that would tell the seed and the acting policy.
+    """
+    if record.get("schema") != 3:
+        raise InputError(f"only records of schema 3 can be upgraded, this one has {record.get('schema')}")
+    policies = record["history"][0]["policies"] if record["history"] else record["evaluations"]
+    # Only the acting policy is evaluated before the end.
+    acting = record["config"]["algo"]["name"]
+    if acting not in policies:
+        raise InputError(f"the record has no evaluation of {acting}, so its seed of evaluation is unknown")
+    ogbench = record["versions"].get("ogbench") if "-singletask-" in record["config"]["task"] else None
+    version = tuple(int(part) for part in ogbench.split(".")[:2]) if ogbench else None
+    added = {
+        "schema": SCHEMA,
+        "task": record["config"]["task"],
+        "algo": acting,
+        "variant": dict(variant),
+        "protocol": None,
+        "preset": None,
+        "seeds": {"training": record["config"]["seed"], "evaluation": policies[acting]["seeds"][0]},
+    }
+    judged = {"acting": acting, "success_timing": None if version is None else "pre" if version >= (1, 2) else "post"}
+    config = {name: value for name, value in record["config"].items() if name not in _PLACES}
+    upgraded: dict[str, Any] = dict(added)
+    for name, value in record.items():
+        if name not in added:
+            upgraded[name] = config if name == "config" else config_digest(config) if name == "config_sha256" else value
+        if name == "metric":
+            upgraded |= judged
+    upgraded.setdefault("stacked", None)
+    return upgraded
+
+
+def without_places(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record with absolute folders in its commands shortened to names: DATA for the data, runs for where runs lie.
+
+    For records that are published; those in a run folder keep the commands as they were typed.
+    """
+    changed = {**record, "commands": [_without_places(command) for command in record["commands"]]}
+    return {**changed, "command": changed["commands"][0]}
+
+
+def _placeless(name: str) -> str:
+    """A task's or data set's name with a folder shortened to its last part."""
+    prefix, colon, folder = name.rpartition(":")
+    return f"{prefix}{colon}{Path(folder).name}" if Path(folder).is_absolute() else name
+
+
+def _without_places(command: str) -> str:
+    return shlex.join(map(_without_place, shlex.split(command)))
+
+
+def _without_place(word: str) -> str:
+    key, equals, value = word.partition("=")
+    if equals and _placeless(value) != value:
+        shown = {"data_root": "DATA", "out": f"runs/{Path(value).name}"}.get(key, _placeless(value))
+        return f"{key}={shown}"
+    return f"runs/{Path(word).name}" if Path(word).is_absolute() else word
+
+
+@functools.cache
+def _validator() -> Any:
+    try:
+        from jsonschema import Draft202012Validator
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(error.name or "jsonschema", "reports") from error
+    schema = json.loads(resources.files(__package__).joinpath("record.schema.json").read_text(encoding="utf-8"))
+    return Draft202012Validator(schema)
+
+
+def _advice(version: Any) -> str:
+    if isinstance(version, int) and version > SCHEMA:
+        return "update deflow-torchrl"
+    if version == 3:
+        return "convert it (docs/reports.md, upgrade_record), or make the run again"
+    return "make the run again"
+
+
+def _shortened(message: str) -> str:
+    text = " ".join(re.sub(r"\s+", " ", message).split())
+    return text if len(text) < 200 else f"{text[:90]} ... {text[-90:]}"
 
 
 def summarize(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,7 +235,7 @@ def summarize(result: Mapping[str, Any]) -> dict[str, Any]:
 
 def config_digest(settings: Mapping[str, Any]) -> str:
     """SHA-256 of a run's settings: equal for equal runs, wherever their folders lie."""
-    placeless = {name: value for name, value in settings.items() if name not in ("out", "data_root")}
+    placeless = {name: value for name, value in settings.items() if name not in _PLACES}
     return hashlib.sha256(json.dumps(placeless, sort_keys=True).encode()).hexdigest()
 
 

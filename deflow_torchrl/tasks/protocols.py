@@ -57,10 +57,10 @@ class Protocol:
         seeds: seeds of training.
         settings: ``key=value`` of ``deflow train``; see :meth:`settings_of` for those of the method.
         online_settings: added to them offline to online.
-        methods: names of the methods offline.
+        methods: names of the methods offline; see :meth:`methods_of`.
+        family_methods: family -> these names, where they are others.
         online_methods: names of the methods offline to online.
         tasks: family -> tasks offline; None for the paper's.
-        online_tasks: family -> tasks offline to online; None for the paper's.
         generated: the data sets that are made here; None where all data is the published one.
         fixed_alpha: its ablation of the multiplier.
     """
@@ -72,11 +72,15 @@ class Protocol:
     settings: Mapping[str, Any]
     online_settings: Mapping[str, Any]
     methods: tuple[str, ...]
+    family_methods: Mapping[str, tuple[str, ...]]
     online_methods: tuple[str, ...]
     tasks: Mapping[str, tuple[str, ...]] | None
-    online_tasks: Mapping[str, tuple[str, ...]] | None
     generated: GeneratedData | None
     fixed_alpha: FixedAlpha
+
+    def methods_of(self, family: str) -> tuple[str, ...]:
+        """The methods compared on a family's tasks: those that the paper has values for there."""
+        return self.family_methods.get(family, self.methods)
 
     def settings_of(self, method_settings: Collection[str], *, online: bool = False) -> dict[str, Any]:
         """The ``key=value`` settings of a run.
@@ -122,16 +126,16 @@ def _protocols() -> Mapping[str, Protocol]:
 
 
 def _protocol(name: str, row: dict[str, Any]) -> Protocol:
-    def by_family(tasks: dict[str, list[str]] | None) -> dict[str, tuple[str, ...]] | None:
-        return None if tasks is None else {family: tuple(names) for family, names in tasks.items()}
+    def by_family(names: dict[str, list[str]]) -> dict[str, tuple[str, ...]]:
+        return {family: tuple(several) for family, several in names.items()}
 
-    made, alpha = row.pop("generated"), row.pop("fixed_alpha")
+    made, alpha, tasks = row.pop("generated"), row.pop("fixed_alpha"), row.pop("tasks")
     for key in ("seeds", "methods", "online_methods"):
         row[key] = tuple(row[key])
-    for key in ("tasks", "online_tasks"):
-        row[key] = by_family(row[key])
     return Protocol(
         name=name,
+        tasks=None if tasks is None else by_family(tasks),
+        family_methods=by_family(row.pop("family_methods")),
         generated=None if made is None else GeneratedData(**{**made, "datasets": tuple(made["datasets"])}),
         fixed_alpha=FixedAlpha(tuple(alpha["values"]), alpha["online"], tuple(alpha["tasks"])),
         **row,

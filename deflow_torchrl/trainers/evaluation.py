@@ -57,7 +57,10 @@ class EvaluationResult:
 
     def as_dict(self, references: tuple[float, float] | None = None) -> dict[str, Any]:
         """Plain lists and numbers, for a record; with normalised scores where there are references."""
-        score = {} if references is None else {"mean_score": float(self.score(references).mean())}
+        score: dict[str, Any] = {}
+        if references is not None:
+            scores = self.score(references)
+            score = {"mean_score": float(scores.mean()), "score": [float(value) for value in scores]}
         return {
             "success_rate": self.success_rate,
             "mean_return": float(self.episode_return.mean()),
@@ -122,7 +125,8 @@ class Evaluator:
         """Run ``episodes`` episodes of a policy.
 
         Args:
-            policy: reads ``observation [B, O]`` (and ``noise [B, A]``, if among its in_keys) and writes ``action [B, A]``.
+            policy: reads ``observation [B, O]`` (and ``noise``, if among its in_keys: ``[B, A]``, or ``[B, *noise_shape]`` of
+                a policy that says so) and writes ``action [B, A]``.
 
         Keyword Args:
             episodes: number of episodes E.
@@ -152,11 +156,13 @@ class Evaluator:
         for slot, observation in first.items():
             observations[slot] = observation
         noise = _NoiseStreams(seed) if "noise" in policy.in_keys else None
+        noise_shape = getattr(policy, "noise_shape", None)
         with _own_generator(seed):
             while running:
                 batch = TensorDict({"observation": torch.from_numpy(observations)}, batch_size=[self.num_envs])
                 if noise is not None:
-                    batch["noise"] = noise.draw(self.num_envs, running, outcome.length, self._action_dim)
+                    shape = (self._action_dim,) if noise_shape is None else noise_shape
+                    batch["noise"] = noise.draw(self.num_envs, running, outcome.length, shape)
                 actions = policy(batch.to(self.device))["action"].cpu().numpy()
                 if on_step is not None:
                     slots = list(running)
@@ -207,13 +213,13 @@ class _NoiseStreams:
         self.seed = seed
         self._generators: dict[int, torch.Generator] = {}
 
-    def draw(self, num_envs: int, running: dict[int, int], lengths: np.ndarray, action_dim: int) -> torch.Tensor:
-        noise = torch.zeros(num_envs, action_dim)
+    def draw(self, num_envs: int, running: dict[int, int], lengths: np.ndarray, shape: tuple[int, ...]) -> torch.Tensor:
+        noise = torch.zeros(num_envs, *shape)
         for slot, episode in running.items():
             if lengths[episode] == 0:
                 state = np.random.SeedSequence([self.seed, episode]).generate_state(1, np.uint64)[0]
                 self._generators[episode] = torch.Generator().manual_seed(int(state >> 1))
-            noise[slot] = torch.randn(action_dim, generator=self._generators[episode])
+            noise[slot] = torch.randn(shape, generator=self._generators[episode])
         return noise
 
 

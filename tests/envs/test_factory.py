@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("ogbench", reason="needs the extra ogbench")
 
 from deflow_torchrl.envs import make_env, make_gym_env
+from deflow_torchrl.envs.factory import success_timing
 from deflow_torchrl.envs.names import parse_ogbench_name
 from deflow_torchrl.errors import InputError
 from tests.conftest import TASK
@@ -41,6 +42,23 @@ def test_a_seeded_reset_leaves_numpys_global_generator_alone():
     np.random.seed(0)
     env.reset(seed=9)
     assert np.random.rand() == expected
+
+
+@pytest.mark.parametrize("task", [TASK, "pointmaze-medium-navigate-singletask-v0", "scene-play-singletask-v0"])
+def test_the_timing_of_success_is_the_environments_own(task):
+    env = make_gym_env(task)
+    assert success_timing(task) == env.unwrapped._success_timing == "pre"
+    env.close()
+
+
+def test_an_ogbench_environment_that_is_told_nothing_judges_after_the_step(monkeypatch):
+    gymnasium = pytest.importorskip("gymnasium")
+    spec = gymnasium.spec(parse_ogbench_name(TASK).environment_id)
+    monkeypatch.setitem(spec.kwargs, "success_timing", "post")
+    assert success_timing(TASK) == "post"
+    monkeypatch.delitem(spec.kwargs, "success_timing")  # ogbench before 1.2
+    assert success_timing(TASK) == "post"
+    assert success_timing("gym:Pendulum-v1") is success_timing("minari:D4RL/door/human-v2") is None
 
 
 @pytest.mark.parametrize("task", [TASK, "pointmaze-medium-navigate-singletask-v0"])

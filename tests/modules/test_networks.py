@@ -4,7 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from deflow_torchrl.modules import make_qvalue_networks, make_refinement_network, make_velocity_network
+from deflow_torchrl.modules import (
+    make_one_step_network,
+    make_qvalue_networks,
+    make_refinement_network,
+    make_velocity_network,
+)
 
 
 def linears(module):
@@ -15,6 +20,7 @@ def test_default_networks_are_the_papers_four_by_512():
     for network, width_in, width_out in (
         (make_velocity_network(7, 3), 7 + 3 + 1, 3),
         (make_refinement_network(7, 3), 7 + 3, 3),
+        (make_one_step_network(7, 3), 7 + 3, 3),
         (make_qvalue_networks(7, 3)[0].module, 7 + 3, 1),
     ):
         shapes = [(layer.in_features, layer.out_features) for layer in linears(network)]
@@ -42,7 +48,8 @@ def test_layer_norm_follows_the_activation_on_critics_only():
     assert [
         layer.eps for layer in make_qvalue_networks(4, 2, (8,))[0].modules() if isinstance(layer, nn.LayerNorm)
     ] == [1e-6]
-    assert not any(isinstance(layer, nn.LayerNorm) for layer in make_refinement_network(4, 2, (8, 8)).modules())
+    for make in (make_refinement_network, make_one_step_network):
+        assert not any(isinstance(layer, nn.LayerNorm) for layer in make(4, 2, (8, 8)).modules())
 
 
 def test_gelu_is_the_tanh_approximation():

@@ -8,33 +8,63 @@ import torch
 from tensordict import TensorDict
 from torchrl.objectives import SoftUpdate, ValueEstimators
 
-from deflow_torchrl.modules import DeFlowActor, FlowMatchingPolicy, RefinementPolicy, make_qvalue_networks
-from deflow_torchrl.objectives import DeFlowLoss, FlowMatchingLoss, RefinementLoss, TDCriticLoss
-from tests.conftest import ACTION_DIM, OBSERVATION_DIM, make_actor, make_batch, make_critics, total
+from deflow_torchrl.modules import (
+    DeFlowActor,
+    FlowMatchingPolicy,
+    OneStepPolicy,
+    RefinementPolicy,
+    make_qvalue_networks,
+)
+from deflow_torchrl.objectives import (
+    DeFlowLoss,
+    FAWACLoss,
+    FBRACLoss,
+    FlowMatchingLoss,
+    FQLLoss,
+    RefinementLoss,
+    TDCriticLoss,
+)
+from tests.conftest import (
+    ACTION_DIM,
+    OBSERVATION_DIM,
+    make_actor,
+    make_batch,
+    make_critics,
+    make_flow,
+    make_one_step,
+    total,
+)
 
 
-def build(kind, **kwargs):
-    actor = make_actor()
+def build(kind, *, flow_steps=10, **kwargs):
     if kind is FlowMatchingLoss:
-        loss = FlowMatchingLoss(actor.flow_policy, **kwargs)
+        loss = FlowMatchingLoss(make_actor().flow_policy, **kwargs)
     elif kind is RefinementLoss:
-        loss = RefinementLoss(actor, make_critics(), target_divergence=1e-3, **kwargs)
+        loss = RefinementLoss(make_actor(), make_critics(), target_divergence=1e-3, **kwargs)
+    elif kind is FQLLoss:
+        loss = FQLLoss(make_flow(flow_steps), make_one_step(), make_critics(), **kwargs)
     else:
-        loss = kind(actor, make_critics(), **kwargs)
-    if kind in (TDCriticLoss, DeFlowLoss):
+        policy = make_flow(flow_steps) if kind in (FBRACLoss, FAWACLoss) else make_actor()
+        loss = kind(policy, make_critics(), **kwargs)
+    if kind in WITH_CRITIC:
         loss.make_value_estimator(ValueEstimators.TD0, gamma=0.9)
         if kwargs.get("delay_qvalue", True):
             SoftUpdate(loss, tau=0.005)
     return loss
 
 
-ALL = pytest.mark.parametrize("kind", [FlowMatchingLoss, RefinementLoss, TDCriticLoss, DeFlowLoss])
 TERMS = {
     FlowMatchingLoss: {"loss_flow"},
     RefinementLoss: {"loss_actor", "loss_alpha"},
     TDCriticLoss: {"loss_qvalue"},
     DeFlowLoss: {"loss_flow", "loss_actor", "loss_alpha", "loss_qvalue"},
+    FQLLoss: {"loss_flow", "loss_actor", "loss_qvalue"},
+    FBRACLoss: {"loss_flow", "loss_actor", "loss_qvalue"},
+    FAWACLoss: {"loss_flow", "loss_qvalue"},
 }
+ALL = pytest.mark.parametrize("kind", list(TERMS))
+WITH_CRITIC = [kind for kind, terms in TERMS.items() if "loss_qvalue" in terms]
+WITH_FLOW = [kind for kind, terms in TERMS.items() if "loss_flow" in terms]
 
 
 @ALL
@@ -62,7 +92,7 @@ def test_the_input_is_left_as_it_is_but_for_the_priority(kind):
     before = batch.clone()
     build(kind)(batch)
     added = set(batch.keys(True, True)) - set(before.keys(True, True))
-    assert added == ({"td_error"} if kind in (TDCriticLoss, DeFlowLoss) else set())
+    assert added == ({"td_error"} if kind in WITH_CRITIC else set())
     torch.testing.assert_close(batch.select(*before.keys(True, True)).to_dict(), before.to_dict())
 
 
@@ -113,11 +143,11 @@ def test_noise_given_equals_noise_drawn_with_the_same_seed(kind):
     drawn = loss(batch.clone())
     torch.manual_seed(5)
     given = batch.clone()
-    if kind in (RefinementLoss, DeFlowLoss):
+    if kind not in (FlowMatchingLoss, TDCriticLoss):
         given["noise"] = torch.randn(8, ACTION_DIM)
-    if kind in (TDCriticLoss, DeFlowLoss):
+    if kind in WITH_CRITIC:
         given["next", "noise"] = torch.randn(8, ACTION_DIM)
-    if kind in (FlowMatchingLoss, DeFlowLoss):
+    if kind in WITH_FLOW:
         given["flow_noise"] = torch.randn(8, ACTION_DIM)
         given["flow_time"] = torch.rand(8, 1)
     torch.manual_seed(99)
@@ -206,8 +236,9 @@ def test_float64(kind):
         torch.testing.assert_close(single[name], out[name].float(), rtol=1e-4, atol=1e-5)
 
 
-def test_unbatched_input_equals_a_batch_of_one():
-    loss = build(DeFlowLoss)
+@pytest.mark.parametrize("kind", [DeFlowLoss, FQLLoss, FBRACLoss, FAWACLoss])
+def test_unbatched_input_equals_a_batch_of_one(kind):
+    loss = build(kind)
     batch = make_batch(1)
     torch.testing.assert_close(loss(batch[0]).to_dict(), loss(batch).to_dict())
 
@@ -261,12 +292,20 @@ def test_renamed_and_nested_keys(kind):
     )
     for critic in critics:
         critic.out_keys = ["q"]
+    as_policy = FlowMatchingPolicy(
+        flow.velocity_network, ACTION_DIM, in_keys=(("sensors", "s"), "z"), out_keys=(("agent", "act"),)
+    )
     if kind is FlowMatchingLoss:
         loss = kind(actor.flow_policy)
+    elif kind is FQLLoss:
+        one_step = OneStepPolicy(make_one_step().module.network, ACTION_DIM, in_keys=(("sensors", "s"), "z"))
+        loss = kind(as_policy, one_step, critics)
+    elif kind in (FBRACLoss, FAWACLoss):
+        loss = kind(as_policy, critics)
     else:
         loss = kind(actor, critics, **({"target_divergence": 1e-3} if kind is RefinementLoss else {}))
     loss.set_keys(**names)
-    if kind in (TDCriticLoss, DeFlowLoss):
+    if kind in WITH_CRITIC:
         loss.make_value_estimator(ValueEstimators.TD0, gamma=0.9)
     loss.load_state_dict(reference.state_dict())
     renamed = TensorDict(batch_size=batch.batch_size)
@@ -276,7 +315,7 @@ def test_renamed_and_nested_keys(kind):
         renamed[(*prefix, *((new,) if isinstance(new, str) else new))] = batch[key]
     assert all(key in renamed.keys(True) for key in loss.in_keys)
     torch.testing.assert_close(loss(renamed).to_dict(), expected.to_dict())
-    if kind in (TDCriticLoss, DeFlowLoss):
+    if kind in WITH_CRITIC:
         torch.testing.assert_close(renamed["prio"], batch["td_error"])
     with pytest.raises(ValueError, match="not an accepted"):
         loss.set_keys(no_such_key="x")
@@ -318,7 +357,8 @@ def test_the_acting_policy_is_where_trainers_look_for_it(kind):
         pytest.skip("flow matching alone has no composite actor")
     loss = build(kind)
     policy = loss.get_stateful_net("actor_network", copy=False)
-    assert isinstance(policy, DeFlowActor)
+    kinds = {FQLLoss: OneStepPolicy, FBRACLoss: FlowMatchingPolicy, FAWACLoss: FlowMatchingPolicy}
+    assert isinstance(policy, kinds.get(kind, DeFlowActor))
     assert {id(p) for p in policy.parameters()} <= {id(p) for p in loss.parameters()}
 
 
@@ -331,15 +371,18 @@ def test_losses_pickle(kind):
     torch.testing.assert_close(pickle.loads(pickle.dumps(loss))(batch).to_dict(), loss(batch).to_dict())
 
 
-@pytest.mark.parametrize("kind", [TDCriticLoss, DeFlowLoss])
+@pytest.mark.parametrize("kind", WITH_CRITIC)
 def test_value_estimators_other_than_td0_are_refused(kind):
     with pytest.raises(NotImplementedError):
         build(kind).make_value_estimator(ValueEstimators.TDLambda)
 
 
-@pytest.mark.parametrize("kind", [TDCriticLoss, DeFlowLoss])
+@pytest.mark.parametrize("kind", WITH_CRITIC)
 def test_the_target_warning_is_there_until_a_soft_update_is_built(kind):
-    loss = kind(make_actor(), make_critics())
+    if kind is FQLLoss:
+        loss = kind(make_flow(), make_one_step(), make_critics())
+    else:
+        loss = kind(make_flow() if kind in (FBRACLoss, FAWACLoss) else make_actor(), make_critics())
     with pytest.warns(UserWarning, match="No target network updater"):
         loss(make_batch())
     SoftUpdate(loss, tau=0.1)
@@ -369,26 +412,37 @@ def test_a_list_of_critics_keeps_its_initialisation_and_one_module_is_copied():
         DeFlowLoss(make_actor(), [])
 
 
-def test_deactivate_vmap_changes_nothing():
+@pytest.mark.parametrize("kind", [DeFlowLoss, FQLLoss, FBRACLoss, FAWACLoss])
+def test_deactivate_vmap_changes_nothing(kind):
     batch = make_batch()
     results = []
     for deactivate in (False, True):
         torch.manual_seed(1)
-        results.append(build(DeFlowLoss, deactivate_vmap=deactivate)(batch.clone()).to_dict())
+        results.append(build(kind, deactivate_vmap=deactivate)(batch.clone()).to_dict())
     torch.testing.assert_close(*results)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs g++")
-def test_compiled_equals_eager_over_optimiser_and_target_updates():
+@pytest.mark.parametrize(
+    ("kind", "backend", "settings"),
+    [
+        (DeFlowLoss, "inductor", {"min_alpha": 0.01, "max_alpha": 10.0}),
+        # Two steps of the flow and a backend that writes no C++: compiling is what takes the time.
+        (FQLLoss, "aot_eager", {"normalize_q_loss": True, "flow_steps": 2}),
+        pytest.param(FQLLoss, "inductor", {}, marks=pytest.mark.slow),
+        (FBRACLoss, "aot_eager", {"flow_steps": 2}),
+        (FAWACLoss, "aot_eager", {"temperature": 3.0, "flow_steps": 2}),
+    ],
+)
+def test_compiled_equals_eager_over_optimiser_and_target_updates(kind, backend, settings):
     batches = [make_batch(16) for _ in range(20)]
     results = []
     for compiled in (False, True):
         torch.manual_seed(1)
-        loss = DeFlowLoss(make_actor(), make_critics(), q_aggregation="min", min_alpha=0.01, max_alpha=10.0)
-        loss.make_value_estimator(ValueEstimators.TD0, gamma=0.9)
+        loss = build(kind, q_aggregation="min", **settings)
         updater = SoftUpdate(loss, tau=0.1)
         optimizer = torch.optim.Adam(loss.parameters(), lr=3e-4)
-        forward = torch.compile(loss, fullgraph=True) if compiled else loss
+        forward = torch.compile(loss, fullgraph=True, backend=backend) if compiled else loss
         history = []
         for batch in batches:
             out = forward(batch.clone())

@@ -30,8 +30,9 @@ def rows():
 def write_page(folder, rows, **entries):
     record = build_record(
         commands=["deflow train task=x", "deflow resume x"],
-        config={"seed": 0, "algo": {"lr": 1e-3}}, data={"name": "x", "provenance": "official"},
-        metric="success", evaluations={"deflow": EVALUATION}, seconds={"updates": 1.0}, **entries,
+        config={"task": "x", "seed": 0, "algo": {"name": "deflow", "lr": 1e-3}},
+        data={"name": "x", "provenance": "official"}, metric="success", acting="deflow", variant={}, success_timing=None,
+        evaluation_seed=1, evaluations={"deflow": EVALUATION}, seconds={"updates": 1.0}, **entries,
     )  # fmt: skip
     figure = plot_learning_curve(rows, folder / "curve.png", title="x", final={"deflow": 0.5}, target_divergence=1e-3)
     path = write_html_report(

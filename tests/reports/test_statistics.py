@@ -3,7 +3,16 @@ import itertools
 import numpy as np
 import pytest
 
-from deflow_torchrl.reports import paired_difference, sign_test
+from deflow_torchrl.reports import (
+    inside_noise,
+    interquartile_mean,
+    mean_and_std,
+    paired_difference,
+    probability_of_improvement,
+    sign_test,
+    stratified_bootstrap,
+    success_standard_error,
+)
 
 
 def outcomes(seed=0, episodes=60, gain=0.3):
@@ -74,3 +83,108 @@ def test_impossible_options_are_refused():
         paired_difference([1.0], [2.0], confidence=1.0)
     with pytest.raises(ValueError, match="negative"):
         sign_test(-1, 2)
+
+
+def scores_of_tasks(seed=0, seeds=(8, 5, 3), shift=0.0):
+    generator = np.random.default_rng(seed)
+    return [task + shift + 0.1 * generator.normal(size=number) for task, number in enumerate(seeds)]
+
+
+def test_mean_and_deviation_are_over_seeds_by_s_minus_one():
+    scores = np.random.default_rng(0).normal(size=8)
+    assert mean_and_std(scores) == pytest.approx((scores.mean(), scores.std(ddof=1)), abs=1e-12)
+    assert mean_and_std([0.25]) == (0.25, None), "one seed has no spread, not a spread of zero"
+
+
+@pytest.mark.parametrize("number", range(1, 20))
+def test_the_interquartile_mean_is_scipys_trimmed_mean(number):
+    stats = pytest.importorskip("scipy.stats", reason="cross-check against scipy")
+    scores = np.random.default_rng(number).normal(size=number)
+    assert interquartile_mean(scores) == pytest.approx(stats.trim_mean(scores, 0.25), abs=1e-12)
+
+
+@pytest.mark.parametrize("confidence", [0.95, 0.8])
+@pytest.mark.parametrize("statistic", ["mean", "interquartile mean"])
+def test_the_bootstrap_of_one_task_is_scipys(confidence, statistic):
+    stats = pytest.importorskip("scipy.stats", reason="cross-check against scipy")
+    scores = np.random.default_rng(3).normal(size=24)
+    ours = stratified_bootstrap(
+        [scores], None if statistic != "mean" else lambda rows: rows.mean(1), confidence=confidence, resamples=20_000
+    )
+    theirs = stats.bootstrap(
+        (scores,), np.mean if statistic == "mean" else lambda rows, axis=-1: stats.trim_mean(rows, 0.25, axis=axis),
+        method="percentile", confidence_level=confidence, n_resamples=20_000, rng=np.random.default_rng(1),
+    ).confidence_interval  # fmt: skip
+    # Two Monte Carlo estimates of the same quantiles; the interval is 0.7 wide.
+    assert ours.low == pytest.approx(theirs.low, abs=0.02)
+    assert ours.high == pytest.approx(theirs.high, abs=0.02)
+
+
+def test_seeds_are_resampled_within_their_task():
+    # Tasks far apart and seeds alike: drawn across tasks, the mean would vary by their distance.
+    tasks = [[0.0, 0.0, 0.0], [10.0, 10.0]]
+    interval = stratified_bootstrap(tasks, lambda rows: rows.mean(1))
+    assert (interval.value, interval.low, interval.high) == (4.0, 4.0, 4.0)
+    spread = stratified_bootstrap(scores_of_tasks(), lambda rows: rows.mean(1))
+    # By hand: the variance of the mean is the sum of the tasks' own, n_t s_t^2 / n^2.
+    variance = sum(len(task) * task.var() for task in scores_of_tasks()) / 16**2
+    assert spread.high - spread.low == pytest.approx(2 * 1.96 * variance**0.5, rel=0.05)
+
+
+def test_single_seeds_have_no_interval():
+    single = stratified_bootstrap([[0.1], [0.2]])
+    assert (single.value, single.low, single.high) == (0.15, None, None)
+    assert probability_of_improvement([[0.1]], [[0.2]]).low is None
+
+
+def test_the_probability_of_improvement_is_scipys_mann_whitney_u():
+    stats = pytest.importorskip("scipy.stats", reason="cross-check against scipy")
+    generator = np.random.default_rng(0)
+    shares = []
+    first = [generator.integers(0, 6, size=number) / 5 for number in (8, 3)]  # with ties
+    second = [generator.integers(0, 6, size=number) / 5 for number in (5, 8)]
+    for mine, theirs in zip(first, second, strict=True):
+        share = stats.mannwhitneyu(mine, theirs).statistic / (mine.size * theirs.size)
+        assert probability_of_improvement([mine], [theirs]).value == pytest.approx(share, rel=1e-12)
+        shares.append(share)
+    both = probability_of_improvement(first, second)
+    assert both.value == pytest.approx(np.mean(shares), rel=1e-12)
+    assert both.low < both.value < both.high
+    assert probability_of_improvement(second, first).value == pytest.approx(1 - both.value, rel=1e-12)
+
+
+def test_the_standard_error_of_a_rate_is_the_binomials():
+    stats = pytest.importorskip("scipy.stats", reason="cross-check against scipy")
+    for rate, episodes in itertools.product((0.0, 0.1, 0.5, 1.0), (1, 50, 150)):
+        expected = stats.binom(episodes, rate).std() / episodes
+        assert success_standard_error(rate, episodes) == pytest.approx(expected, rel=1e-12)
+
+
+def test_equal_rates_differ_by_more_than_noise_in_one_of_twenty_comparisons():
+    generator = np.random.default_rng(0)
+    outside = 0
+    for first, second in generator.binomial(100, 0.5, size=(2000, 2)) / 100:
+        errors = [success_standard_error(rate, 100) for rate in (first, second)]
+        outside += not inside_noise(first - second, *errors)
+    # 2000 trials at 0.05 have a standard deviation of 0.005.
+    assert 0.03 < outside / 2000 < 0.07
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: mean_and_std([]),
+        lambda: interquartile_mean([float("nan")]),
+        lambda: stratified_bootstrap([]),
+        lambda: stratified_bootstrap([[1.0], []]),
+        lambda: stratified_bootstrap([[1.0, 2.0]], confidence=1.0),
+        lambda: probability_of_improvement([[1.0]], []),
+        lambda: success_standard_error(1.2, 5),
+        lambda: success_standard_error(0.2, 0),
+        lambda: inside_noise(0.1),
+        lambda: inside_noise(0.1, -0.1),
+    ],
+)
+def test_what_is_no_score_rate_or_error_is_refused(call):
+    with pytest.raises(ValueError, match=r"expected|confidence"):
+        call()

@@ -10,7 +10,7 @@ from deflow_torchrl.config import TrainConfig, compose_config
 from deflow_torchrl.data.oracles import GENERATED_DATASETS
 from deflow_torchrl.envs.names import parse_ogbench_name
 from deflow_torchrl.errors import InputError
-from deflow_torchrl.tasks import get_task
+from deflow_torchrl.tasks import get_task, paper_task
 from deflow_torchrl.tasks.protocols import get_protocol, protocol_names
 
 LITE_FAMILIES = ["antmaze", "humanoidmaze", "antsoccer", "cube", "scene", "puzzle", "d4rl-antmaze", "adroit"]
@@ -19,7 +19,7 @@ LITE_FAMILIES = ["antmaze", "humanoidmaze", "antsoccer", "cube", "scene", "puzzl
 def test_the_papers_protocol_leaves_everything_to_the_tasks():
     paper = get_protocol("paper")
     assert paper.settings == {}
-    assert (paper.tasks, paper.online_tasks, paper.generated) == (None, None, None)
+    assert (paper.tasks, paper.generated) == (None, None)
     assert paper.seeds == tuple(range(8))
     assert paper.settings_of(["lr", "tau"], online=True) == {"online_steps": 1_000_000}
     assert paper.comparable
@@ -58,7 +58,7 @@ def test_a_method_gets_the_settings_it_has_alone():
 @pytest.mark.parametrize("name", protocol_names())
 def test_every_task_of_a_protocol_is_one_and_its_generated_data_can_be_made(name):
     protocol = get_protocol(name)
-    for by_family in (protocol.tasks, protocol.online_tasks, {"ablation": protocol.fixed_alpha.tasks}):
+    for by_family in (protocol.tasks, {"ablation": protocol.fixed_alpha.tasks}):
         for tasks in (by_family or {}).values():
             assert tasks
             for task in tasks:
@@ -85,3 +85,14 @@ def test_protocols_do_not_need_torch():
     code = "import sys, deflow_torchrl.tasks.protocols as it; it.get_protocol('lite'); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_the_small_protocols_methods_have_values_on_its_tasks():
+    lite = get_protocol("lite")
+    without_values = {"flow_bc"}
+    for family, tasks in lite.tasks.items():
+        for task in tasks:
+            known = paper_task(task).hyperparameters.keys() | without_values
+            assert set(lite.methods_of(family)) <= known
+            assert set(lite.methods) & known == set(lite.methods_of(family)), "and none is left out without need"
+    assert lite.methods_of("cube") == lite.methods

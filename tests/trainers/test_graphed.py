@@ -6,20 +6,21 @@ import logging
 import pytest
 import torch
 
-from deflow_torchrl.algorithms import DeFlowConfig, get_algorithm
+from deflow_torchrl.algorithms import ALGORITHMS, DeFlowConfig, get_algorithm
 from deflow_torchrl.algorithms.base import ProblemSpec
 from deflow_torchrl.errors import NonFiniteLossError
 from deflow_torchrl.trainers import StackedUpdate, UpdateStep
 from deflow_torchrl.trainers.graphed import GraphedUpdate, repeat
-from tests.conftest import ACTION_DIM, OBSERVATION_DIM, make_batch
+from tests.conftest import ACTION_DIM, NEEDED, OBSERVATION_DIM, make_batch
 
 PROBLEM = ProblemSpec(OBSERVATION_DIM, ACTION_DIM, (16, 16), 0.9, "min", 0.01, torch.device("cpu"))
 
 
-def make_update(device="cpu"):
+def make_update(device="cpu", name="deflow"):
     torch.manual_seed(0)
     problem = dataclasses.replace(PROBLEM, device=torch.device(device))
-    return UpdateStep(get_algorithm("deflow").build(DeFlowConfig(), problem))
+    algorithm = get_algorithm(name)
+    return UpdateStep(algorithm.build(algorithm.config(**NEEDED.get(name, {})), problem))
 
 
 def make_draw(device="cpu"):
@@ -28,8 +29,8 @@ def make_draw(device="cpu"):
     return lambda: data[torch.randint(100, (16,), device=device)]
 
 
-def train_eagerly(steps, device="cpu"):
-    update, draw = make_update(device), make_draw(device)
+def train_eagerly(steps, device="cpu", name="deflow"):
+    update, draw = make_update(device, name), make_draw(device)
     torch.manual_seed(1)
     losses = []
     for _ in range(steps):
@@ -190,11 +191,12 @@ def test_counts_that_make_no_sense_are_refused(count):
 
 
 @pytest.mark.gpu
-def test_a_graph_trains_as_single_calls_do():
+@pytest.mark.parametrize("name", list(ALGORITHMS))
+def test_a_graph_trains_as_single_calls_do(name):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    eager, losses = train_eagerly(20, "cuda")
-    update = make_update("cuda")
+    eager, losses = train_eagerly(20, "cuda", name)
+    update = make_update("cuda", name)
     graphed = GraphedUpdate(update, make_draw("cuda"), updates_per_replay=4)
     torch.manual_seed(1)
     out, _ = graphed(20)

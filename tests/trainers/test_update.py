@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 
@@ -197,7 +199,11 @@ def test_after_freezing_a_non_finite_loss_names_the_right_term():
 @pytest.mark.parametrize("name", list(ALGORITHMS))
 def test_every_method_has_its_settings_in_the_schema_of_the_command_line(name):
     config = compose_config(["task=cube-single-play-singletask-task2-v0", f"algo={name}", "algo.lr=0.5"])
-    assert config.algo == ALGORITHMS[name].config(lr=0.5)
+    expected = ALGORITHMS[name].config(lr=0.5)
+    given = {item.name: getattr(expected, item.name) for item in dataclasses.fields(expected)}
+    given = {setting: value for setting, value in given.items() if value is not None}  # the rest is the task's
+    assert type(config.algo) is type(expected)
+    assert given == {setting: getattr(config.algo, setting) for setting in given}
     assert config.algo.name == name
 
 

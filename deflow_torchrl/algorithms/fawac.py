@@ -1,0 +1,72 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
+"""FAWAC, assembled: a flow cloned by weight, twin critics, FAWACLoss, one Adam, soft targets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from deflow_torchrl.algorithms.settings import Algorithm, CriticConfig, Need, check_positive, given, needed
+
+if TYPE_CHECKING:
+    from deflow_torchrl.algorithms.base import Learner, ProblemSpec
+
+
+@dataclass
+class FAWACConfig(CriticConfig):
+    """Settings of FAWAC, ``algo.<name>=...``.
+
+    Attributes:
+        temperature: inverse temperature of the weights; the task's where None.
+        max_weight: upper bound of the weights.
+        flow_steps: Euler steps M of the policy.
+    """
+
+    name: str = "fawac"
+    temperature: float | None = None
+    max_weight: float = 100.0
+    flow_steps: int = 10
+
+    def check(self, need: Need) -> None:
+        """As :meth:`MethodConfig.check`."""
+        super().check(need)
+        need(self.temperature is None or self.temperature >= 0, "algo.temperature", self.temperature, "a number >= 0")
+        check_positive(need, self, "max_weight", optional=False)
+        need(self.flow_steps >= 1, "algo.flow_steps", self.flow_steps, "at least 1")
+
+
+def build_fawac(config: FAWACConfig, problem: ProblemSpec) -> Learner:
+    """Build FAWAC for a problem; settings that are None are the task's.
+
+    Raises:
+        InputError: if the temperature is given neither by the task nor by the settings.
+        ValueError: on a setting out of range.
+    """
+    from torchrl.objectives import SoftUpdate, ValueEstimators
+
+    from deflow_torchrl.algorithms.base import Learner, trainable
+    from deflow_torchrl.modules import FlowMatchingPolicy, make_qvalue_networks, make_velocity_network
+    from deflow_torchrl.objectives import FAWACLoss
+
+    temperature = needed(config.temperature, "temperature")
+    sizes = (problem.observation_dim, problem.action_dim, problem.hidden_dims)
+    policy = FlowMatchingPolicy(make_velocity_network(*sizes), problem.action_dim, config.flow_steps)
+    critics = [critic.to(problem.device) for critic in make_qvalue_networks(*sizes)]
+    loss = FAWACLoss(
+        policy.to(problem.device),
+        critics,
+        temperature=temperature,
+        max_weight=config.max_weight,
+        q_aggregation=given(config.q_aggregation, problem.q_aggregation),
+    )
+    loss.make_value_estimator(ValueEstimators.TD0, gamma=given(config.gamma, problem.gamma), device=problem.device)
+    return Learner(
+        loss=loss,
+        policy=policy,
+        evaluated_policies={"fawac": policy},
+        param_groups=[{"params": trainable(loss), "lr": config.lr}],
+        target_updater=SoftUpdate(loss, tau=config.tau),
+    )
+
+
+ALGORITHM = Algorithm(name="fawac", config=FAWACConfig, build=build_fawac)

@@ -1,0 +1,79 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
+"""FQL, assembled: a cloned flow, a one-step policy, twin critics, FQLLoss, one Adam, soft targets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from deflow_torchrl.algorithms.settings import Algorithm, CriticConfig, Need, given, needed
+
+if TYPE_CHECKING:
+    from deflow_torchrl.algorithms.base import Learner, ProblemSpec
+
+
+@dataclass
+class FQLConfig(CriticConfig):
+    """Settings of flow Q-learning, ``algo.<name>=...``; the defaults are those of its published runs.
+
+    Attributes:
+        alpha: weight of the distillation; the task's where None.
+        flow_steps: Euler steps M of the flow.
+        normalize_q_loss: scale the actor's Q term by 1 / mean|Q|.
+    """
+
+    name: str = "fql"
+    alpha: float | None = None
+    flow_steps: int = 10
+    normalize_q_loss: bool = False
+
+    def check(self, need: Need) -> None:
+        """As :meth:`MethodConfig.check`."""
+        super().check(need)
+        need(self.alpha is None or self.alpha >= 0, "algo.alpha", self.alpha, "a number >= 0")
+        need(self.flow_steps >= 1, "algo.flow_steps", self.flow_steps, "at least 1")
+
+
+def build_fql(config: FQLConfig, problem: ProblemSpec) -> Learner:
+    """Build FQL for a problem; settings that are None are the task's.
+
+    Raises:
+        InputError: if alpha is given neither by the task nor by the settings.
+        ValueError: on a setting out of range.
+    """
+    from torchrl.objectives import SoftUpdate, ValueEstimators
+
+    from deflow_torchrl.algorithms.base import Learner, trainable
+    from deflow_torchrl.modules import (
+        FlowMatchingPolicy,
+        OneStepPolicy,
+        make_one_step_network,
+        make_qvalue_networks,
+        make_velocity_network,
+    )
+    from deflow_torchrl.objectives import FQLLoss
+
+    alpha = needed(config.alpha, "alpha")
+    sizes = (problem.observation_dim, problem.action_dim, problem.hidden_dims)
+    flow = FlowMatchingPolicy(make_velocity_network(*sizes), problem.action_dim, config.flow_steps)
+    actor = OneStepPolicy(make_one_step_network(*sizes), problem.action_dim)
+    critics = [critic.to(problem.device) for critic in make_qvalue_networks(*sizes)]
+    loss = FQLLoss(
+        flow.to(problem.device),
+        actor.to(problem.device),
+        critics,
+        alpha=alpha,
+        q_aggregation=given(config.q_aggregation, problem.q_aggregation),
+        normalize_q_loss=config.normalize_q_loss,
+    )
+    loss.make_value_estimator(ValueEstimators.TD0, gamma=given(config.gamma, problem.gamma), device=problem.device)
+    return Learner(
+        loss=loss,
+        policy=actor,
+        evaluated_policies={"fql": actor},
+        param_groups=[{"params": trainable(loss), "lr": config.lr}],
+        target_updater=SoftUpdate(loss, tau=config.tau),
+    )
+
+
+ALGORITHM = Algorithm(name="fql", config=FQLConfig, build=build_fql)

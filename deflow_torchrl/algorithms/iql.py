@@ -1,0 +1,68 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
+"""IQL, assembled as FQL's comparison runs it: a value net, twin critics, a Gaussian of unit standard deviation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from deflow_torchrl.algorithms.settings import Algorithm, BootstrapConfig, Need, given, needed
+
+if TYPE_CHECKING:
+    from deflow_torchrl.algorithms.base import Learner, ProblemSpec
+
+
+@dataclass
+class IQLConfig(BootstrapConfig):
+    """Settings of IQL, ``algo.<name>=...``.
+
+    Attributes:
+        temperature: inverse temperature of advantage-weighted regression; the task's where None.
+        expectile: of the value regression.
+    """
+
+    name: str = "iql"
+    temperature: float | None = None
+    expectile: float = 0.9
+
+    def check(self, need: Need) -> None:
+        """As :meth:`MethodConfig.check`."""
+        super().check(need)
+        need(self.temperature is None or self.temperature >= 0, "algo.temperature", self.temperature, "a number >= 0")
+        need(0 < self.expectile < 1, "algo.expectile", self.expectile, "a number between 0 and 1")
+
+
+def build_iql(config: IQLConfig, problem: ProblemSpec) -> Learner:
+    """Build IQL for a problem; settings that are None are the task's. Online it acts by the samples of its Gaussian.
+
+    Raises:
+        InputError: where neither the settings nor the task have a temperature.
+    """
+    from torchrl.objectives import SoftUpdate, ValueEstimators
+
+    from deflow_torchrl.algorithms.base import Learner, trainable
+    from deflow_torchrl.modules import GaussianPolicy, make_policy_network, make_qvalue_networks, make_value_network
+    from deflow_torchrl.objectives import IQLLoss
+
+    temperature = needed(config.temperature, "temperature")
+    sizes = (problem.observation_dim, problem.action_dim, problem.hidden_dims)
+    policy = GaussianPolicy(make_policy_network(*sizes)).to(problem.device)
+    loss = IQLLoss(
+        policy,
+        [critic.to(problem.device) for critic in make_qvalue_networks(*sizes)],
+        make_value_network(problem.observation_dim, problem.hidden_dims).to(problem.device),
+        temperature=temperature,
+        expectile=config.expectile,
+    )
+    loss.make_value_estimator(ValueEstimators.TD0, gamma=given(config.gamma, problem.gamma), device=problem.device)
+    return Learner(
+        loss=loss,
+        policy=policy,
+        evaluated_policies={"iql": policy},
+        param_groups=[{"params": trainable(loss), "lr": config.lr}],
+        target_updater=SoftUpdate(loss, tau=config.tau),
+        exploration_policy=policy.exploring(),
+    )
+
+
+ALGORITHM = Algorithm(name="iql", config=IQLConfig, build=build_iql)

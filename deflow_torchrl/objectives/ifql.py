@@ -1,0 +1,95 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
+"""Implicit flow Q-learning: IQL's values, a flow that clones the data, and the best of N samples to act (FQL, appendix B).
+
+The policy that acts is :class:`~deflow_torchrl.modules.BestOfNPolicy`; nothing of it but the flow and the critics is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModule
+from tensordict.utils import NestedKey
+from torch import Tensor
+
+from deflow_torchrl.modules.flow import FlowMatchingPolicy
+from deflow_torchrl.objectives.common import OffPolicyLoss, Reduction
+from deflow_torchrl.objectives.flow_matching import FlowMatchingLoss, check_flow_policy
+from deflow_torchrl.objectives.implicit_q import ImplicitQLoss
+
+
+class IFQLLoss(ImplicitQLoss, FlowMatchingLoss):
+    """:class:`ImplicitQLoss` and :class:`FlowMatchingLoss` side by side, with disjoint gradients.
+
+    Args:
+        flow_policy (FlowMatchingPolicy): proposes actions; trained by ``loss_flow`` alone.
+        qvalue_network (list of TensorDictModule, or TensorDictModule): see :class:`RefinementLoss`.
+        value_network (TensorDictModule): reads an observation and writes ``state_value [..., 1]``.
+
+    Keyword Args:
+        expectile (float, optional): in (0, 1). Defaults to ``0.9``.
+        num_qvalue_nets (int, optional): copies of a single critic. Ignored for a list. Defaults to ``2``.
+        reduction (str, optional): ``"mean"`` (default), ``"sum"`` over the batch, or ``"none"`` (shape ``td.shape``).
+        deactivate_vmap (bool, optional): evaluate the critics in a loop. Defaults to ``False``.
+
+    Raises:
+        TypeError: if ``flow_policy`` is no :class:`~deflow_torchrl.modules.FlowMatchingPolicy`.
+        ValueError: on an expectile outside (0, 1) or an unknown option.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> from torchrl.objectives import SoftUpdate, ValueEstimators
+        >>> from deflow_torchrl.modules import make_qvalue_networks, make_value_network, make_velocity_network
+        >>> flow = FlowMatchingPolicy(make_velocity_network(3, 2, (16,)), 2)
+        >>> loss = IFQLLoss(flow, make_qvalue_networks(3, 2, (16,)), make_value_network(3, (16,)))
+        >>> _ = loss.make_value_estimator(ValueEstimators.TD0, gamma=0.99)
+        >>> updater = SoftUpdate(loss, tau=0.005)
+        >>> data = TensorDict(
+        ...     observation=torch.randn(4, 3), action=torch.rand(4, 2),
+        ...     next=TensorDict(observation=torch.randn(4, 3), reward=torch.randn(4, 1),
+        ...                     done=torch.zeros(4, 1, dtype=torch.bool), terminated=torch.zeros(4, 1, dtype=torch.bool),
+        ...                     batch_size=[4]),
+        ...     batch_size=[4])
+        >>> sorted(loss(data).keys())
+        ['loss_flow', 'loss_qvalue', 'loss_value']
+    """
+
+    out_keys = ["loss_value", "loss_qvalue", "loss_flow"]
+
+    def __init__(
+        self,
+        flow_policy: FlowMatchingPolicy,
+        qvalue_network: TensorDictModule | Sequence[TensorDictModule],
+        value_network: TensorDictModule,
+        *,
+        expectile: float = 0.9,
+        num_qvalue_nets: int = 2,
+        reduction: Reduction | None = None,
+        deactivate_vmap: bool = False,
+    ) -> None:
+        OffPolicyLoss.__init__(self, reduction=reduction)
+        check_flow_policy(flow_policy)
+        self.convert_to_functional(flow_policy, "flow_policy")
+        self._set_values(
+            qvalue_network,
+            value_network,
+            expectile=expectile,
+            num_qvalue_nets=num_qvalue_nets,
+            deactivate_vmap=deactivate_vmap,
+        )
+
+    def _acting(self) -> AbstractContextManager[Any]:
+        return FlowMatchingLoss._acting(self)
+
+    def _required_keys(self, tensordict: TensorDictBase | None = None) -> list[NestedKey]:
+        return [*ImplicitQLoss._required_keys(self, tensordict), *FlowMatchingLoss._required_keys(self, tensordict)]
+
+    def _optional_keys(self) -> list[NestedKey]:
+        return FlowMatchingLoss._optional_keys(self)
+
+    def _compute(self, tensordict: TensorDictBase) -> dict[str, Tensor]:
+        return {**self._value_terms(tensordict)[0], "loss_flow": self._flow_loss(tensordict)}

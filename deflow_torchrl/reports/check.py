@@ -1,0 +1,260 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
+"""Numbers in Markdown files that records stand behind: ``deflow report --check`` and ``--write``.
+
+Markers are HTML comments, each closed by ``<!-- /deflow-report -->``; folders are relative to the file they stand in::
+
+    <!-- deflow-report: table DIR... [last=K] -->       a block: the tables of the runs below the folders
+    <!-- deflow-report: paper DIR... -->                a block: the paper's figures for the tasks of these runs
+    <!-- deflow-report: online DIR... -->               a block: what each run gained online
+    <!-- deflow-report: value DIR NAME=VALUE... -->0.53  a number in a line, compared to as many decimals as it has
+
+A value is of the runs below DIR that have these settings (``task``, ``algo``, ``seed``, any other as on the command line); they
+must differ in their seeds only. Beside them ``stat`` (mean, std, stderr, seeds, episodes), ``at`` (end, offline, best), ``last``
+and ``percent=true`` say which number it is.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from deflow_torchrl.errors import InputError
+from deflow_torchrl.paths import write_text
+from deflow_torchrl.reports.runs import FinishedRun, as_setting, find_runs, flat_settings, score_of
+from deflow_torchrl.reports.summary import summarize_runs
+from deflow_torchrl.reports.tables import make_cell, online_progress
+
+KINDS = ("table", "paper", "online", "value")
+STATS = ("mean", "std", "stderr", "seeds", "episodes")
+_OPEN = re.compile(r"<!--\s*deflow-report:(?P<words>.*?)-->")
+_CLOSE = re.compile(r"<!--\s*/deflow-report\s*-->")
+_FENCE = re.compile(r"\s*(```|~~~)")
+_RULE = re.compile(r"\|(\s*:?-+:?\s*\|)+")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A place where a file says something else than its records.
+
+    Attributes:
+        file: the file.
+        line: counted from 1.
+        found: what stands there; None where a line is missing.
+        expected: what the records say; None where a line is too many.
+    """
+
+    file: Path
+    line: int
+    found: str | None
+    expected: str | None
+
+    def __str__(self) -> str:
+        """``FILE:LINE: found ..., expected ...``."""
+        found, expected = (("nothing" if it is None else repr(it)) for it in (self.found, self.expected))
+        return f"{self.file}:{self.line}: found {found}, expected {expected}"
+
+
+@dataclass(frozen=True)
+class Checked:
+    """The outcome for one file.
+
+    Attributes:
+        file: the file.
+        blocks: number of blocks in it.
+        values: number of values.
+        differences: what is not as the records say.
+        text: the file with everything as the records say.
+    """
+
+    file: Path
+    blocks: int
+    values: int
+    differences: tuple[Difference, ...]
+    text: str
+
+
+def default_files(folder: Path) -> list[Path]:
+    """``README.md`` and ``benchmarks/results/**/*.md`` of a checkout.
+
+    Raises:
+        InputError: if there are none.
+    """
+    files = [path for path in (folder / "README.md",) if path.is_file()]
+    files += sorted((folder / "benchmarks" / "results").rglob("*.md"))
+    if not files:
+        raise InputError(
+            f"{folder.absolute()} has no README.md and no benchmarks/results/**/*.md; name the files to check"
+        )
+    return files
+
+
+def check_file(path: Path) -> Checked:
+    """Recompute every marked number of a Markdown file from its records.
+
+    Args:
+        path: the file; markers inside fenced code are examples, not markers.
+
+    Raises:
+        InputError: if the file cannot be read, a marker cannot be understood, or its runs cannot be read.
+    """
+    try:
+        # newline="": what is written back keeps the ends of lines it had.
+        with path.open(encoding="utf-8", newline="") as file:
+            text = file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {path} ({getattr(error, 'strerror', None) or error})") from error
+    return _Reader(path, text).run()
+
+
+def write_file(checked: Checked) -> None:
+    """Put what the records say into the file.
+
+    Raises:
+        InputError: if it cannot be written.
+    """
+    write_text(checked.file, checked.text)
+
+
+class _Reader:
+    def __init__(self, path: Path, text: str) -> None:
+        self.path, self.lines = path, text.split("\n")
+        self.differences: list[Difference] = []
+        self.written: list[str] = []
+        self.blocks = self.values = 0
+
+    def run(self) -> Checked:
+        fenced, number = False, 0
+        beside = self._records_beside()
+        while number < len(self.lines):
+            line = self.lines[number]
+            fenced ^= bool(_FENCE.match(line))
+            opened = None if fenced else _OPEN.search(line)
+            if opened and not _CLOSE.search(line, opened.end()):
+                number = self._block(opened["words"], number)
+                continue
+            if opened:
+                line = self._values_of(line, number)
+            elif beside and not fenced and _RULE.fullmatch(line.strip()):
+                self.differences.append(
+                    Difference(self.path, number + 1, "a table beside records", "<!-- deflow-report: ... --> around it")
+                )
+            self.written.append(line)
+            number += 1
+        return Checked(self.path, self.blocks, self.values, tuple(self.differences), "\n".join(self.written))
+
+    def _records_beside(self) -> bool:
+        """Whether the file shows results; a project's own README has tables of other things too."""
+        folder = self.path.parent
+        return not (folder / "pyproject.toml").exists() and next(folder.rglob("record.json"), None) is not None
+
+    def _block(self, words: str, start: int) -> int:
+        kind, folders, options = self._parse(words, start)
+        if kind == "value":
+            raise self._wrong(start, "a value and its end stand in one line")
+        end = next((at for at in range(start + 1, len(self.lines)) if _CLOSE.search(self.lines[at])), None)
+        if end is None:
+            raise self._wrong(start, "the block is not closed; end it with <!-- /deflow-report -->")
+        self.blocks += 1
+        expected = _block_lines(kind, folders, self._last(options, start))
+        if options:
+            raise self._wrong(start, f"a {kind} has no {', '.join(options)}")
+        found = self.lines[start + 1 : end]
+        for offset in range(max(len(found), len(expected))):
+            one = found[offset].rstrip() if offset < len(found) else None
+            other = expected[offset] if offset < len(expected) else None
+            if one != other:
+                self.differences.append(Difference(self.path, start + 2 + offset, one, other))
+        ending = "\r" if self.lines[start].endswith("\r") else ""
+        self.written += [self.lines[start], *(line + ending for line in expected), self.lines[end]]
+        return end + 1
+
+    def _values_of(self, line: str, number: int) -> str:
+        parts, place = [], 0
+        while opened := _OPEN.search(line, place):
+            closed = _CLOSE.search(line, opened.end())
+            if closed is None:
+                raise self._wrong(number, "a value and its end stand in one line")
+            self.values += 1
+            kind, folders, options = self._parse(opened["words"], number)
+            if kind != "value":
+                raise self._wrong(number, f"a {kind} needs lines of its own between the markers")
+            found = line[opened.end() : closed.start()]
+            expected = self._value(folders, options, found, number)
+            if found.strip() != expected:
+                self.differences.append(Difference(self.path, number + 1, found, expected))
+            parts += [line[place : opened.end()], expected, line[closed.start() : closed.end()]]
+            place = closed.end()
+        return "".join(parts) + line[place:]
+
+    def _value(self, folders: Sequence[Path], options: dict[str, str], found: str, number: int) -> str:
+        stat, at = options.pop("stat", "mean"), options.pop("at", "end")
+        percent = options.pop("percent", "false") == "true"
+        last = self._last(options, number)
+        if stat not in STATS:
+            raise self._wrong(number, f"stat={stat} is none of {', '.join(STATS)}")
+        runs = [run for run in find_runs(folders) if run.record["evaluations"] and _has(run, options)]
+        cells = sorted({(run.task, run.column, "online" if run.online else "offline") for run in runs})
+        if len(cells) != 1:
+            several = "; ".join(" ".join(cell) for cell in cells[:3])
+            raise self._wrong(
+                number, f"the settings fit runs of {several}; name more" if cells else "no run has these settings"
+            )
+        cell = make_cell(runs, at=at, last=last)
+        values = {
+            "mean": cell.mean, "std": cell.std, "stderr": cell.error, "seeds": len(cell.scores),
+            "episodes": sum(len(score_of(run.record, at=at, last=last).episodes) for run in runs),
+        }  # fmt: skip
+        value = values[stat]
+        if value is None:
+            raise self._wrong(number, "one seed has no standard deviation")
+        match = re.search(r"\.(\d+)", found)
+        counted = stat in ("seeds", "episodes")
+        written = bool(found.strip())
+        decimals = 0 if counted else len(match[1]) if match else 0 if written else 2
+        shown = f"{value * (100 if percent and not counted else 1):.{decimals}f}"
+        return f"+{shown}" if found.strip().startswith("+") and not shown.startswith("-") else shown
+
+    def _parse(self, words: str, number: int) -> tuple[str, list[Path], dict[str, str]]:
+        try:
+            kind, *rest = shlex.split(words)
+        except ValueError:
+            raise self._wrong(number, f"cannot read {words.strip()!r}") from None
+        if kind not in KINDS:
+            raise self._wrong(number, f"{kind!r} is no kind of marker; there are {', '.join(KINDS)}")
+        folders = [self.path.parent / word for word in rest if "=" not in word]
+        if not folders:
+            raise self._wrong(number, f"{kind} names no folder of runs")
+        options = dict(word.split("=", 1) for word in rest if "=" in word)
+        return kind, folders, options
+
+    def _last(self, options: dict[str, str], number: int) -> int:
+        text = options.pop("last", "1")
+        if not text.isdigit() or int(text) < 1:
+            raise self._wrong(number, f"last={text} is no number of evaluations")
+        return int(text)
+
+    def _wrong(self, number: int, message: str) -> InputError:
+        return InputError(f"{self.path}:{number + 1}: {message} (docs/reports.md)")
+
+
+def _block_lines(kind: str, folders: Sequence[Path], last: int) -> list[str]:
+    if kind == "online":
+        return online_progress([run.record for run in find_runs(folders) if run.online])
+    summary = summarize_runs(folders, last=last)
+    if kind == "table":
+        lines = [line for note in summary.notes for line in (f"**{note}**", "")]
+        # Times differ between machines and stand in the records; a table is about what the policies do.
+        grids = [grid for grid in summary.results if grid.title != "Time"]
+    else:
+        lines, grids = [], list(summary.copied)
+    for grid in grids:
+        lines += [f"**{grid.title}**: {grid.caption}.", "", *grid.markdown(), ""]
+    return lines[:-1]
+
+
+def _has(run: FinishedRun, options: dict[str, str]) -> bool:
+    settings = {**flat_settings(run.record), "task": run.task, "algo": run.record["algo"], "seed": run.seed}
+    return all(name in settings and as_setting(settings[name]) == value for name, value in options.items())

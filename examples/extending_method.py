@@ -1,0 +1,128 @@
+"""Add a method of one's own: a loss, its settings and how to build it; the trainer, checkpoints and records are the package's.
+
+The method is weighted behaviour cloning: a deterministic policy regresses on the logged actions, those with a high reward
+counting more. Its data are the pendulum's, written as files of one's own (see docs/data.md).
+
+    python examples/extending_method.py
+
+Inside the package the same two pieces would be `objectives/reward_bc.py` and `algorithms/reward_bc.py`, whose ALGORITHM is
+found by its file; outside, `register_algorithm` makes the method known to this process.
+"""
+
+import argparse
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModule
+from tensordict.utils import NestedKey
+from torch import nn
+
+from deflow_torchrl.algorithms import Algorithm, Learner, MethodConfig, ProblemSpec, register_algorithm
+from deflow_torchrl.algorithms.settings import Need
+from deflow_torchrl.config import TrainConfig
+from deflow_torchrl.data.card import data_card, write_card
+from deflow_torchrl.data.dataset import make_folder
+from deflow_torchrl.data.files import import_files
+from deflow_torchrl.experiment import train
+from deflow_torchrl.objectives.common import OffPolicyLoss, next_key
+
+
+class RewardBCLoss(OffPolicyLoss):
+    """``loss_actor = mean of w (pi(s) - a)^2``, w = exp(temperature (r - mean r)) of the batch; metadata ``weight``."""
+
+    out_keys = ["loss_actor", "weight"]
+
+    def __init__(self, actor_network: TensorDictModule, *, temperature: float = 1.0) -> None:
+        super().__init__()
+        self.convert_to_functional(actor_network, "actor_network")
+        self.temperature = temperature
+
+    def _required_keys(self, tensordict: TensorDictBase | None = None) -> list[NestedKey]:
+        return ["observation", self.tensor_keys.action, next_key(self.tensor_keys.reward)]
+
+    def _optional_keys(self) -> list[NestedKey]:
+        return []  # this loss draws nothing
+
+    def _compute(self, tensordict: TensorDictBase) -> dict[str, torch.Tensor]:
+        reward = tensordict["next", "reward"].squeeze(-1)
+        weight = (self.temperature * (reward - self._batch_mean(reward, tensordict))).exp().clamp_max(100.0)
+        action = self.actor_network(tensordict.select("observation"))["action"]
+        error = (action - tensordict["action"]).square().mean(-1)
+        return {
+            "loss_actor": self._reduce_term(weight * error, tensordict),
+            "weight": self._statistic(weight, tensordict),
+        }
+
+
+@dataclass
+class RewardBCConfig(MethodConfig):
+    """Settings, `algo.<name>=...`."""
+
+    name: str = "reward_bc"
+    temperature: float = 1.0
+
+    def check(self, need: Need) -> None:
+        super().check(need)
+        need(self.temperature >= 0, "algo.temperature", self.temperature, "a number >= 0")
+
+
+def build(config: RewardBCConfig, problem: ProblemSpec) -> Learner:
+    width = problem.hidden_dims[0]
+    layers = (nn.Linear(problem.observation_dim, width), nn.GELU(), nn.Linear(width, problem.action_dim), nn.Tanh())
+    network = nn.Sequential(*layers).to(problem.device)
+    policy = TensorDictModule(network, in_keys=["observation"], out_keys=["action"])
+    loss = RewardBCLoss(policy, temperature=config.temperature)
+    groups = [{"params": list(loss.parameters()), "lr": config.lr}]
+    return Learner(
+        loss=loss, policy=policy, evaluated_policies={"reward_bc": policy}, param_groups=groups, target_updater=None
+    )
+
+
+def log_pendulum(folder: Path, episodes: int) -> str:
+    """Transitions of random torques, imported as `deflow data import` does it; the task's name."""
+    names = ("observations", "actions", "rewards", "next_observations", "timeouts")
+    env, rng, columns = gymnasium.make("Pendulum-v1"), np.random.default_rng(0), {name: [] for name in names}
+    for episode in range(episodes):
+        observation, _ = env.reset(seed=episode)
+        end = False
+        while not end:
+            action = rng.uniform(-2, 2, 1).astype(np.float32)
+            after, reward, _, end, _ = env.step(action)
+            for name, value in zip(names, (observation, action, np.float32(reward), after, end), strict=True):
+                columns[name].append(value)
+            observation = after
+    np.savez(folder / "rows.npz", **{name: np.stack(values) for name, values in columns.items()})
+    make_folder(
+        folder / "pendulum",
+        lambda into: import_files(folder / "rows.npz", never_terminates=True, action_bounds=(-2.0, 2.0), folder=into),
+        describe=lambda dataset, into: write_card(data_card(dataset, name="pendulum"), into),
+    )
+    return f"own:{folder / 'pendulum'}"
+
+
+def main() -> float:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--episodes", type=int, default=20, help="logged episodes")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    register_algorithm(Algorithm(name="reward_bc", config=RewardBCConfig, build=build))
+    with tempfile.TemporaryDirectory() as folder:
+        config = TrainConfig(
+            task=log_pendulum(Path(folder), arguments.episodes), env="Pendulum-v1", offline_steps=arguments.steps,
+            hidden_dims=[64], eval_interval=0, eval_episodes=5, eval_workers=1, out=f"{folder}/run",
+            log_interval=max(arguments.steps // 5, 1), algo=RewardBCConfig(temperature=1.0, lr=1e-3),
+        )  # fmt: skip
+        record = train(config, command="examples/extending_method.py", show_progress=False)
+    learned = record["evaluations"]["reward_bc"]["mean_return"]
+    print(f"reward_bc: mean return {learned:.0f} after {arguments.steps} steps")
+    return learned
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,266 @@
+"""Tables computed from records, and the paper's figures beside them."""
+
+import csv
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("jsonschema", reason="needs the extra reports")
+
+from deflow_torchrl.errors import InputError
+from deflow_torchrl.reports.paper import family_of, numbered_task, paper_grids, paper_tables
+from deflow_torchrl.reports.runs import find_runs, score_of
+from deflow_torchrl.reports.tables import (
+    aggregate_grid,
+    make_tables,
+    online_progress,
+    paired_grid,
+    results_grid,
+    time_grid,
+)
+from tests.reports.synthetic import CUBE, CUBE2, outcome, record_of, write_run
+
+
+def write_all(folder, *records):
+    for number, record in enumerate(records):
+        write_run(folder / f"run{number}", record)
+    return folder
+
+
+def texts(grid, column):
+    at = grid.headers.index(column)
+    return {row.entries[1].text: row.entries[at] for row in grid.rows}
+
+
+@pytest.fixture
+def two_tasks(tmp_path):
+    """Wins of 20: deflow 16, 18, 20 and 10, 12, 14; fql 15, 16, 17 and 2, 3, 4 on tasks 1 and 2."""
+    wins = {("deflow", 1): 18, ("deflow", 2): 12, ("fql", 1): 16, ("fql", 2): 3}
+    steps = {"deflow": 2, "fql": 1}
+    records = [
+        record_of(middle + (seed - 1) * steps[algo], task=CUBE.format(task), algo=algo, seed=seed)
+        for (algo, task), middle in wins.items()
+        for seed in range(3)
+    ]
+    return find_runs([write_all(tmp_path / "runs", *records)])
+
+
+def test_a_cell_is_mean_and_deviation_over_seeds_with_the_error_of_its_episodes(two_tasks):
+    (table,) = make_tables(two_tasks)
+    cell = table.rows[0].cells["deflow"]
+    assert cell.scores == {0: 0.8, 1: 0.9, 2: 1.0}
+    assert (cell.mean, cell.std) == pytest.approx((0.9, 0.1))
+    assert cell.error == pytest.approx((0.9 * 0.1 / 60) ** 0.5)
+    assert cell.noise == pytest.approx(0.1 / 3**0.5), "the seeds differ by more than their episodes explain"
+    assert texts(results_grid(table), "deflow")[CUBE.format(1)].text == "90±10 (3.9)"
+
+
+def test_the_familys_deviation_is_over_seeds_of_the_tasks_average(two_tasks):
+    (table,) = make_tables(two_tasks)
+    average = table.rows[-1]
+    assert (average.kind, average.family, average.name) == ("average", "cube-single-play", "average of 2 tasks")
+    by_seed = np.array([[16, 18, 20], [10, 12, 14]]).mean(0) / 20
+    assert average.cells["deflow"].mean == pytest.approx(by_seed.mean())
+    assert average.cells["deflow"].std == pytest.approx(by_seed.std(ddof=1))
+
+
+def test_bold_from_95_percent_of_the_best_and_a_mark_for_gaps_inside_the_noise(tmp_path):
+    wins = {"iql": 4, "fql": 18, "ifql": 19, "deflow": 19}
+    records = [record_of(number, algo=algo, seed=0) for algo, number in wins.items()]
+    (table,) = make_tables(find_runs([write_all(tmp_path / "runs", *records)]))
+    entries = {column: texts(results_grid(table), column)[CUBE2] for column in table.columns}
+    assert {name: entry.bold for name, entry in entries.items()} == {
+        "iql": False, "fql": False, "ifql": True, "deflow": True,
+    }  # fmt: skip
+    assert not entries["iql"].text.endswith("≈")
+    assert entries["fql"].text == "90 (6.7)≈", "a gap of 5 with errors of 6.7 and 4.9; one seed has no ±"
+    (line,) = [line for line in results_grid(table).markdown() if CUBE2 in line]
+    assert "**95 (4.9)" in line
+
+
+def test_runs_alike_but_for_the_seed_share_a_column_others_say_how_they_differ(tmp_path):
+    shared = {"lr": 1e-3}
+    records = [record_of(5, seed=seed, variant=shared) for seed in (0, 1)]
+    records += [record_of(5, seed=0, variant={**shared, "fixed_alpha": 3.0})]
+    records += [record_of(5, algo="fql", seed=0, settings={"offline_steps": steps}) for steps in (100, 200)]
+    records += [
+        record_of(5, algo="iql", seed=0),
+        record_of(5, algo="iql", task=CUBE.format(1), settings={"offline_steps": 7}),
+    ]
+    records += [record_of(5, algo="bc"), record_of(5, algo="bc", data={**record_of(5)["data"], "sha256": "cd" * 32})]
+    runs = find_runs([write_all(tmp_path / "runs", *records)])
+    assert {run.column for run in runs} == {
+        "deflow", "deflow (fixed_alpha=3)", "fql (offline_steps=100)", "fql (offline_steps=200)", "iql",
+        "bc (data=abababab)", "bc (data=cdcdcdcd)",
+    }  # fmt: skip
+
+
+def test_the_same_run_twice_is_refused_and_one_folder_named_twice_is_not(tmp_path):
+    folder = write_all(tmp_path / "runs", record_of(5), record_of(6))
+    with pytest.raises(InputError, match=r"run0 and .*run1 are both deflow on cube.* with seed 0; leave one out"):
+        find_runs([folder])
+    assert len(find_runs([folder / "run0", folder / "run0", folder / ".." / "runs" / "run0"])) == 1
+
+
+def test_folders_that_cannot_be_used_are_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for path, message in ((tmp_path / "none", "is missing"), (tmp_path / "empty", "holds no record.json")):
+        with pytest.raises(InputError, match=message):
+            find_runs([path])
+    closed = tmp_path / "closed"
+    write_run(closed / "run", record_of(5))
+    (closed / "run").chmod(0)
+    try:
+        if os.access(closed / "run", os.R_OK):
+            pytest.skip("this user may read everything")
+        with pytest.raises(InputError, match="cannot read"):
+            find_runs([closed])
+    finally:
+        (closed / "run").chmod(0o755)
+
+
+def test_a_score_is_the_last_evaluation_or_the_mean_of_the_last_few():
+    record = record_of(10, before=(2, 6))
+    assert score_of(record).value == 0.5
+    assert score_of(record, last=3).value == pytest.approx(0.3)
+    assert len(score_of(record, last=3).episodes) == 60
+    with pytest.raises(InputError, match=r"4 evaluation\(s\) asked for .* there are 3"):
+        score_of(record, last=4)
+    with pytest.raises(InputError, match="at=start"):
+        score_of(record, at="start")
+
+
+def test_runs_that_went_online_have_a_table_of_their_own_with_both_ends(tmp_path):
+    records = [
+        record_of(8 + seed, seed=seed, before=(1, 2), online=(3, 12, 8), settings={"freeze_prior": True})
+        for seed in (0, 2)
+    ]
+    runs = find_runs([write_all(tmp_path / "runs", *records, record_of(5))])
+    offline, online = make_tables(runs)
+    assert (offline.online, online.online) == (False, True)
+    assert texts(results_grid(online), "deflow")[CUBE2].text == "10±0 → 45±7 (7.9)"
+    assert online_progress([run.record for run in runs if run.online])[2] == (
+        "| frozen | 0 | 100 | 0.10 +- 0.07 | 0.60 +- 0.11 (200) | 0.40 +- 0.11 (300) | +0.50 | +0.30 |"
+    )
+
+
+def test_runs_without_an_environment_are_in_no_table(tmp_path):
+    runs = find_runs([write_all(tmp_path / "runs", record_of(5, evaluations={}, history=[]))])
+    assert make_tables(runs) == []
+
+
+def test_statistics_over_tasks_and_paired_differences_are_of_the_same_runs(two_tasks):
+    (table,) = make_tables(two_tasks)
+    rows = {row.entries[0].text: [entry.text for entry in row.entries] for row in aggregate_grid(table).rows}
+    # By hand: of 50 60 70 80 90 100 the middle four; fql wins no pair on task 2 and 3.5 of 9 less than half on task 1.
+    assert rows["deflow"][:3] == ["deflow", "2", "75.0"]
+    wins = np.mean([np.mean([(a > b) + 0.5 * (a == b) for a in (16, 18, 20) for b in (15, 16, 17)]), 1.0])
+    assert rows["fql"][4] == f"{wins:.2f}"
+    pairs = {row.entries[0].text: [entry.text for entry in row.entries] for row in paired_grid(two_tasks, table).rows}
+    assert pairs[CUBE.format(2)][1:3] == ["fql", "+45.0"]
+    assert pairs[CUBE.format(2)][4] == "60"
+
+
+def test_other_starts_are_not_paired(tmp_path):
+    other = {"deflow": outcome(5, seed=7)}
+    runs = find_runs([write_all(tmp_path / "runs", record_of(5, evaluations=other), record_of(9, algo="fql"))])
+    assert paired_grid(runs, make_tables(runs)[0]) is None
+
+
+def test_time_is_milliseconds_a_gradient_step(tmp_path):
+    records = [record_of(5, seed=seed, seconds={"updates": 1.0 + seed}) for seed in (0, 1)]
+    stacked = record_of(5, algo="fql", stacked=[0, 1])
+    rows = time_grid(find_runs([write_all(tmp_path / "runs", *records, stacked)])).rows
+    assert [row.entries[0].text for row in rows] == ["fql", "deflow"]
+    assert rows[1].entries[3].text == "15.00±7.07"
+    assert "2 seeds in one process, time of all" in rows[0].entries[1].text
+
+
+def test_scores_and_returns_keep_their_own_units(tmp_path):
+    door = {"mean_score": 55.0, "score": [float(2 * number) for number in range(20)]}
+    records = [
+        record_of(5, task="door-human-v1", metric="score", evaluations={"deflow": outcome(5, **door)}),
+        record_of(5, task="minari:x/y-v0", metric="return"),
+    ]
+    (table,) = make_tables(find_runs([write_all(tmp_path / "runs", *records)]))
+    shown = texts(results_grid(table), "deflow")
+    assert shown["door-human-v1 (normalised score)"].text.startswith("55 (2.6)")
+    assert shown["minari:x/y-v0 (return)"].text.startswith("-8 (1.0)")
+    assert [row.family for row in table.rows] == ["d4rl-adroit", "other"]
+
+
+def test_families_and_names_of_default_tasks():
+    assert numbered_task("cube-single-play-singletask-v0") == CUBE2
+    assert family_of("scene-play-singletask-v0") == "scene-play"
+    assert family_of("cube-triple-noisy-singletask-task3-v0") == "cube-triple-noisy"
+    assert family_of("minari:mujoco/hopper/medium-v0") == "other"
+
+
+def test_the_papers_tables_are_marked_as_copied_and_only_of_the_tasks_asked_for():
+    grids = paper_grids([CUBE2, "own:mine"], ["antmaze-umaze-v2", "own:mine"], ablation=True)
+    assert [grid.title for grid in grids] == [
+        f"Copied from the paper: {what}" for what in ("offline", "offline to online", "fixed alpha")
+    ]
+    assert all(grid.copied for grid in grids)
+    deflow = texts(grids[0], "DeFlow")
+    assert [entry.text for entry in deflow.values()] == ["99±1", "96±2"]
+    assert texts(grids[1], "IQL")["antmaze-umaze-v2"].text == "77 → 96"
+    assert paper_grids(["own:mine"], [], ablation=False) == []
+
+
+def rows_of(name):
+    data = os.environ.get("DEFLOW_TEST_DATA")
+    path = Path(data or "nowhere").parent / "spec" / "tables" / name
+    if not path.is_file():
+        pytest.skip("DEFLOW_TEST_DATA does not lie beside the paper's tables")
+    with path.open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def number(text):
+    return float(text) if text else None
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "file"),
+    [("offline", "task", "table7_offline.csv"), ("offline_families", "family", "table1_aggregate.csv")],
+)
+def test_the_offline_figures_are_the_papers(table, key, file):
+    rows, ours = rows_of(file), paper_tables()[table]
+    assert list(ours) == [row[key] for row in rows]
+    for row in rows:
+        methods = [name.removesuffix("_mean") for name in row if name.endswith("_mean")]
+        expected = {name: [number(row[f"{name}_mean"]), number(row[f"{name}_std"])] for name in methods}
+        assert ours[row[key]] == {name: cell for name, cell in expected.items() if cell[0] is not None}
+    if table == "offline":
+        assert paper_tables()["family_of"] == {row["task"]: row["family"] for row in rows}
+        default = [row["task"] for row in rows if row["is_default_task"] == "1"]
+        assert list(paper_tables()["default_tasks"].values()) == default
+
+
+def test_the_offline_to_online_figures_are_the_papers_and_what_it_does_not_show_is_empty():
+    rows, ours = rows_of("table2_o2o.csv"), paper_tables()["offline_to_online"]
+    assert list(ours) == [row["task"] for row in rows]
+    parts = [f"{phase}_{what}" for phase in ("offline", "online") for what in ("mean", "std")]
+    for row in rows:
+        methods = [name.removesuffix("_offline_mean") for name in row if name.endswith("_offline_mean")]
+        expected = {name: [number(row[f"{name}_{part}"]) for part in parts] for name in methods}
+        if "unreadable" in row["note"]:
+            del expected["DeFlow"]  # the table has it from another paper
+        assert ours[row["task"]] == expected
+
+
+def test_times_and_the_ablation_are_the_papers():
+    expected = [
+        [row["method"], row["phase"], number(row["ms_per_step"]), number(row["std"])]
+        for row in rows_of("table4_runtime.csv")
+    ]
+    assert paper_tables()["runtime_ms"] == expected
+    cells = {}
+    for row in rows_of("table5_alpha_ablation.csv"):
+        cell = [number(row[f"{phase}_{what}"]) for phase in ("offline", "online") for what in ("mean", "std")]
+        if cell[0] is not None:
+            cells.setdefault(row["task"], {})[row["alpha_label"]] = cell
+    assert paper_tables()["alpha_ablation"] == cells

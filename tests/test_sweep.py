@@ -21,13 +21,13 @@ from deflow_torchrl.sweep.costs import _wall, describe_costs
 from deflow_torchrl.sweep.jobs import run_job
 from deflow_torchrl.sweep.table import JobProgress
 from deflow_torchrl.trainers.metrics import read_rows
-from tests import sweep_process
 from tests.conftest import heed_ctrl_c
 from tests.killable import ENVIRONMENT, ROOT, record_pendulum
 from tests.test_cli import assert_one_line, deflow
 from tests.test_kill_resume import assert_equal_runs
 
 STEPS = 150
+PRELOADED = ["tests.sweep_process", "yaml"]  # where jobs are forked from
 ALGOS = "deflow:flow_steps=2,deflow:flow_steps=2:fixed_alpha=0.3"
 CUBE = "cube-single-play-singletask-task1-v0"
 
@@ -39,7 +39,7 @@ def task(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _undrawn(monkeypatch):
-    monkeypatch.setattr(local, "_PRELOADED", sweep_process.PRELOADED)
+    monkeypatch.setattr(local, "_PRELOADED", PRELOADED)
 
 
 def settings(task, out, *more, algos=ALGOS, seeds="0,1"):
@@ -59,7 +59,7 @@ def swept(task, tmp_path_factory):
     """Two methods with two seeds each, undisturbed: folder and summary."""
     out = tmp_path_factory.mktemp("sweeps") / "sweep"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(local, "_PRELOADED", sweep_process.PRELOADED)
+        patch.setattr(local, "_PRELOADED", PRELOADED)
         return out, sweep(settings(task, out))
 
 
@@ -121,7 +121,7 @@ def wait_for(condition, process=None, seconds=90):
 
 def test_ctrl_c_and_a_kill_of_the_sweep_cost_nothing(swept, task, tmp_path):
     out = tmp_path / "sweep"
-    arguments = settings(task, out)
+    arguments = settings(task, out, algos="deflow:flow_steps=2")
     runs = [Path(job.out) for job in plan_jobs(parse_sweep(arguments))]
 
     def trained(run, steps):
@@ -133,7 +133,7 @@ def test_ctrl_c_and_a_kill_of_the_sweep_cost_nothing(swept, task, tmp_path):
     assert first.wait(60) == 130
     said = (tmp_path / "first").read_text()
     assert (
-        "interrupted, 0 of 4 jobs are done and the others kept; the same command goes on: deflow sweep tasks=" in said
+        "interrupted, 0 of 2 jobs are done and the others kept; the same command goes on: deflow sweep tasks=" in said
     )
     assert "Traceback" not in said
     begun = len(read_rows(runs[0] / "metrics.jsonl"))
@@ -148,8 +148,8 @@ def test_ctrl_c_and_a_kill_of_the_sweep_cost_nothing(swept, task, tmp_path):
         wait_for(lambda worker=worker: not Path(f"/proc/{worker}").exists() or _is_zombie(worker))
 
     summary = sweep(arguments)
-    assert (summary["done"], summary["failed"]) == (4, [])
-    for folder in run_folders(swept[0]):
+    assert (summary["done"], summary["failed"], len(run_folders(out))) == (2, [], 2)
+    for folder in run_folders(out):
         assert_equal_runs(swept[0] / folder, out / folder)
     assert len(json.loads((runs[0] / "record.json").read_text())["commands"]) >= 2, "it went on, and did not start anew"
 

@@ -240,10 +240,13 @@ def config_digest(settings: Mapping[str, Any]) -> str:
 
 
 def git_commit() -> str | None:
-    """Commit of the checkout this package runs from, with ``+changes`` where it has any; None outside a checkout."""
+    """Commit of the checkout this package runs from, with ``+changes`` where it has any.
+
+    Outside a checkout (a container image, a copied folder) what ``$DEFLOW_COMMIT`` says; None without it.
+    """
     folder = Path(__file__).resolve().parents[2]
     if not (folder / ".git").exists():
-        return None
+        return os.environ.get("DEFLOW_COMMIT") or None
 
     def git(*arguments: str) -> str:
         return subprocess.run(

@@ -190,8 +190,10 @@ def _kind_of(cell: Cell, sizes: dict[str, tuple[int, int]]) -> _Kind:
     counts = {name: value for name, value in vars(config.algo).items() if isinstance(value, (int, str))}
     counts.pop("q_aggregation", None)
     key = (tuple(config.hidden_dims), config.batch_size, config.device, config.kernels, tuple(sorted(counts.items())))
-    rounded = [-(-width // unit) * unit for width, unit in zip((observation_dim, action_dim), _WIDTHS, strict=True)]
-    return _Kind(cell.variant.method, *rounded, key)
+    observations, actions = (
+        -(-width // unit) * unit for width, unit in zip((observation_dim, action_dim), _WIDTHS, strict=True)
+    )
+    return _Kind(cell.variant.method, observations, actions, key)
 
 
 def _sizes(config: TrainConfig, known: dict[str, tuple[int, int]]) -> tuple[int, int]:

@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from deflow_torchrl.algorithms.registry import get_algorithm
-from deflow_torchrl.config import TrainConfig, compose_config, config_from_dict, config_to_dict, with_task_defaults
+from deflow_torchrl.config import (
+    SettledConfig,
+    TrainConfig,
+    compose_config,
+    config_from_dict,
+    config_to_dict,
+    with_task_defaults,
+)
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.tasks import families, family_groups, get_task, paper_task, paper_tasks
 from deflow_torchrl.tasks.protocols import get_protocol
@@ -61,7 +68,7 @@ class Cell:
 
     task: str
     variant: Variant
-    config: TrainConfig | None
+    config: SettledConfig | None
     left_out: str | None = None
 
     @property
@@ -318,7 +325,7 @@ def _cells(
     return cells
 
 
-def _reader(variant: Variant, settings: Sequence[str], protocol: Any) -> Callable[[str, bool], TrainConfig]:
+def _reader(variant: Variant, settings: Sequence[str], protocol: Any) -> Callable[[str, bool], SettledConfig]:
     """What makes a task's settings of the sweep's: the given ones are read once, by Hydra, for all tasks."""
     algorithm = get_algorithm(variant.method)
     method_settings = [item.name for item in dataclasses.fields(algorithm.config) if item.name != "name"]
@@ -328,7 +335,7 @@ def _reader(variant: Variant, settings: Sequence[str], protocol: Any) -> Callabl
     if read["data_root"] is not None:
         read["data_root"] = str(Path(read["data_root"]).expanduser().absolute())
 
-    def config_of(task: str, online: bool) -> TrainConfig:
+    def config_of(task: str, online: bool) -> SettledConfig:
         values = config_to_dict(TrainConfig(task=task, algo=algorithm.config()))
         _put(values, {} if protocol is None else protocol.settings_of(method_settings, online=online))
         known = paper_task(task, "offline_to_online") if online else None

@@ -431,7 +431,7 @@ def test_deactivate_vmap_changes_nothing(kind):
         (FQLLoss, "aot_eager", {"normalize_q_loss": True, "flow_steps": 2}),
         pytest.param(FQLLoss, "inductor", {}, marks=pytest.mark.slow),
         (FBRACLoss, "aot_eager", {"flow_steps": 2}),
-        (FAWACLoss, "aot_eager", {"temperature": 3.0, "flow_steps": 2}),
+        pytest.param(FAWACLoss, "aot_eager", {"temperature": 3.0, "flow_steps": 2}, marks=pytest.mark.slow),
     ],
 )
 def test_compiled_equals_eager_over_optimiser_and_target_updates(kind, backend, settings):

@@ -12,7 +12,12 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.objectives import SoftUpdate
 
-from deflow_torchrl.modules import FlowMatchingPolicy, OneStepPolicy
+from deflow_torchrl.modules import (
+    FlowMatchingPolicy,
+    OneStepPolicy,
+    make_qvalue_networks,
+    make_velocity_network,
+)
 from deflow_torchrl.objectives import FAWACLoss, FBRACLoss, FQLLoss
 from tests.conftest import make_actor, make_batch, make_critics, make_flow, make_one_step
 
@@ -235,3 +240,43 @@ def test_policies_of_another_kind_are_refused():
             kind(make_actor(), make_critics())
     with pytest.raises(RuntimeError, match="FQLLoss has no prior to freeze"):
         make(FQLLoss).freeze_prior_()
+
+
+# -- what they are for ------------------------------------------------------------------------------------------------
+
+
+def test_fql_settles_where_the_pull_of_the_critics_equals_the_distillations():
+    # min over mu of alpha (mu - b)^2 - k mu, with mean slope k = 2 and alpha = 10: mu = b + k / (2 alpha) = z + 0.3 + 0.1.
+    loss = FQLLoss(hand_flow(0.3), OneStepPolicy(linear([0.0, 0.0]), 1), hand_critics(1, 3), alpha=10.0)
+    optimizer = torch.optim.SGD(loss.actor_network_params.parameters(), lr=0.05)
+    batch = TensorDict(observation=torch.zeros(64, 1), action=torch.zeros(64, 1), batch_size=[64])
+    for _ in range(200):
+        batch["noise"] = torch.rand(64, 1) * 0.8 - 0.6  # nothing reaches a bound
+        optimizer.zero_grad()
+        loss.actor_loss(batch)[0].backward()
+        optimizer.step()
+    noise = torch.tensor([[-0.5], [0.0], [0.2]])
+    output = loss.get_stateful_net("actor_network", copy=False).module(torch.zeros(3, 1), noise)
+    torch.testing.assert_close(output.detach(), noise + 0.4, rtol=0, atol=1e-3)
+
+
+def test_of_two_modes_of_the_data_fawac_clones_the_better():
+    # Data at +-0.5 (30 % and 70 % of them, width 0.05) with a reward of 2 a: cloning puts 30 % of the actions above zero.
+    sizes = (1, 1, (32, 32))
+    policy = FlowMatchingPolicy(make_velocity_network(*sizes), 1, 5)
+    loss = FAWACLoss(policy, make_qvalue_networks(*sizes), temperature=3.0)
+    loss.make_value_estimator(gamma=GAMMA)
+    SoftUpdate(loss, tau=0.005)
+    optimizer = torch.optim.Adam(loss.parameters(), lr=3e-3)
+    state, end = torch.zeros(128, 1), torch.ones(128, 1, dtype=torch.bool)
+    for _ in range(300):
+        action = torch.where(torch.rand(128, 1) < 0.3, 0.5, -0.5) + 0.05 * torch.randn(128, 1)
+        following = TensorDict(observation=state, reward=2 * action, done=end, terminated=end, batch_size=[128])
+        out = loss(TensorDict(observation=state, action=action, next=following, batch_size=[128]))
+        optimizer.zero_grad()
+        (out["loss_flow"] + out["loss_qvalue"]).backward()
+        optimizer.step()
+    with torch.no_grad():
+        acted = policy(TensorDict(observation=torch.zeros(2000, 1), batch_size=[2000]))["action"]
+    assert (acted > 0).float().mean() > 0.95
+    assert acted.median().item() == pytest.approx(0.5, abs=0.15)

@@ -139,3 +139,13 @@ def test_without_git_or_gpu_the_entries_are_null(monkeypatch):
     monkeypatch.setattr(records, "git_commit", lambda: None)
     assert record_of(5)["git_commit"] is None
     assert build_record is records.build_record
+
+
+def test_the_commit_outside_a_checkout_is_what_the_environment_says(monkeypatch, tmp_path):
+    from deflow_torchrl.reports import records
+
+    monkeypatch.setattr(records, "__file__", str(tmp_path / "deflow_torchrl" / "reports" / "records.py"))
+    monkeypatch.delenv("DEFLOW_COMMIT", raising=False)
+    assert records.git_commit() is None
+    monkeypatch.setenv("DEFLOW_COMMIT", "0123abc")
+    assert records.git_commit() == "0123abc"

@@ -6,22 +6,23 @@
 
 import sys
 
-import tests.killable  # noqa: F401 # the environment
-from deflow_torchrl import experiment
-from deflow_torchrl.sweep import local, on_ray
-
-experiment.plot_learning_curve = experiment.write_html_report = lambda *_, **__: None
 PRELOADED = ["tests.sweep_process", "yaml"]
-_run = on_ray._run_on_node
 
-
-def run_on_node(job):
-    """What the engine sends to Ray."""
-    return _run(job)
-
-
-if __name__ == "__main__":
+if __name__ == "__main__":  # the sweep itself trains nothing
     from deflow_torchrl.cli import main
+    from deflow_torchrl.sweep import local
 
     local._PRELOADED = PRELOADED
     main(["sweep", *sys.argv[1:]])
+else:
+    import deflow_torchrl.group  # noqa: F401 # what the jobs need
+    import tests.killable  # noqa: F401 # the environment
+    from deflow_torchrl import experiment
+    from deflow_torchrl.sweep import on_ray
+
+    experiment.plot_learning_curve = experiment.write_html_report = lambda *_, **__: None
+    _run = on_ray._run_on_node
+
+    def run_on_node(job):
+        """What the engine sends to Ray."""
+        return _run(job)

@@ -4,10 +4,9 @@
 from __future__ import annotations
 
 import heapq
-import json
 import statistics
 import time
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +18,12 @@ from tensordict import TensorDict
 from deflow_torchrl.config import TrainConfig, config_from_dict
 from deflow_torchrl.envs import make_gym_env
 from deflow_torchrl.envs.d4rl import d4rl_task
-from deflow_torchrl.errors import InputError
+from deflow_torchrl.errors import InputError, MissingExtraError
 from deflow_torchrl.experiment import _build as build_learner
 from deflow_torchrl.modules.kernels import enable_kernels
 from deflow_torchrl.processes import available_cores
 from deflow_torchrl.progress import progress_bar
-from deflow_torchrl.reports.records import hardware
+from deflow_torchrl.reports.records import hardware, load_record
 from deflow_torchrl.sweep.jobs import Job, is_done, jobs_at_once, plan_jobs
 from deflow_torchrl.sweep.plan import Cell, SweepPlan, is_gpu
 from deflow_torchrl.sweep.table import JobProgress, clock, seeds_text
@@ -33,7 +32,7 @@ from deflow_torchrl.tasks.sources import load_task_data
 from deflow_torchrl.trainers import StackedUpdate, UpdateStep
 from deflow_torchrl.trainers.generators import generators_set_aside
 
-_BUDGET_SECONDS = 60.0  # of timed updates in all
+_BUDGET_SECONDS = 30.0  # of timed updates in all
 _KIND_SECONDS = 1.5  # of them for a kind of update
 _LEAST_UPDATES = 2
 _WIDTHS = (32, 8)  # observations and actions are counted in so many
@@ -284,16 +283,14 @@ def _speeds_of_records(plan: SweepPlan, kinds: dict[str, _Kind], threads: int) -
 
 
 def _records(plan: SweepPlan, cell: Cell) -> Iterator[dict[str, Any]]:
-    """Records of a cell that have every number a speed is made of."""
-    paths: Iterable[Any] = sorted((plan.out / cell.name).glob("seed*/record.json"))
-    for path in paths:
+    """The records of a cell that can be read."""
+    for path in sorted((plan.out / cell.name).glob("seed*/record.json")):
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            whole = {"hardware", "config", "time", "stacked"} <= set(record)
-        except (OSError, ValueError, TypeError):
-            continue
-        if whole:
-            yield record
+            yield load_record(path)
+        except MissingExtraError:
+            raise
+        except InputError:
+            continue  # damaged or of an earlier version
 
 
 @contextmanager

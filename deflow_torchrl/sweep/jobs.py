@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import socket
@@ -14,9 +13,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from deflow_torchrl.config import config_from_dict, config_to_dict
-from deflow_torchrl.errors import InputError, LockHeldError
+from deflow_torchrl.errors import InputError, LockHeldError, MissingExtraError
 from deflow_torchrl.locks import hold_lock
 from deflow_torchrl.processes import available_cores
+from deflow_torchrl.reports.records import load_record
 from deflow_torchrl.sweep.plan import LOGS, Cell, SweepPlan, can_stack, is_gpu, uses_gpu
 from deflow_torchrl.trainers.identity import NEUTRAL_SETTINGS, changed_settings
 
@@ -263,17 +263,19 @@ def _record_of(folder: Path) -> dict[str, Any] | None:
     """A run's record, where it is whole and of the settings that its folder has."""
     from deflow_torchrl.experiment import CONFIG_FILE, RECORD_FILE, read_settings
 
-    path = folder / RECORD_FILE
-    if not path.is_file() or not (folder / CONFIG_FILE).is_file():
+    if not (folder / RECORD_FILE).is_file() or not (folder / CONFIG_FILE).is_file():
         return None
     try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        same = not changed_settings(
-            {"settings": read_settings(folder / CONFIG_FILE)["config"]}, {"settings": record["config"]}
-        )
-    except (ValueError, LookupError, TypeError):
-        return None  # the run goes on from its last checkpoint and writes it anew
-    return record if same else None
+        record = load_record(folder)
+    except MissingExtraError:
+        raise
+    except InputError:
+        return None  # damaged or of an earlier version: the run goes on from its last checkpoint and writes it anew
+    saved = read_settings(folder / CONFIG_FILE)["config"]
+    prefix, colon, place = saved["task"].partition(":")
+    if prefix == "own":  # of a folder a record keeps the name alone
+        saved["task"] = f"{prefix}{colon}{Path(place).name}"
+    return None if changed_settings({"settings": saved}, {"settings": record["config"]}) else record
 
 
 def _neutral_changes(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:

@@ -38,6 +38,7 @@ class TrainConfig:
         preset: where the paper and its authors' code disagree and both can be had (docs/tasks.md): ``paper``, what is printed,
             or ``released``, what the code does; this package's choice, setting by setting, where None. A setting that is given
             is as given.
+        protocol: name of the protocol a sweep took all of these from, for the record; not to be set (``deflow sweep protocol=``).
         seed: seed of networks, batches and noise.
         seeds: train one run for each of these seeds, all at once in one process and offline: ``seeds=[0,1,2]``; each is a run
             folder of its own in ``out``.
@@ -88,6 +89,7 @@ class TrainConfig:
     task: str = "???"
     env: str | None = None
     preset: str | None = None
+    protocol: str | None = None
     seed: int = 0
     seeds: list[int] | None = None
     offline_steps: int | None = None
@@ -335,7 +337,7 @@ def default_out(config: TrainConfig) -> Path:
 
 
 def _check_keys(overrides: Sequence[str]) -> None:
-    known = [item.name for item in dataclasses.fields(TrainConfig) if item.name != "defaults"]
+    known = [item.name for item in dataclasses.fields(TrainConfig) if item.name not in ("defaults", "protocol")]
     given = {override.partition("=")[0] for override in overrides}
     if {"seed", "seeds"} <= given:
         raise InputError("give seed= or seeds=, not both")
@@ -346,6 +348,10 @@ def _check_keys(overrides: Sequence[str]) -> None:
         if key.startswith(("+", "~")) or "@" in key:
             raise InputError(f"{override!r}: settings cannot be added or removed, only set")
         names, prefix = (known, "") if not key.startswith("algo.") else (_algo_names(overrides), "algo.")
+        if key == "protocol":
+            raise InputError(
+                f"{override}: a protocol is a sweep's; deflow sweep {override} sets it, of any number of runs"
+            )
         if key.removeprefix(prefix) not in names:
             near = difflib.get_close_matches(key.removeprefix(prefix), names, n=3)
             hint = (

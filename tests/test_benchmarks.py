@@ -363,7 +363,7 @@ def test_a_familys_script_sweeps_its_small_tasks_by_every_method_once_it_has_the
     assert (plan.seeds, plan.jobs, plan.out) == ([0, 1, 2], 2, tmp_path / "runs")
     for cell in plan.cells:
         assert cell.left_out is None
-        assert (cell.config.offline_steps, cell.config.online_steps, cell.config.hidden_dims) == (10_000, 0, [256] * 3)
+        assert (cell.config.offline_steps, cell.config.online_steps, cell.config.hidden_dims) == (10_000, 0, [128] * 3)
         assert (cell.config.data_root, cell.config.algo.lr) == (root, 1e-3)
 
 

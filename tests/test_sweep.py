@@ -15,6 +15,8 @@ import pytest
 pytest.importorskip("gymnasium", reason="needs gymnasium's pendulum")
 pytest.importorskip("hydra", reason="needs the extra cli")
 
+from deflow_torchrl.config import compose_config
+from deflow_torchrl.errors import InputError
 from deflow_torchrl.locks import hold_lock
 from deflow_torchrl.sweep import estimate_costs, jobs, local, parse_sweep, plan_jobs, run_sweep
 from deflow_torchrl.sweep.costs import _wall, describe_costs
@@ -294,10 +296,18 @@ def test_a_protocol_gives_seeds_and_settings_that_the_command_may_change():
     assert list(plan.seeds) == [0, 1, 2]
     assert (config.offline_steps, config.hidden_dims, config.algo.lr, config.batch_size) == (
         10_000,
-        [256] * 3,
+        [128] * 3,
         1e-3,
         64,
     )
+    assert config.protocol is None, "with another batch it is not the protocol"
+    plan = parse_sweep(["tasks=cube-single", "algos=deflow", "protocol=lite", "out=x", "device=cpu"])
+    assert plan.cells[0].config.protocol == "lite"
+
+
+def test_a_single_run_takes_no_protocol():
+    with pytest.raises(InputError, match="deflow sweep protocol=lite"):
+        compose_config([f"task={CUBE}", "protocol=lite"])
 
 
 @pytest.mark.parametrize(("text", "seeds"), [("0..3", [0, 1, 2, 3]), ("2,0", [2, 0]), ("[0,1]", [0, 1]), ("5", [5])])

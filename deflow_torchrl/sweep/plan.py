@@ -337,7 +337,10 @@ def _reader(variant: Variant, settings: Sequence[str], protocol: Any) -> Callabl
 
     def config_of(task: str, online: bool) -> SettledConfig:
         values = config_to_dict(TrainConfig(task=task, algo=algorithm.config()))
-        _put(values, {} if protocol is None else protocol.settings_of(method_settings, online=online))
+        fixed = {} if protocol is None else protocol.settings_of(method_settings, online=online)
+        _put(values, fixed)
+        if protocol is not None and not given & fixed.keys():
+            values["protocol"] = protocol.name  # what changes a part of it is not it
         known = paper_task(task, "offline_to_online") if online else None
         if known is not None and not values["online_steps"]:
             values["online_steps"] = known.online_steps

@@ -153,8 +153,6 @@ def test_the_variant_is_what_neither_method_nor_task_nor_preset_gives(overrides,
 
 
 def test_the_commit_outside_a_checkout_is_what_the_environment_says(monkeypatch, tmp_path):
-    from deflow_torchrl.reports import records
-
     monkeypatch.setattr(records, "__file__", str(tmp_path / "deflow_torchrl" / "reports" / "records.py"))
     monkeypatch.delenv("DEFLOW_COMMIT", raising=False)
     assert records.git_commit() is None

@@ -19,7 +19,9 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from deflow_torchrl.modules import DeterministicPolicy as DeterministicPolicy
     from deflow_torchrl.modules import FlowMatchingPolicy as FlowMatchingPolicy
     from deflow_torchrl.modules import GaussianPolicy as GaussianPolicy
+    from deflow_torchrl.modules import OneStepPolicy as OneStepPolicy
     from deflow_torchrl.modules import RefinementPolicy as RefinementPolicy
+    from deflow_torchrl.modules import make_one_step_network as make_one_step_network
     from deflow_torchrl.modules import make_policy_network as make_policy_network
     from deflow_torchrl.modules import make_qvalue_networks as make_qvalue_networks
     from deflow_torchrl.modules import make_refinement_network as make_refinement_network
@@ -27,7 +29,10 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from deflow_torchrl.modules import make_velocity_network as make_velocity_network
     from deflow_torchrl.objectives import BCLoss as BCLoss
     from deflow_torchrl.objectives import DeFlowLoss as DeFlowLoss
+    from deflow_torchrl.objectives import FAWACLoss as FAWACLoss
+    from deflow_torchrl.objectives import FBRACLoss as FBRACLoss
     from deflow_torchrl.objectives import FlowMatchingLoss as FlowMatchingLoss
+    from deflow_torchrl.objectives import FQLLoss as FQLLoss
     from deflow_torchrl.objectives import IFQLLoss as IFQLLoss
     from deflow_torchrl.objectives import ImplicitQLoss as ImplicitQLoss
     from deflow_torchrl.objectives import IQLLoss as IQLLoss
@@ -51,9 +56,14 @@ _EXPORTS = {
     "BestOfNPolicy": ".modules",
     "DeterministicPolicy": ".modules",
     "GaussianPolicy": ".modules",
+    "OneStepPolicy": ".modules",
+    "make_one_step_network": ".modules",
     "make_policy_network": ".modules",
     "make_value_network": ".modules",
     "BCLoss": ".objectives",
+    "FAWACLoss": ".objectives",
+    "FBRACLoss": ".objectives",
+    "FQLLoss": ".objectives",
     "IFQLLoss": ".objectives",
     "ImplicitQLoss": ".objectives",
     "IQLLoss": ".objectives",

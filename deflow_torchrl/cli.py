@@ -14,11 +14,12 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 from deflow_torchrl import __version__
+from deflow_torchrl.algorithms.registry import ALGORITHMS
 from deflow_torchrl.errors import (
     CheckpointNotWritten,
     CollectorError,
@@ -60,6 +61,7 @@ app.add_typer(data)
 _ALLOW_JUMPS = Annotated[
     bool, typer.Option("--allow-jumps", help="The state may jump inside an episode (teleporters, wrapped angles).")
 ]
+_POLICY = "%s: the method's name, as fql, or of deflow also prior, its flow alone. [default: %s]"
 _JSON = Annotated[bool, typer.Option("--json", help="Print one JSON object on the last line.")]
 
 
@@ -76,6 +78,13 @@ def _main(
     ] = False,
 ) -> None:
     pass
+
+
+def _methods() -> str:
+    """Every method and the settings it has."""
+    settings = {name: [it.name for it in fields(method.config)] for name, method in ALGORITHMS.items()}
+    described = [f"{name} ({', '.join(it for it in own if it != 'name')})" for name, own in settings.items()]
+    return f"Methods, algo=NAME (settings, algo.SETTING=): {', '.join(described)}."
 
 
 def _verb(function: Callable[..., None]) -> Callable[..., None]:
@@ -122,7 +131,7 @@ def demo(
     print(json.dumps(result))
 
 
-@app.command()
+@app.command(epilog=_methods())
 @_verb
 def train(
     settings: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="Settings, as in Hydra.")] = None,
@@ -155,10 +164,8 @@ def train(
     freeze_prior (with base_actions of each state in a bank), mixing (uniform, balanced, annealed) with offline_fraction and
     anneal_steps, online_capacity, overwrite (online, fifo), collector_workers with steps_per_collection, max_fault_share.
 
-    Settings of the method: algo.lr, with critics algo.tau, algo.gamma and algo.q_aggregation; of DeFlow algo.flow_steps,
-    algo.target_divergence, algo.normalize_q_loss, algo.divergence_reduction, algo.log_alpha_init, algo.min_alpha,
-    algo.max_alpha, algo.fixed_alpha, algo.square_fixed_alpha, algo.sampler_precision. A wrong one lists those of its method.
-    Defaults are the paper's; gamma, q_aggregation, target_divergence and what Table 6 has for other methods are the task's.
+    Settings of the method, as algo.lr: the last paragraph lists each method's. Defaults are the paper's; gamma, q_aggregation,
+    target_divergence and what Table 6 has for other methods are the task's.
 
     Example: deflow train task=cube-single-play-singletask-task2-v0 seed=1 offline_steps=200000 online_steps=50000 out=runs/cube
     """
@@ -227,9 +234,7 @@ def evaluate(
     episodes: Annotated[int | None, typer.Option(min=1, help="Episodes of each policy. [default: the run's]")] = None,
     policy: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAME", help="This policy alone: deflow, prior. [default: all; with --paired the acting one]"
-        ),
+        typer.Option(metavar="NAME", help=_POLICY % ("This policy alone", "all; with --paired the method's own")),
     ] = None,
     workers: Annotated[
         int | None,
@@ -291,15 +296,16 @@ def export(
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="The file. [default: RUN/POLICY.FORMAT]")] = None,
     policy: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Which policy: deflow, prior. [default: the acting one]")
+        str | None, typer.Option(metavar="NAME", help=_POLICY % ("Which policy", "the method's own"))
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
     json_: _JSON = False,
 ) -> None:
     """Write a policy of a run's last checkpoint as one self-contained file that runs without torchrl (docs/deploy.md).
 
-    The file maps observation [B, O] and noise [B, A] to action [B, A], for any B. onnx needs onnxruntime where it runs, pt2
-    needs torch. Its actions are held against the policy's before it gets its name: 1e-5 apart at most, else exit code 1.
+    The file maps observation [B, O] and, unless the method acts without, noise [B, A] to action [B, A], for any B. onnx needs
+    onnxruntime where it runs, pt2 needs torch. Its actions are held against the policy's before it gets its name: 1e-5 apart at
+    most, else exit code 1. A policy that chooses among candidates by its critics (ifql) cannot be exported.
 
     Example: deflow export runs/cube --format onnx --out cube.onnx
     """

@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import io
 import json
 import signal
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 import gymnasium
 import pytest
 
+from deflow_torchrl.algorithms import ALGORITHMS
 from deflow_torchrl.cli import app, main
 from deflow_torchrl.config import compose_config, config_from_dict, config_to_dict
 from deflow_torchrl.data.oracles import GENERATED_DATASETS
@@ -71,6 +73,13 @@ def test_help_lists_the_verbs_without_importing_torch():
         assert verb in result.stdout
     imported = {line.rsplit("|", 1)[-1].strip() for line in result.stderr.splitlines()}
     assert not imported & {"torch", "numpy", "torchrl", "ogbench", "hydra"}
+
+
+def test_the_help_of_train_lists_every_method_and_its_settings():
+    text = " ".join(deflow("train", "--help").stdout.split())
+    for name, algorithm in ALGORITHMS.items():
+        listed = text.split(f" {name} (")[1].split(")")[0].split(", ")
+        assert {"name", *listed} == {field.name for field in dataclasses.fields(algorithm.config)}
 
 
 def test_train_then_eval_then_resume(generated, tmp_path):

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""The best of N actions that a flow proposes, by the critics' minimum: how IFQL acts (FQL, appendix B; IDQL's rule)."""
+"""The best of N actions that a flow proposes, by the minimum of the online critics: how IFQL acts (FQL, appendix B)."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 
 Where the released code and the textbook differ:
   1. The standard deviation is fixed at one, so that the likelihood is a squared error and a constant. Default here: the code.
+  2. It is evaluated at its mean, clipped to the bounds. No online run of it is published; here it explores as IQL does.
 """
 
 from __future__ import annotations

@@ -38,9 +38,12 @@ class FQLLoss(NoisePolicyLoss):
       ``lambda = sg(1 / mean|mean_j Q_j|)`` if ``normalize_q_loss``, else 1;
     * ``loss_qvalue`` trains the critics as :class:`TDCriticLoss` does, with a' = clip(mu(s', z')).
 
-    Each is also a method: ``flow_loss``, ``actor_loss``, ``qvalue_loss``. Same constructor and meaning as the class of this
-    name on TorchRL's main branch. Metadata ``distillation`` (squared action units) and ``q`` are the two parts of
-    ``loss_actor`` before their coefficients.
+    Each is also a method: ``flow_loss``, ``actor_loss``, ``qvalue_loss``. Metadata ``distillation`` (squared action units) and
+    ``q`` are the two parts of ``loss_actor`` before their coefficients.
+
+    Arguments, terms and their values are those of the class of this name on TorchRL's main branch. Differences, which are those
+    of every loss here: the priority is |TD error|, not its square; all draws can be given; ``set_keys`` calls the critics'
+    entry ``state_action_value``, not ``value``; other names of metadata; policies behind an encoder are not taken.
 
     Args:
         flow_policy (FlowMatchingPolicy): the behaviour-cloning flow.

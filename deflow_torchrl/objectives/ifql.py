@@ -2,6 +2,10 @@
 """Implicit flow Q-learning: IQL's values, a flow that clones the data, and the best of N samples to act (FQL, appendix B).
 
 The policy that acts is :class:`~deflow_torchrl.modules.BestOfNPolicy`; nothing of it but the flow and the critics is trained.
+Where it differs from IDQL (https://arxiv.org/abs/2304.10573), whose rule it takes:
+  1. A flow proposes the actions instead of a diffusion model, and is used as it is, without an average of its weights.
+  2. The N actions are judged by the smaller *online* critic; IDQL takes the target critics.
+Evaluation and exploration act alike, and online all losses go on.
 """
 
 from __future__ import annotations

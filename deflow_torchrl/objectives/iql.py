@@ -1,6 +1,11 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
 """Implicit Q-learning as FQL's comparison runs it: IQL's values, and advantage-weighted regression of a unit Gaussian.
 
+Where it differs from IQL's paper (https://arxiv.org/abs/2110.06169, Eq. 7):
+  1. The standard deviation is fixed at one and the mean is not squashed; the paper's code learns the one and bounds the other.
+  2. The weights take the *online* critics; the paper's equation has the targets.
+  3. It explores by samples of that Gaussian, clipped to the bounds, and is evaluated at its mean.
+
 TorchRL 0.14.1 has an ``IQLLoss``. On equal networks, with ``loss_function="l2"``, its ``loss_value`` and ``loss_qvalue`` are
 those of here, and so is its ``loss_actor`` as long as targets and critics are equal: a test holds them against each other
 (``tests/objectives/test_golden_values.py``). It is not reused because of what no setting of it changes, each seen in that test:

@@ -6,7 +6,10 @@ Where the released code and the paper differ:
   2. The actor's Q term is divided by mean|min_j Q_j| of the batch, as TD3+BC does. Default here: the code.
   3. At the end of a trajectory FQL's code penalises against the first action of the next trajectory in the file. Here the data
      give the current action there (:attr:`deflow_torchrl.algorithms.Learner.next_action`).
-The actor and all targets are to move at every second update only: the trainer's ``term_periods`` and ``target_period``.
+  4. The actor's loss counts and all targets move at every second update only. In the code one Adam holds all parameters, so
+     that its momentum moves the actor at the other updates too. Here the same: the learner's ``term_periods`` and
+     ``target_period``.
+Online the policy explores by the noise that smooths the targets: clip(pi(s) + clip(policy_noise z, +-noise_clip)).
 """
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+import contextlib
 import math
 import os
 import warnings
@@ -6,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 from tensordict import LazyStackedTensorDict, TensorDict
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torchrl.data import (
     LazyMemmapStorage,
     LazyTensorStorage,
@@ -808,26 +811,83 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
 # --- GPU
 
 
+class NoQuestions(TorchDispatchMode):
+    """An error at operations for which, on an accelerator, the host would wait."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket._qualified_op_name.removeprefix("aten::")
+        masks = name.startswith("index") and any(
+            isinstance(index, torch.Tensor) and index.dtype == torch.bool for index in tree_leaves(args[1:2])
+        )
+        if masks or name in ("_local_scalar_dense", "equal", "lift_fresh", "masked_select", "nonzero", "_unique2"):
+            raise AssertionError(f"{name} makes the host wait")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", ["uniform", "balanced"])
+@pytest.mark.parametrize("overwrite", ["online", "fifo"])
+@pytest.mark.parametrize("next_action", [False, True])
+def test_the_accelerators_way_of_sampling_asks_the_device_nothing(mode, overwrite, next_action):
+    buffer = like_an_accelerator(make(mode=mode, overwrite=overwrite, batch_size=64, next_action=next_action))
+    buffer.extend(online(5))
+    buffer.extend(online(5, start=5))
+    buffer.discard(torch.tensor([14]))
+    with NoQuestions():
+        batch = buffer.sample()
+        drawn = DATASET.draw(64, next_action=next_action)
+    for found in (batch, drawn):
+        assert (("next", "action") in found.keys(True)) == next_action
+    for question in (lambda: bool(batch["index"][0]), lambda: batch["index"][batch["index"] > 0]):
+        with NoQuestions(), pytest.raises(AssertionError, match="makes the host wait"):
+            question()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("mode", ["uniform", "balanced"])
 @pytest.mark.parametrize("overwrite", ["online", "fifo"])
-def test_on_a_gpu_sampling_never_waits_and_reads_the_same(mode, overwrite):
-    buffer = make(device="cuda", mode=mode, overwrite=overwrite, batch_size=64)
+@pytest.mark.parametrize("next_action", [False, True])
+def test_on_a_gpu_sampling_never_waits_and_reads_the_same(mode, overwrite, next_action):
+    buffer = make(device="cuda", mode=mode, overwrite=overwrite, batch_size=64, next_action=next_action)
     buffer.extend(online(3))  # from the CPU
     buffer.extend(online(5, start=3).to("cuda"))
     buffer.discard(torch.tensor([14], device="cuda"))
     buffer.sample()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting_for_the_device():
         batch = buffer.sample()
+    assert batch.device.type == "cuda"
+    reference = make(mode=mode, overwrite=overwrite, next_action=next_action)
+    reference.load_state_dict(buffer.state_dict())
+    expected = reference[:][batch["index"].cpu()]
+    assert same(batch.cpu(), expected)
+    assert (("next", "action") in batch.keys(True)) == next_action
+    if next_action:
+        assert torch.equal(batch["next", "action"].cpu(), expected["next", "action"])
+    assert 14 not in batch["index"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("next_action", [False, True])
+def test_on_a_gpu_drawing_from_a_set_never_waits(next_action):
+    dataset = DATASET.to("cuda")
+    dataset.draw(64, next_action=next_action)
+    with no_waiting_for_the_device():
+        batch = dataset.draw(64, next_action=next_action)
+    assert batch["observation"].is_cuda
+
+
+@contextlib.contextmanager
+def no_waiting_for_the_device():
+    """An error where the host waits for the device."""
+    try:
+        # Its first call warns, and as an error the warning would come with the mode switched on already: for every later test.
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype", UserWarning)
+            torch.cuda.set_sync_debug_mode("error")
+        yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert batch.device.type == "cuda"
-    reference = make(mode=mode, overwrite=overwrite)
-    reference.load_state_dict(buffer.state_dict())
-    assert same(batch.cpu(), reference[:][batch["index"].cpu()])
-    assert 14 not in batch["index"]
 
 
 def test_no_warning_from_the_plain_use():

@@ -16,11 +16,14 @@ from deflow_torchrl.modules import (
     make_qvalue_networks,
 )
 from deflow_torchrl.objectives import (
+    BCLoss,
     DeFlowLoss,
     FAWACLoss,
     FBRACLoss,
     FlowMatchingLoss,
     FQLLoss,
+    ImplicitQLoss,
+    IQLLoss,
     RefinementLoss,
     TDCriticLoss,
 )
@@ -28,15 +31,18 @@ from tests.conftest import (
     ACTION_DIM,
     OBSERVATION_DIM,
     make_actor,
-    make_batch,
     make_critics,
     make_flow,
     make_one_step,
     total,
 )
+from tests.objectives import value_losses
+from tests.objectives.value_losses import make_batch
 
 
 def build(kind, *, flow_steps=10, **kwargs):
+    if kind in value_losses.TERMS:
+        return value_losses.build(kind, **kwargs)
     if kind is FlowMatchingLoss:
         loss = FlowMatchingLoss(make_actor().flow_policy, **kwargs)
     elif kind is RefinementLoss:
@@ -61,10 +67,16 @@ TERMS = {
     FQLLoss: {"loss_flow", "loss_actor", "loss_qvalue"},
     FBRACLoss: {"loss_flow", "loss_actor", "loss_qvalue"},
     FAWACLoss: {"loss_flow", "loss_qvalue"},
+    **value_losses.TERMS,
 }
-ALL = pytest.mark.parametrize("kind", list(TERMS))
+ALL = pytest.mark.parametrize("kind", list(TERMS), ids=lambda kind: kind.__name__)
+# What differs by the policy: the other losses' is in test_checklist_values.py.
+SAMPLING = pytest.mark.parametrize(
+    "kind", [kind for kind in TERMS if kind not in value_losses.TERMS], ids=lambda kind: kind.__name__
+)
 WITH_CRITIC = [kind for kind, terms in TERMS.items() if "loss_qvalue" in terms]
 WITH_FLOW = [kind for kind, terms in TERMS.items() if "loss_flow" in terms]
+CRITICS = pytest.mark.parametrize("kind", WITH_CRITIC, ids=lambda kind: kind.__name__)
 
 
 @ALL
@@ -102,7 +114,7 @@ def test_dispatch_with_keyword_arguments_equals_the_tensordict_call(kind):
     batch = make_batch()
     expected = loss(batch.clone())
     given = [key for key in loss._dispatch_keys if key in batch.keys(True)]
-    assert any("noise" in str(key) for key in given)
+    assert any("noise" in str(key) for key in given) == (kind not in (BCLoss, ImplicitQLoss, IQLLoss))
     arguments = {"_".join(key) if isinstance(key, tuple) else key: batch[key] for key in given}
     out = loss(**arguments)
     out = (out,) if torch.is_tensor(out) else out
@@ -135,7 +147,7 @@ def test_forward_is_the_terms_methods_together(kind):
         assert not any(entry.requires_grad for entry in metadata.values())
 
 
-@ALL
+@SAMPLING
 def test_noise_given_equals_noise_drawn_with_the_same_seed(kind):
     loss = build(kind)
     batch = make_batch(noise=False)
@@ -243,10 +255,11 @@ def test_unbatched_input_equals_a_batch_of_one(kind):
     torch.testing.assert_close(loss(batch[0]).to_dict(), loss(batch).to_dict())
 
 
-def test_masked_rows_get_no_priority():
+@CRITICS
+def test_masked_rows_get_no_priority(kind):
     batch = make_batch(4)
     batch["collector", "mask"] = torch.tensor([[True], [False], [True], [False]])
-    build(DeFlowLoss)(batch)
+    build(kind)(batch)
     assert (batch["td_error"] > 0).tolist() == [True, False, True, False]
 
 
@@ -257,7 +270,7 @@ def test_changing_type_without_target_critics():
     loss.double()(batch.apply(lambda entry: entry.double() if entry.is_floating_point() else entry))
 
 
-@ALL
+@SAMPLING
 def test_renamed_and_nested_keys(kind):
     reference = build(kind)
     batch = make_batch()
@@ -351,7 +364,7 @@ def test_reset_parameters_recursive_changes_every_network_including_targets(kind
     assert not [name for name in matrices if torch.equal(before[name], after[name])]
 
 
-@ALL
+@SAMPLING
 def test_the_acting_policy_is_where_trainers_look_for_it(kind):
     if kind is FlowMatchingLoss:
         pytest.skip("flow matching alone has no composite actor")
@@ -371,13 +384,13 @@ def test_losses_pickle(kind):
     torch.testing.assert_close(pickle.loads(pickle.dumps(loss))(batch).to_dict(), loss(batch).to_dict())
 
 
-@pytest.mark.parametrize("kind", WITH_CRITIC)
+@CRITICS
 def test_value_estimators_other_than_td0_are_refused(kind):
     with pytest.raises(NotImplementedError):
         build(kind).make_value_estimator(ValueEstimators.TDLambda)
 
 
-@pytest.mark.parametrize("kind", WITH_CRITIC)
+@pytest.mark.parametrize("kind", [kind for kind in WITH_CRITIC if kind not in value_losses.TERMS])
 def test_the_target_warning_is_there_until_a_soft_update_is_built(kind):
     if kind is FQLLoss:
         loss = kind(make_flow(), make_one_step(), make_critics())
@@ -412,7 +425,7 @@ def test_a_list_of_critics_keeps_its_initialisation_and_one_module_is_copied():
         DeFlowLoss(make_actor(), [])
 
 
-@pytest.mark.parametrize("kind", [DeFlowLoss, FQLLoss, FBRACLoss, FAWACLoss])
+@CRITICS
 def test_deactivate_vmap_changes_nothing(kind):
     batch = make_batch()
     results = []

@@ -1,4 +1,6 @@
-"""The checklist of every loss, for BC, IQL, IFQL and ReBRAC."""
+"""What of the checklist of every loss is of BC, IQL, IFQL and ReBRAC alone."""
+
+import shutil
 
 import pytest
 import torch
@@ -16,65 +18,9 @@ from deflow_torchrl.modules import (
 )
 from deflow_torchrl.objectives import BCLoss, IFQLLoss, ImplicitQLoss, IQLLoss, ReBRACLoss
 from tests.conftest import ACTION_DIM, HIDDEN, OBSERVATION_DIM, total
-from tests.objectives import test_checklist as checklist
-from tests.objectives.value_losses import KINDS, SIZES, TERMS, build, make_batch
+from tests.objectives.value_losses import KINDS, SIZES, build, make_batch
 
 ALL = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
-CRITICS = pytest.mark.parametrize(
-    "kind", [kind for kind in KINDS if kind is not BCLoss], ids=lambda kind: kind.__name__
-)
-SHARED = {
-    checklist.test_construction_does_not_warn_and_out_keys_are_what_forward_returns: {},
-    checklist.test_in_keys_are_sufficient_and_each_is_necessary: {},
-    checklist.test_forward_is_the_terms_methods_together: {},
-    checklist.test_reductions_agree: {},
-    checklist.test_masked_rows_count_for_nothing_even_if_nan: {},
-    checklist.test_an_all_false_mask_gives_zero_losses_and_finite_gradients: {"weighted": True},
-    checklist.test_priority_weights_give_the_weighted_mean: {"shape": (1,)},
-    checklist.test_leading_batch_dimensions_are_a_reshape: {},
-    checklist.test_float64: {},
-    checklist.test_state_dict_round_trip_and_deepcopy: {},
-    checklist.test_reset_parameters_recursive_changes_every_network_including_targets: {},
-    checklist.test_losses_pickle: {},
-}
-
-
-@pytest.fixture(autouse=True)
-def ours(monkeypatch):
-    """The shared checks build these losses and batches."""
-    monkeypatch.setattr(checklist, "build", build)
-    monkeypatch.setattr(checklist, "make_batch", make_batch)
-    monkeypatch.setattr(checklist, "TERMS", {**checklist.TERMS, **TERMS})
-
-
-@ALL
-@pytest.mark.parametrize("check", SHARED, ids=lambda check: check.__name__.removeprefix("test_"))
-def test_as_every_loss(check, kind):
-    check(kind, **SHARED[check])
-
-
-@ALL
-def test_the_input_is_left_as_it_is_but_for_the_priority(kind):
-    batch = make_batch()
-    before = batch.clone()
-    build(kind)(batch)
-    added = set(batch.keys(True, True)) - set(before.keys(True, True))
-    assert added == (set() if kind is BCLoss else {"td_error"})
-    torch.testing.assert_close(batch.select(*before.keys(True, True)).to_dict(), before.to_dict())
-
-
-@ALL
-def test_dispatch_with_keyword_arguments_equals_the_tensordict_call(kind):
-    loss = build(kind)
-    batch = make_batch()
-    expected = loss(batch.clone())
-    given = [key for key in loss._dispatch_keys if key in batch.keys(True)]
-    draws = {IFQLLoss: {"flow_noise", "flow_time"}, ReBRACLoss: {("next", "noise")}}
-    assert draws.get(kind, set()) <= set(given)
-    out = loss(**{"_".join(key) if isinstance(key, tuple) else key: batch[key] for key in given})
-    out = (out,) if torch.is_tensor(out) else out
-    for name, value in zip(loss.out_keys, out, strict=True):
-        torch.testing.assert_close(value, expected[name])
 
 
 @pytest.mark.parametrize("kind", [IFQLLoss, ReBRACLoss])
@@ -146,25 +92,6 @@ def test_renamed_and_nested_keys(kind):
         loss.set_keys(no_such_key="x")
 
 
-@CRITICS
-def test_masked_rows_get_no_priority_and_other_value_estimators_are_refused(kind):
-    loss, batch = build(kind), make_batch(4)
-    batch["collector", "mask"] = torch.tensor([[True], [False], [True], [False]])
-    loss(batch)
-    assert (batch["td_error"] > 0).tolist() == [True, False, True, False]
-    with pytest.raises(NotImplementedError):
-        loss.make_value_estimator(ValueEstimators.TDLambda)
-
-
-@CRITICS
-def test_deactivate_vmap_changes_nothing(kind):
-    batch, results = make_batch(), []
-    for deactivate in (False, True):
-        torch.manual_seed(1)
-        results.append(build(kind, deactivate_vmap=deactivate)(batch.clone()).to_dict())
-    torch.testing.assert_close(*results)
-
-
 @pytest.mark.parametrize(
     ("kind", "options", "match"),
     [
@@ -197,7 +124,7 @@ def _compiled(kind, backend):
     # Minutes of C++; "eager" runs the same graph, without a break in it, as it was captured. IFQL is IQL's values and a loss
     # that is compiled in DeFlow.
     slow = [] if backend == "eager" and kind is not IFQLLoss else [pytest.mark.slow]
-    need = pytest.mark.skipif(backend == "inductor" and checklist.shutil.which("g++") is None, reason="needs g++")
+    need = pytest.mark.skipif(backend == "inductor" and shutil.which("g++") is None, reason="needs g++")
     return pytest.param(kind, backend, marks=[*slow, need], id=f"{kind.__name__}-{backend}")
 
 

@@ -21,6 +21,7 @@ from tests.test_kill_resume import assert_equal_runs
 from tests.test_resume import undrawn
 
 STEPS = 240
+STORE = 80 << 20  # about the least that Ray takes; nothing is stored
 
 
 @pytest.fixture(scope="module")
@@ -75,38 +76,38 @@ def test_a_node_killed_in_mid_sweep_loses_nothing_and_doubles_nothing(task, tmp_
 
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(on_ray, "_run_on_node", run_on_node)
     noticed = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 1000}  # 15 s by default
-    cluster = Cluster(
-        initialize_head=True,
-        head_node_args={"num_cpus": 0, "include_dashboard": False, "_system_config": noticed},
-    )
-    killed = []
+    cluster, over, killed = Cluster(initialize_head=False), threading.Event(), []
     try:
-        first = cluster.add_node(num_cpus=1)
-        cluster.add_node(num_cpus=1)
+        cluster.add_node(num_cpus=0, object_store_memory=STORE, include_dashboard=False, _system_config=noticed)
+        first = cluster.add_node(num_cpus=1, object_store_memory=STORE)
+        cluster.add_node(num_cpus=1, object_store_memory=STORE)
         plan = parse_sweep(settings(task, tmp_path / "sweep", f"ray_address={cluster.address}"))
         jobs = plan_jobs(plan)
         assert [job.seeds for job in jobs] == [(0, 1)] * 2, "the seeds of a cell are one job"
 
         def kill_when_two_run():
-            until = time.monotonic() + 120
-            while time.monotonic() < until:
+            while not over.wait(0.05):
                 rows = [len(read_rows(job.folders[0] / "metrics.jsonl")) for job in jobs]
                 if min(rows) > 25 and max(rows) < STEPS - 20:
                     killed.extend(rows)
                     cluster.remove_node(first, allow_graceful=False)
                     return
-                time.sleep(0.05)
 
-        killer = threading.Thread(target=kill_when_two_run)
+        killer = threading.Thread(target=kill_when_two_run, daemon=True)
         killer.start()
         summary = run_sweep(plan, show_progress=False)
+        over.set()
         killer.join()
         again = run_sweep(plan, show_progress=False)
     finally:
-        ray.shutdown()
-        cluster.shutdown()
+        over.set()
+        try:
+            ray.shutdown()
+        finally:
+            cluster.shutdown()
     assert killed, "two jobs were running when the node died"
     assert (summary["done"], summary["failed"]) == (2, [])
     assert sorted(job["attempts"] for job in summary["jobs"].values()) == [1, 2], "one was lost and sent again"

@@ -20,7 +20,7 @@ from tests.killable import ENVIRONMENT, ROOT, record_pendulum
 from tests.test_kill_resume import assert_equal_runs
 from tests.test_resume import undrawn
 
-STEPS = 240
+STEPS = 160
 STORE = 80 << 20  # about the least that Ray takes; nothing is stored
 
 
@@ -32,7 +32,7 @@ def task(tmp_path_factory):
 def settings(task, out, *more):
     return [
         f"tasks={task}", f"env={ENVIRONMENT}", "algos=deflow:flow_steps=2,deflow:flow_steps=2:fixed_alpha=0.3", "seeds=0,1",
-        f"out={out}", f"offline_steps={STEPS}", "batch_size=8", "hidden_dims=[8]", "log_interval=1", "eval_interval=120",
+        f"out={out}", f"offline_steps={STEPS}", "batch_size=8", "hidden_dims=[8]", "log_interval=1", "eval_interval=80",
         "eval_episodes=1", "save_interval=20", "engine=ray", *more,
     ]  # fmt: skip
 
@@ -91,7 +91,7 @@ def test_a_node_killed_in_mid_sweep_loses_nothing_and_doubles_nothing(task, tmp_
         def kill_when_two_run():
             while not over.wait(0.05):
                 rows = [len(read_rows(job.folders[0] / "metrics.jsonl")) for job in jobs]
-                if min(rows) > 25 and max(rows) < STEPS - 20:
+                if min(rows) > 25 and max(rows) < STEPS - 60:
                     killed.extend(rows)
                     cluster.remove_node(first, allow_graceful=False)
                     return
@@ -118,12 +118,12 @@ def test_a_node_killed_in_mid_sweep_loses_nothing_and_doubles_nothing(task, tmp_
     undrawn(monkeypatch)
     for job in jobs:
         assert len(list((tmp_path / "sweep").glob(f"{job.name}/seed*/record.json"))) == 2
-        undisturbed = tmp_path / "undisturbed" / job.algo
-        train_group(
-            config_from_dict({**job.config, "out": str(undisturbed)}), command="deflow train", show_progress=False
-        )
         for folder in job.folders:
             assert [row["step"] for row in read_rows(folder / "metrics.jsonl")] == list(range(1, STEPS + 1))
-            assert_equal_runs(undisturbed / folder.name, folder)
             assert not list(folder.rglob("*.part"))
+    lost = next(job for job in jobs if summary["jobs"][job.name]["attempts"] == 2)
+    undisturbed = tmp_path / "undisturbed"
+    train_group(config_from_dict({**lost.config, "out": str(undisturbed)}), command="deflow train", show_progress=False)
+    for folder in lost.folders:
+        assert_equal_runs(undisturbed / folder.name, folder)
     assert experiment.read_settings(jobs[0].folders[0].parent / "group.yaml")["finished"]

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("gymnasium", reason="needs gymnasium's pendulum")
 pytest.importorskip("hydra", reason="needs the extra cli")
@@ -19,7 +20,7 @@ from deflow_torchrl.config import compose_config
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.locks import hold_lock
 from deflow_torchrl.sweep import estimate_costs, jobs, local, parse_sweep, plan_jobs, run_sweep
-from deflow_torchrl.sweep.costs import _wall, describe_costs
+from deflow_torchrl.sweep.costs import _wall, describe_costs, describe_left_out
 from deflow_torchrl.sweep.jobs import run_job
 from deflow_torchrl.sweep.table import JobProgress, Table
 from deflow_torchrl.trainers.metrics import read_rows
@@ -238,6 +239,37 @@ def test_the_cost_is_measured_first_and_then_taken_from_the_records(swept, task,
     assert [row["seeds_done"] for row in known["cells"]] == [2, 2]
 
 
+def test_cells_that_cannot_be_trained_take_a_line_for_each_reason(tmp_path):
+    plan = parse_sweep(["tasks=all", "algos=iql,rebrac", "seeds=0", f"out={tmp_path}"])
+    left_out = {cell.name: cell.left_out for cell in plan.cells if cell.left_out}
+    lines = describe_left_out(left_out)
+    assert (len(left_out), len(lines)) == (46, 3)
+    assert any("images" in line and "10 cells (iql, rebrac on visual-cube-single" in line for line in lines)
+
+
+@pytest.mark.parametrize("download", ["false", "true"])
+def test_data_that_cannot_be_had_is_noticed_before_anything_starts(tmp_path, monkeypatch, download):
+    pytest.importorskip("ogbench", reason="needs the extra ogbench")
+    monkeypatch.setattr("ogbench.utils.DATASET_URL", "http://127.0.0.1:1")
+    monkeypatch.setattr("deflow_torchrl.data.download.BACKOFF_S", 0.0)
+    arguments = ["tasks=antmaze-large,scene", "algos=deflow,fql", "seeds=0", f"out={tmp_path / 'sweep'}"]
+    plan = parse_sweep([*arguments, f"download={download}", f"data_root={tmp_path / 'data'}"])
+    with pytest.raises(InputError, match="no data for antmaze-large-navigate-v0, nothing was started") as error:
+        run_sweep(plan, show_progress=False)
+    assert "\n" not in str(error.value)
+    expected = "its download failed" if download == "true" else "1 more are missing: scene-play-v0"
+    assert expected in str(error.value)
+    assert not (tmp_path / "sweep" / "status.jsonl").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_here_is_noticed_before_anything_starts(task, tmp_path):
+    plan = parse_sweep(settings(task, tmp_path, "device=cuda"))
+    for run in (run_sweep, estimate_costs):
+        with pytest.raises(InputError, match="device=cuda cannot be used here: 0 CUDA devices"):
+            run(plan, show_progress=False)
+
+
 def test_the_wall_clock_is_that_of_jobs_beside_each_other():
     assert _wall([5, 3, 3, 1], 2) == 6
     assert _wall([5, 3, 3, 1], 1) == 12
@@ -323,7 +355,9 @@ def test_seeds_are_a_range_or_a_list(text, seeds):
         (["algos=deflow:fixed_alfa=1"], ["no setting 'fixed_alfa'", "fixed_alpha"]),
         (["algos=deflow,deflow"], ["deflow is there twice"]),
         (["seeds=3..1"], ["seeds=3..1 is out of range"]),
+        (["seeds=0..99999999999"], ["at most 1000 seeds"]),
         (["seeds=a"], ["seeds=a are no seeds"]),
+        (["out="], ["out= is empty"]),
         (["seed=1"], ["write seeds="]),
         (["batch_sise=3"], ["unknown setting 'batch_sise'", "batch_size"]),
         (["batch_size=0"], ["batch_size=0 is out of range"]),

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import heapq
+import re
 import statistics
 import time
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +19,14 @@ from tensordict import TensorDict
 from deflow_torchrl.config import TrainConfig, config_from_dict
 from deflow_torchrl.envs import make_gym_env
 from deflow_torchrl.envs.d4rl import d4rl_task
+from deflow_torchrl.envs.names import parse_ogbench_name
 from deflow_torchrl.errors import InputError, MissingExtraError
 from deflow_torchrl.experiment import _build as build_learner
 from deflow_torchrl.modules.kernels import enable_kernels
 from deflow_torchrl.processes import available_cores
 from deflow_torchrl.progress import progress_bar
 from deflow_torchrl.reports.records import hardware, load_record
-from deflow_torchrl.sweep.jobs import Job, is_done, jobs_at_once, plan_jobs
+from deflow_torchrl.sweep.jobs import Job, check_devices, is_done, jobs_at_once, plan_jobs
 from deflow_torchrl.sweep.plan import Cell, SweepPlan, is_gpu
 from deflow_torchrl.sweep.table import JobProgress, clock, seeds_text
 from deflow_torchrl.tasks import get_task
@@ -35,7 +37,8 @@ from deflow_torchrl.trainers.generators import generators_set_aside
 _BUDGET_SECONDS = 30.0  # of timed updates in all
 _KIND_SECONDS = 1.5  # of them for a kind of update
 _LEAST_UPDATES = 2
-_WIDTHS = (32, 8)  # observations and actions are counted in so many
+_TASKS_NAMED = 4
+_WIDTHS = (64, 16)  # observations and actions are counted in so many
 
 
 @dataclass(frozen=True)
@@ -75,9 +78,10 @@ def estimate_costs(plan: SweepPlan, *, show_progress: bool = True) -> dict[str, 
         ``core_hours`` and ``wall_hours`` (as if all ran on this machine, ``at_once`` jobs together).
 
     Raises:
-        InputError: if a folder holds runs of other settings, or an environment or data set that is needed for its sizes cannot
-            be had.
+        InputError: if a folder holds runs of other settings, or a device, or an environment or data set that is needed for its
+            sizes, cannot be had.
     """
+    check_devices(plan)
     jobs = plan_jobs(plan)
     at_once = jobs_at_once(plan) if plan.engine == "local" else max(1, int(available_cores() // max(plan.num_cpus, 1)))
     threads = max(1, available_cores() // at_once)
@@ -129,7 +133,7 @@ def describe_costs(estimate: dict[str, Any]) -> str:
         done = f" ({row['seeds_done']} of {len(row['seeds'])} seeds done)" if row["seeds_done"] else ""
         steps, hours, folder = f"{row['steps']:,}", f"{row['hours']:.2f}", f"{row['folder']}{done}"
         lines.append(line.format(row["task"], row["algo"], seeds_text(row["seeds"]), steps, hours, folder))
-    lines += [f"{name}: left out, {reason}" for name, reason in estimate["left_out"].items()]
+    lines += describe_left_out(estimate["left_out"])
     sources = [speed["source"] for speed in estimate["speeds"]]
     found = {source: sources.count(source) for source in ("measured", "records")}
     measured, records = found["measured"], found["records"]
@@ -142,6 +146,26 @@ def describe_costs(estimate: dict[str, Any]) -> str:
         "hours are of one job's threads, and of updates alone: evaluations and environment steps come on top",
     ]
     return "\n".join(lines)
+
+
+def describe_left_out(left_out: Mapping[str, str]) -> list[str]:
+    """A line for each reason: how many cells, of which methods and tasks.
+
+    Examples:
+        >>> describe_left_out({"a-task1-v0/iql": "no value", "a-task2-v0/iql": "no value"})
+        ['left out, no value: 2 cells (iql on a-task#-v0)']
+    """
+    groups: dict[str, dict[str, set[str]]] = {}
+    for name, reason in left_out.items():
+        task, _, method = name.partition("/")
+        groups.setdefault(reason, {}).setdefault(re.sub(r"-task\d+-", "-task#-", task), set()).add(method)
+    lines = []
+    for reason, found in groups.items():
+        number = sum(one == reason for one in left_out.values())
+        methods = sorted(set().union(*found.values()))
+        tasks = ", ".join(found) if len(found) <= _TASKS_NAMED else f"{', '.join(list(found)[:_TASKS_NAMED])}..."
+        lines.append(f"left out, {reason}: {number} cell{'' if number == 1 else 's'} ({', '.join(methods)} on {tasks})")
+    return lines
 
 
 def _row(cell: Cell, jobs: Sequence[Job], speed: _Speed) -> dict[str, Any]:
@@ -188,7 +212,8 @@ def _kind_of(cell: Cell, sizes: dict[str, tuple[int, int]]) -> _Kind:
     observation_dim, action_dim = _sizes(config, sizes)
     # Numbers such as a learning rate take no time; counts of steps or samples, widths and precisions do.
     counts = {name: value for name, value in vars(config.algo).items() if isinstance(value, (int, str))}
-    counts.pop("q_aggregation", None)
+    for name in ("q_aggregation", "num_samples"):  # of the latter updates make no use: IFQL acts by them
+        counts.pop(name, None)
     key = (tuple(config.hidden_dims), config.batch_size, config.device, config.kernels, tuple(sorted(counts.items())))
     observations, actions = (
         -(-width // unit) * unit for width, unit in zip((observation_dim, action_dim), _WIDTHS, strict=True)
@@ -199,8 +224,10 @@ def _kind_of(cell: Cell, sizes: dict[str, tuple[int, int]]) -> _Kind:
 def _sizes(config: TrainConfig, known: dict[str, tuple[int, int]]) -> tuple[int, int]:
     """Widths of a task's observations and actions: of D4RL's table, of the environment, or of one's own data."""
     task = get_task(config.task, environment=config.env)
-    if task.dataset in known:
-        return known[task.dataset]
+    # OGBench's tasks of one set have the same sizes, and to make one's environment takes a second.
+    data_set = parse_ogbench_name(task.dataset).dataset if task.source == "ogbench" else task.dataset
+    if data_set in known:
+        return known[data_set]
     facts = d4rl_task(task.dataset)
     if facts is not None:
         widths = facts.observation_dim, facts.action_dim
@@ -215,8 +242,7 @@ def _sizes(config: TrainConfig, known: dict[str, tuple[int, int]]) -> tuple[int,
         if spaces[0] is None or spaces[1] is None:
             raise InputError(f"{config.task}: {task.environment} has no vectors for observations and actions")
         widths = spaces[0][-1], spaces[1][-1]
-    # OGBench's tasks of one environment have the same sizes whatever their goal.
-    known[task.dataset] = widths
+    known[data_set] = widths
     return widths
 
 

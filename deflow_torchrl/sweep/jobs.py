@@ -12,17 +12,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from deflow_torchrl.config import config_from_dict, config_to_dict
+from deflow_torchrl.envs.names import parse_ogbench_name
 from deflow_torchrl.errors import InputError, LockHeldError, MissingExtraError
 from deflow_torchrl.locks import hold_lock
 from deflow_torchrl.processes import available_cores
 from deflow_torchrl.reports.records import load_record
 from deflow_torchrl.sweep.plan import LOGS, Cell, SweepPlan, can_stack, is_gpu, uses_gpu
+from deflow_torchrl.tasks import get_task
+from deflow_torchrl.tasks.sources import have_task_data
 from deflow_torchrl.trainers.identity import NEUTRAL_SETTINGS, changed_settings
 
 _log = logging.getLogger(__name__)
 _PATIENCE = 600.0  # seconds in which whoever holds a job's lock shows no sign of life
 _LOOK = 2.0
+_MESSAGE = 2000  # characters
 
 
 @dataclass(frozen=True)
@@ -115,6 +121,49 @@ def is_done(job: Job) -> bool:
     return _record_of(Path(job.out)) is not None
 
 
+def have_data(plan: SweepPlan, jobs: Sequence[Job], *, show_progress: bool = True) -> None:
+    """See that the data of these jobs can be had, and fetch what is missing, once for all jobs of a set.
+
+    Where jobs run on other machines, what lies in folders of each of them is theirs to look after.
+
+    Raises:
+        InputError: where a set cannot be found or fetched.
+    """
+    elsewhere = plan.engine == "ray" and plan.ray_address is not None
+    known, missing = set(), []
+    for job in jobs:
+        config = config_from_dict(job.config)
+        task = get_task(config.task, environment=config.env)
+        data = parse_ogbench_name(task.dataset).dataset if task.source == "ogbench" else task.dataset
+        shared = task.source == "own" or (task.source == "ogbench" and config.data_root is not None)
+        if data in known or (elsewhere and not shared):
+            continue
+        known.add(data)
+        try:
+            have_task_data(task, root=config.data_root, download=config.download, show_progress=show_progress)
+        except MissingExtraError:
+            raise
+        except InputError as error:
+            missing.append((data, error))
+            if config.download:
+                break  # where one host does not answer, to ask it for each set takes minutes
+    if missing:
+        (data, reason), *others = missing
+        more = f"; {len(others)} more are missing: {', '.join(name for name, _ in others)}" if others else ""
+        raise InputError(f"no data for {data}, nothing was started: {reason}{more}") from reason
+
+
+def check_devices(plan: SweepPlan) -> None:
+    """Raise InputError where this machine lacks a device that runs are to train on; no device is touched."""
+    for name in sorted({cell.config.device for cell in plan.trained if cell.config is not None}):
+        try:
+            device = torch.device(name)
+        except RuntimeError as error:
+            raise InputError(f"device={name} cannot be used here: {str(error).splitlines()[0]}") from error
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise InputError(f"device={name} cannot be used here: {torch.cuda.device_count()} CUDA devices are found")
+
+
 def check_folder(job: Job) -> None:
     """Raise InputError if the job's folder holds something of other settings."""
     from deflow_torchrl.experiment import CONFIG_FILE, GROUP_FILE, read_settings
@@ -151,7 +200,7 @@ def run_job(job: Job, *, show_progress: bool = False) -> Outcome:
 
 def one_line(error: BaseException) -> str:
     """An error in a line: those of this package by their message alone."""
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split())[:_MESSAGE]  # one that fills the pipe to the sweep would block the job
     ours = type(error).__module__.startswith("deflow_torchrl")
     return text if ours and text else f"{type(error).__name__}: {text}" if text else type(error).__name__
 

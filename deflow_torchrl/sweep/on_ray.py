@@ -17,6 +17,7 @@ from deflow_torchrl.sweep.jobs import Job, Outcome, one_line, run_job
 
 _KNOCK_SECONDS = 5.0
 _CONNECT_SECONDS = 40.0
+_STORE_BYTES = 100 << 20  # a third of the memory by default; what jobs return is a line
 
 
 class RayEngine:
@@ -25,7 +26,8 @@ class RayEngine:
     Ray itself retries nothing: a task that is lost comes back as ``lost``, and its job starts anew from its checkpoints.
 
     Args:
-        address: of the cluster; None takes the connection this process has, or starts a cluster of this machine alone.
+        address: of the cluster; None takes the connection this process has, that in ``$RAY_ADDRESS``, or starts a cluster of
+            this machine alone.
 
     Keyword Args:
         num_cpus: cores of a job.
@@ -42,7 +44,7 @@ class RayEngine:
         except ModuleNotFoundError as error:
             raise MissingExtraError(error.name or "ray", "ray") from error
         self._ray = ray
-        self._address = address
+        self._address = address or os.environ.get("RAY_ADDRESS") or None
         self._resources = {"num_cpus": num_cpus, "num_gpus": num_gpus}
         self._running: dict[Any, Job] = {}
         self._connected = False
@@ -52,7 +54,10 @@ class RayEngine:
         if not ray.is_initialized():
             if self._address is not None:
                 _knock(self._address)
-            ray.init(address=self._address, log_to_driver=False, logging_level="ERROR", configure_logging=True)
+                ray.init(address=self._address, log_to_driver=False, logging_level="ERROR", configure_logging=True)
+            else:
+                ray.init(address="local", include_dashboard=False, object_store_memory=_STORE_BYTES, log_to_driver=False,
+                         logging_level="ERROR", configure_logging=True)  # fmt: skip
             self._connected = True
         # A process a job: what one leaves behind (threads, kernels, memory) another must not meet.
         self._task = ray.remote(**self._resources, max_retries=0, max_calls=1)(_run_on_node)

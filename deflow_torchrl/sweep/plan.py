@@ -29,6 +29,7 @@ STACKINGS = ("auto", "true", "false")
 PLAN_FILE = "sweep.json"
 STATUS_FILE = "status.jsonl"
 LOGS = "logs"
+_MOST_SEEDS = 1000  # more are a slip of the pen: each is a job and a folder of every cell
 
 
 @dataclass(frozen=True)
@@ -234,6 +235,8 @@ def _split(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
             settings.append(text)
         elif key in options:
             raise InputError(f"{key}= is given twice")
+        elif not value.strip():
+            raise InputError(f"{key}= is empty")
         else:
             options[key] = value
     return options, settings
@@ -249,7 +252,13 @@ def _list(text: str, name: str) -> list[str]:
 def _seeds(text: str) -> list[int]:
     first, dots, last = text.partition("..")
     try:
+        if dots and not 0 <= int(last) - int(first) < _MOST_SEEDS:
+            raise InputError(
+                f"seeds={text} is out of range; expected the lower one first, and at most {_MOST_SEEDS} seeds"
+            )
         seeds = list(range(int(first), int(last) + 1)) if dots else [int(item) for item in _list(text, "seeds")]
+    except InputError:
+        raise
     except ValueError as error:
         raise InputError(f"seeds={text} are no seeds; write seeds=0..7 or seeds=0,1,2") from error
     if not seeds or len(set(seeds)) != len(seeds) or not all(0 <= seed < 2**63 for seed in seeds):
@@ -292,8 +301,8 @@ def _known(name: str) -> str:
     try:
         get_task(name)
     except InputError as error:
-        near = difflib.get_close_matches(name, ["all", "o2o", *families(), *family_groups()], n=3)
-        raise InputError(f"{error}{f', or the families {chr(44).join(near)}' if near else ''}") from error
+        near = difflib.get_close_matches(name, dict.fromkeys(["all", "o2o", *families(), *family_groups()]), n=3)
+        raise InputError(f"{error}{f' (families: {chr(32).join(near)})' if near else ''}") from error
     prefix, _, folder = name.partition(":")
     return f"own:{Path(folder).expanduser().absolute()}" if prefix == "own" else name
 

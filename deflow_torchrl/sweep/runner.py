@@ -15,7 +15,7 @@ from deflow_torchrl import __version__
 from deflow_torchrl.errors import InputError, RunInterrupted
 from deflow_torchrl.locks import hold_lock
 from deflow_torchrl.paths import make_writable_folder, write_text
-from deflow_torchrl.sweep.jobs import Job, Outcome, is_done, jobs_at_once, plan_jobs
+from deflow_torchrl.sweep.jobs import Job, Outcome, check_devices, have_data, is_done, jobs_at_once, plan_jobs
 from deflow_torchrl.sweep.plan import PLAN_FILE, STATUS_FILE, SweepPlan, uses_gpu
 from deflow_torchrl.sweep.table import JobProgress, Table
 
@@ -60,8 +60,8 @@ def run_sweep(plan: SweepPlan, *, show_progress: bool = True, live: bool | None 
         trained; and ``seconds``.
 
     Raises:
-        InputError: if another sweep works in the folder, a run in it has other settings, or the engine cannot be had; nothing
-            was run then.
+        InputError: if another sweep works in the folder, a run in it has other settings, or the engine, the device or the data
+            cannot be had; nothing was run then.
         MissingExtraError: without the extra ``ray``, for that engine.
         RunInterrupted: on Ctrl-C, when every running job has saved; the same call goes on.
     """
@@ -97,6 +97,7 @@ class _Sweep:
         self.ran = 0
         self.began = time.monotonic()
         self.started: dict[str, float] = {}
+        self.shown = show_progress
         self.table = Table(self.jobs, show=show_progress, live=live)
 
     def run(self) -> dict[str, Any]:
@@ -106,6 +107,9 @@ class _Sweep:
                 progress.state = "done"
             else:
                 waiting.append(self.jobs[name].job)
+        if waiting and plan.engine == "local":
+            check_devices(plan)
+        have_data(plan, waiting, show_progress=self.shown)
         with ExitStack() as stack:
             engine: Engine | None = stack.enter_context(make_engine(plan)) if waiting else None
             _write_plan(plan)

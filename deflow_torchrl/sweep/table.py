@@ -167,18 +167,18 @@ class Table:
                 self.say(f"[{self._count('done')}/{len(self._jobs)}] {name}: {describe(progress)}; {self.eta()}")
 
     def _steps_done(self) -> int:
-        return sum(progress.step * len(progress.job.seeds) for progress in self._jobs.values())
+        return sum(progress.step * len(progress.job.seeds) for progress in self._counted())
+
+    def _counted(self) -> list[JobProgress]:
+        """Jobs whose steps this sweep makes: those given up are neither done nor to come."""
+        return [progress for progress in self._jobs.values() if progress.state in ("waiting", "running", "done")]
 
     def _count(self, state: str) -> int:
         return sum(progress.state == state for progress in self._jobs.values())
 
     def eta(self) -> str:
         """How long all of it will take still, by the steps that were made since this sweep was started."""
-        total = sum(
-            progress.job.steps * len(progress.job.seeds)
-            for progress in self._jobs.values()
-            if progress.state in ("waiting", "running", "done")
-        )
+        total = sum(progress.job.steps * len(progress.job.seeds) for progress in self._counted())
         done = self._steps_done()
         made, seconds = done - (self._begun_at or 0), time.monotonic() - self._began
         if done >= total:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from deflow_torchrl.data.dataset import TransitionDataset
-from deflow_torchrl.data.download import download_ogbench_dataset, manifest_entry, missing_file
+from deflow_torchrl.data.download import SPLITS, download_ogbench_dataset, manifest_entry, missing_file
 from deflow_torchrl.data.files import FILE_ENDINGS, import_files
 from deflow_torchrl.data.ogbench import is_ogbench_layout, load_ogbench_dataset, load_ogbench_file
 from deflow_torchrl.envs.names import parse_ogbench_name
@@ -65,6 +65,43 @@ def load_task_data(
         return load_minari_dataset(task.dataset, download=download, rescale_actions=True, **kept)
     dataset = TransitionDataset.load(task.dataset)
     return dataset if memmap else dataset.to(device)
+
+
+def have_task_data(
+    task: Task, *, root: str | Path | None = None, download: bool = True, show_progress: bool = True
+) -> None:
+    """See that a task's data are on this machine, without loading them; what is missing is fetched.
+
+    Args:
+        task: the task.
+
+    Keyword Args:
+        root: folder of OGBench's files; ``$DEFLOW_HOME/data`` by default.
+        download: fetch what is missing, where the source has a remote.
+        show_progress: show progress bars on standard error.
+
+    Raises:
+        InputError: where the data cannot be found or fetched.
+        MissingExtraError: where the source's extra is not installed.
+    """
+    if task.source == "ogbench":
+        dataset = parse_ogbench_name(task.dataset).dataset
+        missing = [
+            path for path in (dataset_path(dataset, data_root(root), split) for split in SPLITS) if not path.is_file()
+        ]
+        try:
+            if missing and not download:
+                raise InputError(missing_file(missing[0], dataset))
+            if missing:
+                download_ogbench_dataset(dataset, data_root(root), show_progress=show_progress)
+        except InputError as error:
+            raise _with_hint(error, task, root) from error
+    elif task.source == "minari":
+        from deflow_torchrl.envs.minari import open_minari_dataset
+
+        open_minari_dataset(task.dataset, download=download)
+    else:
+        TransitionDataset.load(task.dataset)  # maps its files and reads none
 
 
 def load_any(

@@ -232,8 +232,10 @@ class _Reader:
         options = dict(word.split("=", 1) for word in rest if "=" in word)
         return kind, folders, options
 
-    def _last(self, options: dict[str, str], number: int) -> int:
-        text = options.pop("last", "1")
+    def _last(self, options: dict[str, str], number: int) -> int | None:
+        text = options.pop("last", None)
+        if text is None:
+            return None
         if not text.isdigit() or int(text) < 1:
             raise self._wrong(number, f"last={text} is no number of evaluations")
         return int(text)
@@ -242,7 +244,7 @@ class _Reader:
         return InputError(f"{self.path}:{number + 1}: {message} (docs/reports.md)")
 
 
-def _block_lines(kind: str, folders: Sequence[Path], last: int) -> list[str]:
+def _block_lines(kind: str, folders: Sequence[Path], last: int | None) -> list[str]:
     if kind == "online":
         return online_progress([run.record for run in find_runs(folders) if run.online])
     summary = summarize_runs(folders, last=last)

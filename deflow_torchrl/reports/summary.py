@@ -83,19 +83,25 @@ def summarize_runs(folders: Sequence[Path], *, label: str | None = None, last: i
     silent = sum(not run.record["evaluations"] for run in runs)
     if silent:
         notes.append(f"{silent} run(s) had no environment to be evaluated in and are in no table.")
-    results = [results_grid(table) for table in tables]
+    results = []
     for table in tables:
-        results += variant_grids(table)
+        variants = variant_grids(table)
+        # Beside the variants of the only method its own column would be a table of what they show too.
+        if not variants or len({column.split(" ")[0] for column in table.columns}) > 1:
+            results.append(results_grid(table))
+        results += variants
     for table in tables:
         further = (ranking_grid(table), aggregate_grid(table), paired_grid(runs, table))
         results += [grid for grid in further if grid is not None]
     results.append(time_grid(runs))
+    fixed = [
+        run for run in runs if run.record["variant"].get("fixed_alpha") is not None
+    ]  # these have a table of their own
     tasks = {
-        online: sorted({run.task for run in runs if run.online == online}, key=task_order) for online in (False, True)
+        online: sorted({run.task for run in runs if run.online == online and run not in fixed}, key=task_order)
+        for online in (False, True)
     }
-    copied = paper_grids(
-        tasks[False], tasks[True], ablation=any(run.record["variant"].get("fixed_alpha") is not None for run in runs)
-    )
+    copied = paper_grids(tasks[False], tasks[True], ablation=bool(fixed))
     copied += [paper_runtime()] if copied else []
     commits = sorted({run.record["git_commit"] or "no checkout" for run in runs})
     facts = (
@@ -120,7 +126,7 @@ def write_summary_page(summary: Summary, path: Path, *, title: str) -> Path:
         facts=summary.facts,
         results=summary.results,
         copied=summary.copied,
-        curves=[(name, as_base64(png)) for name, png in _draw_curves(summary.runs)],
+        curves=[(name, as_base64(png)) for name, png in draw_curves(summary.runs)],
         diagnostics=[
             (name, [(diagnostic, as_base64(png)) for diagnostic, png in panels])
             for name, panels in _draw_trust_region(summary.runs)
@@ -227,7 +233,12 @@ def _by_task(runs: Sequence[FinishedRun]) -> dict[tuple[str, bool], dict[str, li
     return groups
 
 
-def _draw_curves(runs: Sequence[FinishedRun]) -> list[tuple[str, bytes]]:
+def draw_curves(runs: Sequence[FinishedRun]) -> list[tuple[str, bytes]]:
+    """Learning curves, a PNG for each task and phase, and one for the variants of a method beside it; each with its name.
+
+    Raises:
+        MissingExtraError: without the ``reports`` extra.
+    """
     drawn = []
     for (task, online), columns in _by_task(runs).items():
         first = next(iter(columns.values()))[0].record

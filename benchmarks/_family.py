@@ -6,7 +6,6 @@ Each command is printed before it runs, as it could be typed.
 from __future__ import annotations
 
 import argparse
-import functools
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -22,7 +21,6 @@ from deflow_torchrl.paths import data_root, dataset_path
 from deflow_torchrl.tasks import Task, families, family_groups, get_task, paper_tasks
 from deflow_torchrl.tasks.protocols import Protocol, get_protocol
 
-OGBENCH_EVALUATIONS = 3  # the paper's cells are means of the last three there, and the last one on D4RL and online
 Command = list[str]
 Commands = Callable[[argparse.Namespace], list[Command]]
 
@@ -35,15 +33,13 @@ def family_benchmark(family: str, about: str) -> None:
         tasks = [family] if protocol.tasks is None else list(protocol.tasks[family])
         return sweeps(protocol, tasks, arguments.methods or protocol.methods_of(family), arguments)
 
-    main(
-        about, f"runs/bench-{family}", commands, last=1 if family in ("d4rl-antmaze", "adroit") else OGBENCH_EVALUATIONS
-    )
+    main(about, f"runs/bench-{family}", commands)
 
 
-def main(about: str, runs: str, commands: Commands, *, last: int) -> None:
-    """Read the command line of a script and do what it says; a table's cell is the mean of a run's `last` evaluations."""
+def main(about: str, runs: str, commands: Commands) -> None:
+    """Read the command line of a script and do what it says."""
     arguments = parse(about, runs)
-    execute(arguments, functools.partial(render, last=last) if arguments.verb == "render" else commands)
+    execute(arguments, render if arguments.verb == "render" else commands)
 
 
 def execute(arguments: argparse.Namespace, commands: Commands) -> None:
@@ -157,14 +153,14 @@ def provide(protocol: Protocol, task: Task, arguments: argparse.Namespace) -> tu
     return None if dataset_path(dataset, data_root(root), "train").is_file() else command, root
 
 
-def render(arguments: argparse.Namespace, *, last: int) -> list[Command]:
+def render(arguments: argparse.Namespace) -> list[Command]:
     protocol = get_protocol(arguments.protocol)
     if not arguments.runs.is_dir():
         raise InputError(f"there is no folder {arguments.runs}; make the runs with: {sys.argv[0]} run")
     out = arguments.out or arguments.runs
     command = ["report", str(arguments.runs), "--html", str(out / "report.html"), "--md", str(out / "report.md")]
     note = f"{protocol.name} protocol, not comparable with the paper's numbers"
-    return [[*command, "--last", str(last), *([] if protocol.comparable else ["--label", note])]]
+    return [[*command, *([] if protocol.comparable else ["--label", note])]]
 
 
 def deflow(command: Command) -> int:

@@ -35,4 +35,4 @@ def _offline_steps(tasks: tuple[str, ...]) -> int:
 
 
 if __name__ == "__main__":
-    main(__doc__, "runs/bench-alpha", commands, last=1)
+    main(__doc__, "runs/bench-alpha", commands)

@@ -16,7 +16,6 @@ small: the numbers are not comparable with the paper's.
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import os
 import shlex
@@ -139,7 +138,7 @@ def start(arguments: argparse.Namespace, prior: str, seed: int, root: str, threa
 
 def render(arguments: argparse.Namespace) -> None:
     if arguments.protocol == "paper":
-        execute(arguments, functools.partial(report, last=1))
+        execute(arguments, report)
         return
     records = {}
     for prior in PRIORS:

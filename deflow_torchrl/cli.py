@@ -481,8 +481,13 @@ def report(
     md: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the tables as Markdown.")] = None,
     label: Annotated[str | None, typer.Option(metavar="TEXT", help="The first note of page and tables.")] = None,
     last: Annotated[
-        int, typer.Option(min=1, help="Average each run's last evaluations (the paper: 3 on OGBench, 1 elsewhere).")
-    ] = 1,
+        int | None,
+        typer.Option(
+            min=1,
+            help="Average each run's last evaluations [default: of offline runs on OGBench as long as the paper's its three, of "
+            "others 1].",
+        ),
+    ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Compare the marked numbers of Markdown files with their records.")
     ] = False,
@@ -500,7 +505,7 @@ def report(
     Example: deflow report runs/lite --html report.html --md report.md --label "regenerated data, lite protocol"
     """
     if check or write:
-        if html or md or label or last != 1:
+        if html or md or label or last is not None:
             raise InputError(
                 "--check and --write take Markdown files; --html, --md, --label and --last are for a report"
             )

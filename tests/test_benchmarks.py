@@ -418,10 +418,72 @@ def test_offline_to_online_by_the_papers_protocol_is_its_fifteen_tasks(commands,
     ]
 
 
-@pytest.mark.parametrize(
-    ("name", "last"), [("cube", "3"), ("adroit", "1"), ("alpha_ablation", "1"), ("offline_to_online", "1")]
-)
-def test_tables_are_made_of_as_many_evaluations_as_the_papers_and_labelled(script, monkeypatch, name, last, tmp_path):
+def test_finished_runs_are_kept_without_places_on_a_page_that_its_check_accepts(script, tmp_path):
+    pytest.importorskip("jsonschema", reason="needs the extra reports")
+    pytest.importorskip("matplotlib", reason="needs the extra reports")
+    from deflow_torchrl.reports.check import check_file
+    from tests.reports.synthetic import CUBE2, record_of, write_run
+
+    runs, kept = tmp_path / "runs", tmp_path / "kept"
+    for cell, wins, variant in (("deflow", 18, {}), ("fql", 10, {}), ("deflow,fixed_alpha=3", 4, {"fixed_alpha": 3.0})):
+        command = f"deflow sweep tasks={CUBE2} out={tmp_path}/runs data_root=/secret/data"
+        algo = cell.partition(",")[0]
+        record = record_of(wins, algo=algo, before=(2,), variant=variant, commands=[command])
+        folder = write_run(runs / CUBE2 / cell / "seed0", record, [{"step": 100, "train/alpha": 1.0}])
+        (folder / "config.yaml").touch()
+    unfinished = runs / CUBE2 / "iql" / "seed0"
+    unfinished.mkdir(parents=True)
+    (unfinished / "config.yaml").touch()
+
+    code, _, err = script("collect", runs, "--out", kept)
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"1 of 4 runs are not finished: {unfinished};" in err
+    assert not kept.exists()
+
+    arguments = ("collect", runs, "--out", kept, "--finished", "--label", "small data")
+    code, out, err = script(*arguments)
+    assert code == 0, err
+    assert out.splitlines()[-1] == f"left out, not finished: {unfinished}"
+    page = kept / "README.md"
+    text = page.read_text(encoding="utf-8")
+    assert "**small data.**" in text
+    assert "| cube-single-play | cube-single-play-singletask-task2-v0 | 50 (11.2) | **90 (6.7)** |" in text
+    assert "fixed_alpha = 3" in text
+    assert "Copied from the paper" in text
+    everything = "".join(path.read_text(encoding="utf-8") for path in kept.rglob("*.json")) + text
+    assert "/secret" not in everything
+    assert str(tmp_path) not in everything
+    assert check_file(page).differences == ()
+    assert all((kept / name).is_file() for name in re.findall(r"\]\((.+?\.png)\)", text))
+
+    page.write_text(
+        text.replace("<!-- The author's", "As in the paper.\n\n<!-- The author's").replace("90 (6.7)", "91 (6.7)")
+    )
+    assert check_file(page).differences[0].line > 1
+    code, _, err = script(*arguments)
+    assert code == 0, err
+    assert page.read_text(encoding="utf-8") == text.replace(
+        "<!-- The author's", "As in the paper.\n\n<!-- The author's"
+    )
+
+
+def test_folders_that_hold_nothing_to_keep_are_one_line(script, tmp_path):
+    from tests.reports.synthetic import CUBE, record_of, write_run
+
+    (tmp_path / "empty").mkdir()
+    write_run(tmp_path / "runs" / "elsewhere" / "deflow" / "seed0", record_of(5, task=CUBE.format(1)))
+    for place, said in (
+        ("none", "there is no folder"),
+        ("empty", "no finished run in"),
+        ("runs", "is no TASK/ALGO/seedN"),
+    ):
+        code, _, err = script("collect", tmp_path / place, "--out", tmp_path / "kept")
+        assert (code, err.count("\n")) == (2, 1), err
+        assert said in err
+
+
+@pytest.mark.parametrize("name", ["cube", "alpha_ablation", "offline_to_online"])
+def test_tables_leave_the_evaluations_to_the_report_and_are_labelled(script, monkeypatch, name, tmp_path):
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
     made = []
     monkeypatch.setattr(importlib.import_module("_family"), "deflow", lambda command: made.append(command) or 0)
@@ -430,7 +492,7 @@ def test_tables_are_made_of_as_many_evaluations_as_the_papers_and_labelled(scrip
         assert code == 0, err
         pages = ["--html", str(tmp_path / "report.html"), "--md", str(tmp_path / "report.md")]
         label = ["--label", "lite protocol, not comparable with the paper's numbers"] if protocol == "lite" else []
-        assert made.pop() == ["report", str(tmp_path), *pages, "--last", last, *label]
+        assert made.pop() == ["report", str(tmp_path), *pages, *label]
 
 
 def test_a_dry_run_prints_commands_and_cost_and_does_nothing(script, tmp_path):

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.paths import write_text
+from deflow_torchrl.reports.paper import paper_runtime
 from deflow_torchrl.reports.runs import FinishedRun, as_setting, find_runs, flat_settings, score_of
 from deflow_torchrl.reports.summary import summarize_runs
 from deflow_torchrl.reports.tables import make_cell, online_progress
@@ -226,14 +227,18 @@ class _Reader:
             raise self._wrong(number, f"cannot read {words.strip()!r}") from None
         if kind not in KINDS:
             raise self._wrong(number, f"{kind!r} is no kind of marker; there are {', '.join(KINDS)}")
-        folders = [self.path.parent / word for word in rest if "=" not in word]
+        # A sweep's folder of a variant has a = in its name; a setting's name has no folder.
+        options = {word for word in rest if "=" in word and "/" not in word.partition("=")[0]}
+        options -= {word for word in options if (self.path.parent / word).is_dir()}
+        folders = [self.path.parent / word for word in rest if word not in options]
         if not folders:
             raise self._wrong(number, f"{kind} names no folder of runs")
-        options = dict(word.split("=", 1) for word in rest if "=" in word)
-        return kind, folders, options
+        return kind, folders, dict(word.split("=", 1) for word in rest if word in options)
 
-    def _last(self, options: dict[str, str], number: int) -> int:
-        text = options.pop("last", "1")
+    def _last(self, options: dict[str, str], number: int) -> int | None:
+        text = options.pop("last", None)
+        if text is None:
+            return None
         if not text.isdigit() or int(text) < 1:
             raise self._wrong(number, f"last={text} is no number of evaluations")
         return int(text)
@@ -242,16 +247,17 @@ class _Reader:
         return InputError(f"{self.path}:{number + 1}: {message} (docs/reports.md)")
 
 
-def _block_lines(kind: str, folders: Sequence[Path], last: int) -> list[str]:
+def _block_lines(kind: str, folders: Sequence[Path], last: int | None) -> list[str]:
     if kind == "online":
         return online_progress([run.record for run in find_runs(folders) if run.online])
     summary = summarize_runs(folders, last=last)
     if kind == "table":
         lines = [line for note in summary.notes for line in (f"**{note}**", "")]
-        # Times differ between machines and stand in the records; a table is about what the policies do.
-        grids = [grid for grid in summary.results if grid.title != "Time"]
+        grids = list(summary.results)
     else:
         lines, grids = [], list(summary.copied)
+    # Times differ between machines and stand in the records; a table is about what the policies do.
+    grids = [grid for grid in grids if grid.title not in ("Time", paper_runtime().title)]
     for grid in grids:
         lines += [f"**{grid.title}**: {grid.caption}.", "", *grid.markdown(), ""]
     return lines[:-1]

@@ -29,6 +29,7 @@ _PANELS = (
     ("train/alpha", "multiplier alpha", "alpha"),
 )
 _POINTS_WITH_MARKERS = 30
+_POINTS_WITH_BARS = 4
 
 
 @dataclass(frozen=True)
@@ -214,7 +215,11 @@ def draw_diagnostics(rows: Sequence[Mapping[str, Any]]) -> list[tuple[Diagnostic
 
 
 def draw_outcomes(
-    curves: Mapping[str, Sequence[tuple[int, float, float, float]]], *, metric: str, boundary: int | None = None
+    curves: Mapping[str, Sequence[tuple[int, float, float, float]]],
+    *,
+    metric: str,
+    colours: Mapping[str, Any],
+    boundary: int | None = None,
 ) -> bytes:
     """Draw the outcomes of several methods on one task with their intervals, as a PNG.
 
@@ -223,6 +228,7 @@ def draw_outcomes(
 
     Keyword Args:
         metric: ``success``, ``score`` or ``return``.
+        colours: label -> colour, as matplotlib takes them.
         boundary: last offline step of runs that went online.
 
     Raises:
@@ -231,30 +237,39 @@ def draw_outcomes(
     check_report_extra()
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.0, 3.4), layout="constrained")
+    figure = Figure(figsize=(5.0, 3.9), layout="constrained")
     axis = figure.subplots()
-    for label, points in curves.items():
+    # Bands of few evaluations lie over each other: their ends are marked a little apart.
+    width = max(points[-1][0] for points in curves.values()) / 150
+    for number, (label, points) in enumerate(curves.items()):
         steps, means, lows, highs = zip(*points, strict=True)
-        (line,) = axis.plot(steps, means, marker="o", markersize=4, label=label)
-        axis.fill_between(steps, lows, highs, color=line.get_color(), alpha=0.2, linewidth=0)
+        (line,) = axis.plot(steps, means, marker="o", markersize=4, label=label, color=colours[label])
+        if len(steps) < _POINTS_WITH_BARS:
+            places = [step + width * (number - (len(curves) - 1) / 2) for step in steps]
+            axis.vlines(places, lows, highs, color=line.get_color(), linewidth=1.5, alpha=0.8)
+        else:
+            axis.fill_between(steps, lows, highs, color=line.get_color(), alpha=0.2, linewidth=0)
     _, heading, _ = _OUTCOMES[metric]
     if metric == "success":
         axis.set_ylim(-0.03, 1.03)
     _mark_boundary(axis, boundary)
     axis.set(xlabel=_steps(boundary is not None), ylabel=heading)
     axis.grid(alpha=0.3)
-    axis.legend(loc="best", fontsize="small")
+    _legend_below(figure, {str(line.get_label()): line for line in axis.lines if line.get_label() in curves})
     return _png(figure)
 
 
 def draw_diagnostic_of_runs(
-    diagnostic: Diagnostic, runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]
+    diagnostic: Diagnostic, runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], *, colours: Mapping[str, Any]
 ) -> bytes | None:
     """Draw a diagnostic's first curve, a line a run and a colour a label, as a PNG; None where no run has it.
 
     Args:
         diagnostic: one of :data:`DIAGNOSTICS`.
         runs: label -> rows of each of its runs.
+
+    Keyword Args:
+        colours: label -> colour, as matplotlib takes them.
 
     Raises:
         MissingExtraError: without the ``reports`` extra.
@@ -265,15 +280,15 @@ def draw_diagnostic_of_runs(
     name = next(iter(diagnostic.curves))
     if not any(name in row for group in runs.values() for rows in group for row in rows):
         return None
-    figure = Figure(figsize=(5.0, 3.2), layout="constrained")
+    figure = Figure(figsize=(5.0, 3.9), layout="constrained")
     axis = figure.subplots()
     positive = True
-    for number, (label, group) in enumerate(runs.items()):
+    for label, group in runs.items():
         for rows in group:
             points = [(row["step"], row[name]) for row in rows if name in row]
             positive &= all(value > 0 for _, value in points)
             if points:
-                axis.plot(*zip(*points, strict=True), color=f"C{number}", linewidth=1, label=label)
+                axis.plot(*zip(*points, strict=True), color=colours[label], linewidth=1, label=label)
     if diagnostic.level is not None:
         axis.axhline(diagnostic.level[1], linestyle=":", color="black", label=diagnostic.level[0])
     if diagnostic.logarithmic and positive:
@@ -284,8 +299,30 @@ def draw_diagnostic_of_runs(
     axis.set(xlabel=_steps(online), ylabel=diagnostic.unit)
     axis.grid(alpha=0.3)
     named = {str(line.get_label()): line for line in axis.lines if not str(line.get_label()).startswith("_")}
-    axis.legend(named.values(), named.keys(), loc="best", fontsize="small")
+    _legend_below(figure, named)
     return _png(figure)
+
+
+def colours_of(labels: Sequence[str], order: Sequence[str]) -> dict[str, Any]:
+    """A colour for each label: one of its own in every figure where it is in ``order``; others share a scale from light to dark.
+
+    Args:
+        labels: of the figure, those out of ``order`` sorted by what the scale shows.
+        order: labels that keep their colour, at most ten.
+    """
+    from matplotlib import colormaps
+
+    scale = colormaps["YlOrRd"]
+    others = [label for label in labels if label not in order]
+    colours: dict[str, Any] = {label: f"C{order.index(label)}" for label in labels if label in order}
+    return colours | {label: scale(0.3 + 0.7 * place / max(len(others) - 1, 1)) for place, label in enumerate(others)}
+
+
+def _legend_below(figure: Figure, lines: Mapping[str, Any]) -> None:
+    columns = min(len(lines), 3 if max(map(len, lines)) < 20 else 2)
+    figure.legend(
+        lines.values(), lines.keys(), loc="outside lower center", ncols=columns, fontsize="small", frameon=False
+    )
 
 
 def online_boundary(rows: Sequence[Mapping[str, Any]]) -> int | None:

@@ -46,6 +46,27 @@ def task_order(task: str) -> tuple[int, str]:
     return (order.index(name) if name in order else len(order), task)
 
 
+def averaged_evaluations(task: str) -> tuple[int, ...]:
+    """The steps whose evaluations the paper averages into an offline cell; none for a task it does not have.
+
+    Examples:
+        >>> averaged_evaluations("cube-single-play-singletask-v0"), averaged_evaluations("pen-human-v1")
+        ((800000, 900000, 1000000), (500000,))
+    """
+    family = paper_tables()["family_of"].get(numbered_task(task))
+    steps = paper_tables()["averaged_evaluations"]
+    return () if family is None else tuple(steps.get(family, steps["other families"]))
+
+
+def paper_means(task: str, *, online: bool) -> dict[str, float]:
+    """Algorithm -> the mean the paper prints for it on this task, offline to online that of the end; only those it prints."""
+    tables = paper_tables()
+    name = _online_name(task) if online else numbered_task(task)
+    cells = tables["offline_to_online" if online else "offline"].get(name, {})
+    found = {algo: cells[column][-2] for algo, column in tables["columns"].items() if column in cells}
+    return {algo: mean for algo, mean in found.items() if mean is not None}
+
+
 def paper_grids(tasks: Sequence[str], online_tasks: Sequence[str], *, ablation: bool) -> list[Grid]:
     """The paper's figures for these tasks, each table of its own.
 

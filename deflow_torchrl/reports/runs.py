@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from deflow_torchrl.errors import InputError
+from deflow_torchrl.reports.paper import averaged_evaluations
 from deflow_torchrl.reports.records import RECORD_FILE, load_record
 from deflow_torchrl.reports.statistics import success_standard_error
 
@@ -81,10 +82,12 @@ class Score:
     Attributes:
         value: in the metric's unit; a success rate in [0, 1].
         episodes: each episode's outcome.
+        steps: the evaluations it is the mean of.
     """
 
     value: float
     episodes: tuple[float, ...]
+    steps: tuple[int, ...]
 
 
 def find_runs(folders: Sequence[Path]) -> list[FinishedRun]:
@@ -117,7 +120,7 @@ def find_runs(folders: Sequence[Path]) -> list[FinishedRun]:
     return runs
 
 
-def score_of(record: Mapping[str, Any], *, at: str = "end", last: int = 1) -> Score:
+def score_of(record: Mapping[str, Any], *, at: str = "end", last: int | None = None) -> Score:
     """A run's score: of its acting policy, in the task's metric.
 
     Args:
@@ -125,28 +128,50 @@ def score_of(record: Mapping[str, Any], *, at: str = "end", last: int = 1) -> Sc
 
     Keyword Args:
         at: ``end`` of the run, end of its ``offline`` phase, or its ``best`` online evaluation (the first of equals).
-        last: evaluations that are averaged, this one and those before it (the paper: 3 on OGBench, 1 on D4RL and offline to
-            online).
+        last: evaluations that are averaged, this one and those before it. None: those that the paper averages where the run is
+            an offline one of the paper's length (3 on OGBench), else 1.
 
     Raises:
-        InputError: if the run has too few evaluations.
+        InputError: if the run has too few evaluations, or none at a step that the paper averages.
     """
     name, metric = record["acting"], record["metric"]
     if at not in AT:
         raise InputError(f"at={at} is no point of a run; there are {', '.join(AT)}")
+    where = f"{record['task']}, {record['algo']}, seed {record['seeds']['training']}"
     notes = sorted((note for note in record["history"] if name in note["policies"]), key=lambda note: note["step"])
-    if at == "end" and last == 1:
-        outcomes = [record["evaluations"][name]] if name in record["evaluations"] else []
+    found = [(note["step"], note["policies"][name]) for note in notes]
+    steps = _papers_steps(record) if last is None and at == "end" else ()
+    count = 1 if last is None else last
+    if steps:
+        evaluated = dict(found)
+        missing = [step for step in steps if step not in evaluated]
+        if missing:
+            raise InputError(
+                f"{where}: the paper's cell is the mean of the evaluations at {', '.join(map(str, steps))}, the run has none at "
+                f"{', '.join(map(str, missing))}; with last=1 its last evaluation alone is the score"
+            )
+        chosen = [(step, evaluated[step]) for step in steps]
+    elif at == "end" and count == 1:
+        end = record["config"]["offline_steps"] + record["config"]["online_steps"]
+        chosen = [(end, record["evaluations"][name])] if name in record["evaluations"] else []
     elif at == "best":
-        online = [note["policies"][name] for note in notes if note["phase"] == "online"]
-        outcomes = [max(online, key=lambda outcome: outcome[KEYS[metric]])] if online else []
+        online = [(note["step"], note["policies"][name]) for note in notes if note["phase"] == "online"]
+        chosen = [max(online, key=lambda it: it[1][KEYS[metric]])] if online else []
     else:
-        outcomes = [note["policies"][name] for note in notes if at == "end" or note["phase"] == "offline"][-last:]
-    if not outcomes or (at != "best" and len(outcomes) < last):
-        where = f"{record['task']}, {record['algo']}, seed {record['seeds']['training']}"
-        raise InputError(f"{where}: {last} evaluation(s) asked for (at={at}), there are {len(outcomes)}")
-    values = [outcome[KEYS[metric]] for outcome in outcomes]
-    return Score(sum(values) / len(values), tuple(float(it) for one in outcomes for it in one[_EPISODES[metric]]))
+        offline = [(note["step"], note["policies"][name]) for note in notes if note["phase"] == "offline"]
+        chosen = (found if at == "end" else offline)[-count:]
+    if not chosen or (not steps and at != "best" and len(chosen) < count):
+        raise InputError(f"{where}: {count} evaluation(s) asked for (at={at}), there are {len(chosen)}")
+    values = [outcome[KEYS[metric]] for _, outcome in chosen]
+    episodes = tuple(float(it) for _, outcome in chosen for it in outcome[_EPISODES[metric]])
+    return Score(sum(values) / len(values), episodes, tuple(step for step, _ in chosen))
+
+
+def _papers_steps(record: Mapping[str, Any]) -> tuple[int, ...]:
+    """The evaluations the paper averages, of an offline run of the paper's length; else none."""
+    config = record["config"]
+    steps = averaged_evaluations(record["task"])
+    return steps if steps and not config["online_steps"] and config["offline_steps"] == steps[-1] else ()
 
 
 def standard_error(metric: str, episodes: Sequence[float]) -> float:
@@ -220,5 +245,12 @@ def _column(record: Mapping[str, Any], telling: Mapping[tuple[bool, str], set[st
 
 
 def natural(text: str) -> list[Any]:
-    """Sort key by which 2 comes before 10."""
-    return [(0, float(part), "") if part.isdigit() else (1, 0.0, part) for part in re.split(r"(\d+)", text) if part]
+    """Sort key by which 2 comes before 10, and 0.03 before 0.1.
+
+    Examples:
+        >>> sorted(["alpha=1e-05", "alpha=0.1", "alpha=10", "alpha=0.03", "alpha=3"], key=natural)
+        ['alpha=1e-05', 'alpha=0.03', 'alpha=0.1', 'alpha=3', 'alpha=10']
+    """
+    parts = re.split(r"(\d+(?:\.\d+)?(?:e[+-]\d+)?)", text)
+    # What the pattern finds stands at the odd places.
+    return [(0, float(part), "") if place % 2 else (1, 0.0, part) for place, part in enumerate(parts) if part]

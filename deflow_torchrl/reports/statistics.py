@@ -202,6 +202,105 @@ def inside_noise(gap: float, *errors: float, quantile: float = 1.96) -> bool:
     return abs(gap) <= quantile * math.sqrt(sum(error**2 for error in errors))
 
 
+def careful_standard_error(rate: float, episodes: int) -> float:
+    """Standard error of a success rate for comparisons: of the rate with one success and one failure added.
+
+    At a rate of 0 or 1 the plain one is 0 and makes a gap of one episode look real; this is what Agresti and Caffo (2000, The
+    American Statistician 54) add to each of two rates before they compare them.
+
+    Args:
+        rate: share of successes p, in [0, 1].
+        episodes: number of episodes n.
+
+    Raises:
+        ValueError: on a rate outside [0, 1] or no episodes.
+
+    Examples:
+        >>> careful_standard_error(0.0, 2) == success_standard_error(0.25, 4)
+        True
+    """
+    success_standard_error(rate, episodes)
+    return success_standard_error((rate * episodes + 1) / (episodes + 2), episodes + 2)
+
+
+def student_quantile(freedom: float) -> float:
+    """97.5% quantile of Student's distribution, good to three digits; fractions of degrees below 10 are rounded down.
+
+    Args:
+        freedom: degrees of freedom, at least 1.
+
+    Raises:
+        ValueError: on fewer.
+
+    Examples:
+        >>> student_quantile(2), round(student_quantile(1e9), 3)
+        (4.303, 1.96)
+    """
+    if freedom < 1:
+        raise ValueError(f"expected at least one degree of freedom, got {freedom}")
+    if freedom < 10:
+        return (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)[int(freedom) - 1]
+    normal = 1.959964
+    # Expansion in 1 / freedom around the normal quantile (Abramowitz and Stegun 26.7.5).
+    terms = (
+        (normal**3 + normal) / 4,
+        (5 * normal**5 + 16 * normal**3 + 3 * normal) / 96,
+        (3 * normal**7 + 19 * normal**5 + 17 * normal**3 - 15 * normal) / 384,
+    )
+    return normal + sum(term / freedom ** (power + 1) for power, term in enumerate(terms))
+
+
+def seeds_inside_noise(first: Sequence[float], second: Sequence[float]) -> bool:
+    """Whether two means over seeds differ by no more than the seeds' own spread explains: Welch's test, two-sided 95%.
+
+    Args:
+        first: a score a seed, at least two.
+        second: the same of the other method.
+
+    Raises:
+        ValueError: if one has fewer than two.
+
+    Examples:
+        >>> seeds_inside_noise([0.7, 0.9, 0.8], [0.6, 0.8, 0.7]), seeds_inside_noise([0.7, 0.9, 0.8], [0.1, 0.2, 0.1])
+        (True, False)
+    """
+    one, other = _scores(first), _scores(second)
+    if min(one.size, other.size) < 2:
+        raise ValueError("expected at least two seeds each")
+    parts = np.array([one.var(ddof=1) / one.size, other.var(ddof=1) / other.size])
+    gap, variance = abs(one.mean() - other.mean()), parts.sum()
+    if variance == 0:
+        return bool(gap == 0)
+    freedom = variance**2 / (parts**2 / (np.array([one.size, other.size]) - 1)).sum()
+    return bool(gap <= student_quantile(max(freedom, 1.0)) * math.sqrt(variance))
+
+
+def kendall_tau(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Agreement of two rankings of the same things: Kendall's tau-b, 1 for the same order, -1 for the reverse.
+
+    Args:
+        first: a number a thing, ``[M]``.
+        second: the same things' other number.
+
+    Returns:
+        None where one of them puts all things level, or there are fewer than two.
+
+    Raises:
+        ValueError: if the two are not equally long.
+
+    Examples:
+        >>> kendall_tau([1, 2, 3, 4], [1, 3, 2, 4])
+        0.6666666666666667
+    """
+    one, other = np.asarray(first, np.float64), np.asarray(second, np.float64)
+    if one.ndim != 1 or one.shape != other.shape:
+        raise ValueError(f"expected two equally long lists of numbers, got shapes {one.shape} and {other.shape}")
+    upper = np.triu_indices(one.size, 1)
+    signs = [np.sign(values[:, None] - values)[upper] for values in (one, other)]
+    untied = math.sqrt(np.count_nonzero(signs[0]) * np.count_nonzero(signs[1]))
+    return float((signs[0] * signs[1]).sum() / untied) if untied else None
+
+
 def _scores(scores: Sequence[float]) -> np.ndarray:
     values = np.asarray(scores, np.float64)
     if values.ndim != 1 or values.size == 0 or not np.isfinite(values).all():

@@ -14,13 +14,25 @@ import numpy as np
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.paths import write_text
 from deflow_torchrl.reports.extra import check_report_extra
-from deflow_torchrl.reports.figures import DIAGNOSTICS, Diagnostic, draw_diagnostic_of_runs, draw_outcomes
+from deflow_torchrl.reports.figures import DIAGNOSTICS, Diagnostic, colours_of, draw_diagnostic_of_runs, draw_outcomes
 from deflow_torchrl.reports.grids import Grid
 from deflow_torchrl.reports.html import as_base64, page_template
 from deflow_torchrl.reports.paper import paper_grids, paper_runtime, task_order
 from deflow_torchrl.reports.runs import KEYS, FinishedRun, find_runs, standard_error
 from deflow_torchrl.reports.statistics import stratified_bootstrap
-from deflow_torchrl.reports.tables import Table, aggregate_grid, make_tables, paired_grid, results_grid, time_grid
+from deflow_torchrl.reports.tables import (
+    NAMES,
+    Table,
+    aggregate_grid,
+    column_name,
+    column_order,
+    make_tables,
+    paired_grid,
+    ranking_grid,
+    results_grid,
+    time_grid,
+    variant_grids,
+)
 
 _TRUST_REGION = ("train/divergence_ratio", "train/alpha", "train/action_distance")
 _CURVE_RESAMPLES = 2_000
@@ -47,7 +59,7 @@ class Summary:
     facts: str
 
 
-def summarize_runs(folders: Sequence[Path], *, label: str | None = None, last: int = 1) -> Summary:
+def summarize_runs(folders: Sequence[Path], *, label: str | None = None, last: int | None = None) -> Summary:
     """Gather what there is to say of the runs below some folders.
 
     Args:
@@ -55,12 +67,12 @@ def summarize_runs(folders: Sequence[Path], *, label: str | None = None, last: i
 
     Keyword Args:
         label: the first note, for example that the numbers are not comparable with the paper's.
-        last: evaluations that are averaged into a score.
+        last: evaluations that are averaged into a score; None: as many as the paper, see :func:`.runs.score_of`.
 
     Raises:
         InputError: on folders or records that cannot be used, or runs with fewer evaluations.
     """
-    if last < 1:
+    if last is not None and last < 1:
         raise InputError(f"--last {last}: at least one evaluation makes a score")
     runs = find_runs(folders)
     tables = make_tables(runs, last=last)
@@ -71,22 +83,30 @@ def summarize_runs(folders: Sequence[Path], *, label: str | None = None, last: i
     silent = sum(not run.record["evaluations"] for run in runs)
     if silent:
         notes.append(f"{silent} run(s) had no environment to be evaluated in and are in no table.")
-    results = [results_grid(table) for table in tables]
+    results = []
     for table in tables:
-        results += [grid for grid in (aggregate_grid(table), paired_grid(runs, table)) if grid is not None]
+        variants = variant_grids(table)
+        # Beside the variants of the only method its own column would be a table of what they show too.
+        if not variants or len({column.split(" ")[0] for column in table.columns}) > 1:
+            results.append(results_grid(table))
+        results += variants
+    for table in tables:
+        further = (ranking_grid(table), aggregate_grid(table), paired_grid(runs, table))
+        results += [grid for grid in further if grid is not None]
     results.append(time_grid(runs))
+    fixed = [
+        run for run in runs if run.record["variant"].get("fixed_alpha") is not None
+    ]  # these have a table of their own
     tasks = {
-        online: sorted({run.task for run in runs if run.online == online}, key=task_order) for online in (False, True)
+        online: sorted({run.task for run in runs if run.online == online and run not in fixed}, key=task_order)
+        for online in (False, True)
     }
-    copied = paper_grids(
-        tasks[False], tasks[True], ablation=any(run.record["variant"].get("fixed_alpha") is not None for run in runs)
-    )
+    copied = paper_grids(tasks[False], tasks[True], ablation=bool(fixed))
     copied += [paper_runtime()] if copied else []
     commits = sorted({run.record["git_commit"] or "no checkout" for run in runs})
     facts = (
-        f"{len(runs)} runs of {len({run.column for run in runs})} methods on {len({run.task for run in runs})} tasks; a score is "
-        f"{'the last evaluation' if last == 1 else f'the mean of the last {last} evaluations'} of a run. Made with commit "
-        f"{', '.join(commit[:12] + ('+changes' if commit.endswith('+changes') else '') for commit in commits)}."
+        f"{len(runs)} runs of {len({run.record['algo'] for run in runs})} methods on {len({run.task for run in runs})} tasks. "
+        f"Made with commit {', '.join(commit[:12] + ('+changes' if commit.endswith('+changes') else '') for commit in commits)}."
     )
     return Summary(tuple(runs), tuple(tables), tuple(results), tuple(copied), tuple(notes), facts)
 
@@ -106,12 +126,15 @@ def write_summary_page(summary: Summary, path: Path, *, title: str) -> Path:
         facts=summary.facts,
         results=summary.results,
         copied=summary.copied,
-        curves=[(name, as_base64(png)) for name, png in _draw_curves(summary.runs)],
+        curves=[(name, as_base64(png)) for name, png in draw_curves(summary.runs)],
         diagnostics=[
             (name, [(diagnostic, as_base64(png)) for diagnostic, png in panels])
             for name, panels in _draw_trust_region(summary.runs)
         ],
-        cards=[_card(run) for run in summary.runs],
+        cards=[
+            (_name(task, online), [_card(run) for members in columns.values() for run in members])
+            for (task, online), columns in _by_task(summary.runs).items()
+        ],
     )
     write_text(path, page)
     return path
@@ -205,20 +228,31 @@ def learning_curve(runs: Sequence[FinishedRun]) -> list[tuple[int, float, float,
 
 def _by_task(runs: Sequence[FinishedRun]) -> dict[tuple[str, bool], dict[str, list[FinishedRun]]]:
     groups: dict[tuple[str, bool], dict[str, list[FinishedRun]]] = {}
-    for run in sorted(runs, key=lambda run: (run.online, task_order(run.task), run.column, run.seed)):
+    for run in sorted(runs, key=lambda run: (run.online, task_order(run.task), column_order(run.column), run.seed)):
         groups.setdefault((run.task, run.online), {}).setdefault(run.column, []).append(run)
     return groups
 
 
-def _draw_curves(runs: Sequence[FinishedRun]) -> list[tuple[str, bytes]]:
+def draw_curves(runs: Sequence[FinishedRun]) -> list[tuple[str, bytes]]:
+    """Learning curves, a PNG for each task and phase, and one for the variants of a method beside it; each with its name.
+
+    Raises:
+        MissingExtraError: without the ``reports`` extra.
+    """
     drawn = []
     for (task, online), columns in _by_task(runs).items():
-        curves = {column: points for column, members in columns.items() if (points := learning_curve(members))}
-        if not curves:
-            continue
         first = next(iter(columns.values()))[0].record
         boundary = first["config"]["offline_steps"] if online else None
-        drawn.append((_name(task, online), draw_outcomes(curves, metric=first["metric"], boundary=boundary)))
+        for name, group in _figures(columns):
+            shown = {
+                column: column.partition(" (")[2].removesuffix(")") if name and " (" in column else column_name(column)
+                for column in group
+            }
+            curves = {shown[column]: points for column in group if (points := learning_curve(columns[column]))}
+            if curves:
+                colours = colours_of(list(curves), list(NAMES.values())[::-1])
+                png = draw_outcomes(curves, metric=first["metric"], colours=colours, boundary=boundary)
+                drawn.append((f"{_name(task, online)}{name}", png))
     return drawn
 
 
@@ -226,19 +260,35 @@ def _draw_trust_region(runs: Sequence[FinishedRun]) -> list[tuple[str, list[tupl
     chosen = [diagnostic for diagnostic in DIAGNOSTICS if next(iter(diagnostic.curves)) in _TRUST_REGION]
     drawn = []
     for (task, online), columns in _by_task(runs).items():
-        rows = {column: [run.rows() for run in members] for column, members in columns.items()}
+        rows = {column_name(column): [run.rows() for run in members] for column, members in columns.items()}
         # Methods without a trust region would be colours of nothing.
         rows = {
             column: own
             for column, own in rows.items()
             if any(name in row for one in own for row in one for name in _TRUST_REGION)
         }
+        colours = colours_of(list(rows), list(NAMES.values())[::-1])
         panels = [
-            (diagnostic, png) for diagnostic in chosen if (png := draw_diagnostic_of_runs(diagnostic, rows)) is not None
+            (diagnostic, png)
+            for diagnostic in chosen
+            if (png := draw_diagnostic_of_runs(diagnostic, rows, colours=colours)) is not None
         ]
         if panels:
             drawn.append((_name(task, online), panels))
     return drawn
+
+
+def _figures(columns: Sequence[str] | Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+    """Columns a figure: the methods, and for each that has variants these beside it; with what is added to the figure's name."""
+    varied = {
+        base: [column for column in columns if column.startswith(f"{base} (")] for base in columns if " (" not in base
+    }
+    apart = {column for variants in varied.values() for column in variants}
+    figures = [("", [column for column in columns if column not in apart])]
+    for base, variants in varied.items():
+        if variants:
+            figures.append((f", variants of {column_name(base)}", [*variants, base]))
+    return figures
 
 
 def _name(task: str, online: bool) -> str:
@@ -270,7 +320,15 @@ def _card(run: FinishedRun) -> tuple[str, str, Mapping[str, str]]:
         + (f" (of seeds {record['stacked']} together)" if record["stacked"] else ""),
         "alarms": "no diagnostics" if record["alarms"] is None else str(len(record["alarms"])),
     }
-    return f"{run.column} on {_name(run.task, run.online)}, seed {run.seed}", "\n".join(record["commands"]), facts
+    return f"{column_name(run.column)}, seed {run.seed}: {_score(run)}", "\n".join(record["commands"]), facts
+
+
+def _score(run: FinishedRun) -> str:
+    record = run.record
+    if record["acting"] not in record["evaluations"]:
+        return "not evaluated"
+    value = record["evaluations"][record["acting"]][KEYS[record["metric"]]]
+    return f"{100 * value:.0f}% at the end" if record["metric"] == "success" else f"{value:.1f} at the end"
 
 
 def _check_folder(path: Path) -> None:

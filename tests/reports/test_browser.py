@@ -86,7 +86,7 @@ def test_nothing_overflows_a_phone_and_wide_tables_scroll_by_themselves(page):
 
 
 def test_tables_sort_by_number_and_back_with_averages_below(page):
-    header = page.locator("table.sortable").first.locator("th", has_text="fql")
+    header = page.locator("table.sortable").first.locator("th", has_text="FQL")
     number = page.locator("table.sortable").first.locator("th").all_inner_texts().index(header.inner_text()) + 1
     before = column(page, number)
     rows = page.locator("table.sortable").first.locator("tbody tr")
@@ -106,8 +106,8 @@ def test_tables_sort_by_number_and_back_with_averages_below(page):
 
 
 def test_numbers_are_sorted_as_numbers_not_as_text(page):
-    table = page.locator("table.sortable", has=page.locator("th", has_text="deflow minus method")).first
-    table.locator("th", has_text="deflow minus method").locator("button").click()
+    table = page.locator("table.sortable", has=page.locator("th", has_text="DeFlow minus method")).first
+    table.locator("th", has_text="DeFlow minus method").locator("button").click()
     values = [float(text) for text in table.locator("tbody tr td:nth-child(3)").all_inner_texts()]
     assert values == sorted(values)
     assert values[0] < values[1] < 0, "as text -2 would come before -7"

@@ -109,7 +109,7 @@ def test_a_value_is_compared_to_as_many_decimals_as_it_has(results, settings, te
 def test_the_kinds_of_blocks(results):
     write_run(results / "online", record_of(12, seed=4, before=(3,), online=(5, 12)))
     for kind, expected in (
-        ("table", "| family | task | fql | deflow |"),
+        ("table", "| family | task | FQL | DeFlow |"),
         ("paper", "**Copied from the paper: offline**: "),
         ("online", "| full | 4 | 100 | 0.15 +- 0.08 | 0.60 +- 0.11 (200) | 0.60 +- 0.11 (200) | +0.45 | +0.45 |"),
     ):
@@ -204,7 +204,7 @@ def test_page_and_markdown_say_the_same_and_lead_with_the_label(results, tmp_pat
     assert not re.search(r"(src|href)=\"(?!data:)", html), "nothing is loaded from anywhere"
     assert html.count('alt="Outcomes of each method') == 1
     assert html.count('<img alt="multiplier alpha') == 1
-    card = html[html.index("<summary>deflow on") :]
+    card = html[html.index("<summary>DeFlow, seed 0: 80% at the end") :]
     for fact in (
         record_of(1)["config_sha256"],
         generated["versions"]["torch"],
@@ -218,7 +218,7 @@ def test_page_and_markdown_say_the_same_and_lead_with_the_label(results, tmp_pat
 def test_without_files_the_tables_are_printed(results, capsys):
     code, out, _ = run(capsys, results, "--last", "2")
     assert code == 0
-    assert "mean of the last 2 evaluations" in out
+    assert "A seed's score is the mean of those at steps 50, 100, of 20 episodes each" in out
     assert "52±4" in out
 
 

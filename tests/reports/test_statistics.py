@@ -13,6 +13,12 @@ from deflow_torchrl.reports import (
     stratified_bootstrap,
     success_standard_error,
 )
+from deflow_torchrl.reports.statistics import (
+    careful_standard_error,
+    kendall_tau,
+    seeds_inside_noise,
+    student_quantile,
+)
 
 
 def outcomes(seed=0, episodes=60, gain=0.3):
@@ -188,3 +194,51 @@ def test_equal_rates_differ_by_more_than_noise_in_one_of_twenty_comparisons():
 def test_what_is_no_score_rate_or_error_is_refused(call):
     with pytest.raises(ValueError, match=r"expected|confidence"):
         call()
+
+
+def test_the_agreement_of_rankings_is_scipys_kendall_tau():
+    stats = pytest.importorskip("scipy.stats", reason="cross-check against scipy")
+    generator = np.random.default_rng(0)
+    for size in range(2, 12):
+        for ties in (2, 5, 100):
+            first, second = generator.integers(ties, size=(2, size))
+            theirs = stats.kendalltau(first, second).statistic
+            ours = kendall_tau(first, second)
+            assert (ours is None) if np.isnan(theirs) else ours == pytest.approx(theirs)
+    with pytest.raises(ValueError, match="equally long"):
+        kendall_tau([1, 2], [1, 2, 3])
+
+
+def test_the_quantile_is_scipys_students():
+    stats = pytest.importorskip("scipy.stats", reason="cross-check against scipy")
+    for freedom in (1, 2, 3, 4, 5, 6, 8, 9, 10, 10.5, 30, 100):
+        assert student_quantile(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=1e-3), freedom
+    with pytest.raises(ValueError, match="degree of freedom"):
+        student_quantile(0.5)
+
+
+def test_seeds_are_inside_the_noise_where_scipys_welch_test_is_above_five_percent():
+    stats = pytest.importorskip("scipy.stats", reason="cross-check against scipy")
+    generator, seen = np.random.default_rng(0), set()
+    for _ in range(200):
+        first, second = generator.normal(size=8), generator.normal(generator.uniform(0, 3), size=6)
+        value = stats.ttest_ind(first, second, equal_var=False).pvalue
+        if abs(value - 0.05) > 0.003:  # the quantile has three digits
+            seen.add(value > 0.05)
+            assert seeds_inside_noise(first, second) == (value > 0.05)
+    assert seen == {True, False}
+    assert seeds_inside_noise([0.5, 0.5], [0.5, 0.5])
+    assert not seeds_inside_noise([0.5, 0.5], [0.6, 0.6])
+    with pytest.raises(ValueError, match="two seeds"):
+        seeds_inside_noise([0.5], [0.1, 0.2])
+
+
+def test_the_careful_error_is_above_zero_where_nothing_or_everything_succeeds():
+    assert (
+        careful_standard_error(0.0, 50)
+        == pytest.approx(careful_standard_error(1.0, 50))
+        == pytest.approx(0.019, abs=0.001)
+    )
+    assert careful_standard_error(0.5, 10_000) == pytest.approx(success_standard_error(0.5, 10_000), rel=1e-3)
+    with pytest.raises(ValueError, match="rate"):
+        careful_standard_error(1.5, 10)

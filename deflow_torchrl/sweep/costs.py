@@ -93,7 +93,12 @@ def estimate_costs(plan: SweepPlan, *, show_progress: bool = True) -> dict[str, 
     missing = {kinds[name]: (name, stacks.get(name, 1)) for name in cells if kinds[name] not in speeds}
     seconds = min(_KIND_SECONDS, _BUDGET_SECONDS / max(len(missing), 1))
     bar = progress_bar(
-        missing.items(), total=len(missing), desc="measure", unit="kind", leave=False, disable=not show_progress
+        missing.items(),
+        total=len(missing),
+        desc="measure",
+        unit="kind",
+        leave=False,
+        disable=not (show_progress and missing),
     )
     with bar, _threads(threads):
         for kind, (name, stack) in bar:

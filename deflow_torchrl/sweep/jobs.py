@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 
 from deflow_torchrl.config import config_from_dict, config_to_dict
+from deflow_torchrl.envs.factory import import_ogbench
 from deflow_torchrl.envs.names import parse_ogbench_name
 from deflow_torchrl.errors import InputError, LockHeldError, MissingExtraError
 from deflow_torchrl.locks import hold_lock
@@ -128,6 +129,7 @@ def have_data(plan: SweepPlan, jobs: Sequence[Job], *, show_progress: bool = Tru
 
     Raises:
         InputError: where a set cannot be found or fetched.
+        MissingExtraError: where the extra that reads it is not installed.
     """
     elsewhere = plan.engine == "ray" and plan.ray_address is not None
     known, missing = set(), []
@@ -139,6 +141,8 @@ def have_data(plan: SweepPlan, jobs: Sequence[Job], *, show_progress: bool = Tru
         if data in known or (elsewhere and not shared):
             continue
         known.add(data)
+        if task.source == "ogbench" and not elsewhere:
+            import_ogbench()  # its environments label the data with rewards, and evaluate
         try:
             have_task_data(task, root=config.data_root, download=config.download, show_progress=show_progress)
         except MissingExtraError:

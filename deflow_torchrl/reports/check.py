@@ -161,9 +161,13 @@ class _Reader:
         if end is None:
             raise self._wrong(start, "the block is not closed; end it with <!-- /deflow-report -->")
         self.blocks += 1
-        expected = _block_lines(kind, folders, self._last(options, start))
+        last = self._last(options, start)
         if options:
             raise self._wrong(start, f"a {kind} has no {', '.join(options)}")
+        try:
+            expected = _block_lines(kind, folders, last)
+        except InputError as error:
+            raise InputError(f"{self.path}:{start + 1}: {error}") from error
         found = self.lines[start + 1 : end]
         for offset in range(max(len(found), len(expected))):
             one = found[offset].rstrip() if offset < len(found) else None
@@ -198,7 +202,11 @@ class _Reader:
         last = self._last(options, number)
         if stat not in STATS:
             raise self._wrong(number, f"stat={stat} is none of {', '.join(STATS)}")
-        runs = [run for run in self.runs(tuple(folders)) if run.record["evaluations"] and _has(run, options)]
+        try:
+            found_runs = self.runs(tuple(folders))
+        except InputError as error:
+            raise InputError(f"{self.path}:{number + 1}: {error}") from error
+        runs = [run for run in found_runs if run.record["evaluations"] and _has(run, options)]
         cells = sorted({(run.task, run.column, "online" if run.online else "offline") for run in runs})
         if len(cells) != 1:
             several = "; ".join(" ".join(cell) for cell in cells[:3])

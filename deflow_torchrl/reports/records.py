@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -125,7 +126,24 @@ def load_record(path: Path) -> dict[str, Any]:
     if wrong is not None:
         where = ".".join(map(str, wrong.absolute_path)) or "the record"
         raise InputError(f"{path} is damaged: {where}: {_shortened(wrong.message)}")
+    _check_rates(record, path)
     return record
+
+
+def _check_rates(record: Mapping[str, Any], path: Path) -> None:
+    """Raise InputError where a success rate is not that of its episodes."""
+    places = {"evaluations": record["evaluations"]}
+    places |= {f"history.{number}.policies": note["policies"] for number, note in enumerate(record["history"])}
+    for place, policies in places.items():
+        for name, outcome in policies.items():
+            counted = sum(outcome["success"]) / max(len(outcome["success"]), 1)
+            if len(outcome["success"]) != outcome["episodes"] or not math.isclose(
+                outcome["success_rate"], counted, abs_tol=1e-6
+            ):
+                raise InputError(
+                    f"{path} is damaged: {place}.{name} says success_rate {outcome['success_rate']} of {outcome['episodes']} "
+                    f"episodes, its {len(outcome['success'])} episodes say {counted:g}"
+                )
 
 
 def upgrade_record(record: Mapping[str, Any], *, variant: Mapping[str, Any]) -> dict[str, Any]:

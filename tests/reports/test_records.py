@@ -109,6 +109,16 @@ def test_an_impossible_entry_is_named(tmp_path, place, value):
     assert ".".join(map(str, place[:1])) in refused(write_run(tmp_path / "run", record)).split("damaged: ")[1]
 
 
+@pytest.mark.parametrize("place", ["evaluations", "history"])
+def test_a_rate_that_its_episodes_do_not_have_is_refused(tmp_path, place):
+    record = record_of(5, before=(1,))
+    policies = record["evaluations"] if place == "evaluations" else record["history"][0]["policies"]
+    policies["deflow"] = {**policies["deflow"], "success_rate": 0.9}
+    message = refused(write_run(tmp_path / "run", record))
+    assert f"is damaged: {place}" in message
+    assert "says success_rate 0.9 of 20 episodes, its 20 episodes say 0." in message
+
+
 @pytest.mark.parametrize("name", ["data", "git_commit", "acting", "history"])
 def test_a_missing_entry_is_named(tmp_path, name):
     record = record_of(5)

@@ -26,11 +26,11 @@ from deflow_torchrl.sweep.table import JobProgress, Table
 from deflow_torchrl.trainers.metrics import read_rows
 from tests.conftest import heed_ctrl_c
 from tests.killable import ENVIRONMENT, ROOT, record_pendulum
+from tests.sweep_process import PRELOADED
 from tests.test_cli import assert_one_line, deflow
 from tests.test_kill_resume import assert_equal_runs
 
 STEPS = 150
-PRELOADED = ["tests.sweep_process", "yaml"]  # where jobs are forked from
 ALGOS = "deflow:flow_steps=2,deflow:flow_steps=2:fixed_alpha=0.3"
 CUBE = "cube-single-play-singletask-task1-v0"
 

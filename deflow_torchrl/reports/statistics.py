@@ -289,8 +289,8 @@ def kendall_tau(first: Sequence[float], second: Sequence[float]) -> float | None
         ValueError: if the two are not equally long.
 
     Examples:
-        >>> kendall_tau([1, 2, 3, 4], [1, 3, 2, 4])
-        0.6666666666666667
+        >>> round(kendall_tau([1, 2, 3, 4], [1, 3, 2, 4]), 3)
+        0.667
     """
     one, other = np.asarray(first, np.float64), np.asarray(second, np.float64)
     if one.ndim != 1 or one.shape != other.shape:

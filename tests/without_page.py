@@ -1,4 +1,4 @@
-"""Importing this leaves the page and its curve out of the runs of a process, where they take longer than the run; not pytest's."""
+"""Importing this leaves the page and its curve out of the runs of a process: they take longer than a tiny run."""
 
 import deflow_torchrl.group  # noqa: F401 # what the jobs need
 import tests.killable  # noqa: F401 # the environment

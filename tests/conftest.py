@@ -28,9 +28,8 @@ OBSERVATION_DIM, ACTION_DIM, HIDDEN = 4, 3, (16, 16)
 TASK = "cube-single-play-singletask-task2-v0"
 DATASET = "cube-single-play-v0"
 # Settings of methods that only a task or a user can give.
-collect_ignore = [
-    "without_page.py"
-]  # importing it, as the search for doctests does, changes what a process's runs write
+# Importing it, as the search for doctests does, changes what a process's runs write.
+collect_ignore = ["without_page.py"]
 
 NEEDED = {  # what a method's settings leave to the task
     "fql": {"alpha": 10.0},

@@ -27,11 +27,10 @@ from deflow_torchrl.objectives import DeFlowLoss
 OBSERVATION_DIM, ACTION_DIM, HIDDEN = 4, 3, (16, 16)
 TASK = "cube-single-play-singletask-task2-v0"
 DATASET = "cube-single-play-v0"
-# Settings of methods that only a task or a user can give.
 # Importing it, as the search for doctests does, changes what a process's runs write.
 collect_ignore = ["without_page.py"]
 
-NEEDED = {  # what a method's settings leave to the task
+NEEDED = {  # what a method's settings leave to the task or the user
     "fql": {"alpha": 10.0},
     "fbrac": {"alpha": 10.0},
     "fawac": {"temperature": 1.0},

@@ -153,3 +153,23 @@ def generated(tmp_path_factory, short_episodes) -> Path:
         arrays = {name: np.concatenate([episode[name] for episode in episodes]) for name in episodes[0]}
         np.savez(folder / f"{DATASET}{suffix}.npz", **arrays)
     return folder
+
+
+def assert_compiled_equals_eager(make, batches, backend):
+    """Train what ``make()`` gives, a loss and its target updater, eagerly and compiled, on these batches and the same draws."""
+    results = []
+    for compiled in (False, True):
+        torch.manual_seed(1)
+        loss, updater = make()
+        optimizer = torch.optim.Adam(loss.parameters(), lr=3e-4)
+        forward = torch.compile(loss, fullgraph=True, backend=backend) if compiled else loss
+        history = []
+        for batch in batches:
+            out = forward(batch.clone())
+            optimizer.zero_grad()
+            total(out).backward()
+            optimizer.step()
+            updater.step()
+            history.append(out.detach().to_dict())
+        results.append((history, dict(loss.state_dict())))
+    torch.testing.assert_close(results[1], results[0], rtol=2e-4, atol=1e-5)

@@ -11,8 +11,11 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
+from torchrl.objectives import SoftUpdate, ValueEstimators
 from torchrl.objectives.common import LossModule
 from torchrl.objectives.utils import TargetNetUpdater
+
+from deflow_torchrl.algorithms.settings import BootstrapConfig, given
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,39 @@ class Learner:
     def acting_policy(self) -> str:
         """Name of the acting policy among the evaluated ones."""
         return next(name for name, policy in self.evaluated_policies.items() if policy is self.policy)
+
+
+def learner_with_critics(
+    config: BootstrapConfig,
+    problem: ProblemSpec,
+    loss: LossModule,
+    policy: TensorDictModuleBase,
+    *,
+    evaluated_policies: Mapping[str, TensorDictModuleBase] | None = None,
+    **more: Any,
+) -> Learner:
+    """What every method with critics ends in: the discount, one Adam over all parameters, and targets that move softly.
+
+    Args:
+        config: the method's settings; a discount that is None is the task's.
+        problem: what the method is built for.
+        loss: its loss, whose value estimator is set here (TD(0)).
+        policy: the acting policy.
+
+    Keyword Args:
+        evaluated_policies: as of :class:`Learner`; the acting policy under the method's name by default.
+        more: further fields of :class:`Learner`.
+    """
+    gamma = given(config.gamma, problem.gamma)
+    loss.make_value_estimator(ValueEstimators.TD0, gamma=gamma, device=problem.device)
+    return Learner(
+        loss=loss,
+        policy=policy,
+        evaluated_policies={config.name: policy} if evaluated_policies is None else evaluated_policies,
+        param_groups=[{"params": trainable(loss), "lr": config.lr}],
+        target_updater=SoftUpdate(loss, tau=config.tau),
+        **more,
+    )
 
 
 def trainable(module: nn.Module) -> list[Tensor]:

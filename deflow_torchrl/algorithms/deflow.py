@@ -83,9 +83,7 @@ def build_deflow(config: DeFlowConfig, problem: ProblemSpec) -> Learner:
     Raises:
         ValueError: on a setting out of range.
     """
-    from torchrl.objectives import SoftUpdate, ValueEstimators
-
-    from deflow_torchrl.algorithms.base import Learner, trainable
+    from deflow_torchrl.algorithms.base import learner_with_critics
     from deflow_torchrl.algorithms.diagnostics import DeFlowDiagnostics
     from deflow_torchrl.modules import (
         DeFlowActor,
@@ -119,13 +117,12 @@ def build_deflow(config: DeFlowConfig, problem: ProblemSpec) -> Learner:
         fixed_alpha=fixed_alpha,
         sampler_precision=cast("Precision", config.sampler_precision),
     )
-    loss.make_value_estimator(ValueEstimators.TD0, gamma=given(config.gamma, problem.gamma), device=problem.device)
-    return Learner(
-        loss=loss,
-        policy=actor,
+    return learner_with_critics(
+        config,
+        problem,
+        loss,
+        actor,
         evaluated_policies={"prior": actor.prior_policy(), "deflow": actor},
-        param_groups=[{"params": trainable(loss), "lr": config.lr}],
-        target_updater=SoftUpdate(loss, tau=config.tau),
         prior=flow,
         diagnostics=DeFlowDiagnostics(loss),
     )

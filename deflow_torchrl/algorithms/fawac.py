@@ -42,9 +42,7 @@ def build_fawac(config: FAWACConfig, problem: ProblemSpec) -> Learner:
         InputError: if the temperature is given neither by the task nor by the settings.
         ValueError: on a setting out of range.
     """
-    from torchrl.objectives import SoftUpdate, ValueEstimators
-
-    from deflow_torchrl.algorithms.base import Learner, trainable
+    from deflow_torchrl.algorithms.base import learner_with_critics
     from deflow_torchrl.modules import FlowMatchingPolicy, make_qvalue_networks, make_velocity_network
     from deflow_torchrl.objectives import FAWACLoss
 
@@ -59,14 +57,7 @@ def build_fawac(config: FAWACConfig, problem: ProblemSpec) -> Learner:
         max_weight=config.max_weight,
         q_aggregation=given(config.q_aggregation, problem.q_aggregation),
     )
-    loss.make_value_estimator(ValueEstimators.TD0, gamma=given(config.gamma, problem.gamma), device=problem.device)
-    return Learner(
-        loss=loss,
-        policy=policy,
-        evaluated_policies={"fawac": policy},
-        param_groups=[{"params": trainable(loss), "lr": config.lr}],
-        target_updater=SoftUpdate(loss, tau=config.tau),
-    )
+    return learner_with_critics(config, problem, loss, policy)
 
 
 ALGORITHM = Algorithm(name="fawac", config=FAWACConfig, build=build_fawac)

@@ -41,9 +41,7 @@ def build_fql(config: FQLConfig, problem: ProblemSpec) -> Learner:
         InputError: if alpha is given neither by the task nor by the settings.
         ValueError: on a setting out of range.
     """
-    from torchrl.objectives import SoftUpdate, ValueEstimators
-
-    from deflow_torchrl.algorithms.base import Learner, trainable
+    from deflow_torchrl.algorithms.base import learner_with_critics
     from deflow_torchrl.modules import (
         FlowMatchingPolicy,
         OneStepPolicy,
@@ -66,14 +64,7 @@ def build_fql(config: FQLConfig, problem: ProblemSpec) -> Learner:
         q_aggregation=given(config.q_aggregation, problem.q_aggregation),
         normalize_q_loss=config.normalize_q_loss,
     )
-    loss.make_value_estimator(ValueEstimators.TD0, gamma=given(config.gamma, problem.gamma), device=problem.device)
-    return Learner(
-        loss=loss,
-        policy=actor,
-        evaluated_policies={"fql": actor},
-        param_groups=[{"params": trainable(loss), "lr": config.lr}],
-        target_updater=SoftUpdate(loss, tau=config.tau),
-    )
+    return learner_with_critics(config, problem, loss, actor)
 
 
 ALGORITHM = Algorithm(name="fql", config=FQLConfig, build=build_fql)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from deflow_torchrl.algorithms.settings import Algorithm, BootstrapConfig, Need, given, needed
+from deflow_torchrl.algorithms.settings import Algorithm, BootstrapConfig, Need, needed
 
 if TYPE_CHECKING:
     from deflow_torchrl.algorithms.base import Learner, ProblemSpec
@@ -41,9 +41,7 @@ def build_ifql(config: IFQLConfig, problem: ProblemSpec) -> Learner:
     Raises:
         InputError: where neither the settings nor the task have a number of samples.
     """
-    from torchrl.objectives import SoftUpdate, ValueEstimators
-
-    from deflow_torchrl.algorithms.base import Learner, trainable
+    from deflow_torchrl.algorithms.base import learner_with_critics
     from deflow_torchrl.modules import (
         BestOfNPolicy,
         FlowMatchingPolicy,
@@ -62,15 +60,13 @@ def build_ifql(config: IFQLConfig, problem: ProblemSpec) -> Learner:
         make_value_network(problem.observation_dim, problem.hidden_dims).to(problem.device),
         expectile=config.expectile,
     )
-    loss.make_value_estimator(ValueEstimators.TD0, gamma=given(config.gamma, problem.gamma), device=problem.device)
     parts = (flow, loss.qvalue_network, loss.qvalue_network_params, num_samples)
     policy = BestOfNPolicy(*parts)
-    return Learner(
-        loss=loss,
-        policy=policy,
-        evaluated_policies={"ifql": policy},
-        param_groups=[{"params": trainable(loss), "lr": config.lr}],
-        target_updater=SoftUpdate(loss, tau=config.tau),
+    return learner_with_critics(
+        config,
+        problem,
+        loss,
+        policy,
         # The collector's noise is one row a state: this form draws its N rows itself, from a seed made of that row.
         exploration_policy=BestOfNPolicy(*parts, in_keys=("observation",)),
     )

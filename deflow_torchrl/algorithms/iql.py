@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from deflow_torchrl.algorithms.settings import Algorithm, BootstrapConfig, Need, given, needed
+from deflow_torchrl.algorithms.settings import Algorithm, BootstrapConfig, Need, needed
 
 if TYPE_CHECKING:
     from deflow_torchrl.algorithms.base import Learner, ProblemSpec
@@ -38,9 +38,7 @@ def build_iql(config: IQLConfig, problem: ProblemSpec) -> Learner:
     Raises:
         InputError: where neither the settings nor the task have a temperature.
     """
-    from torchrl.objectives import SoftUpdate, ValueEstimators
-
-    from deflow_torchrl.algorithms.base import Learner, trainable
+    from deflow_torchrl.algorithms.base import learner_with_critics
     from deflow_torchrl.modules import GaussianPolicy, make_policy_network, make_qvalue_networks, make_value_network
     from deflow_torchrl.objectives import IQLLoss
 
@@ -54,13 +52,11 @@ def build_iql(config: IQLConfig, problem: ProblemSpec) -> Learner:
         temperature=temperature,
         expectile=config.expectile,
     )
-    loss.make_value_estimator(ValueEstimators.TD0, gamma=given(config.gamma, problem.gamma), device=problem.device)
-    return Learner(
-        loss=loss,
-        policy=policy,
-        evaluated_policies={"iql": policy},
-        param_groups=[{"params": trainable(loss), "lr": config.lr}],
-        target_updater=SoftUpdate(loss, tau=config.tau),
+    return learner_with_critics(
+        config,
+        problem,
+        loss,
+        policy,
         exploration_policy=policy.exploring(),
     )
 

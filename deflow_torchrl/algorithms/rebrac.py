@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from deflow_torchrl.algorithms.settings import Algorithm, BootstrapConfig, Need, given, needed
+from deflow_torchrl.algorithms.settings import Algorithm, BootstrapConfig, Need, needed
 
 if TYPE_CHECKING:
     from deflow_torchrl.algorithms.base import Learner, ProblemSpec
@@ -46,9 +46,7 @@ def build_rebrac(config: ReBRACConfig, problem: ProblemSpec) -> Learner:
     Raises:
         InputError: where neither the settings nor the task have a penalty's weight.
     """
-    from torchrl.objectives import SoftUpdate, ValueEstimators
-
-    from deflow_torchrl.algorithms.base import Learner, trainable
+    from deflow_torchrl.algorithms.base import learner_with_critics
     from deflow_torchrl.modules import DeterministicPolicy, make_policy_network, make_qvalue_networks
     from deflow_torchrl.objectives import ReBRACLoss
 
@@ -64,13 +62,11 @@ def build_rebrac(config: ReBRACConfig, problem: ProblemSpec) -> Learner:
         policy_noise=config.policy_noise,
         noise_clip=config.noise_clip,
     )
-    loss.make_value_estimator(ValueEstimators.TD0, gamma=given(config.gamma, problem.gamma), device=problem.device)
-    return Learner(
-        loss=loss,
-        policy=policy,
-        evaluated_policies={"rebrac": policy},
-        param_groups=[{"params": trainable(loss), "lr": config.lr}],
-        target_updater=SoftUpdate(loss, tau=config.tau),
+    return learner_with_critics(
+        config,
+        problem,
+        loss,
+        policy,
         exploration_policy=policy.exploring(config.policy_noise, config.noise_clip),
         term_periods={"loss_actor": config.period},
         target_period=config.period,

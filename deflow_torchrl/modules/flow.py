@@ -99,7 +99,32 @@ class FlowMatchingModel(nn.Module):
         return network.kernel_parameters(x)
 
 
-class FlowMatchingPolicy(TensorDictModule):
+class NoisePolicy(TensorDictModule):
+    """Base of the policies that map an observation and, optionally, noise to an action.
+
+    Raises:
+        ValueError: on other numbers of keys.
+    """
+
+    def __init__(self, model: nn.Module, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]) -> None:
+        if len(in_keys) not in (1, 2) or len(out_keys) != 1:
+            raise ValueError(
+                f"in_keys must be (observation,) or (observation, noise) and out_keys (action,), got {in_keys} and {out_keys}"
+            )
+        super().__init__(model, in_keys=list(in_keys), out_keys=list(out_keys))
+
+    @property
+    def observation_key(self) -> NestedKey:
+        """Key of the observation."""
+        return self.in_keys[0]
+
+    @property
+    def noise_key(self) -> NestedKey | None:
+        """Key of the optional noise, None where the policy always draws its own."""
+        return self.in_keys[1] if len(self.in_keys) == 2 else None
+
+
+class FlowMatchingPolicy(NoisePolicy):
     """M-step flow-matching policy: the prior of DeFlow, or a behaviour-cloning policy of its own.
 
     Same constructor and meaning as the class of this name on TorchRL's main branch.
@@ -141,19 +166,5 @@ class FlowMatchingPolicy(TensorDictModule):
         in_keys: Sequence[NestedKey] = ("observation", "noise"),
         out_keys: Sequence[NestedKey] = ("action",),
     ) -> None:
-        if len(in_keys) not in (1, 2) or len(out_keys) != 1:
-            raise ValueError(
-                f"in_keys must be (observation,) or (observation, noise) and out_keys (action,), got {in_keys} and {out_keys}"
-            )
         model = FlowMatchingModel(velocity_network, action_dim, num_steps, low=low, high=high)
-        super().__init__(model, in_keys=list(in_keys), out_keys=list(out_keys))
-
-    @property
-    def observation_key(self) -> NestedKey:
-        """Key of the observation."""
-        return self.in_keys[0]
-
-    @property
-    def noise_key(self) -> NestedKey | None:
-        """Key of the optional noise, None where the policy always draws its own."""
-        return self.in_keys[1] if len(self.in_keys) == 2 else None
+        super().__init__(model, in_keys, out_keys)

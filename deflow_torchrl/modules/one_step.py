@@ -6,11 +6,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from tensordict.nn import TensorDictModule
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
-from deflow_torchrl.modules.flow import register_bounds
+from deflow_torchrl.modules.flow import NoisePolicy, register_bounds
 
 
 class OneStepModel(nn.Module):
@@ -57,7 +56,7 @@ class OneStepModel(nn.Module):
         return action.clamp(self.low, self.high) if clamp else action
 
 
-class OneStepPolicy(TensorDictModule):
+class OneStepPolicy(NoisePolicy):
     """Noise-conditioned policy of one network pass, distilled from a flow by :class:`~deflow_torchrl.objectives.FQLLoss`.
 
     Same constructor and meaning as the class of this name on TorchRL's main branch.
@@ -97,20 +96,4 @@ class OneStepPolicy(TensorDictModule):
         in_keys: Sequence[NestedKey] = ("observation", "noise"),
         out_keys: Sequence[NestedKey] = ("action",),
     ) -> None:
-        if len(in_keys) not in (1, 2) or len(out_keys) != 1:
-            raise ValueError(
-                f"in_keys must be (observation,) or (observation, noise) and out_keys (action,), got {in_keys} and {out_keys}"
-            )
-        super().__init__(
-            OneStepModel(network, action_dim, low=low, high=high), in_keys=list(in_keys), out_keys=list(out_keys)
-        )
-
-    @property
-    def observation_key(self) -> NestedKey:
-        """Key of the observation."""
-        return self.in_keys[0]
-
-    @property
-    def noise_key(self) -> NestedKey | None:
-        """Key of the optional noise, None where the policy always draws its own."""
-        return self.in_keys[1] if len(self.in_keys) == 2 else None
+        super().__init__(OneStepModel(network, action_dim, low=low, high=high), in_keys, out_keys)

@@ -13,8 +13,6 @@ published no code. What the paper leaves open, and what is chosen here:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 from tensordict import TensorDictBase
@@ -22,12 +20,11 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor
 
 from deflow_torchrl.modules.flow import FlowMatchingPolicy
-from deflow_torchrl.objectives.common import OffPolicyLoss, Reduction
-from deflow_torchrl.objectives.flow_matching import check_flow_policy
-from deflow_torchrl.objectives.noise_policy import NoisePolicyLoss
+from deflow_torchrl.objectives.common import Reduction
+from deflow_torchrl.objectives.noise_policy import FlowPolicyLoss
 
 
-class FAWACLoss(NoisePolicyLoss):
+class FAWACLoss(FlowPolicyLoss):
     """The two losses of FAWAC, each with gradients to its own part only.
 
     * ``loss_flow = mean over batch and dims of w |v(s, x_t, t) - (a - z)|^2`` with
@@ -70,7 +67,6 @@ class FAWACLoss(NoisePolicyLoss):
     out_keys = ["loss_flow", "loss_qvalue", "weight"]
     _schedulable_buffers = frozenset({"temperature"})
 
-    actor_network: FlowMatchingPolicy
     temperature: Tensor
 
     def __init__(
@@ -86,7 +82,6 @@ class FAWACLoss(NoisePolicyLoss):
         reduction: Reduction | None = None,
         deactivate_vmap: bool = False,
     ) -> None:
-        check_flow_policy(actor_network)
         if not max_weight > 0:
             raise ValueError(f"max_weight must be positive, got {max_weight}")
         super().__init__(
@@ -100,13 +95,6 @@ class FAWACLoss(NoisePolicyLoss):
         )
         self._set_coefficient("temperature", temperature)
         self.max_weight = max_weight
-
-    @property
-    def _flow_policy(self) -> FlowMatchingPolicy:
-        return self.actor_network
-
-    def _acting(self) -> AbstractContextManager[Any]:
-        return OffPolicyLoss._acting(self)
 
     def _actions(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor]:
         """Actions of the policy at s and s', without gradient: one integration of [s; s'], the largest cost of an update."""

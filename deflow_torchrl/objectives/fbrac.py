@@ -9,20 +9,17 @@ the gradient goes through every Euler step and stops where the final clip holds 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from typing import Any
 
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import Tensor
 
 from deflow_torchrl.modules.flow import FlowMatchingPolicy
-from deflow_torchrl.objectives.common import OffPolicyLoss, Reduction
-from deflow_torchrl.objectives.flow_matching import check_flow_policy
-from deflow_torchrl.objectives.noise_policy import NoisePolicyLoss
+from deflow_torchrl.objectives.common import Reduction
+from deflow_torchrl.objectives.noise_policy import FlowPolicyLoss
 
 
-class FBRACLoss(NoisePolicyLoss):
+class FBRACLoss(FlowPolicyLoss):
     """The losses of FBRAC. ``loss_flow`` and ``loss_actor`` train the same flow, ``loss_qvalue`` the critics.
 
     * ``loss_flow = alpha mean |v(s, x_t, t) - (a - z)|^2``: :class:`FlowMatchingLoss` times alpha;
@@ -67,7 +64,6 @@ class FBRACLoss(NoisePolicyLoss):
     out_keys = ["loss_flow", "loss_actor", "loss_qvalue", "flow_matching", "q"]
     _schedulable_buffers = frozenset({"alpha"})
 
-    actor_network: FlowMatchingPolicy
     alpha: Tensor
 
     def __init__(
@@ -83,7 +79,6 @@ class FBRACLoss(NoisePolicyLoss):
         reduction: Reduction | None = None,
         deactivate_vmap: bool = False,
     ) -> None:
-        check_flow_policy(actor_network)
         super().__init__(
             actor_network,
             qvalue_network,
@@ -95,13 +90,6 @@ class FBRACLoss(NoisePolicyLoss):
         )
         self._set_coefficient("alpha", alpha)
         self.normalize_q_loss = normalize_q_loss
-
-    @property
-    def _flow_policy(self) -> FlowMatchingPolicy:
-        return self.actor_network
-
-    def _acting(self) -> AbstractContextManager[Any]:
-        return OffPolicyLoss._acting(self)
 
     def _weighted_flow_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
         error = self._flow_error(tensordict)

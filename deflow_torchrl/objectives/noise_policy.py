@@ -7,6 +7,8 @@ The critics are those of :mod:`td_critic`, the flow is trained by :mod:`flow_mat
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase
@@ -17,7 +19,7 @@ from torch import Tensor
 from deflow_torchrl.modules.flow import FlowMatchingPolicy
 from deflow_torchrl.modules.one_step import OneStepPolicy
 from deflow_torchrl.objectives.common import OffPolicyLoss, Reduction
-from deflow_torchrl.objectives.flow_matching import FlowMatchingLoss
+from deflow_torchrl.objectives.flow_matching import FlowMatchingLoss, check_flow_policy
 from deflow_torchrl.objectives.td_critic import TDCriticLoss
 
 
@@ -90,3 +92,29 @@ class NoisePolicyLoss(FlowMatchingLoss, TDCriticLoss):
     def _next_action(self, tensordict: TensorDictBase) -> Tensor:
         with torch.no_grad():
             return self._act(tensordict["next"], self._next_noise(tensordict))
+
+
+class FlowPolicyLoss(NoisePolicyLoss):
+    """Base of the losses whose acting policy is the flow itself (FBRAC, FAWAC).
+
+    Raises:
+        TypeError: if ``actor_network`` is no :class:`FlowMatchingPolicy`.
+    """
+
+    actor_network: FlowMatchingPolicy
+
+    def __init__(
+        self,
+        actor_network: FlowMatchingPolicy,
+        qvalue_network: TensorDictModule | Sequence[TensorDictModule],
+        **options: Any,
+    ) -> None:
+        check_flow_policy(actor_network)
+        super().__init__(actor_network, qvalue_network, **options)
+
+    @property
+    def _flow_policy(self) -> FlowMatchingPolicy:
+        return self.actor_network
+
+    def _acting(self) -> AbstractContextManager[Any]:
+        return OffPolicyLoss._acting(self)

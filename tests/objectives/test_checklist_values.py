@@ -17,7 +17,7 @@ from deflow_torchrl.modules import (
     make_velocity_network,
 )
 from deflow_torchrl.objectives import BCLoss, IFQLLoss, ImplicitQLoss, IQLLoss, ReBRACLoss
-from tests.conftest import ACTION_DIM, HIDDEN, OBSERVATION_DIM, total
+from tests.conftest import ACTION_DIM, HIDDEN, OBSERVATION_DIM, assert_compiled_equals_eager
 from tests.objectives.value_losses import KINDS, SIZES, build, make_batch
 
 ALL = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
@@ -133,20 +133,8 @@ def _compiled(kind, backend):
     [_compiled(kind, backend) for kind in (IQLLoss, ReBRACLoss, IFQLLoss) for backend in ("eager", "inductor")],
 )
 def test_compiled_equals_eager_over_optimiser_and_target_updates(kind, backend):
-    batches, results = [make_batch(16) for _ in range(10)], []
-    for compiled in (False, True):
-        torch.manual_seed(1)
+    def make():
         loss = build(kind, tau=0.1)
-        updater = loss.__dict__["updater"]
-        optimizer = torch.optim.Adam(loss.parameters(), lr=3e-4)
-        forward = torch.compile(loss, fullgraph=True, backend=backend) if compiled else loss
-        history = []
-        for batch in batches:
-            out = forward(batch.clone())
-            optimizer.zero_grad()
-            total(out).backward()
-            optimizer.step()
-            updater.step()
-            history.append(out.detach().to_dict())
-        results.append((history, dict(loss.state_dict())))
-    torch.testing.assert_close(results[1], results[0], rtol=2e-4, atol=1e-5)
+        return loss, loss.__dict__["updater"]
+
+    assert_compiled_equals_eager(make, [make_batch(16) for _ in range(10)], backend)

@@ -513,20 +513,20 @@ def report(
         return
     if not paths:
         raise InputError("name a folder of finished runs: deflow report runs/NAME --html report.html")
-    from deflow_torchrl.reports import summary as summaries
+    from deflow_torchrl.reports import page
 
-    summary = summaries.summarize_runs(paths, label=label, last=last)
+    summary = page.summarize_runs(paths, label=label, last=last)
     title = f"Results: {', '.join(path.name or str(path.absolute().name) for path in paths)}"
     if html:
-        summaries.write_summary_page(summary, html, title=title)
+        page.write_summary_page(summary, html, title=title)
     if md:
-        summaries.write_summary_markdown(summary, md, title=title)
+        page.write_summary_markdown(summary, md, title=title)
     if html or md:
         print(f"{len(summary.runs)} runs: {', '.join(str(path) for path in (html, md) if path)}")
     else:
-        print("\n".join(summaries.summary_markdown(summary, title=title)))
+        print("\n".join(page.summary_markdown(summary, title=title)))
     if json_:
-        print(json.dumps(summaries.summary_json(summary)))
+        print(json.dumps(page.summary_json(summary)))
 
 
 @data.command("download")

@@ -13,6 +13,7 @@ from deflow_torchrl.config import config_from_dict
 from deflow_torchrl.envs.d4rl import normalized_score
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.experiment import ACTING, evaluate_run, read_run_settings
+from deflow_torchrl.reports.figures import check_report_extra
 from deflow_torchrl.reports.statistics import paired_difference, sign_test
 from deflow_torchrl.tasks import Task, get_task
 from deflow_torchrl.tasks.sources import reference_returns
@@ -52,6 +53,7 @@ def compare_runs(
     Raises:
         InputError: if a folder is no run or has no checkpoint or policy, or the two are of different tasks.
     """
+    check_report_extra("scipy")
     settings = [read_run_settings(run) for run in (first, second)]
     task = _common_task(first, second, settings)
     if episodes is None:

@@ -35,8 +35,7 @@ from deflow_torchrl.envs.names import parse_ogbench_name
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.experiment import LoadedRun, load_run
 from deflow_torchrl.paths import make_writable_folder
-from deflow_torchrl.reports.extra import check_report_extra
-from deflow_torchrl.reports.landscape_figure import FORMATS, Points, plot_landscape
+from deflow_torchrl.reports.figures import FORMATS, Points, check_report_extra, plot_landscape
 from deflow_torchrl.tasks import Task
 from deflow_torchrl.tasks.sources import load_task_data
 

@@ -93,7 +93,7 @@ ALLOWED = {
     "tasks": {"data", "envs"},
     "algorithms": {"objectives", "modules"},
     "trainers": {"algorithms", "objectives", "modules", "data", "envs"},
-    "reports": set(),
+    "reports": {"tasks"},
 }
 SHARED = {"errors", "locks", "paths", "processes", "progress", "_lazy", "_register", "versions", "__version__"}
 

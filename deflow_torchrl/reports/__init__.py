@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from deflow_torchrl._lazy import lazy_exports
 
 if TYPE_CHECKING:  # what type checkers and editors see
-    from deflow_torchrl.reports.extra import check_report_extra as check_report_extra
+    from deflow_torchrl.reports.figures import check_report_extra as check_report_extra
     from deflow_torchrl.reports.figures import plot_learning_curve as plot_learning_curve
-    from deflow_torchrl.reports.html import write_html_report as write_html_report
+    from deflow_torchrl.reports.page import write_html_report as write_html_report
     from deflow_torchrl.reports.records import build_record as build_record
     from deflow_torchrl.reports.records import load_record as load_record
     from deflow_torchrl.reports.records import upgrade_record as upgrade_record
@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # what type checkers and editors see
 
 _EXPORTS = {
     "build_record": ".records",
-    "check_report_extra": ".extra",
+    "check_report_extra": ".figures",
     "inside_noise": ".statistics",
     "interquartile_mean": ".statistics",
     "load_record": ".records",
@@ -39,7 +39,7 @@ _EXPORTS = {
     "success_standard_error": ".statistics",
     "upgrade_record": ".records",
     "without_places": ".records",
-    "write_html_report": ".html",
+    "write_html_report": ".page",
 }
 __all__ = list(_EXPORTS)
 __getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)

@@ -16,6 +16,7 @@ and ``percent=true`` say which number it is.
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 import shlex
 from collections.abc import Sequence
@@ -24,15 +25,16 @@ from pathlib import Path
 
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.paths import write_text
+from deflow_torchrl.reports.page import summarize_runs
 from deflow_torchrl.reports.paper import paper_runtime
 from deflow_torchrl.reports.runs import FinishedRun, as_setting, find_runs, flat_settings, score_of
-from deflow_torchrl.reports.summary import summarize_runs
 from deflow_torchrl.reports.tables import make_cell, online_progress
 
 KINDS = ("table", "paper", "online", "value")
 STATS = ("mean", "std", "stderr", "seeds", "episodes")
 _OPEN = re.compile(r"<!--\s*deflow-report:(?P<words>.*?)-->")
 _CLOSE = re.compile(r"<!--\s*/deflow-report\s*-->")
+_VALUE = re.compile(rf"(?P<open>{_OPEN.pattern})(?P<text>.*?)(?P<close>{_CLOSE.pattern})")
 _FENCE = re.compile(r"\s*(```|~~~)")
 _RULE = re.compile(r"\|(\s*:?-+:?\s*\|)+")
 
@@ -121,6 +123,8 @@ def write_file(checked: Checked) -> None:
 
 
 class _Reader:
+    """Reads a file line by line, and notes what differs and what it should be."""
+
     def __init__(self, path: Path, text: str) -> None:
         self.path, self.lines = path, text.split("\n")
         self.differences: list[Difference] = []
@@ -129,8 +133,11 @@ class _Reader:
         self.runs = functools.cache(find_runs)  # many values are of the same runs
 
     def run(self) -> Checked:
-        fenced, number = False, 0
-        beside = self._records_beside()
+        fenced, number, folder = False, 0, self.path.parent
+        # A project's own README has tables of other things than results too.
+        beside_records = (
+            not (folder / "pyproject.toml").exists() and next(folder.rglob("record.json"), None) is not None
+        )
         while number < len(self.lines):
             line = self.lines[number]
             fenced ^= bool(_FENCE.match(line))
@@ -139,67 +146,46 @@ class _Reader:
                 number = self._block(opened["words"], number)
                 continue
             if opened:
-                line = self._values_of(line, number)
-            elif beside and not fenced and _RULE.fullmatch(line.strip()):
-                self.differences.append(
-                    Difference(self.path, number + 1, "a table beside records", "<!-- deflow-report: ... --> around it")
-                )
+                if _OPEN.search(_VALUE.sub("", line)):
+                    raise self._wrong(number, "a value and its end stand in one line")
+                line = _VALUE.sub(functools.partial(self._value, number), line)
+            elif beside_records and not fenced and _RULE.fullmatch(line.strip()):
+                self._differ(number, "a table beside records", "<!-- deflow-report: ... --> around it")
             self.written.append(line)
             number += 1
         return Checked(self.path, self.blocks, self.values, tuple(self.differences), "\n".join(self.written))
 
-    def _records_beside(self) -> bool:
-        """Whether the file shows results; a project's own README has tables of other things too."""
-        folder = self.path.parent
-        return not (folder / "pyproject.toml").exists() and next(folder.rglob("record.json"), None) is not None
-
     def _block(self, words: str, start: int) -> int:
-        kind, folders, options = self._parse(words, start)
+        """Compare a block's lines; the number of the line after it."""
+        kind, folders, options, last = self._parse(words, start)
         if kind == "value":
             raise self._wrong(start, "a value and its end stand in one line")
         end = next((at for at in range(start + 1, len(self.lines)) if _CLOSE.search(self.lines[at])), None)
         if end is None:
             raise self._wrong(start, "the block is not closed; end it with <!-- /deflow-report -->")
-        self.blocks += 1
-        last = self._last(options, start)
         if options:
             raise self._wrong(start, f"a {kind} has no {', '.join(options)}")
+        self.blocks += 1
         try:
             expected = _block_lines(kind, folders, last)
         except InputError as error:
             raise InputError(f"{self.path}:{start + 1}: {error}") from error
-        found = self.lines[start + 1 : end]
-        for offset in range(max(len(found), len(expected))):
-            one = found[offset].rstrip() if offset < len(found) else None
-            other = expected[offset] if offset < len(expected) else None
+        found = [line.rstrip() for line in self.lines[start + 1 : end]]
+        for at, (one, other) in enumerate(itertools.zip_longest(found, expected), start + 1):
             if one != other:
-                self.differences.append(Difference(self.path, start + 2 + offset, one, other))
+                self._differ(at, one, other)
         ending = "\r" if self.lines[start].endswith("\r") else ""
         self.written += [self.lines[start], *(line + ending for line in expected), self.lines[end]]
         return end + 1
 
-    def _values_of(self, line: str, number: int) -> str:
-        parts, place = [], 0
-        while opened := _OPEN.search(line, place):
-            closed = _CLOSE.search(line, opened.end())
-            if closed is None:
-                raise self._wrong(number, "a value and its end stand in one line")
-            self.values += 1
-            kind, folders, options = self._parse(opened["words"], number)
-            if kind != "value":
-                raise self._wrong(number, f"a {kind} needs lines of its own between the markers")
-            found = line[opened.end() : closed.start()]
-            expected = self._value(folders, options, found, number)
-            if found.strip() != expected:
-                self.differences.append(Difference(self.path, number + 1, found, expected))
-            parts += [line[place : opened.end()], expected, line[closed.start() : closed.end()]]
-            place = closed.end()
-        return "".join(parts) + line[place:]
-
-    def _value(self, folders: Sequence[Path], options: dict[str, str], found: str, number: int) -> str:
+    def _value(self, number: int, marked: re.Match[str]) -> str:
+        """Compare a value between its markers; the three as they should be."""
+        kind, folders, options, last = self._parse(marked["words"], number)
+        if kind != "value":
+            raise self._wrong(number, f"a {kind} needs lines of its own between the markers")
+        self.values += 1
         stat, at = options.pop("stat", "mean"), options.pop("at", "end")
         percent = options.pop("percent", "false") == "true"
-        last = self._last(options, number)
         if stat not in STATS:
             raise self._wrong(number, f"stat={stat} is none of {', '.join(STATS)}")
         try:
@@ -208,48 +194,53 @@ class _Reader:
             raise InputError(f"{self.path}:{number + 1}: {error}") from error
         runs = [run for run in found_runs if run.record["evaluations"] and _has(run, options)]
         cells = sorted({(run.task, run.column, "online" if run.online else "offline") for run in runs})
-        if len(cells) != 1:
+        if not cells:
+            raise self._wrong(number, "no run has these settings")
+        if len(cells) > 1:
             several = "; ".join(" ".join(cell) for cell in cells[:3])
-            raise self._wrong(
-                number, f"the settings fit runs of {several}; name more" if cells else "no run has these settings"
-            )
-        cell = make_cell(runs, at=at, last=last)
-        values = {
-            "mean": cell.mean, "std": cell.std, "stderr": cell.error, "seeds": len(cell.scores),
-            "episodes": sum(len(score_of(run.record, at=at, last=last).episodes) for run in runs),
-        }  # fmt: skip
-        value = values[stat]
-        if value is None:
-            raise self._wrong(number, "one seed has no standard deviation")
-        match = re.search(r"\.(\d+)", found)
-        counted = stat in ("seeds", "episodes")
-        written = bool(found.strip())
-        decimals = 0 if counted else len(match[1]) if match else 0 if written else 2
-        shown = f"{value * (100 if percent and not counted else 1):.{decimals}f}"
-        return f"+{shown}" if found.strip().startswith("+") and not shown.startswith("-") else shown
+            raise self._wrong(number, f"the settings fit runs of {several}; name more")
+        cell, found = make_cell(runs, at=at, last=last), marked["text"].strip()
+        if stat in ("seeds", "episodes"):
+            episodes = sum(len(score_of(run.record, at=at, last=last).episodes) for run in runs)
+            expected = str(episodes if stat == "episodes" else len(runs))
+        else:
+            value = {"mean": cell.mean, "std": cell.std, "stderr": cell.error}[stat]
+            if value is None:
+                raise self._wrong(number, "one seed has no standard deviation")
+            written = re.search(r"\.(\d+)", found)
+            decimals = len(written[1]) if written else 0 if found else 2
+            expected = f"{value * (100 if percent else 1):.{decimals}f}"
+        if found.startswith("+") and not expected.startswith("-"):
+            expected = f"+{expected}"
+        if found != expected:
+            self._differ(number, marked["text"], expected)
+        return f"{marked['open']}{expected}{marked['close']}"
 
-    def _parse(self, words: str, number: int) -> tuple[str, list[Path], dict[str, str]]:
+    def _parse(self, words: str, number: int) -> tuple[str, list[Path], dict[str, str], int | None]:
+        """Kind, folders, settings and the number of averaged evaluations of a marker."""
         try:
             kind, *rest = shlex.split(words)
         except ValueError:
             raise self._wrong(number, f"cannot read {words.strip()!r}") from None
         if kind not in KINDS:
             raise self._wrong(number, f"{kind!r} is no kind of marker; there are {', '.join(KINDS)}")
-        # A sweep's folder of a variant has a = in its name; a setting's name has no folder.
-        options = {word for word in rest if "=" in word and "/" not in word.partition("=")[0]}
-        options -= {word for word in options if (self.path.parent / word).is_dir()}
-        folders = [self.path.parent / word for word in rest if word not in options]
+        folders, options = [], {}
+        for word in rest:
+            name, equals, value = word.partition("=")
+            # A sweep's folder of a variant has a = in its name; a setting's name has no folder.
+            if equals and "/" not in name and not (self.path.parent / word).is_dir():
+                options[name] = value
+            else:
+                folders.append(self.path.parent / word)
         if not folders:
             raise self._wrong(number, f"{kind} names no folder of runs")
-        return kind, folders, dict(word.split("=", 1) for word in rest if word in options)
+        last = options.pop("last", None)
+        if last is not None and (not last.isdigit() or int(last) < 1):
+            raise self._wrong(number, f"last={last} is no number of evaluations")
+        return kind, folders, options, None if last is None else int(last)
 
-    def _last(self, options: dict[str, str], number: int) -> int | None:
-        text = options.pop("last", None)
-        if text is None:
-            return None
-        if not text.isdigit() or int(text) < 1:
-            raise self._wrong(number, f"last={text} is no number of evaluations")
-        return int(text)
+    def _differ(self, number: int, found: str | None, expected: str | None) -> None:
+        self.differences.append(Difference(self.path, number + 1, found, expected))
 
     def _wrong(self, number: int, message: str) -> InputError:
         return InputError(f"{self.path}:{number + 1}: {message} (docs/reports.md)")
@@ -259,15 +250,11 @@ def _block_lines(kind: str, folders: Sequence[Path], last: int | None) -> list[s
     if kind == "online":
         return online_progress([run.record for run in find_runs(folders) if run.online])
     summary = summarize_runs(folders, last=last)
-    if kind == "table":
-        lines = [line for note in summary.notes for line in (f"**{note}**", "")]
-        grids = list(summary.results)
-    else:
-        lines, grids = [], list(summary.copied)
-    # Times differ between machines and stand in the records; a table is about what the policies do.
-    grids = [grid for grid in grids if grid.title not in ("Time", paper_runtime().title)]
-    for grid in grids:
-        lines += [f"**{grid.title}**: {grid.caption}.", "", *grid.markdown(), ""]
+    lines = [line for note in summary.notes for line in (f"**{note}**", "")] if kind == "table" else []
+    for grid in summary.results if kind == "table" else summary.copied:
+        # Times differ between machines and stand in the records; a table is about what the policies do.
+        if grid.title not in ("Time", paper_runtime().title):
+            lines += [f"**{grid.title}**: {grid.caption}.", "", *grid.markdown(), ""]
     return lines[:-1]
 
 

@@ -1,40 +1,42 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""Figures of a run, drawn from its rows of metrics."""
+"""Figures of runs, drawn from their rows of metrics and evaluations, and of action landscapes (Figure 2)."""
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from deflow_torchrl.errors import MissingExtraError
 from deflow_torchrl.paths import atomic_write
-from deflow_torchrl.reports.extra import check_report_extra
+from deflow_torchrl.reports.records import METRICS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_OUTCOMES = {
-    "success": ("eval/success", "success rate", "fraction of evaluation episodes"),
-    "score": ("eval/score", "normalised score", "0: random, 100: expert"),
-    "return": ("eval/return", "return", "sum of rewards of an episode"),
-}
-_PANELS = (
-    ("train/loss_flow", "flow loss", "mean squared velocity error"),
-    ("train/loss_qvalue", "critic loss", "mean squared TD error"),
-    ("train/divergence", "divergence D against delta", "mean squared shift per dimension"),
-    ("train/alpha", "multiplier alpha", "alpha"),
-)
+FORMATS = (".png", ".svg")  # of a landscape
 _POINTS_WITH_MARKERS = 30
 _POINTS_WITH_BARS = 4
+_ARROWS = 64
+# Okabe and Ito's colours, which colour-blind readers tell apart, each with a marker of its own; Q behind them is grey.
+_STYLES: dict[str, dict[str, Any]] = {
+    "data": {"marker": "x", "color": "black", "s": 26, "linewidths": 1.2, "zorder": 6},
+    "base": {"marker": "o", "facecolors": "#F0E442", "edgecolors": "black", "s": 13, "linewidths": 0.4, "zorder": 3},
+    "policy": {"marker": "^", "facecolors": "#D55E00", "edgecolors": "white", "s": 15, "linewidths": 0.3, "zorder": 5},
+    "second": {"marker": "s", "facecolors": "#0072B2", "edgecolors": "white", "s": 13, "linewidths": 0.3, "zorder": 4},
+}
 
 
 @dataclass(frozen=True)
 class Diagnostic:
-    """A panel of the run's page.
+    """A panel of curves over a run's steps.
 
     Attributes:
         title: heading.
@@ -51,6 +53,11 @@ class Diagnostic:
     unit: str
     logarithmic: bool = False
     level: tuple[str, float] | None = None
+
+    @property
+    def name(self) -> str:
+        """The column of its first curve."""
+        return next(iter(self.curves))
 
 
 DIAGNOSTICS = (
@@ -117,6 +124,16 @@ DIAGNOSTICS = (
 )
 
 
+def check_report_extra(*modules: str) -> None:
+    """Raise MissingExtraError unless ``modules`` are installed; by default matplotlib and jinja2.
+
+    Called before hours of training or evaluation, not after.
+    """
+    for module in modules or ("matplotlib", "jinja2"):
+        if importlib.util.find_spec(module) is None:
+            raise MissingExtraError(module, "reports")
+
+
 def plot_learning_curve(
     rows: Sequence[Mapping[str, Any]],
     path: Path,
@@ -141,44 +158,34 @@ def plot_learning_curve(
     Raises:
         MissingExtraError: without the ``reports`` extra.
     """
-    check_report_extra()
-    from matplotlib.figure import Figure
-
-    outcome = _OUTCOMES[metric]
+    outcome = Diagnostic(METRICS[metric].title, "", {f"eval/{metric}": ""}, METRICS[metric].axis)
+    delta = None if target_divergence is None else ("delta", target_divergence)
+    divergence = {"train/divergence": "divergence"}
     panels = [
-        panel for panel in (outcome, *_PANELS) if (panel is outcome and final) or any(panel[0] in row for row in rows)
+        outcome,
+        Diagnostic("flow loss", "", {"train/loss_flow": "flow loss"}, "mean squared velocity error"),
+        Diagnostic("critic loss", "", {"train/loss_qvalue": "critic loss"}, "mean squared TD error", True),
+        Diagnostic("divergence D against delta", "", divergence, "mean squared shift per dimension", True, delta),
+        Diagnostic("multiplier alpha", "", {"train/alpha": "multiplier alpha"}, "alpha", True),
     ]
+    panels = [it for it in panels if (it is outcome and final) or any(it.name in row for row in rows)]
     columns = min(len(panels), 3)
-    rows_of_panels = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(4.2 * columns, 3.6 * rows_of_panels), layout="constrained")
+    lines = math.ceil(len(panels) / columns)
+    figure, axes = _figure((4.2 * columns, 3.6 * lines), lines, columns)
     figure.suptitle(title)
-    axes = figure.subplots(rows_of_panels, columns, squeeze=False).flatten()
     for spare in axes[len(panels) :]:
         spare.set_axis_off()
-    for axis, (name, heading, unit) in zip(axes, panels, strict=False):
-        _draw(axis, rows, {name: heading}, unit=unit)
-        axis.set(title=heading)
-        if name == outcome[0]:
+    for axis, panel in zip(axes, panels, strict=False):
+        _draw(axis, rows, panel)
+        axis.set(title=panel.title)
+        if panel is outcome:
             if metric == "success":
                 axis.set_ylim(-0.03, 1.03)
             for number, (policy, rate) in enumerate(final.items()):
                 axis.axhline(rate, linestyle="--", color=f"C{number + 1}", label=f"{policy}: {rate:.4g} at the end")
-            if final:
-                axis.legend(
-                    handles=[line for line in axis.lines if "at the end" in str(line.get_label())],
-                    loc="best",
-                    fontsize="small",
-                )
-        elif name == "train/divergence":
-            axis.set_yscale("log")
-            if target_divergence is not None:
-                axis.legend(
-                    handles=[axis.axhline(target_divergence, linestyle=":", color="black", label="delta")],
-                    loc="best",
-                    fontsize="small",
-                )
-        elif name in ("train/alpha", "train/loss_qvalue"):
-            axis.set_yscale("log")
+        shown = [line for line in axis.lines if line.get_linestyle() in ("--", ":")]
+        if shown:
+            axis.legend(handles=shown, loc="best", fontsize="small")
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
     return path
@@ -193,24 +200,14 @@ def draw_diagnostics(rows: Sequence[Mapping[str, Any]]) -> list[tuple[Diagnostic
     Raises:
         MissingExtraError: without the ``reports`` extra.
     """
-    check_report_extra()
-    from matplotlib.figure import Figure
-
     drawn = []
     for diagnostic in DIAGNOSTICS:
-        if not any(name in row for row in rows for name in diagnostic.curves):
-            continue
-        figure = Figure(figsize=(5.0, 3.2), layout="constrained")
-        axis = figure.subplots()
-        _draw(axis, rows, diagnostic.curves, unit=diagnostic.unit)
-        if diagnostic.level is not None:
-            label, value = diagnostic.level
-            axis.axhline(value, linestyle=":", color="black", label=label)
-        if diagnostic.logarithmic and all(row.get(name, 1.0) > 0 for row in rows for name in diagnostic.curves):
-            axis.set_yscale("log")
-        if len(diagnostic.curves) > 1 or diagnostic.level is not None:
-            axis.legend(loc="best", fontsize="small")
-        drawn.append((diagnostic, _png(figure)))
+        if any(name in row for row in rows for name in diagnostic.curves):
+            figure, (axis,) = _figure((5.0, 3.2))
+            _draw(axis, rows, diagnostic)
+            if len(diagnostic.curves) > 1 or diagnostic.level is not None:
+                axis.legend(loc="best", fontsize="small")
+            drawn.append((diagnostic, _png(figure)))
     return drawn
 
 
@@ -234,29 +231,21 @@ def draw_outcomes(
     Raises:
         MissingExtraError: without the ``reports`` extra.
     """
-    check_report_extra()
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.0, 3.9), layout="constrained")
-    axis = figure.subplots()
+    figure, (axis,) = _figure((5.0, 3.9))
     # Bands of few evaluations lie over each other: their ends are marked a little apart.
     width = max(points[-1][0] for points in curves.values()) / 150
     for number, (label, points) in enumerate(curves.items()):
         steps, means, lows, highs = zip(*points, strict=True)
-        (line,) = axis.plot(steps, means, marker="o", markersize=4, label=label, color=colours[label])
+        axis.plot(steps, means, marker="o", markersize=4, label=label, color=colours[label])
         if len(steps) < _POINTS_WITH_BARS:
             places = [step + width * (number - (len(curves) - 1) / 2) for step in steps]
-            axis.vlines(places, lows, highs, color=line.get_color(), linewidth=1.5, alpha=0.8)
+            axis.vlines(places, lows, highs, color=colours[label], linewidth=1.5, alpha=0.8)
         else:
-            axis.fill_between(steps, lows, highs, color=line.get_color(), alpha=0.2, linewidth=0)
-    _, heading, _ = _OUTCOMES[metric]
+            axis.fill_between(steps, lows, highs, color=colours[label], alpha=0.2, linewidth=0)
     if metric == "success":
         axis.set_ylim(-0.03, 1.03)
-    _mark_boundary(axis, boundary)
-    axis.set(xlabel=_steps(boundary is not None), ylabel=heading)
-    axis.grid(alpha=0.3)
-    _legend_below(figure, {str(line.get_label()): line for line in axis.lines if line.get_label() in curves})
-    return _png(figure)
+    _label(axis, METRICS[metric].title, boundary, online=boundary is not None)
+    return _png(figure, axis)
 
 
 def draw_diagnostic_of_runs(
@@ -274,33 +263,18 @@ def draw_diagnostic_of_runs(
     Raises:
         MissingExtraError: without the ``reports`` extra.
     """
-    check_report_extra()
-    from matplotlib.figure import Figure
-
-    name = next(iter(diagnostic.curves))
-    if not any(name in row for group in runs.values() for rows in group for row in rows):
+    name, everything = diagnostic.name, [rows for group in runs.values() for rows in group]
+    if not any(name in row for rows in everything for row in rows):
         return None
-    figure = Figure(figsize=(5.0, 3.9), layout="constrained")
-    axis = figure.subplots()
-    positive = True
+    figure, (axis,) = _figure((5.0, 3.9))
     for label, group in runs.items():
         for rows in group:
-            points = [(row["step"], row[name]) for row in rows if name in row]
-            positive &= all(value > 0 for _, value in points)
-            if points:
+            if points := [(row["step"], row[name]) for row in rows if name in row]:
                 axis.plot(*zip(*points, strict=True), color=colours[label], linewidth=1, label=label)
-    if diagnostic.level is not None:
-        axis.axhline(diagnostic.level[1], linestyle=":", color="black", label=diagnostic.level[0])
-    if diagnostic.logarithmic and positive:
-        axis.set_yscale("log")
-    everything = [rows for group in runs.values() for rows in group]
-    _mark_boundary(axis, next(filter(None, map(online_boundary, everything)), None))
-    online = any(row.get("phase") == "online" for rows in everything for row in rows)
-    axis.set(xlabel=_steps(online), ylabel=diagnostic.unit)
-    axis.grid(alpha=0.3)
-    named = {str(line.get_label()): line for line in axis.lines if not str(line.get_label()).startswith("_")}
-    _legend_below(figure, named)
-    return _png(figure)
+    _finish(axis, diagnostic, [row.get(name, 1.0) for rows in everything for row in rows])
+    boundary = next(filter(None, map(online_boundary, everything)), None)
+    _label(axis, diagnostic.unit, boundary, online=any(map(_is_online, everything)))
+    return _png(figure, axis)
 
 
 def colours_of(labels: Sequence[str], order: Sequence[str]) -> dict[str, Any]:
@@ -318,44 +292,133 @@ def colours_of(labels: Sequence[str], order: Sequence[str]) -> dict[str, Any]:
     return colours | {label: scale(0.3 + 0.7 * place / max(len(others) - 1, 1)) for place, label in enumerate(others)}
 
 
-def _legend_below(figure: Figure, lines: Mapping[str, Any]) -> None:
-    columns = min(len(lines), 3 if max(map(len, lines)) < 20 else 2)
-    figure.legend(
-        lines.values(), lines.keys(), loc="outside lower center", ncols=columns, fontsize="small", frameon=False
+def online_boundary(rows: Sequence[Mapping[str, Any]]) -> int | None:
+    """The last offline step of a run that went online; None where it did not, or began online."""
+    return (
+        max((row["step"] for row in rows if row.get("phase") == "offline"), default=None) if _is_online(rows) else None
     )
 
 
-def online_boundary(rows: Sequence[Mapping[str, Any]]) -> int | None:
-    """The last offline step of a run that went online; None where it did not, or began online."""
-    if not any(row.get("phase") == "online" for row in rows):
-        return None
-    return max((row["step"] for row in rows if row.get("phase") == "offline"), default=None)
+@dataclass(frozen=True, eq=False)
+class Points:
+    """Actions as a landscape shows them.
+
+    Attributes:
+        role: ``data``, ``base``, ``policy`` or ``second``.
+        label: their name in the legend.
+        coordinates: on the slice, ``[n, 2]``, in action units.
+    """
+
+    role: str
+    label: str
+    coordinates: np.ndarray
 
 
-def _draw(axis: Axes, rows: Sequence[Mapping[str, Any]], curves: Mapping[str, str], *, unit: str) -> None:
-    """Draw columns of the rows over their steps, with the boundary between the phases."""
-    for name, label in curves.items():
-        points = [(row["step"], row[name]) for row in rows if name in row]
-        if points:
+def plot_landscape(
+    path: Path,
+    *,
+    title: str,
+    labels: tuple[str, str],
+    grid: tuple[np.ndarray, np.ndarray],
+    qvalues: np.ndarray,
+    points: Sequence[Points],
+    arrows: tuple[np.ndarray, np.ndarray] | None = None,
+) -> Path:
+    """Draw Q over a slice of actions with samples on top.
+
+    Args:
+        path: ``.png`` or ``.svg`` to write, beside and renamed.
+
+    Keyword Args:
+        title: the figure's title.
+        labels: of the two axes, with their unit.
+        grid: coordinates of the grid's columns ``[W]`` and rows ``[H]``.
+        qvalues: Q on the grid ``[H, W]``; NaN where the slice has left the action space, which stays white.
+        points: the samples.
+        arrows: starts and ends ``[n, 2]`` of the refinement's arrows, of which 64 evenly spaced ones are drawn.
+
+    Raises:
+        MissingExtraError: without the ``reports`` extra.
+    """
+    figure, (axis,) = _figure((6.4, 6.4))
+    import matplotlib
+    from matplotlib.colors import LinearSegmentedColormap
+
+    # The middle of the greys: neither black crosses nor white edges vanish in them.
+    greys = LinearSegmentedColormap.from_list("greys", ["#707070", "#f2f2f2"])
+    shown = np.ma.masked_invalid(qvalues)
+    filled: Any
+    if shown.max() > shown.min():
+        filled = axis.contourf(*grid, shown, levels=24, cmap=greys)
+        axis.contour(*grid, shown, levels=8, colors="#555555", linewidths=0.5, linestyles="solid")
+    else:  # a constant Q has no contours
+        filled = axis.pcolormesh(*grid, shown, cmap=greys, shading="nearest")
+    figure.colorbar(filled, ax=axis, label="Q (mean of the critics)", shrink=0.8)
+    if arrows is not None and len(arrows[0]):
+        rows = np.linspace(0, len(arrows[0]) - 1, min(len(arrows[0]), _ARROWS)).round().astype(int)
+        starts, shifts = arrows[0][rows], (arrows[1] - arrows[0])[rows]
+        axis.quiver(
+            *starts.T, *shifts.T, angles="xy", scale_units="xy", scale=1, width=0.003, color="#8B3A00", zorder=5.5
+        )
+    for group in points:
+        axis.scatter(*group.coordinates.T, label=group.label, **_STYLES[group.role])
+    axis.set(title=title, xlabel=labels[0], ylabel=labels[1], xlim=grid[0][[0, -1]], ylim=grid[1][[0, -1]])
+    axis.set_aspect("equal")
+    figure.legend(loc="outside lower center", fontsize="small", framealpha=1.0)
+    # The same numbers give the same file: no dates, and names of SVG's parts that are no random numbers.
+    metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
+    with matplotlib.rc_context({"svg.hashsalt": "deflow"}), atomic_write(path) as temporary:
+        figure.savefig(temporary, format=path.suffix.removeprefix("."), dpi=130, metadata=metadata)
+    return path
+
+
+def _figure(size: tuple[float, float], rows: int = 1, columns: int = 1) -> tuple[Figure, Sequence[Axes]]:
+    check_report_extra()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def _draw(axis: Axes, rows: Sequence[Mapping[str, Any]], panel: Diagnostic) -> None:
+    """Draw a panel's curves over the rows' steps, with the boundary between the phases."""
+    for name, label in panel.curves.items():
+        if points := [(row["step"], row[name]) for row in rows if name in row]:
             marker = "o" if len(points) < _POINTS_WITH_MARKERS else None
             axis.plot(*zip(*points, strict=True), marker=marker, markersize=4, label=label)
-    _mark_boundary(axis, online_boundary(rows))
-    axis.set(xlabel=_steps(any(row.get("phase") == "online" for row in rows)), ylabel=unit)
-    axis.grid(alpha=0.3)
+    _label(axis, panel.unit, online_boundary(rows), online=_is_online(rows))
+    _finish(axis, panel, [row.get(name, 1.0) for row in rows for name in panel.curves])
 
 
-def _mark_boundary(axis: Axes, boundary: int | None) -> None:
+def _finish(axis: Axes, panel: Diagnostic, values: Iterable[float]) -> None:
+    if panel.level is not None:
+        axis.axhline(panel.level[1], linestyle=":", color="black", label=panel.level[0])
+    if panel.logarithmic and min(values, default=1.0) > 0:
+        axis.set_yscale("log")
+
+
+def _label(axis: Axes, unit: str, boundary: int | None, *, online: bool) -> None:
     if boundary is not None:
         axis.axvline(boundary, color="grey", linewidth=1)
         axis.annotate("online", (boundary, 0.98), (3, 0), xycoords=("data", "axes fraction"), textcoords="offset points",
                       va="top", fontsize="x-small", color="grey")  # fmt: skip
+    steps = "gradient steps offline, then environment steps" if online else "gradient steps"
+    axis.set(xlabel=steps, ylabel=unit)
+    axis.grid(alpha=0.3)
 
 
-def _steps(online: bool) -> str:
-    return "gradient steps offline, then environment steps" if online else "gradient steps"
+def _is_online(rows: Sequence[Mapping[str, Any]]) -> bool:
+    return any(row.get("phase") == "online" for row in rows)
 
 
-def _png(figure: Figure) -> bytes:
+def _png(figure: Figure, legend_of: Axes | None = None) -> bytes:
+    """The figure as a PNG, with the axis' legend below it."""
+    if legend_of is not None:
+        named = {str(line.get_label()): line for line in legend_of.lines if not str(line.get_label()).startswith("_")}
+        columns = min(len(named), 3 if max(map(len, named)) < 20 else 2)
+        figure.legend(
+            named.values(), named.keys(), loc="outside lower center", ncols=columns, fontsize="small", frameon=False
+        )
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=90)
     return png.getvalue()

@@ -1,8 +1,9 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""A table as rows of entries, for the page and for Markdown alike."""
+"""A table as rows of entries, which the page and Markdown show alike."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -14,7 +15,7 @@ class Entry:
         text: what is shown.
         value: what it is sorted by; its text where None.
         bold: whether it stands out.
-        hint: shown when it is pointed at.
+        hint: shown under the pointer.
     """
 
     text: str
@@ -28,7 +29,7 @@ class GridRow:
     """A row: ``kind`` is ``task``, or ``average`` of the tasks before it."""
 
     kind: str
-    entries: tuple[Entry, ...]
+    entries: Sequence[Entry]
 
 
 @dataclass(frozen=True)
@@ -45,18 +46,21 @@ class Grid:
 
     title: str
     caption: str
-    headers: tuple[str, ...]
-    rows: tuple[GridRow, ...]
+    headers: Sequence[str]
+    rows: Sequence[GridRow]
     copied: bool = False
 
     def markdown(self) -> list[str]:
         """The table's lines, without its title."""
-        lines = [_line(self.headers), "|" + "---|" * len(self.headers)]
-        return lines + [
-            _line([f"**{entry.text}**" if entry.bold and entry.text else entry.text for entry in row.entries])
-            for row in self.rows
+        rows = [[f"**{it.text}**" if it.bold and it.text else it.text for it in row.entries] for row in self.rows]
+        lines = [
+            "| " + " | ".join(text.replace("|", r"\|") for text in texts) + " |" for texts in [self.headers, *rows]
         ]
+        return [lines[0], "|" + "---|" * len(self.headers), *lines[1:]]
 
 
-def _line(texts: list[str] | tuple[str, ...]) -> str:
-    return "| " + " | ".join(text.replace("|", r"\|") for text in texts) + " |"
+def grid_row(*cells: Entry | str | int, kind: str = "task") -> GridRow:
+    """A row of entries, texts, and numbers that are shown and sorted as they are."""
+    return GridRow(kind, [
+        cell if isinstance(cell, Entry) else Entry(str(cell), cell if isinstance(cell, int) else None) for cell in cells
+    ])  # fmt: skip

@@ -10,7 +10,9 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
-from deflow_torchrl.reports.grids import Entry, Grid, GridRow
+from deflow_torchrl.errors import InputError
+from deflow_torchrl.reports.grids import Entry, Grid, grid_row
+from deflow_torchrl.tasks import PaperTask, paper_task, paper_tasks
 
 COPIED = "Copied from the paper"
 _PHASES = {"offline_training": "offline update", "online_training": "online update", "inference": "one action"}
@@ -22,28 +24,31 @@ def paper_tables() -> Mapping[str, Any]:
     return json.loads(resources.files(__package__).joinpath("paper_tables.json").read_text(encoding="utf-8"))
 
 
-def numbered_task(task: str) -> str:
-    """The name with its number of an OGBench default task that is called without one; any other name as it is."""
-    return paper_tables()["default_tasks"].get(task, task)
+def find_paper_task(task: str, *, online: bool = False) -> PaperTask | None:
+    """The paper's task of this name; None where it is none, or this version does not know the name of a record."""
+    try:
+        return paper_task(task, "offline_to_online" if online else "offline")
+    except InputError:
+        return None
 
 
 def family_of(task: str) -> str:
-    """The family a task is listed under: the paper's; of other OGBench tasks the data set's; else ``other``.
+    """The family a task is listed under: the paper's; that of the data set for other OGBench tasks; else ``other``.
 
     Examples:
         >>> family_of("antmaze-umaze-v2"), family_of("cube-single-noisy-singletask-v0"), family_of("own:mine")
         ('d4rl-antmaze', 'cube-single-noisy', 'other')
     """
-    known = paper_tables()["family_of"].get(numbered_task(task))
+    if known := find_paper_task(task):
+        return paper_tables()["families"][known.family]
     match = re.fullmatch(r"(.+)-singletask(-task\d+)?-v\d+", task)
-    return known or (match[1] if match else "other")
+    return match[1] if match else "other"
 
 
 def task_order(task: str) -> tuple[int, str]:
     """Sort key: the paper's order, other tasks after it by name."""
-    order = list(paper_tables()["family_of"])
-    name = numbered_task(task)
-    return (order.index(name) if name in order else len(order), task)
+    order, known = [it.name for it in paper_tasks("offline")], find_paper_task(task)
+    return (order.index(known.name) if known else len(order), task)
 
 
 def averaged_evaluations(task: str) -> tuple[int, ...]:
@@ -53,17 +58,20 @@ def averaged_evaluations(task: str) -> tuple[int, ...]:
         >>> averaged_evaluations("cube-single-play-singletask-v0"), averaged_evaluations("pen-human-v1")
         ((800000, 900000, 1000000), (500000,))
     """
-    family = paper_tables()["family_of"].get(numbered_task(task))
-    steps = paper_tables()["averaged_evaluations"]
-    return () if family is None else tuple(steps.get(family, steps["other families"]))
+    known = find_paper_task(task)
+    return known.eval_checkpoints if known else ()
+
+
+def paper_cells(task: str, *, online: bool) -> Mapping[str, Sequence[float | None]]:
+    """The paper's cells of a task by its names of the methods; none where it does not have the task."""
+    known = find_paper_task(task, online=online)
+    return paper_tables()["offline_to_online" if online else "offline"][known.name] if known else {}
 
 
 def paper_means(task: str, *, online: bool) -> dict[str, float]:
     """Algorithm -> the mean the paper prints for it on this task, offline to online that of the end; only those it prints."""
-    tables = paper_tables()
-    name = _online_name(task) if online else numbered_task(task)
-    cells = tables["offline_to_online" if online else "offline"].get(name, {})
-    found = {algo: cells[column][-2] for algo, column in tables["columns"].items() if column in cells}
+    cells, names = paper_cells(task, online=online), paper_tables()["columns"]
+    found = {algo: cells[name][-2] for algo, name in names.items() if name in cells}
     return {algo: mean for algo, mean in found.items() if mean is not None}
 
 
@@ -78,77 +86,56 @@ def paper_grids(tasks: Sequence[str], online_tasks: Sequence[str], *, ablation: 
         ablation: with the table of fixed multipliers.
     """
     tables = paper_tables()
-    offline = {
-        task: tables["offline"][numbered_task(task)] for task in tasks if numbered_task(task) in tables["offline"]
-    }
-    families = list(dict.fromkeys(family_of(task) for task in offline))
-    rows = []
-    for family in families:
-        rows += [(family, task, "task", cells) for task, cells in offline.items() if family_of(task) == family]
-        rows.append(
-            (family, "average over the family's tasks in the paper", "average", tables["offline_families"][family])
-        )
-    online = [
-        (family_of(task), task, "task", tables["offline_to_online"][name])
-        for task in online_tasks
-        for name in [_online_name(task)]
-        if name is not None
-    ]
+    families: dict[str, list[Any]] = {}
+    for task in tasks:
+        if cells := paper_cells(task, online=False):
+            families.setdefault(family_of(task), []).append((family_of(task), task, "task", cells))
+    for family, rows in families.items():
+        average = "average over the family's tasks in the paper"
+        rows.append((family, average, "average", tables["offline_families"][family]))
+    online = [(task, paper_cells(task, online=True)) for task in online_tasks]
     grids = []
-    if rows:
+    if families:
         caption = "Tables 1 and 7: success in % or normalised score, mean±std over 8 seeds (pixels 4; from prior work without ±)"
-        grids.append(_grid(f"{COPIED}: offline", caption, rows))
-    if online:
+        grids.append(_grid(f"{COPIED}: offline", caption, [row for rows in families.values() for row in rows]))
+    if any(cells for _, cells in online):
         caption = "Table 2: before → after 1M online steps, mean±std over 8 seeds (from prior work without ±)"
-        grids.append(_grid(f"{COPIED}: offline to online", caption, online))
+        rows = [(family_of(task), task, "task", cells) for task, cells in online if cells]
+        grids.append(_grid(f"{COPIED}: offline to online", caption, rows))
     if ablation:
         caption = "Table 5: DeFlow with a fixed multiplier, before → after 1M online steps, mean±std"
-        grids.append(_grid(f"{COPIED}: fixed alpha", caption, [
-            (family_of(task), task, "task", {f"alpha {name}": cell for name, cell in cells.items()})
+        names = ["0.03", "0.1", "0.3", "1", "3", "adaptive"]
+        rows = [
+            (family_of(task), task, "task", {f"alpha {name}": cells.get(name) for name in names})
             for task, cells in tables["alpha_ablation"].items()
-        ], columns=[f"alpha {name}" for name in ("0.03", "0.1", "0.3", "1", "3", "adaptive")]))  # fmt: skip
+        ]
+        grids.append(_grid(f"{COPIED}: fixed alpha", caption, rows))
     return grids
 
 
 def paper_runtime() -> Grid:
     """Table 4: milliseconds a step on the authors' RTX 3090."""
     rows = [
-        GridRow("task", (Entry(method), Entry(_PHASES[phase]), Entry(f"{mean:g}{_spread(std)}", mean)))
+        grid_row(method, _PHASES[phase], Entry(_number(mean, std), mean))
         for method, phase, mean, std in paper_tables()["runtime_ms"]
     ]
-    headers = ("method", "phase", "ms per step")
-    return Grid(f"{COPIED}: time", "Table 4, RTX 3090, mean±std", headers, tuple(rows), copied=True)
+    return Grid(f"{COPIED}: time", "Table 4, RTX 3090, mean±std", ("method", "phase", "ms per step"), rows, copied=True)
 
 
-def _online_name(task: str) -> str | None:
-    """The name Table 2 has for a task; None where it has none."""
-    tables = paper_tables()
-    for name in tables["offline_to_online"]:
-        if numbered_task(name) == numbered_task(task):
-            return name
-    return None
-
-
-def _grid(
-    title: str,
-    caption: str,
-    rows: Sequence[tuple[str, str, str, Mapping[str, Sequence[float | None]]]],
-    columns: Sequence[str] = (),
-) -> Grid:
-    columns = columns or list(dict.fromkeys(name for *_, cells in rows for name in cells))
-    lines = tuple(
-        GridRow(kind, (Entry(family), Entry(task), *(_cell(cells.get(name)) for name in columns)))
+def _grid(title: str, caption: str, rows: Sequence[tuple[str, str, str, Mapping[str, Any]]]) -> Grid:
+    columns = list(dict.fromkeys(name for *_, cells in rows for name in cells))
+    lines = [
+        grid_row(family, task, *(_cell(cells.get(name)) for name in columns), kind=kind)
         for family, task, kind, cells in rows
-    )
+    ]
     return Grid(title, caption, ("family", "task", *columns), lines, copied=True)
 
 
-def _cell(cell: Sequence[float | None] | None) -> Entry:
+def _cell(cell: Sequence[float] | None) -> Entry:
     if cell is None:
         return Entry("")
-    parts = [f"{mean:g}{_spread(std)}" for mean, std in zip(cell[::2], cell[1::2], strict=True)]
-    return Entry(" → ".join(parts), cell[-2])
+    return Entry(" → ".join(map(_number, cell[::2], cell[1::2])), cell[-2])
 
 
-def _spread(std: float | None) -> str:
-    return "" if std is None else f"±{std:g}"
+def _number(mean: float, std: float | None) -> str:
+    return f"{mean:g}" + ("" if std is None else f"±{std:g}")

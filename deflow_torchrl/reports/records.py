@@ -13,6 +13,7 @@ import re
 import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,38 @@ from deflow_torchrl.versions import package_versions
 
 RECORD_FILE = "record.json"
 SCHEMA = 4
+# Settings that say where a run lies; a record says what it is.
 _PLACES = ("out", "data_root")
-"""Settings that say where a run lies; a record says what it is."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a task's evaluations are judged by.
+
+    Attributes:
+        key: its mean in an evaluation's outcome.
+        episodes: its value for each episode there.
+        unit: as tables name it.
+        scale: from the record's numbers to the tables'.
+        title: as figures name it.
+        axis: what a figure's vertical axis shows.
+    """
+
+    key: str
+    episodes: str
+    unit: str
+    scale: float
+    title: str
+    axis: str
+
+
+METRICS = {
+    "success": Metric(
+        "success_rate", "success", "success in %", 100.0, "success rate", "fraction of evaluation episodes"
+    ),
+    "score": Metric("mean_score", "score", "normalised score", 1.0, "normalised score", "0: random, 100: expert"),
+    "return": Metric("mean_return", "episode_return", "return", 1.0, "return", "sum of rewards of an episode"),
+}
 
 
 def build_record(
@@ -54,18 +85,18 @@ def build_record(
         acting: the policy among ``evaluations`` that acts, and that a table shows.
         variant: the method's settings that are neither its own defaults nor the task's.
         success_timing: whether an OGBench environment judges success and reward before (``pre``) or after (``post``) the step;
-            None of other environments.
+            None for other environments.
         evaluation_seed: seed of the first evaluation episode.
         evaluations: policy name -> outcome with per-episode results, at the end.
         history: every evaluation of the run: ``step``, ``phase`` and, by policy, the outcome.
         online: counters of the online phase; None without one.
         alarms: every alarm raised: ``name``, ``step``, ``message``, ``cleared``; None for a method that has no diagnostics.
-        stacked: the seeds of all runs it was trained with in one process, whose time its own then is; None for a run that
-            was trained by itself.
+        stacked: the seeds of all runs that were trained with it in one process, whose time the record then has; None for a run
+            that was trained by itself.
         seconds: wall time by phase.
 
     Returns:
-        What ``record.schema.json`` describes.
+        The record, which ``record.schema.json`` describes.
     """
     settings = {name: value for name, value in config.items() if name not in _PLACES}
     settings["task"] = _placeless(settings["task"])
@@ -86,9 +117,9 @@ def build_record(
         "acting": acting,
         "success_timing": success_timing,
         "evaluations": dict(evaluations),
-        "history": [dict(evaluation) for evaluation in history],
-        "online": None if online is None else dict(online),
-        "alarms": None if alarms is None else [dict(alarm) for alarm in alarms],
+        "history": list(history),
+        "online": online,
+        "alarms": alarms,
         "stacked": None if stacked is None else list(stacked),
         "time": dict(seconds),
         "versions": package_versions(),
@@ -121,11 +152,18 @@ def load_record(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is damaged: it is not JSON ({' '.join(str(error).split())})") from error
     version = record.get("schema") if isinstance(record, dict) else None
     if version != SCHEMA:
-        raise InputError(f"{path} is a record of schema {version}, this version reads {SCHEMA}; {_advice(version)}")
+        advice = "make the run again"
+        if isinstance(version, int) and version > SCHEMA:
+            advice = "update deflow-torchrl"
+        elif version == 3:
+            advice = "convert it (docs/reports.md, upgrade_record), or make the run again"
+        raise InputError(f"{path} is a record of schema {version}, this version reads {SCHEMA}; {advice}")
     wrong = min(_validator().iter_errors(record), key=lambda it: list(map(str, it.path)), default=None)
     if wrong is not None:
         where = ".".join(map(str, wrong.absolute_path)) or "the record"
-        raise InputError(f"{path} is damaged: {where}: {_shortened(wrong.message)}")
+        message = " ".join(wrong.message.split())
+        shown = message if len(message) < 200 else f"{message[:90]} ... {message[-90:]}"
+        raise InputError(f"{path} is damaged: {where}: {shown}")
     _check_rates(record, path)
     return record
 
@@ -136,18 +174,17 @@ def _check_rates(record: Mapping[str, Any], path: Path) -> None:
     places |= {f"history.{number}.policies": note["policies"] for number, note in enumerate(record["history"])}
     for place, policies in places.items():
         for name, outcome in policies.items():
-            counted = sum(outcome["success"]) / max(len(outcome["success"]), 1)
-            if len(outcome["success"]) != outcome["episodes"] or not math.isclose(
-                outcome["success_rate"], counted, abs_tol=1e-6
-            ):
+            rate, number, success = outcome["success_rate"], outcome["episodes"], outcome["success"]
+            counted = sum(success) / len(success)
+            if len(success) != number or not math.isclose(rate, counted, abs_tol=1e-6):
                 raise InputError(
-                    f"{path} is damaged: {place}.{name} says success_rate {outcome['success_rate']} of {outcome['episodes']} "
-                    f"episodes, its {len(outcome['success'])} episodes say {counted:g}"
+                    f"{path} is damaged: {place}.{name} says success_rate {rate} of {number} episodes, its {len(success)} "
+                    f"episodes say {counted:g}"
                 )
 
 
 def upgrade_record(record: Mapping[str, Any], *, variant: Mapping[str, Any]) -> dict[str, Any]:
-    """A record of schema 3 as one of schema 4; what schema 4 adds is derived from what the record says.
+    """Convert a record of schema 3 to schema 4; what schema 4 adds is derived from what the record says.
 
     Args:
         record: as read from its file.
@@ -165,54 +202,48 @@ def upgrade_record(record: Mapping[str, Any], *, variant: Mapping[str, Any]) -> 
     acting = record["config"]["algo"]["name"]
     if acting not in policies:
         raise InputError(f"the record has no evaluation of {acting}, so its seed of evaluation is unknown")
-    ogbench = record["versions"].get("ogbench") if "-singletask-" in record["config"]["task"] else None
-    version = tuple(int(part) for part in ogbench.split(".")[:2]) if ogbench else None
-    added = {
+    config = {name: value for name, value in record["config"].items() if name not in _PLACES}
+    timing = None
+    if "-singletask-" in config["task"] and (ogbench := record["versions"].get("ogbench")):
+        timing = "pre" if tuple(map(int, ogbench.split(".")[:2])) >= (1, 2) else "post"
+    return {
+        **record,
         "schema": SCHEMA,
-        "task": record["config"]["task"],
+        "task": config["task"],
         "algo": acting,
         "variant": dict(variant),
         "protocol": None,
         "preset": None,
-        "seeds": {"training": record["config"]["seed"], "evaluation": policies[acting]["seeds"][0]},
+        "seeds": {"training": config["seed"], "evaluation": policies[acting]["seeds"][0]},
+        "config": config,
+        "config_sha256": config_digest(config),
+        "acting": acting,
+        "success_timing": timing,
+        "stacked": record.get("stacked"),
     }
-    judged = {"acting": acting, "success_timing": None if version is None else "pre" if version >= (1, 2) else "post"}
-    config = {name: value for name, value in record["config"].items() if name not in _PLACES}
-    upgraded: dict[str, Any] = dict(added)
-    for name, value in record.items():
-        if name not in added:
-            upgraded[name] = config if name == "config" else config_digest(config) if name == "config_sha256" else value
-        if name == "metric":
-            upgraded |= judged
-    upgraded.setdefault("stacked", None)
-    return upgraded
 
 
 def without_places(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record with absolute folders in its commands shortened to names: DATA for the data, runs for where runs lie.
+    """Shorten absolute folders in a record's commands to names: DATA for the data, runs for where runs lie.
 
     For records that are published; those in a run folder keep the commands as they were typed.
     """
-    changed = {**record, "commands": [_without_places(command) for command in record["commands"]]}
-    return {**changed, "command": changed["commands"][0]}
+
+    def shortened(word: str) -> str:
+        key, equals, value = word.partition("=")
+        if equals and _placeless(value) != value:
+            shown = {"data_root": "DATA", "out": f"runs/{Path(value).name}"}.get(key, _placeless(value))
+            return f"{key}={shown}"
+        return f"runs/{Path(word).name}" if Path(word).is_absolute() else word
+
+    commands = [shlex.join(map(shortened, shlex.split(command))) for command in record["commands"]]
+    return {**record, "commands": commands, "command": commands[0]}
 
 
 def _placeless(name: str) -> str:
     """A task's or data set's name with a folder shortened to its last part."""
     prefix, colon, folder = name.rpartition(":")
     return f"{prefix}{colon}{Path(folder).name}" if Path(folder).is_absolute() else name
-
-
-def _without_places(command: str) -> str:
-    return shlex.join(map(_without_place, shlex.split(command)))
-
-
-def _without_place(word: str) -> str:
-    key, equals, value = word.partition("=")
-    if equals and _placeless(value) != value:
-        shown = {"data_root": "DATA", "out": f"runs/{Path(value).name}"}.get(key, _placeless(value))
-        return f"{key}={shown}"
-    return f"runs/{Path(word).name}" if Path(word).is_absolute() else word
 
 
 @functools.cache
@@ -225,30 +256,14 @@ def _validator() -> Any:
     return Draft202012Validator(schema)
 
 
-def _advice(version: Any) -> str:
-    if isinstance(version, int) and version > SCHEMA:
-        return "update deflow-torchrl"
-    if version == 3:
-        return "convert it (docs/reports.md, upgrade_record), or make the run again"
-    return "make the run again"
-
-
-def _shortened(message: str) -> str:
-    text = " ".join(re.sub(r"\s+", " ", message).split())
-    return text if len(text) < 200 else f"{text[:90]} ... {text[-90:]}"
-
-
 def summarize(result: Mapping[str, Any]) -> dict[str, Any]:
     """The ``metric`` of a record or evaluation; by policy ``success``, ``score`` and ``return``, each where the task has it."""
-    kinds = {"success": "success_rate", "score": "mean_score", "return": "mean_return"}
-    if result["metric"] == "return":
-        del kinds["success"]  # the environment knows none
-    outcomes = result["evaluations"]
-    values = {
-        kind: {name: outcome[key] for name, outcome in outcomes.items() if key in outcome}
-        for kind, key in kinds.items()
-    }
-    return {"metric": result["metric"], **{kind: found for kind, found in values.items() if found}}
+    summary: dict[str, Any] = {"metric": result["metric"]}
+    for name, metric in METRICS.items():
+        values = {policy: it[metric.key] for policy, it in result["evaluations"].items() if metric.key in it}
+        if values and (name != "success" or result["metric"] != "return"):  # these environments know no success
+            summary[name] = values
+    return summary
 
 
 def config_digest(settings: Mapping[str, Any]) -> str:
@@ -260,16 +275,15 @@ def config_digest(settings: Mapping[str, Any]) -> str:
 def git_commit() -> str | None:
     """Commit of the checkout this package runs from, with ``+changes`` where it has any.
 
-    Outside a checkout (a container image, a copied folder) what ``$DEFLOW_COMMIT`` says; None without it.
+    Outside a checkout (a container image, a copied folder) the value of ``$DEFLOW_COMMIT``; None without it.
     """
     folder = Path(__file__).resolve().parents[2]
     if not (folder / ".git").exists():
         return os.environ.get("DEFLOW_COMMIT") or None
 
     def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
@@ -281,15 +295,10 @@ def hardware() -> dict[str, Any]:
     """Processor, cores and, where torch sees one, the accelerator."""
     import torch
 
-    model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        names = [
-            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
-        ]
-        model = names[0] if names else model
+    named = re.search(r"^model name\s*:\s*(.+)", cpuinfo.read_text() if cpuinfo.is_file() else "", re.MULTILINE)
     return {
-        "cpu": model,
+        "cpu": named[1] if named else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,19 +15,15 @@ import numpy as np
 
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.reports.paper import averaged_evaluations
-from deflow_torchrl.reports.records import RECORD_FILE, load_record
+from deflow_torchrl.reports.records import METRICS, RECORD_FILE, load_record
 from deflow_torchrl.reports.statistics import success_standard_error
 
+# Settings that make no other policy of a run (some move its last digits).
 _NEUTRAL = frozenset(
     ("task", "algo", "seed", "seeds", "download", "storage", "device", "compile", "kernels", "cuda_graph", "self_check",
      "updates_per_replay", "threads", "eval_workers", "eval_interval", "eval_episodes", "log_interval", "save_interval",
      "logger", "protocol")
 )  # fmt: skip
-"""Settings that make no other policy of a run (some move its last digits)."""
-
-KEYS = {"success": "success_rate", "score": "mean_score", "return": "mean_return"}
-"""Metric -> its mean in an evaluation's outcome."""
-_EPISODES = {"success": "success", "score": "score", "return": "episode_return"}
 AT = ("end", "offline", "best")
 
 
@@ -107,17 +103,15 @@ def find_runs(folders: Sequence[Path]) -> list[FinishedRun]:
             raise InputError(f"{folder} holds no {RECORD_FILE}; a run writes it when it is finished")
         for path in found:
             records.setdefault(path.resolve(), load_record(path))
-    telling = _telling_settings(records.values())
-    runs = [FinishedRun(path.parent, record, _column(record, telling)) for path, record in records.items()]
     cells: dict[tuple[Any, ...], FinishedRun] = {}
-    for run in runs:
-        cell = (run.online, run.task, run.column, run.seed)
-        if cell in cells:
+    for (path, record), column in zip(records.items(), _columns(list(records.values())), strict=True):
+        run = FinishedRun(path.parent, record, column)
+        other = cells.setdefault((run.online, run.task, run.column, run.seed), run)
+        if other is not run:
             raise InputError(
-                f"{cells[cell].folder} and {run.folder} are both {run.column} on {run.task} with seed {run.seed}; leave one out"
+                f"{other.folder} and {run.folder} are both {run.column} on {run.task} with seed {run.seed}; leave one out"
             )
-        cells[cell] = run
-    return runs
+    return list(cells.values())
 
 
 def score_of(record: Mapping[str, Any], *, at: str = "end", last: int | None = None) -> Score:
@@ -134,44 +128,34 @@ def score_of(record: Mapping[str, Any], *, at: str = "end", last: int | None = N
     Raises:
         InputError: if the run has too few evaluations, or none at a step that the paper averages.
     """
-    name, metric = record["acting"], record["metric"]
     if at not in AT:
         raise InputError(f"at={at} is no point of a run; there are {', '.join(AT)}")
+    name, metric, config, count = record["acting"], METRICS[record["metric"]], record["config"], last or 1
     where = f"{record['task']}, {record['algo']}, seed {record['seeds']['training']}"
     notes = sorted((note for note in record["history"] if name in note["policies"]), key=lambda note: note["step"])
-    found = [(note["step"], note["policies"][name]) for note in notes]
-    steps = _papers_steps(record) if last is None and at == "end" else ()
-    count = 1 if last is None else last
-    if steps:
-        evaluated = dict(found)
-        missing = [step for step in steps if step not in evaluated]
-        if missing:
+    phases = {"end": ("offline", "online"), "offline": ("offline",), "best": ("online",)}[at]
+    found = {note["step"]: note["policies"][name] for note in notes if note["phase"] in phases}
+    averaged = averaged_evaluations(record["task"]) if last is None and not config["online_steps"] else ()
+    if at == "end" and averaged and config["offline_steps"] == averaged[-1]:
+        if missing := [step for step in averaged if step not in found]:
             raise InputError(
-                f"{where}: the paper's cell is the mean of the evaluations at {', '.join(map(str, steps))}, the run has none at "
-                f"{', '.join(map(str, missing))}; with last=1 its last evaluation alone is the score"
+                f"{where}: the paper's cell is the mean of the evaluations at {', '.join(map(str, averaged))}, the run has none "
+                f"at {', '.join(map(str, missing))}; with last=1 its last evaluation alone is the score"
             )
-        chosen = [(step, evaluated[step]) for step in steps]
-    elif at == "end" and count == 1:
-        end = record["config"]["offline_steps"] + record["config"]["online_steps"]
-        chosen = [(end, record["evaluations"][name])] if name in record["evaluations"] else []
+        chosen = [(step, found[step]) for step in averaged]
     elif at == "best":
-        online = [(note["step"], note["policies"][name]) for note in notes if note["phase"] == "online"]
-        chosen = [max(online, key=lambda it: it[1][KEYS[metric]])] if online else []
+        count = 1
+        chosen = [max(found.items(), key=lambda it: it[1][metric.key])] if found else []
+    elif at == "end" and count == 1:
+        end = config["offline_steps"] + config["online_steps"]
+        chosen = [(end, record["evaluations"][name])] if name in record["evaluations"] else []
     else:
-        offline = [(note["step"], note["policies"][name]) for note in notes if note["phase"] == "offline"]
-        chosen = (found if at == "end" else offline)[-count:]
-    if not chosen or (not steps and at != "best" and len(chosen) < count):
+        chosen = list(found.items())[-count:]
+    if len(chosen) < count:
         raise InputError(f"{where}: {count} evaluation(s) asked for (at={at}), there are {len(chosen)}")
-    values = [outcome[KEYS[metric]] for _, outcome in chosen]
-    episodes = tuple(float(it) for _, outcome in chosen for it in outcome[_EPISODES[metric]])
+    values = [outcome[metric.key] for _, outcome in chosen]
+    episodes = tuple(float(it) for _, outcome in chosen for it in outcome[metric.episodes])
     return Score(sum(values) / len(values), episodes, tuple(step for step, _ in chosen))
-
-
-def _papers_steps(record: Mapping[str, Any]) -> tuple[int, ...]:
-    """The evaluations the paper averages, of an offline run of the paper's length; else none."""
-    config = record["config"]
-    steps = averaged_evaluations(record["task"])
-    return steps if steps and not config["online_steps"] and config["offline_steps"] == steps[-1] else ()
 
 
 def standard_error(metric: str, episodes: Sequence[float]) -> float:
@@ -189,8 +173,9 @@ def standard_error(metric: str, episodes: Sequence[float]) -> float:
 
 def flat_settings(record: Mapping[str, Any]) -> dict[str, Any]:
     """All settings of a run by their names on the command line."""
-    settings = {name: value for name, value in record["config"].items() if name != "algo"}
-    return {**settings, **{f"algo.{name}": value for name, value in record["config"]["algo"].items() if name != "name"}}
+    settings = dict(record["config"])
+    algo = settings.pop("algo")
+    return settings | {f"algo.{name}": value for name, value in algo.items()}
 
 
 def as_setting(value: Any) -> str:
@@ -223,25 +208,25 @@ def _identity(record: Mapping[str, Any]) -> dict[str, Any]:
     return {**record["variant"], **settings, **({} if data is None else {"data": data[:8]})}
 
 
-def _telling_settings(records: Iterable[Mapping[str, Any]]) -> dict[tuple[bool, str], set[str]]:
-    """Phase and method -> the settings in which its runs on some one task differ."""
+def _columns(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Each run's method, with the settings that tell it from the method's other runs of the same phases on some task."""
+    identities = [_identity(record) for record in records]
     groups: dict[tuple[bool, str, str], list[dict[str, Any]]] = {}
-    for record in records:
+    for record, identity in zip(records, identities, strict=True):
         key = (record["config"]["online_steps"] > 0, record["algo"], record["task"])
-        groups.setdefault(key, []).append(_identity(record))
+        groups.setdefault(key, []).append(identity)
     telling: dict[tuple[bool, str], set[str]] = {}
-    for (online, algo, _), identities in groups.items():
-        names = {name for identity in identities for name in identity}
-        differing = {name for name in names if len({as_setting(it.get(name)) for it in identities}) > 1}
+    for (online, algo, _), alike in groups.items():
+        names = {name for identity in alike for name in identity}
+        differing = {name for name in names if len({as_setting(it.get(name)) for it in alike}) > 1}
         telling.setdefault((online, algo), set()).update(differing)
-    return telling
-
-
-def _column(record: Mapping[str, Any], telling: Mapping[tuple[bool, str], set[str]]) -> str:
-    identity = _identity(record)
-    names = sorted(telling[record["config"]["online_steps"] > 0, record["algo"]] & set(identity))
-    settings = ", ".join(f"{name}={as_setting(identity[name])}" for name in names)
-    return f"{record['algo']} ({settings})" if settings else record["algo"]
+    columns = []
+    for record, identity in zip(records, identities, strict=True):
+        algo = record["algo"]
+        names = telling[record["config"]["online_steps"] > 0, algo] & identity.keys()
+        settings = ", ".join(f"{name}={as_setting(identity[name])}" for name in sorted(names))
+        columns.append(f"{algo} ({settings})" if settings else algo)
+    return columns
 
 
 def natural(text: str) -> list[Any]:

@@ -9,13 +9,13 @@ seeds contains both; one seed's score shows neither.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-_AT_A_TIME = 100
+from deflow_torchrl.errors import MissingExtraError
 
 
 @dataclass(frozen=True)
@@ -103,17 +103,17 @@ def stratified_bootstrap(
         >>> stratified_bootstrap([[0.5, 0.5], [0.9, 0.9]], lambda scores: scores.mean(1))
         Interval(value=0.7, low=0.7, high=0.7, confidence=0.95)
     """
-    statistic = _middle_mean if statistic is None else statistic
-    tasks = [_scores(scores) for scores in strata]
-    if not tasks:
+    if not strata:
         raise ValueError("expected at least one task's scores")
-    _check_confidence(confidence)
-    value = float(np.round(statistic(np.concatenate(tasks)[None])[0], 15))
-    if all(scores.size == 1 for scores in tasks):
-        return Interval(value, None, None, confidence)
-    generator = np.random.default_rng(seed)
-    low, high = _tails(statistic(_resampled(tasks, resamples, generator)), confidence)
-    return Interval(value, low, high, confidence)
+    of_all = _middle_mean if statistic is None else statistic
+    tasks = [_scores(scores) for scores in strata]
+    return _bootstrap(
+        tasks,
+        lambda drawn: of_all(np.concatenate(drawn, axis=1)),
+        confidence=confidence,
+        resamples=resamples,
+        seed=seed,
+    )
 
 
 def probability_of_improvement(
@@ -146,17 +146,12 @@ def probability_of_improvement(
     """
     if len(first) != len(second) or not first:
         raise ValueError(f"expected the same tasks twice, got {len(first)} and {len(second)}")
-    _check_confidence(confidence)
-    mine, theirs = [_scores(scores) for scores in first], [_scores(scores) for scores in second]
-    value = float(np.mean([_wins(x[None], y[None])[0] for x, y in zip(mine, theirs, strict=True)]))
-    if all(scores.size == 1 for scores in (*mine, *theirs)):
-        return Interval(value, None, None, confidence)
-    generator = np.random.default_rng(seed)
-    shares = [
-        _wins(_resampled([x], resamples, generator), _resampled([y], resamples, generator))
-        for x, y in zip(mine, theirs, strict=True)
-    ]
-    return Interval(value, *_tails(np.mean(shares, axis=0), confidence), confidence)
+    pairs = [_scores(scores) for both in zip(first, second, strict=True) for scores in both]
+
+    def share_won(drawn: Sequence[np.ndarray]) -> np.ndarray:
+        return np.mean([_wins(mine, theirs) for mine, theirs in zip(drawn[::2], drawn[1::2], strict=True)], axis=0)
+
+    return _bootstrap(pairs, share_won, confidence=confidence, resamples=resamples, seed=seed)
 
 
 def success_standard_error(rate: float, episodes: int) -> float:
@@ -223,33 +218,6 @@ def careful_standard_error(rate: float, episodes: int) -> float:
     return success_standard_error((rate * episodes + 1) / (episodes + 2), episodes + 2)
 
 
-def student_quantile(freedom: float) -> float:
-    """97.5% quantile of Student's distribution, good to three digits; fractions of degrees below 10 are rounded down.
-
-    Args:
-        freedom: degrees of freedom, at least 1.
-
-    Raises:
-        ValueError: on fewer.
-
-    Examples:
-        >>> student_quantile(2), round(student_quantile(1e9), 3)
-        (4.303, 1.96)
-    """
-    if freedom < 1:
-        raise ValueError(f"expected at least one degree of freedom, got {freedom}")
-    if freedom < 10:
-        return (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)[int(freedom) - 1]
-    normal = 1.959964
-    # Expansion in 1 / freedom around the normal quantile (Abramowitz and Stegun 26.7.5).
-    terms = (
-        (normal**3 + normal) / 4,
-        (5 * normal**5 + 16 * normal**3 + 3 * normal) / 96,
-        (3 * normal**7 + 19 * normal**5 + 17 * normal**3 - 15 * normal) / 384,
-    )
-    return normal + sum(term / freedom ** (power + 1) for power, term in enumerate(terms))
-
-
 def seeds_inside_noise(first: Sequence[float], second: Sequence[float]) -> bool:
     """Whether two means over seeds differ by no more than the seeds' own spread explains: Welch's test, two-sided 95%.
 
@@ -267,12 +235,9 @@ def seeds_inside_noise(first: Sequence[float], second: Sequence[float]) -> bool:
     one, other = _scores(first), _scores(second)
     if min(one.size, other.size) < 2:
         raise ValueError("expected at least two seeds each")
-    parts = np.array([one.var(ddof=1) / one.size, other.var(ddof=1) / other.size])
-    gap, variance = abs(one.mean() - other.mean()), parts.sum()
-    if variance == 0:
-        return bool(gap == 0)
-    freedom = variance**2 / (parts**2 / (np.array([one.size, other.size]) - 1)).sum()
-    return bool(gap <= student_quantile(max(freedom, 1.0)) * math.sqrt(variance))
+    if one.var() == other.var() == 0:  # the test has no spread to compare the gap with
+        return bool(one.mean() == other.mean())
+    return bool(_scipy_stats().ttest_ind(one, other, equal_var=False).pvalue >= 0.05)
 
 
 def kendall_tau(first: Sequence[float], second: Sequence[float]) -> float | None:
@@ -295,10 +260,10 @@ def kendall_tau(first: Sequence[float], second: Sequence[float]) -> float | None
     one, other = np.asarray(first, np.float64), np.asarray(second, np.float64)
     if one.ndim != 1 or one.shape != other.shape:
         raise ValueError(f"expected two equally long lists of numbers, got shapes {one.shape} and {other.shape}")
-    upper = np.triu_indices(one.size, 1)
-    signs = [np.sign(values[:, None] - values)[upper] for values in (one, other)]
-    untied = math.sqrt(np.count_nonzero(signs[0]) * np.count_nonzero(signs[1]))
-    return float((signs[0] * signs[1]).sum() / untied) if untied else None
+    if one.size < 2:
+        return None
+    tau = float(_scipy_stats().kendalltau(one, other).statistic)
+    return None if math.isnan(tau) else tau
 
 
 def _scores(scores: Sequence[float]) -> np.ndarray:
@@ -320,20 +285,37 @@ def _wins(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return ((difference > 0) + 0.5 * (difference == 0)).mean((1, 2))
 
 
-def _resampled(tasks: Sequence[np.ndarray], resamples: int, generator: np.random.Generator) -> np.ndarray:
-    """Each task's scores drawn with replacement, side by side, ``[R, S]``."""
-    return np.concatenate([task[generator.integers(task.size, size=(resamples, task.size))] for task in tasks], axis=1)
-
-
-def _tails(values: np.ndarray, confidence: float) -> tuple[float, float]:
+def _bootstrap(
+    samples: Sequence[np.ndarray],
+    statistic: Callable[[Sequence[np.ndarray]], np.ndarray],
+    *,
+    confidence: float,
+    resamples: int,
+    seed: int,
+) -> Interval:
+    """Percentile bootstrap of a statistic of samples, each drawn with replacement by itself as ``[R, S]``."""
+    _check_confidence(confidence)
+    value = float(np.round(statistic([sample[None] for sample in samples])[0], 15))
+    if all(sample.size == 1 for sample in samples):
+        return Interval(value, None, None, confidence)
+    generator = np.random.default_rng(seed)
+    drawn = [sample[generator.integers(sample.size, size=(resamples, sample.size))] for sample in samples]
     tail = (1 - confidence) / 2
-    low, high = np.quantile(values, [tail, 1 - tail])
-    return float(np.round(low, 15)), float(np.round(high, 15))
+    low, high = np.round(np.quantile(statistic(drawn), [tail, 1 - tail]), 15).tolist()
+    return Interval(value, low, high, confidence)
 
 
 def _check_confidence(confidence: float) -> None:
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie in (0, 1), got {confidence}")
+
+
+def _scipy_stats() -> Any:
+    try:
+        from scipy import stats
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(error.name or "scipy", "reports") from error
+    return stats
 
 
 @dataclass(frozen=True)
@@ -362,7 +344,6 @@ def paired_difference(
     confidence: float = 0.95,
     resamples: int = 10_000,
     seed: int = 0,
-    progress: Callable[[Iterable[int], int], Iterable[int]] | None = None,
 ) -> PairedDifference:
     """Difference of two means over the same episodes, with a percentile bootstrap interval over the pairs.
 
@@ -377,7 +358,6 @@ def paired_difference(
         confidence: coverage of the interval.
         resamples: bootstrap resamples.
         seed: seed of the resampling; the global generators are not touched.
-        progress: wraps the loop over blocks of resamples, of which it is told the number.
 
     Raises:
         ValueError: if the two do not pair up or are empty, or ``confidence`` is not in (0, 1).
@@ -392,16 +372,14 @@ def paired_difference(
         raise ValueError(f"expected two equally long lists of numbers, got shapes {first.shape} and {second.shape}")
     _check_confidence(confidence)
     differences = second - first
-    generator = np.random.default_rng(seed)
-    blocks = math.ceil(resamples / _AT_A_TIME)
-    means = []
-    for _ in range(blocks) if progress is None else progress(range(blocks), blocks):
-        chosen = generator.integers(differences.size, size=(_AT_A_TIME, differences.size))
-        means.append(differences[chosen].mean(1))
-    low, high = _tails(np.concatenate(means)[:resamples], confidence)
-    return PairedDifference(
-        mean=float(differences.mean()), low=low, high=high, confidence=confidence, pairs=differences.size
-    )
+    low = high = mean = float(differences.mean())
+    if differences.size > 1:
+        found = _scipy_stats().bootstrap(
+            (differences,), np.mean, method="percentile", confidence_level=confidence, n_resamples=resamples,
+            batch=100, rng=np.random.default_rng(seed),
+        ).confidence_interval  # fmt: skip
+        low, high = np.round([found.low, found.high], 15).tolist()
+    return PairedDifference(mean, low, high, confidence, differences.size)
 
 
 def sign_test(wins: int, losses: int) -> float:
@@ -422,7 +400,4 @@ def sign_test(wins: int, losses: int) -> float:
     """
     if wins < 0 or losses < 0:
         raise ValueError(f"counts cannot be negative, got {wins} and {losses}")
-    total = wins + losses
-    # Integers of any size: exact for any number of episodes.
-    tail = sum(math.comb(total, count) for count in range(min(wins, losses) + 1))
-    return min(1.0, 2 * tail / 2**total)
+    return float(_scipy_stats().binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0

@@ -24,8 +24,7 @@ from deflow_torchrl.sweep.jobs import Job, Outcome, one_line, run_job
 
 _PRELOADED = [
     "deflow_torchrl.group",
-    "deflow_torchrl.reports.figures",
-    "deflow_torchrl.reports.html",
+    "deflow_torchrl.reports.page",
     "yaml",
     "gymnasium",
 ]

@@ -250,7 +250,7 @@ def test_a_record_of_another_schema_stops_the_report(results, capsys):
 
 
 def test_damaged_rows_of_metrics_are_named(results, tmp_path):
-    from deflow_torchrl.reports.summary import summarize_runs, write_summary_page
+    from deflow_torchrl.reports.page import summarize_runs, write_summary_page
 
     (results / "fql" / "seed0" / "metrics.jsonl").write_text('{"step": 1}\n{"st')
     with pytest.raises(InputError, match=r"metrics.jsonl is damaged"):

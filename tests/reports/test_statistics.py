@@ -17,7 +17,6 @@ from deflow_torchrl.reports.statistics import (
     careful_standard_error,
     kendall_tau,
     seeds_inside_noise,
-    student_quantile,
 )
 
 
@@ -207,14 +206,6 @@ def test_the_agreement_of_rankings_is_scipys_kendall_tau():
             assert (ours is None) if np.isnan(theirs) else ours == pytest.approx(theirs)
     with pytest.raises(ValueError, match="equally long"):
         kendall_tau([1, 2], [1, 2, 3])
-
-
-def test_the_quantile_is_scipys_students():
-    stats = pytest.importorskip("scipy.stats", reason="cross-check against scipy")
-    for freedom in (1, 2, 3, 4, 5, 6, 8, 9, 10, 10.5, 30, 100):
-        assert student_quantile(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=1e-3), freedom
-    with pytest.raises(ValueError, match="degree of freedom"):
-        student_quantile(0.5)
 
 
 def test_seeds_are_inside_the_noise_where_scipys_welch_test_is_above_five_percent():

@@ -17,7 +17,7 @@ import pytest
 from deflow_torchrl.sweep import parse_sweep
 from deflow_torchrl.tasks import protocols
 from deflow_torchrl.tasks.protocols import get_protocol
-from tests.conftest import heed_ctrl_c
+from tests.support.command_line import heed_ctrl_c
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "data_memory.py"
 REPLAY_BUFFER = SCRIPT.with_name("replay_buffer.py")
@@ -422,7 +422,7 @@ def test_finished_runs_are_kept_without_places_on_a_page_that_its_check_accepts(
     pytest.importorskip("jsonschema", reason="needs the extra reports")
     pytest.importorskip("matplotlib", reason="needs the extra reports")
     from deflow_torchrl.reports.check import check_file
-    from tests.reports.synthetic import CUBE2, record_of, write_run
+    from tests.support.synthetic import CUBE2, record_of, write_run
 
     runs, kept = tmp_path / "runs", tmp_path / "kept"
     for cell, wins, variant in (("deflow", 18, {}), ("fql", 10, {}), ("deflow,fixed_alpha=3", 4, {"fixed_alpha": 3.0})):
@@ -468,7 +468,7 @@ def test_finished_runs_are_kept_without_places_on_a_page_that_its_check_accepts(
 
 
 def test_folders_that_hold_nothing_to_keep_are_one_line(script, tmp_path):
-    from tests.reports.synthetic import CUBE, record_of, write_run
+    from tests.support.synthetic import CUBE, record_of, write_run
 
     (tmp_path / "empty").mkdir()
     write_run(tmp_path / "runs" / "elsewhere" / "deflow" / "seed0", record_of(5, task=CUBE.format(1)))

@@ -1,6 +1,4 @@
-import contextlib
 import dataclasses
-import io
 import json
 import signal
 import subprocess
@@ -13,37 +11,14 @@ import gymnasium
 import pytest
 
 from deflow_torchrl.algorithms import ALGORITHMS
-from deflow_torchrl.cli import app, main
+from deflow_torchrl.cli import app
 from deflow_torchrl.config import compose_config, config_from_dict, config_to_dict
 from deflow_torchrl.data.oracles import GENERATED_DATASETS
 from deflow_torchrl.envs import online
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.reports import load_record
-from tests.conftest import DATASET, TASK, heed_ctrl_c
-
-
-def deflow(*arguments, cwd=None, env=None):
-    """Run the command line in this process: a fresh one would spend most of its time importing torch."""
-    out, err = io.StringIO(), io.StringIO()
-    saved, handler = sys.argv, signal.getsignal(signal.SIGTERM)
-    code = 0
-    try:
-        with (
-            pytest.MonkeyPatch.context() as patch,
-            contextlib.redirect_stdout(out),
-            contextlib.redirect_stderr(err),
-        ):
-            for name, value in (env or {}).items():
-                patch.setenv(name, value)
-            if cwd is not None:
-                patch.chdir(cwd)
-            main(arguments)
-    except SystemExit as end:
-        code = end.code or 0
-    finally:
-        sys.argv = saved
-        signal.signal(signal.SIGTERM, handler)
-    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+from tests.support.command_line import assert_one_line, deflow, heed_ctrl_c
+from tests.support.generation import DATASET, TASK
 
 
 def settings(generated, out, *more):
@@ -51,15 +26,6 @@ def settings(generated, out, *more):
         f"task={TASK}", f"data_root={generated}", f"out={out}", "hidden_dims=[16,16]", "batch_size=16", "offline_steps=6",
         "log_interval=2", "eval_interval=3", "save_interval=3", "eval_episodes=1", "eval_workers=1", "threads=1", *more,
     ]  # fmt: skip
-
-
-def assert_one_line(result, *parts):
-    assert result.returncode == 2, result.stderr
-    line = result.stderr.strip()
-    assert "\n" not in line, line
-    assert line.startswith("deflow: ")
-    for part in parts:
-        assert part in line
 
 
 def test_help_lists_the_verbs_without_importing_torch():

@@ -11,9 +11,9 @@ import time
 import numpy as np
 import pytest
 
-from tests.conftest import DATASET, TASK
-from tests.data.test_assembly import arrays, walk, with_successors
-from tests.test_cli import assert_one_line, deflow
+from tests.support.arrays import arrays, walk, with_successors
+from tests.support.command_line import assert_one_line, deflow
+from tests.support.generation import DATASET, TASK
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_bad_data_is_one_line_and_nothing_is_left(verb, name, home):
 @pytest.mark.parametrize("ending", [".npz", ".hdf5"])
 def test_truncated_files_are_one_line(ending, home):
     pytest.importorskip("h5py", reason="needs the extra files")
-    from tests.data.test_files import write
+    from tests.support.arrays import write
 
     path = write(home / f"set{ending}", with_successors())
     path.write_bytes(path.read_bytes()[:-300])
@@ -255,7 +255,7 @@ def test_an_environment_that_cannot_be_made_is_found_before_anything_is_written(
     pytest.importorskip("minari", reason="needs the extra minari")
     from gymnasium import spaces
 
-    from tests.minari_sets import write
+    from tests.support.minari_sets import write
 
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(home / "minari"))
     box = spaces.Box(-1, 1, (2,), np.float64)

@@ -16,8 +16,8 @@ from deflow_torchrl.envs import normalized_score, reference_returns
 from deflow_torchrl.experiment import evaluate_run, read_run_settings
 from deflow_torchrl.reports import paired_difference, sign_test
 from deflow_torchrl.tasks import get_task
-from tests.killable import ENVIRONMENT, record_pendulum
-from tests.test_cli import assert_one_line, deflow
+from tests.support.command_line import assert_one_line, deflow
+from tests.support.pendulum import ENVIRONMENT, record_pendulum
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from tensordict.nn import TensorDictModule
 from deflow_torchrl.deploy import FORMAT, MANIFEST, load_policy
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.export import export_policy
-from tests.conftest import ACTION_DIM, OBSERVATION_DIM, make_actor
+from tests.support.networks import ACTION_DIM, OBSERVATION_DIM, make_actor
 
 FORMATS = ["onnx", "pt2"]
 

@@ -29,9 +29,9 @@ from deflow_torchrl.modules import (
     make_velocity_network,
 )
 from deflow_torchrl.paths import file_sha256
-from tests.conftest import ACTION_DIM, OBSERVATION_DIM, make_actor
-from tests.killable import ENVIRONMENT, record_pendulum
-from tests.test_cli import assert_one_line, deflow
+from tests.support.command_line import assert_one_line, deflow
+from tests.support.networks import ACTION_DIM, OBSERVATION_DIM, make_actor
+from tests.support.pendulum import ENVIRONMENT, record_pendulum
 
 SIZES = {"observation_dim": OBSERVATION_DIM, "action_dim": ACTION_DIM}
 

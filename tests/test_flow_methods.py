@@ -17,9 +17,9 @@ from deflow_torchrl.config import TrainConfig, compose_config
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.experiment import load_run, train
 from deflow_torchrl.trainers import UpdateStep
-from tests.conftest import NEEDED, make_batch
-from tests.killable import ENVIRONMENT, record_pendulum
-from tests.trainers.test_update import PROBLEM
+from tests.support.networks import NEEDED, make_batch
+from tests.support.pendulum import ENVIRONMENT, record_pendulum
+from tests.support.updates import PROBLEM
 
 TERMS = {
     "flow_bc": {"loss_flow"},

@@ -20,10 +20,10 @@ from deflow_torchrl.group import resume_group, train_group
 from deflow_torchrl.reports import load_record
 from deflow_torchrl.trainers import StackedTrainer, StackedUpdate
 from deflow_torchrl.trainers.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint, step_of
-from tests.killable import ENVIRONMENT, Children, record_pendulum
-from tests.test_kill_resume import assert_bitwise, without_times
-from tests.test_resume import go_on as go_on_alone
-from tests.test_resume import rows, steps, undrawn
+from tests.support.killable import Children
+from tests.support.pendulum import ENVIRONMENT, record_pendulum
+from tests.support.runs import assert_bitwise, rows, steps, undrawn, without_times
+from tests.support.runs import go_on as go_on_alone
 
 SEEDS = [2, 0, 5]
 

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import random
 import signal
 import time
 from pathlib import Path
 
 import pytest
-import torch
 
 pytest.importorskip("gymnasium", reason="needs gymnasium's pendulum")
 pytest.importorskip("hydra", reason="needs the extra cli")
 
 from deflow_torchrl.algorithms import DeFlowConfig
 from deflow_torchrl.config import TrainConfig, config_to_dict
-from deflow_torchrl.trainers.checkpoint import list_checkpoints, load_checkpoint, step_of
-from tests.killable import ENVIRONMENT, Children, record_pendulum
+from deflow_torchrl.trainers.checkpoint import list_checkpoints
+from tests.support.killable import Children
+from tests.support.pendulum import ENVIRONMENT, record_pendulum
+from tests.support.runs import assert_equal_runs
 
 # Episodes have 15 steps, so that checkpoints every 7 fall inside them and the phases' boundary on none.
 KINDS = {
@@ -79,50 +79,6 @@ def finish(children, out, config):
 
 def next_of(out, config):
     return None if (out / "config.yaml").exists() else config
-
-
-def assert_equal_runs(one, other):
-    assert rows(one) == rows(other)
-    last, same = (list_checkpoints(folder / "checkpoints")[-1] for folder in (one, other))
-    assert step_of(last) == step_of(same)
-    assert_bitwise(without_times(load_checkpoint(last)), without_times(load_checkpoint(same)))
-    evaluations = [json.loads((folder / "record.json").read_text())["evaluations"] for folder in (one, other)]
-    assert evaluations[0] == evaluations[1]
-    assert not list((other / "checkpoints").glob(".*"))
-
-
-def rows(folder):
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{name: value for name, value in json.loads(line).items() if not name.startswith("time/")} for line in lines]
-
-
-def without_times(state):
-    """A state without wall times and commands, which are of the processes."""
-    if not isinstance(state, dict):
-        return state
-    return {
-        name: without_times(value)
-        for name, value in state.items()
-        if name != "history" and not str(name).endswith("seconds")
-    }
-
-
-def assert_bitwise(one, other, where="state"):
-    assert type(one) is type(other), where
-    if isinstance(one, torch.Tensor):
-        assert one.dtype == other.dtype, where
-        assert one.shape == other.shape, where
-        assert one.numpy().tobytes() == other.numpy().tobytes(), where
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys(), where
-        for name in one:
-            assert_bitwise(one[name], other[name], f"{where}.{name}")
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(other), where
-        for index, pair in enumerate(zip(one, other, strict=True)):
-            assert_bitwise(*pair, f"{where}[{index}]")
-    else:
-        assert one == other, where
 
 
 @pytest.mark.parametrize(

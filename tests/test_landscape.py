@@ -29,8 +29,8 @@ from deflow_torchrl.landscape import (
     principal_slice,
     sample_actions,
 )
-from tests.killable import ENVIRONMENT, record_pendulum
-from tests.test_cli import assert_one_line, deflow
+from tests.support.command_line import assert_one_line, deflow
+from tests.support.pendulum import ENVIRONMENT, record_pendulum
 
 OBSERVATION_DIM, ACTION_DIM, TRANSITIONS = 3, 4, 40
 

@@ -15,13 +15,14 @@ from deflow_torchrl import cli
 from deflow_torchrl.algorithms import DeFlowConfig
 from deflow_torchrl.config import TrainConfig, apply_overrides, compose_config, config_to_dict
 from deflow_torchrl.errors import CheckpointNotWritten, InputError, RunInterrupted
-from deflow_torchrl.experiment import resume, train
-from deflow_torchrl.trainers.checkpoint import list_checkpoints, load_checkpoint, read_header, save_checkpoint, step_of
+from deflow_torchrl.experiment import train
+from deflow_torchrl.trainers.checkpoint import list_checkpoints, load_checkpoint, read_header, save_checkpoint
 from deflow_torchrl.trainers.history import RunHistory
 from deflow_torchrl.trainers.resuming import check_resumable
-from tests.killable import ENVIRONMENT, record_pendulum
-from tests.test_kill_resume import assert_bitwise, without_times
-from tests.trainers.test_update import make_batch, make_update
+from tests.support.networks import make_batch
+from tests.support.pendulum import ENVIRONMENT, record_pendulum
+from tests.support.runs import assert_bitwise, go_on, rows, steps, undrawn, without_times
+from tests.support.updates import make_update
 
 
 @pytest.fixture(scope="module")
@@ -50,24 +51,6 @@ def run(finished, tmp_path, monkeypatch):
     """A copy of the finished run, to be resumed without the drawing of its report."""
     undrawn(monkeypatch)
     return shutil.copytree(finished, tmp_path / "finished")
-
-
-def undrawn(patch):
-    for name in ("plot_learning_curve", "write_html_report"):
-        patch.setattr(f"deflow_torchrl.experiment.{name}", lambda *_, **__: None)
-
-
-def go_on(run, *overrides, **options):
-    return resume(run, command="deflow resume", overrides=overrides, show_progress=False, **options)
-
-
-def steps(run):
-    return [step_of(path) for path in list_checkpoints(run / "checkpoints")]
-
-
-def rows(run):
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if "time/" not in key} for line in lines]
 
 
 def edit(run, **changes):

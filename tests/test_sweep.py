@@ -24,11 +24,11 @@ from deflow_torchrl.sweep.costs import _wall, describe_costs, describe_left_out
 from deflow_torchrl.sweep.jobs import run_job
 from deflow_torchrl.sweep.table import JobProgress, Table
 from deflow_torchrl.trainers.metrics import read_rows
-from tests.conftest import heed_ctrl_c
-from tests.killable import ENVIRONMENT, ROOT, record_pendulum
-from tests.sweep_process import PRELOADED
-from tests.test_cli import assert_one_line, deflow
-from tests.test_kill_resume import assert_equal_runs
+from tests.support.command_line import assert_one_line, deflow, heed_ctrl_c
+from tests.support.killable import ROOT
+from tests.support.pendulum import ENVIRONMENT, record_pendulum
+from tests.support.runs import assert_equal_runs
+from tests.support.sweep_process import PRELOADED
 
 STEPS = 150
 ALGOS = "deflow:flow_steps=2,deflow:flow_steps=2:fixed_alpha=0.3"
@@ -108,7 +108,7 @@ def test_other_settings_in_a_folder_are_refused_before_anything_runs(swept, task
 def start(arguments, log):
     with log.open("w") as file:
         return subprocess.Popen(
-            [sys.executable, "-m", "tests.sweep_process", *arguments],
+            [sys.executable, "-m", "tests.support.sweep_process", *arguments],
             cwd=ROOT, stderr=file, stdout=subprocess.DEVNULL, preexec_fn=heed_ctrl_c,
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         )  # fmt: skip

@@ -16,9 +16,9 @@ from deflow_torchrl.errors import InputError, MissingExtraError
 from deflow_torchrl.group import train_group
 from deflow_torchrl.sweep import on_ray, parse_sweep, plan_jobs, run_sweep
 from deflow_torchrl.trainers.metrics import read_rows
-from tests.killable import ENVIRONMENT, ROOT, record_pendulum
-from tests.test_kill_resume import assert_equal_runs
-from tests.test_resume import undrawn
+from tests.support.killable import ROOT
+from tests.support.pendulum import ENVIRONMENT, record_pendulum
+from tests.support.runs import assert_equal_runs, undrawn
 
 STEPS = 160
 STORE = 80 << 20  # about the least that Ray takes; nothing is stored
@@ -72,7 +72,7 @@ def test_a_node_killed_in_mid_sweep_loses_nothing_and_doubles_nothing(task, tmp_
     ray = pytest.importorskip("ray", reason="needs the extra ray")
     from ray.cluster_utils import Cluster
 
-    from tests.sweep_process import run_on_node
+    from tests.support.sweep_process import run_on_node
 
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")

@@ -241,8 +241,8 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, message, capsys, monke
 
 def test_a_run_folder_holds_every_value_and_resumes_with_them(tmp_path, capsys, monkeypatch):
     pytest.importorskip("gymnasium", reason="needs gymnasium's pendulum")
-    from tests.killable import record_pendulum
-    from tests.test_resume import undrawn
+    from tests.support.pendulum import record_pendulum
+    from tests.support.runs import undrawn
 
     undrawn(monkeypatch)
     task, out = record_pendulum(tmp_path, episodes=2), tmp_path / "run"

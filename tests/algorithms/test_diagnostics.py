@@ -8,8 +8,8 @@ from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
 from deflow_torchrl.algorithms import Learner
 from deflow_torchrl.trainers import Alarms, MetricsLog, Trainer, TrainerSchedule
-from tests.conftest import make_batch
-from tests.trainers.test_update import make_update
+from tests.support.networks import make_batch
+from tests.support.updates import make_update
 
 
 def draw(rows=64):

@@ -18,10 +18,10 @@ from deflow_torchrl.errors import InputError
 from deflow_torchrl.experiment import evaluate_run, load_run, train
 from deflow_torchrl.group import train_group
 from deflow_torchrl.trainers.checkpoint import list_checkpoints, load_checkpoint, step_of
-from tests.killable import ENVIRONMENT, Children, record_pendulum
-from tests.test_kill_resume import assert_equal_runs
-from tests.test_resume import rows, undrawn
-from tests.trainers.test_update import PROBLEM
+from tests.support.killable import Children
+from tests.support.pendulum import ENVIRONMENT, record_pendulum
+from tests.support.runs import assert_equal_runs, rows, undrawn
+from tests.support.updates import PROBLEM
 
 METHODS = {
     "bc": BCConfig(),

@@ -4,34 +4,7 @@ import torch
 
 from deflow_torchrl.data import TransitionDataset
 from deflow_torchrl.errors import InputError
-
-
-def walk(length=12, seed=0):
-    """A random walk: positions that move slowly, so that a jump shows."""
-    rng = np.random.default_rng(seed)
-    return np.cumsum(rng.normal(size=(length, 3)) * 0.1, axis=0)
-
-
-def arrays(length=12, ends=(5, 11), terminal=(5,), **changes):
-    rng = np.random.default_rng(1)
-    terminals, timeouts = np.zeros(length), np.zeros(length)
-    terminals[list(terminal)] = 1
-    timeouts[[end for end in ends if end not in terminal]] = 1
-    base = {
-        "observations": walk(length),
-        "actions": rng.uniform(-0.9, 0.9, (length, 2)),
-        "rewards": rng.normal(size=length),
-        "terminals": terminals,
-        "timeouts": timeouts,
-    }
-    return {**base, **changes}
-
-
-def with_successors(**changes):
-    given = arrays(**changes)
-    following = np.roll(given["observations"], -1, axis=0)
-    following[[5, 11]] = [[7.0, 8, 9], [1, 2, 3]]
-    return {**given, "next_observations": following}
+from tests.support.arrays import arrays, walk, with_successors
 
 
 def build(given, **kwargs):

@@ -28,8 +28,8 @@ from deflow_torchrl.data.download import (
     manifest_entry,
 )
 from deflow_torchrl.errors import InputError, MissingExtraError
-from tests.conftest import DATASET, TASK, heed_ctrl_c
-from tests.test_cli import assert_one_line, deflow
+from tests.support.command_line import assert_one_line, deflow, heed_ctrl_c
+from tests.support.generation import DATASET, TASK
 
 TRAIN, VAL = f"{DATASET}.npz", f"{DATASET}-val.npz"
 REFUSED = "http://127.0.0.1:9"  # the discard port: nobody listens

@@ -9,30 +9,10 @@ import torch
 from deflow_torchrl.data import card_markdown, data_card, import_files
 from deflow_torchrl.data.dataset import TransitionDataset, make_folder
 from deflow_torchrl.errors import InputError
-from tests.data.test_assembly import arrays, walk, with_successors
+from tests.support.arrays import arrays, walk, with_successors, write
 
 pa = pytest.importorskip("pyarrow", reason="needs the extra files")
 h5py = pytest.importorskip("h5py", reason="needs the extra files")
-
-
-def write(path, given):
-    """The arrays in any of the formats; CSV and Parquet have a column a number."""
-    if path.suffix == ".npz":
-        np.savez_compressed(path, **given)
-    elif path.suffix == ".hdf5":
-        with h5py.File(path, "w") as file:
-            for name, value in given.items():
-                file[f"data/{name}"] = value
-    else:
-        from pyarrow import csv, parquet
-
-        flat = {}
-        for name, value in given.items():
-            columns = value.reshape(len(value), -1).T
-            flat |= {name: value} if value.ndim == 1 else {f"{name}_{i}": column for i, column in enumerate(columns)}
-        table = pa.table(flat)
-        csv.write_csv(table, path) if path.suffix == ".csv" else parquet.write_table(table, path)
-    return path
 
 
 MAPPING = {

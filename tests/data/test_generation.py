@@ -19,7 +19,7 @@ from deflow_torchrl.data import generation
 from deflow_torchrl.data.generation import GENERATED_DATASETS, generate_episode, generate_ogbench_dataset
 from deflow_torchrl.data.oracles import VisibleCube
 from deflow_torchrl.errors import InputError
-from tests.conftest import heed_ctrl_c
+from tests.support.command_line import heed_ctrl_c
 
 # Widths of observations, actions and button states in the published files.
 WIDTHS = {

@@ -21,7 +21,7 @@ from deflow_torchrl.data.schema import ACTION_LIMIT
 from deflow_torchrl.envs.minari import _check_network as check_network
 from deflow_torchrl.envs.minari import import_minari, make_minari_env
 from deflow_torchrl.errors import InputError
-from tests.minari_sets import data_folder, edit_metadata, record, write
+from tests.support.minari_sets import data_folder, edit_metadata, record, write
 
 STATE, ACTION = Box(-np.inf, np.inf, (3,)), Box(-1.0, 1.0, (2,))
 

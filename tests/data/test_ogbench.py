@@ -9,7 +9,7 @@ ogbench = pytest.importorskip("ogbench", reason="needs the extra ogbench")
 from deflow_torchrl.data import OGBenchExperienceReplay, load_ogbench_dataset  # noqa: E402
 from deflow_torchrl.data.ogbench import load_ogbench_file  # noqa: E402
 from deflow_torchrl.errors import InputError  # noqa: E402
-from tests.conftest import DATASET, TASK  # noqa: E402
+from tests.support.generation import DATASET, TASK  # noqa: E402
 
 
 def tamper(generated, tmp_path, **changes):

@@ -22,7 +22,7 @@ from torchrl.envs.transforms import RewardScaling
 
 from deflow_torchrl.data import TRANSITION_KEYS, OfflineOnlineReplayBuffer, TransitionDataset, TransitionReplayBuffer
 from deflow_torchrl.errors import InputError
-from tests.data.test_dataset import build, episodes
+from tests.support.episodes import build, episodes
 
 DATASET = build(episodes())  # 12 transitions, s [2], a [2]
 OFFLINE = len(DATASET)

@@ -13,7 +13,7 @@ ogbench = pytest.importorskip("ogbench", reason="needs the extra ogbench")
 from deflow_torchrl.data import OGBenchExperienceReplay, load_ogbench_dataset  # noqa: E402
 from deflow_torchrl.envs import make_env  # noqa: E402
 from deflow_torchrl.errors import InputError  # noqa: E402
-from tests.test_cli import assert_one_line, deflow  # noqa: E402
+from tests.support.command_line import assert_one_line, deflow  # noqa: E402
 
 VISUAL = "visual-cube-single-play-singletask-task1-v0"
 SPLITS = {"train": (2, ""), "val": (1, "-val")}

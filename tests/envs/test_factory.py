@@ -11,7 +11,7 @@ from deflow_torchrl.envs import make_env, make_gym_env
 from deflow_torchrl.envs.factory import success_timing
 from deflow_torchrl.envs.names import parse_ogbench_name
 from deflow_torchrl.errors import InputError
-from tests.conftest import TASK
+from tests.support.generation import TASK
 
 
 def trajectory(env, seed, steps=40):

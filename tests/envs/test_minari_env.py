@@ -13,7 +13,7 @@ from deflow_torchrl.envs import D4RLAdroitReward, make_minari_env
 from deflow_torchrl.envs.adroit import environment_sign
 from deflow_torchrl.envs.minari import import_minari, open_minari_dataset
 from deflow_torchrl.errors import InputError
-from tests.minari_sets import edit_metadata, record
+from tests.support.minari_sets import edit_metadata, record
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*AntMaze_UMaze-v4 is out of date:DeprecationWarning")
 

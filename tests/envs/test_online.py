@@ -8,8 +8,8 @@ from deflow_torchrl.envs import EpisodeStart, OnlineEpisodes, is_replayable, mak
 from deflow_torchrl.envs.online import CAUSE_BYTES, decode_cause, encode_cause, reset_seed
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.trainers.evaluation import DEFAULT_EVALUATION_SEED
-from tests.conftest import TASK
-from tests.envs.simulators import EPISODE_STEPS, simulator
+from tests.support.generation import TASK
+from tests.support.simulators import EPISODE_STEPS, simulator
 
 POINT = simulator("Point")
 POINTMAZE = "pointmaze-medium-navigate-singletask-task1-v0"

@@ -9,7 +9,7 @@ from torch import nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from deflow_torchrl.modules import OneStepPolicy
-from tests.conftest import ACTION_DIM, OBSERVATION_DIM, make_one_step
+from tests.support.networks import ACTION_DIM, OBSERVATION_DIM, make_one_step
 
 
 class Sum(nn.Module):

@@ -8,7 +8,7 @@ from torch import nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from deflow_torchrl.modules import DeFlowActor, FlowMatchingPolicy, RefinementPolicy, make_velocity_network
-from tests.conftest import ACTION_DIM, OBSERVATION_DIM, make_actor
+from tests.support.networks import ACTION_DIM, OBSERVATION_DIM, make_actor
 
 
 class ConstantVelocity(nn.Module):

@@ -8,7 +8,7 @@ import torch
 
 from deflow_torchrl.algorithms.settings import PRECISIONS
 from deflow_torchrl.modules.precision import Precision, matmul_precision
-from tests.conftest import make_batch, make_loss
+from tests.support.networks import make_batch, make_loss
 
 CPU = torch.device("cpu")
 

@@ -18,8 +18,8 @@ from deflow_torchrl.modules import (
     make_velocity_network,
 )
 from deflow_torchrl.objectives import IFQLLoss
-from tests.conftest import ACTION_DIM, HIDDEN, OBSERVATION_DIM, make_critics
-from tests.objectives.value_losses import SIZES, let_return
+from tests.support.networks import ACTION_DIM, HIDDEN, OBSERVATION_DIM, make_critics
+from tests.support.value_losses import SIZES, let_return
 
 
 def states(rows=6, **entries):

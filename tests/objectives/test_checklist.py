@@ -27,7 +27,8 @@ from deflow_torchrl.objectives import (
     RefinementLoss,
     TDCriticLoss,
 )
-from tests.conftest import (
+from tests.support import value_losses
+from tests.support.networks import (
     ACTION_DIM,
     OBSERVATION_DIM,
     assert_compiled_equals_eager,
@@ -37,8 +38,7 @@ from tests.conftest import (
     make_one_step,
     total,
 )
-from tests.objectives import value_losses
-from tests.objectives.value_losses import make_batch
+from tests.support.value_losses import make_batch
 
 
 def build(kind, *, flow_steps=10, **kwargs):

@@ -17,8 +17,8 @@ from deflow_torchrl.modules import (
     make_velocity_network,
 )
 from deflow_torchrl.objectives import BCLoss, IFQLLoss, ImplicitQLoss, IQLLoss, ReBRACLoss
-from tests.conftest import ACTION_DIM, HIDDEN, OBSERVATION_DIM, assert_compiled_equals_eager
-from tests.objectives.value_losses import KINDS, SIZES, build, make_batch
+from tests.support.networks import ACTION_DIM, HIDDEN, OBSERVATION_DIM, assert_compiled_equals_eager
+from tests.support.value_losses import KINDS, SIZES, build, make_batch
 
 ALL = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 

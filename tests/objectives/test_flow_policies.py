@@ -19,7 +19,7 @@ from deflow_torchrl.modules import (
     make_velocity_network,
 )
 from deflow_torchrl.objectives import FAWACLoss, FBRACLoss, FQLLoss
-from tests.conftest import make_actor, make_batch, make_critics, make_flow, make_one_step
+from tests.support.networks import make_actor, make_batch, make_critics, make_flow, make_one_step
 
 GAMMA = 0.9
 

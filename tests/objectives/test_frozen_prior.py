@@ -13,7 +13,7 @@ from torchrl.objectives import SoftUpdate, ValueEstimators
 
 from deflow_torchrl.modules import DeFlowActor, RefinementPolicy, make_qvalue_networks, make_refinement_network
 from deflow_torchrl.objectives import DeFlowLoss, RefinementLoss, TDCriticLoss
-from tests.conftest import ACTION_DIM, HIDDEN, OBSERVATION_DIM, make_actor, make_batch, make_critics, total
+from tests.support.networks import ACTION_DIM, HIDDEN, OBSERVATION_DIM, make_actor, make_batch, make_critics, total
 
 KINDS = [RefinementLoss, TDCriticLoss, DeFlowLoss]
 ALL = pytest.mark.parametrize("kind", KINDS)

@@ -13,9 +13,9 @@ from deflow_torchrl.algorithms import ReBRACConfig, get_algorithm
 from deflow_torchrl.modules import make_value_network
 from deflow_torchrl.objectives import BCLoss, IFQLLoss, ImplicitQLoss, IQLLoss, ReBRACLoss
 from deflow_torchrl.trainers import UpdateStep
-from tests.conftest import ACTION_DIM, HIDDEN, OBSERVATION_DIM, make_critics
-from tests.objectives.value_losses import build, make_batch
-from tests.trainers.test_update import PROBLEM
+from tests.support.networks import ACTION_DIM, HIDDEN, OBSERVATION_DIM, make_critics
+from tests.support.updates import PROBLEM
+from tests.support.value_losses import build, make_batch
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from deflow_torchrl.objectives import RefinementLoss
-from tests.conftest import make_actor, make_batch, make_critics, make_loss
+from tests.support.networks import make_actor, make_batch, make_critics, make_loss
 
 PARTS = {
     "flow": ("actor_network_params", "module", "0"),

@@ -10,7 +10,7 @@ from torch import nn
 
 from deflow_torchrl.modules import DeFlowActor, FlowMatchingPolicy, RefinementPolicy, make_refinement_network
 from deflow_torchrl.objectives import DeFlowLoss, FlowMatchingLoss, RefinementLoss
-from tests.conftest import make_actor, make_batch, make_critics, make_loss
+from tests.support.networks import make_actor, make_batch, make_critics, make_loss
 
 
 def qvalues(critics, observation, action):

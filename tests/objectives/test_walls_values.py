@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from deflow_torchrl.objectives import IFQLLoss, IQLLoss, ReBRACLoss
-from tests.objectives.value_losses import TERMS, build, make_batch
+from tests.support.value_losses import TERMS, build, make_batch
 
 OWNER = {
     "loss_value": "value_network_params",

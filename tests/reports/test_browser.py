@@ -13,7 +13,7 @@ pytest.importorskip("playwright", reason="needs playwright")
 from playwright.sync_api import sync_playwright
 
 from deflow_torchrl.reports.page import summarize_runs, write_summary_page
-from tests.reports.synthetic import CUBE, metrics_rows, record_of, write_run
+from tests.support.synthetic import CUBE, metrics_rows, record_of, write_run
 
 PHONE = {"width": 390, "height": 844}
 

@@ -15,7 +15,7 @@ pytest.importorskip("typer", reason="needs the extra cli")
 from deflow_torchrl import cli
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.reports.check import check_file, default_files
-from tests.reports.synthetic import CUBE, CUBE2, metrics_rows, record_of, write_run
+from tests.support.synthetic import CUBE, CUBE2, metrics_rows, record_of, write_run
 
 ROOT = Path(__file__).parents[2]
 END = "<!-- /deflow-report -->"

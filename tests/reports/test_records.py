@@ -12,7 +12,7 @@ pytest.importorskip("jsonschema", reason="needs the extra reports")
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.reports import load_record, records, upgrade_record, without_places
 from deflow_torchrl.reports.records import SCHEMA, config_digest
-from tests.reports.synthetic import CUBE2, record_of, write_run
+from tests.support.synthetic import CUBE2, record_of, write_run
 
 KEPT = Path(__file__).parents[2] / "benchmarks" / "results" / "offline_to_online"
 

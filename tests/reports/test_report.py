@@ -10,7 +10,7 @@ pytest.importorskip("jinja2", reason="needs the extra reports")
 
 from deflow_torchrl.reports import build_record, plot_learning_curve, write_html_report
 from deflow_torchrl.reports.figures import DIAGNOSTICS, draw_diagnostics, online_boundary
-from tests.trainers.test_alarms import rows_of_training
+from tests.support.updates import rows_of_training
 
 EVALUATION = {
     "success_rate": 0.5, "mean_return": -3.0, "episodes": 2, "success": [0, 1], "episode_return": [-4.0, -2.0],

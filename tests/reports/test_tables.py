@@ -33,7 +33,7 @@ from deflow_torchrl.reports.tables import (
     variant_grids,
 )
 from deflow_torchrl.tasks import paper_tasks
-from tests.reports.synthetic import CUBE, CUBE2, outcome, record_of, write_run
+from tests.support.synthetic import CUBE, CUBE2, outcome, record_of, write_run
 
 
 def write_all(folder, *records):

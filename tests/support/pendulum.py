@@ -37,3 +37,13 @@ def record_episodes(file: Path, *, episodes: int = 20) -> list[str]:
     columns = {"observations": "obs", "actions": "action", "rewards": "reward", "next_observations": "next_obs"}
     columns["timeouts"] = "truncated"
     return [*(f"--column={field}={name}" for field, name in columns.items()), "--never-terminates"]
+
+
+def record_pendulum(folder: Path, *, episodes: int = 20) -> str:
+    """Record random actions in the short pendulum and import them; return the task's name."""
+    from tests.support.command_line import deflow
+
+    file, out = folder / "pendulum.npz", folder / "pendulum"
+    done = deflow("data", "import", str(file), "--out", str(out), *record_episodes(file, episodes=episodes))
+    assert done.returncode == 0, done.stderr
+    return f"own:{out}"

@@ -3,28 +3,9 @@
 import json
 
 import pytest
-from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
 from deflow_torchrl.trainers import Alarms
-from tests.conftest import make_batch
-from tests.trainers.test_update import make_update
-
-
-def rows_of_training(steps, *, prepare=lambda update: None, **settings):
-    """A row every ten steps, as the trainer writes them, of a real training on random data; and max|r|."""
-    update = make_update(**settings)
-    prepare(update)
-    data = make_batch(512, noise=False)
-    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(512), batch_size=64)
-    buffer.extend(data)
-    rows = []
-    for step in range(1, steps + 1):
-        batch = buffer.sample()
-        values = dict(update(batch).items())
-        if step % 10 == 0:
-            values |= update.learner.diagnostics(batch)
-            rows.append({"step": step, "phase": "offline", **{f"train/{k}": float(v) for k, v in values.items()}})
-    return rows, float(data["next", "reward"].abs().max())
+from tests.support.updates import rows_of_training
 
 
 def raised(rows, bound, *, gamma=0.9):

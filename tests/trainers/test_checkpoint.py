@@ -28,7 +28,7 @@ from deflow_torchrl.trainers.checkpoint import (
 )
 from deflow_torchrl.trainers.generators import capture_generators, restore_generators
 from deflow_torchrl.trainers.identity import changed_settings, run_identity
-from tests.trainers.test_update import make_update
+from tests.support.updates import make_update
 
 IDENTITY = {
     "task": "cube", "algo": "deflow", "version": "0.1.0", "data_sha256": "ab", "settings": {"seed": 0, "algo": {"lr": 0.1}},

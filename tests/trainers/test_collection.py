@@ -17,8 +17,8 @@ pytest.importorskip("gymnasium", reason="needs the extra ogbench")
 from deflow_torchrl.errors import CollectorError, EnvironmentFaultError, InputError, RestoreError
 from deflow_torchrl.trainers import OnlineExperience, OnlineStep
 from deflow_torchrl.trainers.sources import LocalSource
-from tests.conftest import make_actor
-from tests.envs.simulators import EPISODE_STEPS, simulator
+from tests.support.networks import make_actor
+from tests.support.simulators import EPISODE_STEPS, simulator
 
 POINT = simulator("Point")
 

@@ -6,7 +6,8 @@ from tensordict.nn import TensorDictModule
 pytest.importorskip("ogbench", reason="needs the extra ogbench")
 
 from deflow_torchrl.trainers import Evaluator
-from tests.conftest import TASK, make_actor
+from tests.support.generation import TASK
+from tests.support.networks import make_actor
 
 POINTMAZE = "pointmaze-medium-navigate-singletask-task1-v0"
 

@@ -14,7 +14,7 @@ from deflow_torchrl.data import TransitionDataset
 from deflow_torchrl.errors import NonFiniteLossError
 from deflow_torchrl.trainers import StackedUpdate, UpdateStep
 from deflow_torchrl.trainers.graphed import GraphedUpdate, repeat
-from tests.conftest import ACTION_DIM, NEEDED, OBSERVATION_DIM
+from tests.support.networks import ACTION_DIM, NEEDED, OBSERVATION_DIM
 
 PROBLEM = ProblemSpec(OBSERVATION_DIM, ACTION_DIM, (16, 16), 0.9, "min", 0.01, torch.device("cpu"))
 

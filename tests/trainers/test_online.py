@@ -21,7 +21,7 @@ from deflow_torchrl.trainers import (
     UpdateStep,
 )
 from deflow_torchrl.trainers.checkpoint import list_checkpoints, step_of
-from tests.trainers.test_trainer import without_time
+from tests.support.runs import without_time
 
 ENVIRONMENT = "gym:Pendulum-v1"
 OFFLINE, ONLINE = 6, 14

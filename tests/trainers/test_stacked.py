@@ -11,8 +11,8 @@ from deflow_torchrl.algorithms import ALGORITHMS, get_algorithm
 from deflow_torchrl.errors import InputError, NonFiniteLossError
 from deflow_torchrl.modules.kernels import use_kernels
 from deflow_torchrl.trainers import StackedUpdate, UpdateStep, load_checkpoint, save_checkpoint
-from tests.conftest import NEEDED, make_batch
-from tests.trainers.test_update import PROBLEM
+from tests.support.networks import NEEDED, make_batch
+from tests.support.updates import PROBLEM
 
 SEEDS = 3
 ALPHAS = {"free": {}, "bounded": {"min_alpha": 2.5, "max_alpha": 2.8}, "fixed": {"fixed_alpha": 0.5}}

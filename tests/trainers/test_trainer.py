@@ -10,8 +10,9 @@ from deflow_torchrl.errors import InputError, NonFiniteLossError
 from deflow_torchrl.trainers import MetricsLog, StackedTrainer, StackedUpdate, Trainer, TrainerSchedule
 from deflow_torchrl.trainers.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from deflow_torchrl.trainers.graphed import GraphedUpdate
-from tests.conftest import make_batch
-from tests.trainers.test_update import make_update
+from tests.support.networks import make_batch
+from tests.support.runs import without_time
+from tests.support.updates import make_update
 
 
 def make_buffer(rows=64, batch_size=8):
@@ -39,10 +40,6 @@ def make_trainer(folder, *, steps=12, buffer=None, evaluate=None, save_interval=
         evaluate=evaluate,
         show_progress=False,
     )
-
-
-def without_time(rows):
-    return [{name: value for name, value in row.items() if not name.startswith("time/")} for row in rows]
 
 
 def test_rows_checkpoints_and_evaluations_come_when_they_are_due(tmp_path):

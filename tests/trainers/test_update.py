@@ -4,21 +4,10 @@ import pytest
 import torch
 
 from deflow_torchrl.algorithms import ALGORITHMS, DeFlowConfig, get_algorithm
-from deflow_torchrl.algorithms.base import ProblemSpec
 from deflow_torchrl.config import compose_config
 from deflow_torchrl.errors import InputError, NonFiniteLossError
-from deflow_torchrl.trainers import UpdateStep
-from tests.conftest import ACTION_DIM, OBSERVATION_DIM, make_batch, total
-
-PROBLEM = ProblemSpec(
-    observation_dim=OBSERVATION_DIM, action_dim=ACTION_DIM, hidden_dims=(16, 16), gamma=0.9, q_aggregation="min",
-    target_divergence=0.01, device=torch.device("cpu"),
-)  # fmt: skip
-
-
-def make_update(**settings):
-    torch.manual_seed(0)
-    return UpdateStep(get_algorithm("deflow").build(DeFlowConfig(**settings), PROBLEM))
+from tests.support.networks import make_batch, total
+from tests.support.updates import PROBLEM, make_update
 
 
 def test_an_update_is_one_target_step_then_one_adam_step_on_the_sum():

@@ -1,7 +1,8 @@
 """Runs in child processes that can be killed at any moment.
 
 Importing torch takes seconds, so children are forked from a process that has imported everything and has done nothing else:
-``python -m tests.killable`` reads a job a line and answers with the child's number and, when it has ended, its exit status.
+``python -m tests.support.killable`` reads a job a line and answers with the child's number and, when it has ended, its exit
+status.
 """
 
 from __future__ import annotations
@@ -16,49 +17,7 @@ import time
 import traceback
 from pathlib import Path
 
-import gymnasium
-import numpy as np
-
-ROOT = Path(__file__).resolve().parents[1]
-EPISODE_STEPS = 15
-ENVIRONMENT = "tests.killable:ShortPendulum-v0"
-
-if "ShortPendulum-v0" not in gymnasium.registry:
-    gymnasium.register(
-        "ShortPendulum-v0",
-        entry_point="gymnasium.envs.classic_control.pendulum:PendulumEnv",
-        max_episode_steps=EPISODE_STEPS,
-    )
-
-
-def record_pendulum(folder: Path, *, episodes: int = 20) -> str:
-    """Record random actions in the short pendulum; the task's name."""
-    from deflow_torchrl.data.card import data_card, write_card
-    from deflow_torchrl.data.dataset import make_folder
-    from deflow_torchrl.data.files import import_files
-    from deflow_torchrl.envs.factory import make_gym_env
-
-    env, rng = make_gym_env(f"gym:{ENVIRONMENT}"), np.random.default_rng(0)
-    rows: dict[str, list] = {name: [] for name in ("obs", "action", "reward", "next_obs", "truncated")}
-    for episode in range(episodes):
-        observation, _ = env.reset(seed=episode)
-        truncated = False
-        while not truncated:
-            action = rng.uniform(-1, 1, 1).astype(np.float32)
-            successor, reward, _, truncated, _ = env.step(action)
-            for name, value in zip(rows, (observation, action, reward, successor, truncated), strict=True):
-                rows[name].append(value)
-            observation = successor
-    env.close()
-    np.savez(folder / "pendulum.npz", **{name: np.asarray(values) for name, values in rows.items()})
-    columns = {"observations": "obs", "actions": "action", "rewards": "reward", "next_observations": "next_obs"}
-    columns["timeouts"] = "truncated"
-    make_folder(
-        folder / "pendulum",
-        lambda into: import_files(folder / "pendulum.npz", columns=columns, never_terminates=True, folder=into),
-        describe=lambda dataset, into: write_card(data_card(dataset, name="pendulum"), into),
-    )
-    return f"own:{folder / 'pendulum'}"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Children:
@@ -78,7 +37,7 @@ class Children:
             "CHILDREN_OF": str(self.log),  # what descends from here is known by it
         }
         self._server = subprocess.Popen(
-            [sys.executable, "-m", "tests.killable", str(self.log)],
+            [sys.executable, "-m", "tests.support.killable", str(self.log)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -188,6 +147,7 @@ def _serve(log: Path) -> None:
 
     import deflow_torchrl.envs.factory
     import deflow_torchrl.group
+    import tests.support.pendulum  # noqa: F401 # the environment
 
     deflow_torchrl.envs.factory.register_robotics()
     _say("ready")

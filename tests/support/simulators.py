@@ -1,4 +1,4 @@
-"""Tiny simulators with faults, registered with gymnasium when this module is imported: ``gym:tests.envs.simulators:ID``."""
+"""Tiny simulators with faults, registered with gymnasium when this module is imported: ``gym:tests.support.simulators:ID``."""
 
 import os
 import time
@@ -70,4 +70,4 @@ for _fault in ("raise", "nan", "reward", "reset", "exit"):
 
 def simulator(name):
     """The task name of one."""
-    return f"gym:tests.envs.simulators:{name}-v0"
+    return f"gym:tests.support.simulators:{name}-v0"

@@ -14,8 +14,8 @@ from deflow_torchrl.modules import (
     make_velocity_network,
 )
 from deflow_torchrl.objectives import BCLoss, IFQLLoss, ImplicitQLoss, IQLLoss, ReBRACLoss
-from tests import conftest
-from tests.conftest import ACTION_DIM, HIDDEN, OBSERVATION_DIM, make_critics
+from tests.support import networks
+from tests.support.networks import ACTION_DIM, HIDDEN, OBSERVATION_DIM, make_critics
 
 SIZES = (OBSERVATION_DIM, ACTION_DIM, HIDDEN)
 TERMS = {
@@ -53,7 +53,7 @@ def build(kind, *, gamma=0.9, tau=0.005, **kwargs):
 
 def make_batch(*shape, **kwargs):
     """Conftest's, with the data's next action."""
-    batch = conftest.make_batch(*shape, **kwargs)
+    batch = networks.make_batch(*shape, **kwargs)
     batch["next", "action"] = torch.rand_like(batch["action"]) * 2 - 1
     return batch
 

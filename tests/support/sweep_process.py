@@ -1,19 +1,19 @@
 """``deflow sweep`` in a process of its own, whose jobs leave the page and its curve out.
 
-``python -m tests.sweep_process KEY=VALUE...``; jobs are forked from a process that has imported what is named here, and on Ray
-:func:`run_on_node` is called by whatever process runs one.
+``python -m tests.support.sweep_process KEY=VALUE...``; jobs are forked from a process that has imported what is named here, and
+on Ray :func:`run_on_node` is called by whatever process runs one.
 """
 
 import sys
 import time
 from pathlib import Path
 
-PRELOADED = ["tests.without_page", "yaml"]
+PRELOADED = ["tests.support.without_page", "yaml"]
 
 
 def run_on_node(job):
     """What the engine sends to Ray; two jobs wait for each other at first, so that they run at the same time."""
-    import tests.without_page  # noqa: F401 # in the job's process
+    import tests.support.without_page  # noqa: F401 # in the job's process
     from deflow_torchrl.sweep import on_ray
 
     begun = Path(job.out).parents[2] / "begun"

@@ -1,0 +1,106 @@
+"""Small networks, losses and batches for them."""
+
+from __future__ import annotations
+
+import torch
+from tensordict import TensorDict
+from torchrl.objectives import SoftUpdate, ValueEstimators
+
+from deflow_torchrl.modules import (
+    DeFlowActor,
+    FlowMatchingPolicy,
+    OneStepPolicy,
+    RefinementPolicy,
+    make_one_step_network,
+    make_qvalue_networks,
+    make_refinement_network,
+    make_velocity_network,
+)
+from deflow_torchrl.objectives import DeFlowLoss
+
+OBSERVATION_DIM, ACTION_DIM, HIDDEN = 4, 3, (16, 16)
+NEEDED = {  # what a method's settings leave to the task or the user
+    "fql": {"alpha": 10.0},
+    "fbrac": {"alpha": 10.0},
+    "fawac": {"temperature": 1.0},
+    "iql": {"temperature": 2.0},
+    "ifql": {"num_samples": 4},
+    "rebrac": {"actor_bc_coef": 0.3, "critic_bc_coef": 0.2},
+}
+
+
+def make_actor(observation_dim=OBSERVATION_DIM, action_dim=ACTION_DIM, hidden=HIDDEN) -> DeFlowActor:
+    flow = FlowMatchingPolicy(
+        make_velocity_network(observation_dim, action_dim, hidden), action_dim, out_keys=("base_action",)
+    )
+    refinement = make_refinement_network(observation_dim, action_dim, hidden)
+    return DeFlowActor(flow, RefinementPolicy(refinement, action_dim, low=-1.0, high=1.0))
+
+
+def make_flow(num_steps=10) -> FlowMatchingPolicy:
+    return FlowMatchingPolicy(make_velocity_network(OBSERVATION_DIM, ACTION_DIM, HIDDEN), ACTION_DIM, num_steps)
+
+
+def make_one_step() -> OneStepPolicy:
+    return OneStepPolicy(make_one_step_network(OBSERVATION_DIM, ACTION_DIM, HIDDEN), ACTION_DIM)
+
+
+def make_critics(observation_dim=OBSERVATION_DIM, action_dim=ACTION_DIM, hidden=HIDDEN):
+    return make_qvalue_networks(observation_dim, action_dim, hidden)
+
+
+def make_loss(**kwargs) -> DeFlowLoss:
+    gamma = kwargs.pop("gamma", 0.9)
+    loss = DeFlowLoss(make_actor(), make_critics(), **kwargs)
+    loss.make_value_estimator(ValueEstimators.TD0, gamma=gamma)
+    SoftUpdate(loss, tau=0.005)
+    return loss
+
+
+def make_batch(*shape, noise=True, observation_dim=OBSERVATION_DIM, action_dim=ACTION_DIM) -> TensorDict:
+    shape = shape or (8,)
+    terminated = torch.rand(*shape, 1) < 0.25
+    truncated = (torch.rand(*shape, 1) < 0.25) & ~terminated
+    batch = TensorDict(
+        observation=torch.randn(*shape, observation_dim),
+        action=torch.rand(*shape, action_dim) * 2 - 1,
+        next=TensorDict(
+            observation=torch.randn(*shape, observation_dim),
+            reward=torch.randn(*shape, 1),
+            terminated=terminated,
+            truncated=truncated,
+            done=terminated | truncated,
+            batch_size=shape,
+        ),
+        batch_size=shape,
+    )
+    if noise:
+        batch["noise"] = torch.randn(*shape, action_dim)
+        batch["next", "noise"] = torch.randn(*shape, action_dim)
+        batch["flow_noise"] = torch.randn(*shape, action_dim)
+        batch["flow_time"] = torch.rand(*shape, 1)
+    return batch
+
+
+def total(out: TensorDict) -> torch.Tensor:
+    return sum(value for name, value in out.items() if name.startswith("loss_"))
+
+
+def assert_compiled_equals_eager(make, batches, backend):
+    """Train what ``make()`` gives, a loss and its target updater, eagerly and compiled, on these batches and the same draws."""
+    results = []
+    for compiled in (False, True):
+        torch.manual_seed(1)
+        loss, updater = make()
+        optimizer = torch.optim.Adam(loss.parameters(), lr=3e-4)
+        forward = torch.compile(loss, fullgraph=True, backend=backend) if compiled else loss
+        history = []
+        for batch in batches:
+            out = forward(batch.clone())
+            optimizer.zero_grad()
+            total(out).backward()
+            optimizer.step()
+            updater.step()
+            history.append(out.detach().to_dict())
+        results.append((history, dict(loss.state_dict())))
+    torch.testing.assert_close(results[1], results[0], rtol=2e-4, atol=1e-5)

@@ -37,6 +37,7 @@ from deflow_torchrl.errors import (
     NonFiniteLossError,
     RunInterrupted,
 )
+from deflow_torchrl.generators import seed_generators
 from deflow_torchrl.modules.kernels import enable_kernels
 from deflow_torchrl.paths import make_writable_folder, write_text
 from deflow_torchrl.processes import available_cores
@@ -50,15 +51,16 @@ from deflow_torchrl.trainers.alarms import Alarms
 from deflow_torchrl.trainers.checkpoint import list_checkpoints, load_checkpoint, step_of
 from deflow_torchrl.trainers.collection import OnlineExperience
 from deflow_torchrl.trainers.evaluation import DEFAULT_EVALUATION_SEED
-from deflow_torchrl.trainers.generators import seed_generators
 from deflow_torchrl.trainers.graphed import DeviceUpdate, GraphedUpdate
-from deflow_torchrl.trainers.history import RunHistory
-from deflow_torchrl.trainers.identity import run_identity
-from deflow_torchrl.trainers.loggers import check_logger, logger_state, make_logger
+from deflow_torchrl.trainers.metrics import check_logger, logger_state, make_logger
 from deflow_torchrl.trainers.online import OnlinePhase
-from deflow_torchrl.trainers.resuming import check_resumable, drop_later_checkpoints, find_checkpoint
-from deflow_torchrl.trainers.targets import soft_pairs
-from deflow_torchrl.trainers.trainer import restore_learner
+from deflow_torchrl.trainers.resume import (
+    RunHistory,
+    check_resumable,
+    find_checkpoint,
+    run_identity,
+)
+from deflow_torchrl.trainers.update import restore_learner, soft_pairs
 
 CONFIG_FILE = "config.yaml"
 GROUP_FILE = "group.yaml"  # beside the run folders of seeds that are trained together
@@ -449,7 +451,8 @@ class Run:
 
     def open(self, *, resume: bool, checkpoint: Path | None, keep_settings: bool) -> None:
         """Make the trainer, at the checkpoint where there is one, and the files it writes."""
-        config, folder = self.config, self.out / "checkpoints"
+        config = self.config
+        metrics = MetricsLog(self.out, resume_step=0 if resume and checkpoint is None else None)
         trainer = self.trainer = Trainer(
             self.update,
             self.buffer,
@@ -462,8 +465,10 @@ class Run:
                 utd=config.utd,
                 warmup_steps=config.warmup_steps,
             ),
-            checkpoints=folder,
+            checkpoints=self.out / "checkpoints",
             online=self._online_phase() if config.online_steps else None,
+            metrics=metrics,
+            evaluate=None if self.task.environment is None else self._evaluate,
             score=f"eval/{self.task.metric}",
             identity=run_identity(config_to_dict(config), data_sha256=self.data.about["sha256"]),
             history=self.history,
@@ -475,21 +480,17 @@ class Run:
             graphed=None if self.stacked is not None else self.graphed(self.update),
         )
         if checkpoint is not None:
-            trainer.restore(checkpoint, keep_settings=keep_settings)
-            drop_later_checkpoints(folder, step_of(checkpoint))
-            if keep_settings:
-                trainer.save()  # with the new settings: after a kill the run goes on without --force
+            trainer.resume(checkpoint, keep_settings=keep_settings)
         if resume:
             self.write_config()
         written = trainer.written_step if resume else None
         logger = make_logger(config.logger, self.out, state=trainer.notes.get("logger"), step=written)
         trainer.notes["logger"] = logger_state(config.logger, logger)
-        trainer.metrics = MetricsLog(self.out, logger=logger, resume_step=written)
+        metrics.send_to(logger)
 
     def evaluate_with(self, evaluator: Evaluator | None) -> None:
         """Have the trainer's evaluations made by this evaluator; by none, where there is no environment."""
         self._evaluator = evaluator
-        self.trainer.evaluate = None if evaluator is None else self._evaluate
 
     def evaluate_if_missing(self) -> None:
         """Make the last evaluation, if the run was killed between its last checkpoint and its record."""

@@ -42,13 +42,12 @@ from deflow_torchrl.experiment import (
     seed_folder,
     write_settings,
 )
+from deflow_torchrl.generators import seed_generators
 from deflow_torchrl.paths import make_writable_folder, write_text
 from deflow_torchrl.reports.records import summarize
 from deflow_torchrl.trainers import StackedTrainer, StackedUpdate
 from deflow_torchrl.trainers.checkpoint import is_whole, list_checkpoints, step_of
-from deflow_torchrl.trainers.generators import seed_generators
-from deflow_torchrl.trainers.identity import changed_settings
-from deflow_torchrl.trainers.resuming import check_resumable, drop_later_checkpoints, find_checkpoint
+from deflow_torchrl.trainers.resume import changed_settings, check_resumable, drop_later_checkpoints, find_checkpoint
 
 SUMMARY_FILE = "summary.json"
 

@@ -18,8 +18,6 @@ States are compared as :func:`~deflow_torchrl.data.intrinsic_action_variance` do
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +32,7 @@ from deflow_torchrl.algorithms import Learner
 from deflow_torchrl.envs.names import parse_ogbench_name
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.experiment import LoadedRun, load_run
+from deflow_torchrl.generators import generators_set_aside
 from deflow_torchrl.paths import make_writable_folder
 from deflow_torchrl.reports.figures import FORMATS, Points, check_report_extra, plot_landscape
 from deflow_torchrl.tasks import Task
@@ -209,7 +208,7 @@ def sample_actions(
 
     def draw(policy: TensorDictModuleBase) -> TensorDictBase:
         inputs = TensorDict(observation=observation.repeat(number, 1), batch_size=[number])
-        with torch.no_grad(), _own_generator(seed):
+        with torch.no_grad(), generators_set_aside(seed):
             if "noise" in policy.in_keys:
                 # A policy that chooses among several candidates reads a row of noise for each.
                 inputs["noise"] = torch.randn(number, *getattr(policy, "noise_shape", (action_dim,)))
@@ -222,13 +221,6 @@ def sample_actions(
     elif learner.prior is not None:
         samples["base"] = draw(learner.prior)[learner.prior.out_keys[-1]]
     return samples
-
-
-@contextmanager
-def _own_generator(seed: int) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
 
 
 def nearest_states(states: Tensor, state: int, number: int) -> Tensor:

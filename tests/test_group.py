@@ -269,7 +269,7 @@ def test_weights_that_are_not_finite_name_the_seed_and_leave_no_half_a_step_behi
 
 
 def test_a_full_disk_costs_all_seeds_a_checkpoint_and_not_the_run(task, finished, tmp_path, monkeypatch, caplog):
-    from deflow_torchrl.trainers import trainer
+    from deflow_torchrl.trainers import loop
 
     undrawn(monkeypatch)
 
@@ -278,7 +278,7 @@ def test_a_full_disk_costs_all_seeds_a_checkpoint_and_not_the_run(task, finished
             raise CheckpointNotWritten(folder / "x", OSError(28, "No space left on device"))
         return save_checkpoint(folder, at, state, **kwargs)
 
-    monkeypatch.setattr(trainer, "save_checkpoint", save)
+    monkeypatch.setattr(loop, "save_checkpoint", save)
     train(task, tmp_path / "group")
     assert "No space left on device" in caplog.text
     kept = {tuple(steps(run)) for run in folders(tmp_path / "group")}

@@ -95,7 +95,18 @@ ALLOWED = {
     "trainers": {"algorithms", "objectives", "modules", "data", "envs"},
     "reports": {"tasks"},
 }
-SHARED = {"errors", "locks", "paths", "processes", "progress", "_lazy", "_register", "versions", "__version__"}
+SHARED = {
+    "errors",
+    "generators",
+    "locks",
+    "paths",
+    "processes",
+    "progress",
+    "_lazy",
+    "_register",
+    "versions",
+    "__version__",
+}
 
 
 @pytest.mark.parametrize("room", list(ALLOWED))

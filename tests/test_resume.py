@@ -17,8 +17,7 @@ from deflow_torchrl.config import TrainConfig, apply_overrides, compose_config, 
 from deflow_torchrl.errors import CheckpointNotWritten, InputError, RunInterrupted
 from deflow_torchrl.experiment import train
 from deflow_torchrl.trainers.checkpoint import list_checkpoints, load_checkpoint, read_header, save_checkpoint
-from deflow_torchrl.trainers.history import RunHistory
-from deflow_torchrl.trainers.resuming import check_resumable
+from deflow_torchrl.trainers.resume import RunHistory, check_resumable
 from tests.support.networks import make_batch
 from tests.support.pendulum import ENVIRONMENT, record_pendulum
 from tests.support.runs import assert_bitwise, go_on, rows, steps, undrawn, without_times
@@ -228,14 +227,14 @@ def test_wall_times_add_up_over_processes_and_running_phases_count():
 
 @pytest.mark.parametrize("step", [9, 12])
 def test_a_full_disk_is_a_warning_on_the_way_and_an_error_at_the_end(run, finished, monkeypatch, caplog, step):
-    from deflow_torchrl.trainers import trainer
+    from deflow_torchrl.trainers import loop
 
     def save(folder, at, state, **kwargs):
         if at == step:
             raise CheckpointNotWritten(folder / "x", OSError(28, "No space left on device"))
         return save_checkpoint(folder, at, state, **kwargs)
 
-    monkeypatch.setattr(trainer, "save_checkpoint", save)
+    monkeypatch.setattr(loop, "save_checkpoint", save)
     if step == 12:
         with pytest.raises(CheckpointNotWritten, match="make room and go on with: deflow resume"):
             go_on(run, step=6)

@@ -6,13 +6,11 @@ The global random generators are left as they were, so that how often a run logs
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from deflow_torchrl.generators import generators_set_aside
 from deflow_torchrl.objectives import DeFlowLoss
 
 _NEIGHBOURS = 10
@@ -82,7 +80,7 @@ class DeFlowDiagnostics:
         loss = self.loss
         keys = loss.tensor_keys
         with loss._acting():
-            with _own_generator(loss.log_alpha.device):
+            with generators_set_aside(seed=0):
                 base = loss._current_base_action(batch)
             shift, action = loss._refine(batch, base)
         critics = loss.qvalue_network_params
@@ -108,14 +106,3 @@ class DeFlowDiagnostics:
 def _share_at_bounds(action: Tensor, low: Tensor, high: Tensor) -> Tensor:
     margin = _AT_BOUND * (high - low)
     return ((action <= low + margin) | (action >= high - margin)).float().mean()
-
-
-@contextmanager
-def _own_generator(device: torch.device) -> Iterator[None]:
-    """Every call draws the same numbers, and torch's global generators are put back."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.default_generator.manual_seed(0)
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(0)
-        yield

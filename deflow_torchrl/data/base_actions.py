@@ -13,7 +13,6 @@ import os
 import pickle
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from deflow_torchrl.data.dataset import TransitionDataset
 from deflow_torchrl.errors import InputError
+from deflow_torchrl.generators import generators_set_aside
 from deflow_torchrl.paths import atomic_write
 
 _FORMAT = 1
@@ -208,9 +208,10 @@ class BaseActionBank:
             )
         states = states.select(*self._prior_keys).to(self.device)
         rows = states.unsqueeze(1).expand(len(states), self.num_actions).reshape(-1)
+        seed = int(np.random.SeedSequence((self.seed, stream, call)).generate_state(1, np.uint64)[0]) >> 1
         # Under deterministic exploration a prior such as a DiffusionActor gives one action, not its distribution.
         exploration = set_exploration_type(ExplorationType.RANDOM)
-        with torch.no_grad(), exploration, _generators_set_aside(self.device, (self.seed, stream, call)):
+        with torch.no_grad(), exploration, generators_set_aside(seed):
             actions = self.prior(rows).get(self.base_action_key)
         self._check(actions, len(rows))
         return actions.reshape(len(states), self.num_actions, -1)
@@ -382,20 +383,6 @@ class BaseActionBank:
         if actions is not None:
             self._put(rows, actions.to(self.device))
         self._extensions = state["extensions"]
-
-
-@contextmanager
-def _generators_set_aside(device: torch.device, numbers: tuple[int, ...]) -> Iterator[None]:
-    """Seed torch's generators from ``numbers``, the CPU's and the device's, and give them their states back at the end."""
-    seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
-    cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
-        # Not torch.manual_seed, which seeds every device: also those that are not given back.
-        torch.default_generator.manual_seed(seed)
-        for one in cuda:
-            with torch.cuda.device(one):
-                torch.cuda.manual_seed(seed)
-        yield
 
 
 def _device_of(prior: TensorDictModuleBase, buffer: ReplayBuffer) -> torch.device:

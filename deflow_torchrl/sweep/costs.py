@@ -22,6 +22,7 @@ from deflow_torchrl.envs.d4rl import d4rl_task
 from deflow_torchrl.envs.names import parse_ogbench_name
 from deflow_torchrl.errors import InputError, MissingExtraError
 from deflow_torchrl.experiment import _build as build_learner
+from deflow_torchrl.generators import generators_set_aside
 from deflow_torchrl.modules.kernels import enable_kernels
 from deflow_torchrl.processes import available_cores
 from deflow_torchrl.progress import progress_bar
@@ -32,7 +33,6 @@ from deflow_torchrl.sweep.table import JobProgress, clock, seeds_text
 from deflow_torchrl.tasks import get_task
 from deflow_torchrl.tasks.sources import load_task_data
 from deflow_torchrl.trainers import StackedUpdate, UpdateStep
-from deflow_torchrl.trainers.generators import generators_set_aside
 
 _BUDGET_SECONDS = 30.0  # of timed updates in all
 _KIND_SECONDS = 1.5  # of them for a kind of update

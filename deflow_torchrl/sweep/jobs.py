@@ -24,7 +24,7 @@ from deflow_torchrl.reports.records import load_record
 from deflow_torchrl.sweep.plan import LOGS, Cell, SweepPlan, can_stack, is_gpu, uses_gpu
 from deflow_torchrl.tasks import get_task
 from deflow_torchrl.tasks.sources import have_task_data
-from deflow_torchrl.trainers.identity import NEUTRAL_SETTINGS, changed_settings
+from deflow_torchrl.trainers.resume import NEUTRAL_SETTINGS, changed_settings
 
 _log = logging.getLogger(__name__)
 _PATIENCE = 600.0  # seconds in which whoever holds a job's lock shows no sign of life

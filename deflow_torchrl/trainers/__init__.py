@@ -16,12 +16,12 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from deflow_torchrl.trainers.collection import OnlineStep as OnlineStep
     from deflow_torchrl.trainers.evaluation import EvaluationResult as EvaluationResult
     from deflow_torchrl.trainers.evaluation import Evaluator as Evaluator
+    from deflow_torchrl.trainers.loop import Trainer as Trainer
+    from deflow_torchrl.trainers.loop import TrainerSchedule as TrainerSchedule
     from deflow_torchrl.trainers.metrics import MetricsLog as MetricsLog
     from deflow_torchrl.trainers.online import OnlinePhase as OnlinePhase
+    from deflow_torchrl.trainers.stacked import StackedTrainer as StackedTrainer
     from deflow_torchrl.trainers.stacked import StackedUpdate as StackedUpdate
-    from deflow_torchrl.trainers.stacked_trainer import StackedTrainer as StackedTrainer
-    from deflow_torchrl.trainers.trainer import Trainer as Trainer
-    from deflow_torchrl.trainers.trainer import TrainerSchedule as TrainerSchedule
     from deflow_torchrl.trainers.update import UpdateStep as UpdateStep
 
 _EXPORTS = {
@@ -31,12 +31,12 @@ _EXPORTS = {
     "EvaluationResult": ".evaluation",
     "MetricsLog": ".metrics",
     "OnlinePhase": ".online",
-    "Trainer": ".trainer",
+    "Trainer": ".loop",
     "OnlineExperience": ".collection",
     "OnlineStep": ".collection",
-    "StackedTrainer": ".stacked_trainer",
+    "StackedTrainer": ".stacked",
     "StackedUpdate": ".stacked",
-    "TrainerSchedule": ".trainer",
+    "TrainerSchedule": ".loop",
     "UpdateStep": ".update",
     "load_checkpoint": ".checkpoint",
     "save_checkpoint": ".checkpoint",

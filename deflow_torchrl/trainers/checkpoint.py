@@ -26,12 +26,13 @@ import torch
 from torch import Tensor
 
 from deflow_torchrl.errors import CheckpointNotWritten, InputError
-from deflow_torchrl.trainers.identity import check_identity
+from deflow_torchrl.paths import atomic_write
 
 FORMAT = 2
 _HEX = 64
 _COMMENT_LIMIT = 65_535
 _BLOCK = 1 << 22
+_FIXED = ("task", "algo", "version", "data_sha256")
 
 
 def save_checkpoint(
@@ -55,7 +56,7 @@ def save_checkpoint(
             written without the rest.
 
     Keyword Args:
-        identity: what the checkpoint belongs to, in plain values; see :func:`~.identity.run_identity`.
+        identity: what the checkpoint belongs to, in plain values; see :func:`~.resume.run_identity`.
         keep_last: newest checkpoints to keep.
         score: the evaluation's number at this step, larger is better; the kept checkpoint with the best one stays (of
             equals the later). None or NaN: not evaluated.
@@ -74,8 +75,11 @@ def save_checkpoint(
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob(".step_*.part"):  # of a process that was killed while it wrote
             left.unlink(missing_ok=True)
-        with _written_beside(path) as file:
+        with atomic_write(path) as temporary, temporary.open("w+b") as file:
             _write(file, plain, header)
+            file.flush()
+            os.fsync(file.fileno())
+        _sync_folder(folder)
         best = best_checkpoint(folder)
         for old in list_checkpoints(folder)[:-keep_last]:
             if old != best:
@@ -135,9 +139,7 @@ def load_checkpoint(
             (with what differs), or holds anything but data.
     """
     with _advising(path):
-        header, comment = _read_comment(path)
-        if _file_digest(path, comment) != comment[-_HEX:].decode("ascii", "replace"):
-            raise _damaged(path)
+        header = _read_whole(path)
     if identity is not None:
         check_identity(path, header["identity"], identity)
     try:
@@ -154,18 +156,36 @@ def load_checkpoint(
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a checkpoint is byte for byte what was written."""
+    """Whether a checkpoint is byte for byte as it was written."""
     try:
-        _, comment = _read_comment(path)
-        return _file_digest(path, comment) == comment[-_HEX:].decode("ascii", "replace")
+        _read_whole(path)
     except InputError:
         return False
+    return True
+
+
+def check_identity(path: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Raise InputError if a checkpoint is of another task, method, version or data than this run, listing what differs.
+
+    Versions of this package are one for a checkpoint if they agree up to the patch number: a patch release changes neither
+    what a checkpoint holds nor the numbers that follow from it. Settings are compared by :func:`~.resume.changed_settings`.
+
+    Args:
+        path: the checkpoint, for the message.
+        theirs: the checkpoint's identity.
+        ours: this run's; what it leaves out (None too) is not compared.
+    """
+    compared = [key for key in _FIXED if ours.get(key) is not None]
+    differing = [key for key in compared if _comparable(key, theirs.get(key)) != _comparable(key, ours[key])]
+    if differing:
+        lines = [f"{key} {theirs.get(key, 'unknown')} there, {ours[key]} here" for key in differing]
+        raise InputError(f"{path} is of another run ({'; '.join(lines)}); it was not loaded")
 
 
 class _HashingFile:
-    """What ``torch.save`` writes to: hashes the bytes, and keeps the first error until the writing is over.
+    """File for ``torch.save`` that hashes the bytes, and keeps the first error until the writing is over.
 
-    An exception inside torch's writer would come out as an error of its own, without what the system said.
+    An exception inside torch's writer would come out as an error of its own, without the system's message.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -174,17 +194,16 @@ class _HashingFile:
         self.error: OSError | None = None
 
     def write(self, data: bytes) -> int:
-        size = memoryview(data).nbytes
         if self.error is None:
             self.hash.update(data)
             try:
                 self.file.write(data)
             except OSError as error:
                 self.error = error
-        return size
+        return memoryview(data).nbytes
 
     def flush(self) -> None:
-        """Left to the end of the writing."""
+        """Do nothing: the file is flushed at the end."""
 
 
 def _write(file: BinaryIO, state: Mapping[str, Any], header: Mapping[str, Any]) -> None:
@@ -202,40 +221,31 @@ def _write(file: BinaryIO, state: Mapping[str, Any], header: Mapping[str, Any]) 
 
 
 def _read_comment(path: Path) -> tuple[dict[str, Any], bytes]:
+    damaged = InputError(f"{path} is damaged or altered; it was not loaded")
     try:
         with zipfile.ZipFile(path) as archive:
             comment = archive.comment
-        if not comment:
-            raise InputError(
-                f"{path} has no digest: it was altered, or written by an earlier version (checkpoint format 1; this version "
-                f"reads {FORMAT}); it was not loaded"
-            )
-        header = json.loads(comment[:-_HEX])
-        found = header["format"]
-        whole = {"step", "score", "identity"} <= set(header) or found != FORMAT
+        header = json.loads(comment[:-_HEX]) if comment else {"format": None}
+        found, whole = header["format"], {"step", "score", "identity"} <= set(header)
     except FileNotFoundError as error:
         raise InputError(f"no checkpoint {path}") from error
-    except InputError:
-        raise
-    except (
-        zipfile.BadZipFile,
-        OSError,
-        ValueError,
-        LookupError,
-        TypeError,
-        NotImplementedError,
-        struct.error,
-    ) as error:
-        raise _damaged(path) from error
+    except (zipfile.BadZipFile, OSError, ValueError, LookupError, TypeError, RuntimeError, struct.error) as error:
+        raise damaged from error
+    if not comment:
+        raise InputError(
+            f"{path} has no digest: it was altered, or written by an earlier version (checkpoint format 1; this version "
+            f"reads {FORMAT}); it was not loaded"
+        )
     if found != FORMAT:
         raise InputError(f"{path} has checkpoint format {found}, this version reads {FORMAT}")
     if not whole:
-        raise _damaged(path)
+        raise damaged
     return header, comment
 
 
-def _file_digest(path: Path, comment: bytes) -> str:
-    """SHA-256 of the archive as it was before its comment was set, and of the header."""
+def _read_whole(path: Path) -> dict[str, Any]:
+    """The header of a checkpoint whose bytes, and whose header's, have the digest they were written with."""
+    header, comment = _read_comment(path)
     digest = hashlib.sha256()
     remaining = path.stat().st_size - len(comment) - 2
     with path.open("rb") as file:
@@ -243,38 +253,22 @@ def _file_digest(path: Path, comment: bytes) -> str:
             digest.update(block)
             remaining -= len(block)
         length = int.from_bytes(file.read(2), "little")
-    # The comment's length was 0 when the archive was hashed; a length that is not the comment's was altered since.
-    digest.update(b"\0\0" if length == len(comment) else b"altered")
-    digest.update(comment[:-_HEX])
-    return digest.hexdigest()
-
-
-@contextmanager
-def _written_beside(path: Path) -> Iterator[BinaryIO]:
-    """Yield a file beside ``path`` that becomes ``path``, on the disk for good, if the block succeeds."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with temporary.open("w+b") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    # When the archive was hashed it had no comment, whose length was 0 then.
+    digest.update(b"\0\0" + comment[:-_HEX])
+    if length != len(comment) or digest.hexdigest().encode() != comment[-_HEX:]:
+        raise InputError(f"{path} is damaged or altered; it was not loaded")
+    return header
 
 
 def _sync_folder(folder: Path) -> None:
     """Put the folder's list of names on the disk: without it a power cut can undo the rename."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return  # Windows opens no folder
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _damaged(path: Path) -> InputError:
-    return InputError(f"{path} is damaged or altered; it was not loaded")
 
 
 @contextmanager
@@ -315,3 +309,7 @@ def _plain(value: Any, where: str) -> Any:
     raise TypeError(
         f"{where} is a {type(value).__name__}; a checkpoint holds tensors, numbers, strings and lists of them"
     )
+
+
+def _comparable(key: str, value: Any) -> Any:
+    return ".".join(str(value).split(".")[:2]) if key == "version" else value

@@ -31,7 +31,7 @@ from torch import Tensor
 from deflow_torchrl.data import TRANSITION_KEYS
 from deflow_torchrl.envs.factory import make_gym_env
 from deflow_torchrl.errors import CollectorError, EnvironmentFaultError, InputError, RestoreError
-from deflow_torchrl.trainers.sources import LocalSource, ProcessSource, WorkerDied
+from deflow_torchrl.trainers.collectors import LocalSource, ProcessSource, WorkerDied
 
 _LOG = logging.getLogger(__name__)
 
@@ -356,22 +356,10 @@ class OnlineExperience:
             "hopeless": self._hopeless,
             "waiting_seconds": self.waiting_seconds,
             "simulators": [
-                {
-                    "episode": simulator.episode,
-                    "actions": torch.stack(simulator.actions) if simulator.actions else None,
-                    "observation": simulator.observation,
-                }
+                {**vars(simulator), "actions": torch.stack(simulator.actions) if simulator.actions else None}
                 for simulator in self._simulators
             ],
-            "episodes": [
-                {
-                    "number": episode.number,
-                    "rows": list(episode.rows),
-                    "episode_return": episode.episode_return,
-                    "length": episode.length,
-                }
-                for episode in self._episodes
-            ],
+            "episodes": [{**vars(episode), "rows": list(episode.rows)} for episode in self._episodes],
             "chunk": None if chunk is None or not len(chunk) else _packed(chunk),
             "cursor": self._cursor,
             "ahead": None if self._ahead is None else _packed(self._ahead),
@@ -383,25 +371,20 @@ class OnlineExperience:
         Raises:
             InputError: if the state is of another task, seed or number of workers.
         """
-        mine = {"task": self.task, "seed": self._seed, "workers": len(self._simulators)}
-        theirs = {"task": state["task"], "seed": state["seed"], "workers": len(state["simulators"])}
-        for name, value in theirs.items():
-            if value != mine[name]:
-                raise InputError(f"the online experience was saved with {name}={value}, this run has {mine[name]}")
+        workers = len(self._simulators), len(state["simulators"])
+        pairs = {"task": (self.task, state["task"]), "seed": (self._seed, state["seed"]), "workers": workers}
+        for name, (mine, theirs) in pairs.items():
+            if mine != theirs:
+                raise InputError(f"the online experience was saved with {name}={theirs}, this run has {mine}")
         self.close()
         self.counters = dict(state["counters"])
         self._hopeless = state["hopeless"]
         self.waiting_seconds = state["waiting_seconds"]
         self._simulators = [
-            _Simulator(
-                saved["episode"], [] if saved["actions"] is None else list(saved["actions"]), saved["observation"]
-            )
+            _Simulator(**{**saved, "actions": [] if saved["actions"] is None else list(saved["actions"])})
             for saved in state["simulators"]
         ]
-        self._episodes = [
-            _Episode(saved["number"], dict.fromkeys(saved["rows"]), saved["episode_return"], saved["length"])
-            for saved in state["episodes"]
-        ]
+        self._episodes = [_Episode(**{**saved, "rows": dict.fromkeys(saved["rows"])}) for saved in state["episodes"]]
         self._chunk, self._cursor = None, 0
         if state["chunk"] is not None:
             # Rows keep their places, so that a row's place still tells its worker.
@@ -419,9 +402,8 @@ class OnlineExperience:
 
 def _packed(chunk: TensorDictBase) -> dict[str, Tensor]:
     """A chunk's entries under flat names: what a checkpoint can hold."""
-    return {key: value.clone() for key, value in chunk.flatten_keys("/").items()}
+    return dict(chunk.flatten_keys("/").clone().items())
 
 
 def _unpacked(entries: dict[str, Tensor]) -> TensorDictBase:
-    rows = len(next(iter(entries.values())))
-    return TensorDict(dict(entries), batch_size=[rows]).unflatten_keys("/")
+    return TensorDict(dict(entries)).auto_batch_size_(1).unflatten_keys("/")

@@ -9,10 +9,11 @@ generators are left as they were.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import logging
 import multiprocessing
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -24,6 +25,7 @@ from tensordict.nn import TensorDictModuleBase
 
 from deflow_torchrl.envs.d4rl import normalized_score
 from deflow_torchrl.envs.factory import make_gym_env
+from deflow_torchrl.generators import generators_set_aside
 from deflow_torchrl.processes import children_ignore_ctrl_c
 
 DEFAULT_EVALUATION_SEED = 1_000_000
@@ -146,57 +148,51 @@ class Evaluator:
         waiting = iter(range(episodes))
         # slot -> episode it runs; a slot with nothing left to run keeps its last observation in the batch, so that the
         # batch, and with it the rounding of every matrix product, has one shape throughout.
-        running: dict[int, int] = {}
-        for slot in range(self.num_envs):
-            episode = next(waiting, None)
-            if episode is not None:
-                running[slot] = episode
-        first = self._reset({slot: int(outcome.seeds[episode]) for slot, episode in running.items()})
-        observations = np.zeros((self.num_envs, *next(iter(first.values())).shape), np.float32)
-        for slot, observation in first.items():
-            observations[slot] = observation
-        noise = _NoiseStreams(seed) if "noise" in policy.in_keys else None
+        running = dict(zip(range(self.num_envs), waiting, strict=False))
+        starting = dict(running)
+        observations = np.zeros(0)
+        generators: dict[
+            int, torch.Generator
+        ] = {}  # slot -> of its episode's noise, which depends on (seed, episode) alone
         noise_shape = getattr(policy, "noise_shape", None)
-        with _own_generator(seed):
+        if noise_shape is None:
+            noise_shape = (self._ask("action_dim", {0: None})[0],)
+        with generators_set_aside(seed):  # a policy may draw by itself
             while running:
+                seeds = {slot: int(outcome.seeds[episode]) for slot, episode in starting.items()}
+                for slot, observation in self._ask("reset", seeds).items():
+                    if not observations.size:
+                        observations = np.zeros((self.num_envs, *observation.shape), np.float32)
+                    observations[slot] = observation
+                    state = np.random.SeedSequence([seed, starting[slot]]).generate_state(1, np.uint64)[0]
+                    generators[slot] = torch.Generator().manual_seed(int(state >> 1))
+                starting = {}
                 batch = TensorDict({"observation": torch.from_numpy(observations)}, batch_size=[self.num_envs])
-                if noise is not None:
-                    shape = (self._action_dim,) if noise_shape is None else noise_shape
-                    batch["noise"] = noise.draw(self.num_envs, running, outcome.length, shape)
+                if "noise" in policy.in_keys:
+                    noise = torch.zeros(self.num_envs, *noise_shape)
+                    for slot in running:
+                        noise[slot] = torch.randn(noise_shape, generator=generators[slot])
+                    batch["noise"] = noise
                 actions = policy(batch.to(self.device))["action"].cpu().numpy()
                 if on_step is not None:
                     slots = list(running)
                     on_step(np.array(list(running.values())), observations[slots], actions[slots])
-                resets = {}
-                for slot, (observation, reward, done, success) in self._step({s: actions[s] for s in running}).items():
+                for slot, step in self._ask("step", {slot: actions[slot] for slot in running}).items():
                     episode = running[slot]
-                    observations[slot] = observation
+                    observations[slot], reward, done, success = step
                     outcome.episode_return[episode] += reward
                     outcome.length[episode] += 1
                     if done:
                         outcome.success[episode] = success
                         del running[slot]
-                        following = next(waiting, None)
-                        if following is not None:
-                            running[slot] = following
-                            resets[slot] = int(outcome.seeds[following])
+                        for following in itertools.islice(waiting, 1):
+                            running[slot] = starting[slot] = following
                         if on_episode is not None:
                             on_episode()
-                for slot, observation in self._reset(resets).items():
-                    observations[slot] = observation
         return outcome
 
-    @property
-    def _action_dim(self) -> int:
-        return self._groups[0].action_dim
-
-    def _reset(self, seeds: dict[int, int]) -> dict[int, np.ndarray]:
-        return self._ask("reset", seeds)
-
-    def _step(self, actions: dict[int, np.ndarray]) -> dict[int, tuple[np.ndarray, float, bool, bool]]:
-        return self._ask("step", actions)
-
     def _ask(self, command: str, values: dict[int, Any]) -> dict[int, Any]:
+        """Have each group do a command of :class:`_LocalGroup` for its slots among ``values``, side by side."""
         asked = []
         for group in self._groups:
             mine = {slot: values[slot] for slot in group.slots if slot in values}
@@ -206,39 +202,12 @@ class Evaluator:
         return {slot: answer for group in asked for slot, answer in group.receive().items()}
 
 
-class _NoiseStreams:
-    """N(0, I) noise that depends on (seed, episode, step) alone."""
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-        self._generators: dict[int, torch.Generator] = {}
-
-    def draw(self, num_envs: int, running: dict[int, int], lengths: np.ndarray, shape: tuple[int, ...]) -> torch.Tensor:
-        noise = torch.zeros(num_envs, *shape)
-        for slot, episode in running.items():
-            if lengths[episode] == 0:
-                state = np.random.SeedSequence([self.seed, episode]).generate_state(1, np.uint64)[0]
-                self._generators[episode] = torch.Generator().manual_seed(int(state >> 1))
-            noise[slot] = torch.randn(shape, generator=self._generators[episode])
-        return noise
-
-
-@contextmanager
-def _own_generator(seed: int) -> Iterator[None]:
-    """Draws of a policy that makes its own come from ``seed``; torch's global generators are put back."""
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield
-
-
 class _LocalGroup:
     """Some of the environments, stepped in this process."""
 
     def __init__(self, task: str, slots: list[int]) -> None:
         self.slots = slots
         self._envs = {slot: make_gym_env(task) for slot in slots}
-        self.action_dim = int(np.prod(next(iter(self._envs.values())).action_space.shape or ()))
         self._answer: dict[int, Any] = {}
 
     def send(self, command: str, values: dict[int, Any]) -> None:
@@ -246,6 +215,9 @@ class _LocalGroup:
 
     def receive(self) -> dict[int, Any]:
         return self._answer
+
+    def _action_dim(self, env: Any, _: None) -> int:
+        return int(np.prod(env.action_space.shape or ()))
 
     def _reset(self, env: Any, seed: int) -> np.ndarray:
         return env.reset(seed=seed)[0]
@@ -268,24 +240,14 @@ class _RemoteGroup:
         self._pipe, self._theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(self._theirs, task, slots), daemon=True)
 
-    def _start(self) -> None:
-        with children_ignore_ctrl_c():
-            self._process.start()
-        self._theirs.close()
-
-    @property
-    def action_dim(self) -> int:
-        if not hasattr(self, "_action_dim"):
-            self.send("action_dim", {})
-            self._action_dim = self.receive()
-        return self._action_dim
-
     def send(self, command: str, values: dict[int, Any]) -> None:
         if self._process.pid is None:
-            self._start()
+            with children_ignore_ctrl_c():
+                self._process.start()
+            self._theirs.close()
         self._pipe.send((command, values))
 
-    def receive(self) -> Any:
+    def receive(self) -> dict[int, Any]:
         try:
             answer = self._pipe.recv()
         except EOFError:
@@ -295,34 +257,24 @@ class _RemoteGroup:
         return answer
 
     def close(self) -> None:
-        self._pipe.close()
-        if self._process.pid is None:
-            self._theirs.close()
-            return
-        self._process.join(timeout=5)
-        if self._process.is_alive():
+        self._pipe.close()  # which ends the process
+        self._theirs.close()
+        if self._process.pid is not None:
+            self._process.join(timeout=5)
             self._process.terminate()
             self._process.join()
 
 
 def _serve(pipe: Connection, task: str, slots: list[int]) -> None:
-    group: _LocalGroup | None = None
-    logging.getLogger("deflow_torchrl").setLevel(logging.ERROR)  # the parent has said the rest
-    try:
+    """Do the commands that come through a pipe, and send the answers, or the exceptions, back."""
+    logging.getLogger("deflow_torchrl").setLevel(logging.ERROR)  # the parent has logged the rest
+    with contextlib.suppress(EOFError, BrokenPipeError), contextlib.ExitStack() as stack:
+        group = None
         while True:
             command, values = pipe.recv()
             try:
-                if group is None:
-                    group = _LocalGroup(task, slots)
-                if command == "action_dim":
-                    pipe.send(group.action_dim)
-                else:
-                    group.send(command, values)
-                    pipe.send(group.receive())
+                group = group or stack.enter_context(contextlib.closing(_LocalGroup(task, slots)))
+                group.send(command, values)
+                pipe.send(group.receive())
             except Exception as error:  # the parent raises it
                 pipe.send(error)
-    except (EOFError, BrokenPipeError):
-        pass
-    finally:
-        if group is not None:
-            group.close()

@@ -17,6 +17,8 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from deflow_torchrl.generators import generators_set_aside
+
 _log = logging.getLogger(__name__)
 
 Once = Callable[[], tuple[TensorDictBase, TensorDictBase]]
@@ -38,6 +40,12 @@ class DeviceUpdate(Protocol):
     @property
     def optimizer(self) -> torch.optim.Optimizer:
         """Its one optimiser."""
+
+    def __call__(self, batch: TensorDictBase) -> TensorDictBase:
+        """Train on a batch."""
+
+    def check_finite(self) -> None:
+        """Raise NonFiniteLossError if any loss so far was not finite; waits for the device."""
 
     def run(self, batch: TensorDictBase) -> TensorDictBase:
         """Train on a batch, on the device alone."""
@@ -199,14 +207,13 @@ def _flat(update: DeviceUpdate) -> Tensor:
 @contextmanager
 def _state_kept(update: DeviceUpdate) -> Iterator[None]:
     """Put everything back that updates inside change: tensors, moments, random numbers."""
-    device = update.tensors()[0].device
     tensors = [(tensor, tensor.detach().clone()) for tensor in update.tensors()]
     moments: dict[Tensor, dict[str, Any]] = {
         parameter: {name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()}
         for parameter, state in update.optimizer.state.items()
     }
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with generators_set_aside():
             yield
     finally:
         with torch.no_grad():

@@ -4,16 +4,21 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
+import inspect
 import json
 import logging
 import os
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from deflow_torchrl.errors import CheckpointNotWritten
+from deflow_torchrl.errors import CheckpointNotWritten, MissingExtraError
 from deflow_torchrl.paths import atomic_write, write_text
 
 _LOG = logging.getLogger(__name__)
+_PROJECT = "deflow_torchrl"
 
 
 class ScalarLogger(Protocol):
@@ -44,12 +49,22 @@ class MetricsLog:
         self.csv = folder / "metrics.csv"
         self.logger = logger
         self.rows: list[dict[str, Any]] = read_rows(self.jsonl)
-        if resume_step is not None:
-            self.rows = [row for row in self.rows if row["step"] <= resume_step]
-            write_text(self.jsonl, "".join(json.dumps(row) + "\n" for row in self.rows))
         self._columns: list[str] = []
         self._behind = False
+        if resume_step is None:
+            self._write_csv()
+        else:
+            self.rewind(resume_step)
+
+    def rewind(self, step: int) -> None:
+        """Drop the rows after ``step``: a resumed run writes them again."""
+        self.rows = [row for row in self.rows if row["step"] <= step]
+        write_text(self.jsonl, self._text)
         self._write_csv()
+
+    def send_to(self, logger: ScalarLogger | None) -> None:
+        """Give each number of the rows to come to this logger, too."""
+        self.logger = logger
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row and flush it."""
@@ -83,6 +98,10 @@ class MetricsLog:
         except OSError as error:
             raise CheckpointNotWritten(self.jsonl, error) from error
 
+    @property
+    def _text(self) -> str:
+        return "".join(json.dumps(row) + "\n" for row in self.rows)
+
     def _append(self, row: dict[str, Any]) -> None:
         with self.jsonl.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -95,7 +114,7 @@ class MetricsLog:
     def _write_again(self) -> None:
         """Write both files whole: an append that failed may have left half a row."""
         with atomic_write(self.jsonl) as temporary:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
+            temporary.write_text(self._text, encoding="utf-8")
         self._write_csv()
         self._behind = False
 
@@ -117,3 +136,85 @@ def read_rows(jsonl: Path) -> list[dict[str, Any]]:
             except json.JSONDecodeError:
                 break
     return rows
+
+
+def make_logger(
+    name: str, folder: Path, *, state: Mapping[str, str] | None = None, step: int | None = None
+) -> ScalarLogger | None:
+    """Make the TorchRL logger ``name`` (``none``, ``wandb``, ``tensorboard`` or ``mlflow``), writing under ``folder``.
+
+    wandb without a key runs offline and says so on standard error; ``wandb sync`` uploads such a run later.
+
+    Args:
+        name: which one.
+        folder: the run folder.
+
+    Keyword Args:
+        state: what :func:`logger_state` gave, to go on with that run of the logger; one of another logger is of no use.
+        step: last step whose numbers stand; tensorboard hides later ones, which are written again.
+
+    Raises:
+        MissingExtraError: if its package is not installed.
+    """
+    check_logger(name)
+    if name == "none":
+        return None
+    run_id = state["id"] if state and state["logger"] == name else None
+    from torchrl.record.loggers import get_logger
+
+    kwargs: dict[str, dict[str, str]] = {}
+    if name == "wandb":
+        kwargs["wandb_kwargs"] = {"project": _PROJECT, **({} if run_id is None else {"id": run_id})}
+        if "WANDB_MODE" not in os.environ and not _wandb_has_key():
+            where = folder / "wandb"
+            print(f"wandb has no key: logging offline under {where}; upload it with `wandb sync`", file=sys.stderr)
+            # TorchRL's own offline=True asks for the mode "dryrun", which wandb no longer knows.
+            kwargs["wandb_kwargs"]["mode"] = "offline"
+    target = folder if name == "wandb" else folder / name
+    target.mkdir(parents=True, exist_ok=True)
+    if name == "mlflow" and run_id is not None:
+        os.environ["MLFLOW_RUN_ID"] = (
+            run_id  # which run to start is no argument of TorchRL's logger; mlflow reads it once
+        )
+    logger = get_logger(name, logger_name=str(target), experiment_name=folder.name, **kwargs)
+    if name == "tensorboard" and step is not None:
+        _hide_later_numbers(logger, step)
+    return logger
+
+
+def logger_state(name: str, logger: Any) -> dict[str, str]:
+    """What a resumed run needs to go on with the same run of its logger, in plain strings.
+
+    Args:
+        name: the logger's name.
+        logger: what :func:`make_logger` gave.
+    """
+    ids: dict[str, Callable[[], str]] = {
+        "wandb": lambda: logger.experiment.id,
+        "mlflow": lambda: logger.experiment.info.run_id,
+        "tensorboard": lambda: "",  # known by its folder
+    }
+    return {"logger": name, "id": str(ids[name]()) if name in ids else ""}
+
+
+def _hide_later_numbers(logger: Any, step: int) -> None:
+    """Mark a restart after ``step``, as SummaryWriter's ``purge_step`` does, which TorchRL does not pass on."""
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+    logger.experiment.file_writer.add_event(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
+
+
+def check_logger(name: str) -> None:
+    """Raise MissingExtraError if the logger's package is not installed."""
+    if name != "none" and importlib.util.find_spec(name) is None:
+        raise MissingExtraError(name, name)
+
+
+def _wandb_has_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    import wandb
+
+    if "prompt" in inspect.signature(wandb.login).parameters:
+        return bool(wandb.login(prompt=False))
+    return bool(wandb.api.api_key)

@@ -7,20 +7,24 @@ evaluation, diagnostics and checkpoints are therefore the code of a single run, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase, TensorDictParams
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
+from torchrl.data import ReplayBuffer
 from torchrl.objectives.common import LossModule
 from torchrl.objectives.utils import TargetNetUpdater
 
-from deflow_torchrl.errors import InputError, NonFiniteLossError
-from deflow_torchrl.trainers.targets import due, move_softly, soft_pairs
-from deflow_torchrl.trainers.update import UpdateStep, total
+from deflow_torchrl.errors import CheckpointNotWritten, InputError, NonFiniteLossError
+from deflow_torchrl.trainers.checkpoint import list_checkpoints
+from deflow_torchrl.trainers.graphed import GraphedUpdate
+from deflow_torchrl.trainers.loop import Trainer, TrainingLoop
+from deflow_torchrl.trainers.update import UpdateStep, due, move_softly, soft_pairs, total
 
 _COUNT = "step"  # of an optimiser's state of a parameter: the one entry that is no tensor of the parameter's shape
 _ATTRIBUTE = " (of the loss)"
@@ -117,6 +121,7 @@ class StackedUpdate:
                 stacked = nn.Parameter(stacked, requires_grad=rows[0].requires_grad)
             self._stack[id(rows[0])] = stacked
         self._tensors = list(self._stack.values())
+        self._own = TensorDict.from_module(self._template)
         self._targets = self._find_targets()
         self._gather_optimizer()
         self._names = self.updates[0].learner.loss_names
@@ -141,7 +146,9 @@ class StackedUpdate:
 
         def one(tensors: Sequence[Tensor], batch: TensorDictBase) -> tuple[dict[str, Tensor], dict[NestedKey, Tensor]]:
             given = dict(batch.items(True, True))
-            with _swapped(self._template, dict(zip(self._stack, tensors, strict=True))):
+            of_seed = dict(zip(self._stack, tensors, strict=True))
+            swapped = self._own.apply(lambda tensor: of_seed.get(id(tensor), tensor), filter_empty=False)
+            with swapped.to_module(self._template, preserve_module_state=False):
                 out = self._template(batch)
             written = {key: value for key, value in batch.items(True, True) if given.get(key) is not value}
             return dict(out.items()), written
@@ -203,6 +210,106 @@ class StackedUpdate:
                 }
 
 
+class StackedTrainer(TrainingLoop):
+    """Trains what a stack holds; every seed's trainer keeps its rows, alarms, evaluations and checkpoints.
+
+    Whenever a checkpoint is due for one seed, all save, so that they always have checkpoints of the same steps and a
+    group that was killed between two of them goes on from the step before. Random draws are of torch's global generator,
+    whose state every checkpoint has: what goes on from equal steps goes on bit for bit on a CPU.
+
+    Args:
+        update: the seeds' updates, stacked.
+        buffer: samples the transitions of all seeds' batches on the learners' device: a batch of S B is one of B for each.
+        trainers: each seed's, of the stack's updates in their order, at one step; they do not run themselves.
+
+    Keyword Args:
+        show_progress: show a progress bar on standard error.
+        graphed: ``update`` with its batches, several at once: steps at which nothing is due are left to it.
+
+    Raises:
+        NonFiniteLossError: by :meth:`run`, naming the seed; the last checkpoints are from before.
+        CheckpointNotWritten: by :meth:`run`, if the last checkpoint of a seed could not be written.
+    """
+
+    update: StackedUpdate
+
+    def __init__(
+        self,
+        update: StackedUpdate,
+        buffer: ReplayBuffer,
+        trainers: Sequence[Trainer],
+        *,
+        show_progress: bool = True,
+        graphed: GraphedUpdate | None = None,
+    ) -> None:
+        steps = {trainer.step for trainer in trainers}
+        if len(steps) != 1 or len(trainers) != len(update.updates):
+            raise ValueError(f"a trainer at one step is needed for each seed, got {len(trainers)} at steps {steps}")
+        super().__init__(
+            update,
+            schedule=trainers[0].schedule,
+            step=trainers[0].step,
+            graphed=graphed,
+            show_progress=show_progress,
+        )
+        self.buffer = buffer
+        self.trainers = list(trainers)
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether the current step of any seed is trained but not yet evaluated and written."""
+        return any(trainer.unfinished for trainer in self.trainers)
+
+    def evaluate_step(self) -> None:
+        """Evaluate each seed, if the current step is to be evaluated."""
+        for seed, trainer in self._each():
+            with _naming(seed):
+                trainer.evaluate_step()
+
+    def _each(self) -> Iterator[tuple[int, Trainer]]:
+        return zip(self.update.seeds, self.trainers, strict=True)
+
+    def _train_step(self) -> None:
+        count, out, batch, seconds = self._run_updates(self._sample)
+        assert out is not None
+        assert batch is not None
+        self.step += count
+        due = self.schedule.due(self.schedule.log_interval, self.step)
+        for row, (seed, trainer) in enumerate(self._each()):
+            with _naming(seed):
+                trainer.take_step(out[row] if due else None, batch[row] if due else None, count=count, seconds=seconds)
+
+    def _sample(self) -> TensorDictBase:
+        return self.buffer.sample().reshape(len(self.trainers), -1)
+
+    def _finish_step(self) -> None:
+        due = [trainer.close_step() for trainer in self.trainers if trainer.unfinished]
+        if any(due):
+            self._save_or_warn()
+
+    def save(self) -> None:
+        """Write a checkpoint of the current step for every seed, or for none.
+
+        Raises:
+            NonFiniteLossError: if a loss or a weight of any seed was not finite.
+            CheckpointNotWritten: on a full disk; the older checkpoints stay whole.
+        """
+        self.update.check_finite()
+        before = {path for trainer in self.trainers for path in list_checkpoints(trainer.checkpoints)}
+        written: list[Path] = []
+        try:
+            for seed, trainer in self._each():
+                with _naming(seed):
+                    written.append(trainer.save_closed_step())
+        except (NonFiniteLossError, CheckpointNotWritten):
+            # Kept, they would push out the older ones, which the other seeds have too.
+            for path in written:
+                if path not in before:  # one that was there already is the same step's
+                    path.unlink(missing_ok=True)
+            raise
+        self._saved_step = self.step
+
+
 def _trained(updates: Sequence[UpdateStep]) -> Iterator[tuple[Tensor, ...]]:
     """Each parameter of the optimisers, with its like in every update."""
     for groups in zip(*(update.optimizer.param_groups for update in updates), strict=True):
@@ -225,35 +332,6 @@ def _constants_of(loss: LossModule) -> dict[str, Tensor]:
     """Buffers that are settings."""
     learned = {id(tensor) for tensor in _state_of(loss).values()}
     return {name: buffer for name, buffer in loss.named_buffers() if id(buffer) not in learned}
-
-
-@contextmanager
-def _swapped(loss: LossModule, tensors: Mapping[int, Tensor]) -> Iterator[None]:
-    """The loss computes with other tensors in the place of its own: ``tensors`` has them by the id of its own.
-
-    ``torch.func.functional_call`` does not do: TorchRL's losses read their networks' parameters from the TensorDict inside
-    each TensorDictParams, not from what is registered.
-    """
-    modules = list(loss.modules())
-    before = [(module, dict(module._parameters), dict(module._buffers)) for module in modules]
-    held = [(module, module._param_td) for module in modules if isinstance(module, TensorDictParams)]
-
-    def other(tensor: Tensor) -> Tensor:
-        return tensors.get(id(tensor), tensor)
-
-    try:
-        for module, params in held:
-            module._param_td = params.apply(other, filter_empty=False)
-        for module, parameters, buffers in before:
-            for registry, own in ((module._parameters, parameters), (module._buffers, buffers)):
-                registry.update({name: other(tensor) for name, tensor in own.items() if tensor is not None})
-        yield
-    finally:
-        for module, params in held:
-            module._param_td = params
-        for module, parameters, buffers in before:
-            module._parameters.update(parameters)
-            module._buffers.update(buffers)
 
 
 def _check_alike(updates: Sequence[UpdateStep], seeds: Sequence[int]) -> None:
@@ -305,3 +383,12 @@ def _equal(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return torch.equal(one, other)
     return bool(one == other)
+
+
+@contextmanager
+def _naming(seed: int) -> Iterator[None]:
+    """Say in an error which seed it is of."""
+    try:
+        yield
+    except NonFiniteLossError as error:
+        raise NonFiniteLossError(f"seed {seed}: {error}") from error

@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
+from torchrl.objectives import SoftUpdate
+from torchrl.objectives.utils import TargetNetUpdater
 
 from deflow_torchrl.algorithms.base import Learner
 from deflow_torchrl.errors import InputError, NonFiniteLossError
-from deflow_torchrl.trainers.targets import due, target_mover
 
 
 class UpdateStep:
@@ -186,3 +188,68 @@ def total(terms: Tensor, names: Sequence[str], periods: Mapping[str, int], count
         weights = [due(count, periods[name]) if name in periods else 1.0 for name in names]
         terms = torch.stack([term * weight for term, weight in zip(terms, weights, strict=True)])
     return terms.sum()
+
+
+def restore_learner(update: UpdateStep, state: dict[str, Any], path: Path, *, keep_settings: bool = False) -> None:
+    """Load networks and optimiser of a loaded checkpoint; ``keep_settings`` as in :meth:`UpdateStep.load_state_dict`.
+
+    Raises:
+        InputError: if it does not fit the networks.
+    """
+    try:
+        update.load_state_dict(state["update"], keep_settings=keep_settings)
+    except (RuntimeError, KeyError, ValueError) as error:
+        raise InputError(f"{path} does not fit this run's networks: {str(error).splitlines()[0]}") from error
+
+
+def soft_pairs(updater: TargetNetUpdater | None) -> tuple[list[Tensor], list[Tensor]] | None:
+    """The targets and what they follow, tensor by tensor; None where ``updater`` is not a plain ``SoftUpdate``."""
+    if updater is None:
+        return [], []
+    if type(updater) is not SoftUpdate:
+        return None
+    inner: Any = updater
+    pairs = [(inner._targets[f"target_{key[0]}", *key[1:]], source) for key, source in inner._sources.items(True, True)]
+    return [target for target, _ in pairs], [source for _, source in pairs]
+
+
+def target_mover(
+    updater: TargetNetUpdater | None, *, period: int = 1, count: Tensor | None = None
+) -> Callable[[], None]:
+    """``updater.step``, of a ``SoftUpdate`` as one lerp over all tensors: on a CPU a fifth of the time of its own.
+
+    The tensors are looked up here, once: a later ``loss.to(...)`` that makes new ones needs a new mover.
+
+    Args:
+        updater: what moves the targets; None where there are none.
+
+    Keyword Args:
+        period: move only where ``count`` is a multiple of it; that is decided on the device, so that a CUDA graph can hold it.
+        count: the updates so far, a number on the device.
+
+    Raises:
+        ValueError: on a period of an updater that is no ``SoftUpdate``.
+    """
+    if updater is None:
+        return lambda: None
+    pairs = soft_pairs(updater)
+    if period == 1:
+        return updater.step if pairs is None else lambda: move_softly(*pairs, 1 - updater.eps)
+    if pairs is None or count is None:
+        raise ValueError(f"a target_period needs a SoftUpdate and a count, got {type(updater).__name__} and {count}")
+    return lambda: move_softly(*pairs, (1 - updater.eps) * due(count, period))
+
+
+def due(count: Tensor, period: int) -> Tensor:
+    """1.0 where ``count`` is a multiple of ``period``, else 0.0, on its device."""
+    return (count % period == 0).to(torch.get_default_dtype())
+
+
+def move_softly(targets: list[Tensor], sources: list[Tensor], weight: float | Tensor) -> None:
+    """``target <- target + weight (source - target)``."""
+    with torch.no_grad():
+        if isinstance(weight, float):
+            torch._foreach_lerp_(targets, sources, weight)
+            return
+        for target, source in zip(targets, sources, strict=True):  # there is no foreach form for a weight on the device
+            target.lerp_(source, weight.to(target.dtype))

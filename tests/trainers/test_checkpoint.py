@@ -16,6 +16,7 @@ import torch
 from tensordict import MemoryMappedTensor, TensorDict
 
 from deflow_torchrl.errors import InputError
+from deflow_torchrl.generators import capture_generators, restore_generators
 from deflow_torchrl.trainers import load_checkpoint, save_checkpoint
 from deflow_torchrl.trainers.checkpoint import (
     CheckpointNotWritten,
@@ -26,8 +27,7 @@ from deflow_torchrl.trainers.checkpoint import (
     read_header,
     step_of,
 )
-from deflow_torchrl.trainers.generators import capture_generators, restore_generators
-from deflow_torchrl.trainers.identity import changed_settings, run_identity
+from deflow_torchrl.trainers.resume import changed_settings, run_identity
 from tests.support.updates import make_update
 
 IDENTITY = {

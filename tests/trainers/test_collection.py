@@ -16,7 +16,7 @@ pytest.importorskip("gymnasium", reason="needs the extra ogbench")
 
 from deflow_torchrl.errors import CollectorError, EnvironmentFaultError, InputError, RestoreError
 from deflow_torchrl.trainers import OnlineExperience, OnlineStep
-from deflow_torchrl.trainers.sources import LocalSource
+from deflow_torchrl.trainers.collectors import LocalSource
 from tests.support.networks import make_actor
 from tests.support.simulators import EPISODE_STEPS, simulator
 

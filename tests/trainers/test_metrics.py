@@ -53,7 +53,7 @@ def test_a_logger_receives_each_number_with_its_step(tmp_path):
 
 def test_torchrls_tensorboard_logger_takes_them(tmp_path):
     pytest.importorskip("tensorboard", reason="needs the extra tensorboard")
-    from deflow_torchrl.trainers.loggers import make_logger
+    from deflow_torchrl.trainers.metrics import make_logger
 
     MetricsLog(tmp_path, logger=make_logger("tensorboard", tmp_path)).write({"step": 1, "phase": "x", "train/a": 0.5})
     assert list((tmp_path / "tensorboard").rglob("events*"))
@@ -61,12 +61,12 @@ def test_torchrls_tensorboard_logger_takes_them(tmp_path):
 
 def test_wandb_without_a_key_logs_offline_and_says_so(tmp_path, monkeypatch, capsys):
     pytest.importorskip("wandb", reason="needs the extra wandb")
-    from deflow_torchrl.trainers import loggers
+    from deflow_torchrl.trainers import metrics
 
     for variable in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr(loggers, "_wandb_has_key", lambda: False)
-    logger = loggers.make_logger("wandb", tmp_path)
+    monkeypatch.setattr(metrics, "_wandb_has_key", lambda: False)
+    logger = metrics.make_logger("wandb", tmp_path)
     MetricsLog(tmp_path, logger=logger).write({"step": 1, "phase": "x", "train/a": 0.5})
     logger.experiment.finish()
     assert "wandb has no key: logging offline" in capsys.readouterr().err
@@ -101,7 +101,7 @@ def test_a_resumed_tensorboard_hides_the_numbers_that_are_written_again(tmp_path
     pytest.importorskip("tensorboard", reason="needs the extra tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from deflow_torchrl.trainers.loggers import logger_state, make_logger
+    from deflow_torchrl.trainers.metrics import logger_state, make_logger
 
     state = None
     for resume_step, steps in ((None, (1, 2, 3, 4)), (2, (3, 4, 5))):
@@ -120,12 +120,12 @@ def test_a_resumed_tensorboard_hides_the_numbers_that_are_written_again(tmp_path
 
 def test_a_resumed_wandb_goes_on_in_the_same_run(tmp_path, monkeypatch):
     pytest.importorskip("wandb", reason="needs the extra wandb")
-    from deflow_torchrl.trainers import loggers
-    from deflow_torchrl.trainers.loggers import logger_state, make_logger
+    from deflow_torchrl.trainers import metrics
+    from deflow_torchrl.trainers.metrics import logger_state, make_logger
 
     for variable in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr(loggers, "_wandb_has_key", lambda: False)
+    monkeypatch.setattr(metrics, "_wandb_has_key", lambda: False)
     state = None
     for step in (None, 3):
         logger = make_logger("wandb", tmp_path, state=state, step=step)
@@ -139,7 +139,7 @@ def test_a_resumed_wandb_goes_on_in_the_same_run(tmp_path, monkeypatch):
 
 def test_a_resumed_mlflow_goes_on_in_the_same_run(tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow", reason="needs the extra mlflow")
-    from deflow_torchrl.trainers.loggers import logger_state, make_logger
+    from deflow_torchrl.trainers.metrics import logger_state, make_logger
 
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     state = None
@@ -153,8 +153,8 @@ def test_a_resumed_mlflow_goes_on_in_the_same_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
 def test_a_logger_that_is_not_installed_names_its_extra(name, tmp_path, monkeypatch):
     from deflow_torchrl.errors import MissingExtraError
-    from deflow_torchrl.trainers import loggers
+    from deflow_torchrl.trainers import metrics
 
-    monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda module: None)
+    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda module: None)
     with pytest.raises(MissingExtraError, match=rf"deflow-torchrl\[{name}\]"):
-        loggers.make_logger(name, tmp_path)
+        metrics.make_logger(name, tmp_path)

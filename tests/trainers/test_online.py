@@ -47,7 +47,16 @@ def pendulum():
 
 
 def make_trainer(
-    folder, dataset, *, freeze=False, offline=OFFLINE, online=ONLINE, evaluate=None, environment=ENVIRONMENT, **options
+    folder,
+    dataset,
+    *,
+    freeze=False,
+    offline=OFFLINE,
+    online=ONLINE,
+    evaluate=None,
+    environment=ENVIRONMENT,
+    reward_shift=0.0,
+    **options,
 ):
     folder.mkdir(exist_ok=True)
     schedule = {"log_interval": 4, "eval_interval": 5, "save_interval": 5}
@@ -64,6 +73,7 @@ def make_trainer(
         ),
         bank=bank,
         bank_file=folder / "base_actions.pt",
+        reward_shift=reward_shift,
     )
     torch.manual_seed(3)
     return Trainer(
@@ -155,8 +165,7 @@ def test_ctrl_c_and_resume_across_the_boundary_is_bit_for_bit_the_uninterrupted_
     (*_, checkpoint) = list_checkpoints(tmp_path / "stopped" / "checkpoints")
     assert step_of(checkpoint) == at - 1
     torch.manual_seed(12345)  # what the run starts with must not matter
-    resumed.restore(checkpoint)
-    resumed.metrics = MetricsLog(tmp_path / "stopped", resume_step=resumed.written_step)
+    resumed.resume(checkpoint)
     resumed.run()
     assert_equal(weights(resumed), weights(straight))
     assert_equal(resumed.buffer[:].to_dict(), straight.buffer[:].to_dict())
@@ -167,9 +176,11 @@ def test_evaluations_do_not_change_an_online_run(tmp_path, pendulum):
     plain = make_trainer(tmp_path / "plain", pendulum)
     plain.run()
     with Evaluator(ENVIRONMENT, num_envs=1) as evaluator:
-        often = make_trainer(tmp_path / "often", pendulum, eval_interval=4)
-        policy = often.update.learner.policy
-        often.evaluate = lambda: {"eval/return": float(evaluator.run(policy, episodes=1).episode_return.mean())}
+
+        def evaluate():
+            return {"eval/return": float(evaluator.run(often.update.learner.policy, episodes=1).episode_return.mean())}
+
+        often = make_trainer(tmp_path / "often", pendulum, eval_interval=4, evaluate=evaluate)
         often.run()
     assert sum("eval/return" in row for row in often.metrics.rows) == 6
     assert_equal(weights(often), weights(plain))
@@ -208,8 +219,7 @@ def test_steps_without_an_update_are_logged_and_logging_changes_nothing(tmp_path
 def test_rewards_are_shifted_as_the_datas_were_before_they_are_stored(tmp_path, pendulum):
     stored = []
     for shift in (0.0, -1.0):
-        trainer = make_trainer(tmp_path / f"{shift}", pendulum)
-        trainer.online._reward_shift = shift
+        trainer = make_trainer(tmp_path / f"{shift}", pendulum, reward_shift=shift)
         trainer.run()
         stored.append(trainer.buffer[len(pendulum) :]["next", "reward"][0])
     assert_equal(stored[1], stored[0] - 1.0)

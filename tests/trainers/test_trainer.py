@@ -1,3 +1,4 @@
+import functools
 import itertools
 import json
 import signal
@@ -22,7 +23,17 @@ def make_buffer(rows=64, batch_size=8):
     return buffer
 
 
-def make_trainer(folder, *, steps=12, buffer=None, evaluate=None, save_interval=4, eval_interval=6, validation=None):
+def make_trainer(
+    folder,
+    *,
+    steps=12,
+    buffer=None,
+    evaluate=None,
+    save_interval=4,
+    eval_interval=6,
+    validation=None,
+    make_graphed=lambda update, sample: None,
+):
     folder.mkdir(exist_ok=True)
     buffer = buffer or make_buffer()
     update = make_update()
@@ -39,6 +50,7 @@ def make_trainer(folder, *, steps=12, buffer=None, evaluate=None, save_interval=
         validation=validation,
         evaluate=evaluate,
         show_progress=False,
+        graphed=make_graphed(update, buffer.sample),
     )
 
 
@@ -90,8 +102,7 @@ def test_ctrl_c_saves_and_the_resumed_run_is_bit_for_bit_the_uninterrupted_one(t
     assert [int(path.stem[5:]) for path in checkpoints][-1:] == ([at - 1] if at > 1 else [])
     resumed = make_trainer(tmp_path / "stopped")
     if checkpoints:
-        resumed.restore(checkpoints[-1])
-        resumed.metrics = MetricsLog(tmp_path / "stopped", resume_step=resumed.update.step)
+        resumed.resume(checkpoints[-1])
     resumed.run()
     torch.testing.assert_close(
         dict(resumed.update.learner.loss.state_dict()), dict(straight.update.learner.loss.state_dict()), rtol=0, atol=0
@@ -128,8 +139,7 @@ def test_a_signal_in_mid_step_waits_for_the_step_and_one_in_an_evaluation_is_mad
     (*_, checkpoint) = list_checkpoints(tmp_path / "stopped" / "checkpoints")
     assert checkpoint.name == "step_000000006.pt"
     resumed = make_trainer(tmp_path / "stopped", evaluate=evaluations(None))
-    resumed.restore(checkpoint)
-    resumed.metrics = MetricsLog(tmp_path / "stopped", resume_step=6)
+    resumed.resume(checkpoint)
     resumed.run()
     torch.testing.assert_close(
         dict(resumed.update.learner.loss.state_dict()), dict(straight.update.learner.loss.state_dict()), rtol=0, atol=0
@@ -137,8 +147,7 @@ def test_a_signal_in_mid_step_waits_for_the_step_and_one_in_an_evaluation_is_mad
     assert without_time(resumed.metrics.rows) == without_time(straight.metrics.rows)
     # Killed for good before its next checkpoint and resumed once more: no row twice.
     again = make_trainer(tmp_path / "stopped", evaluate=evaluations(None))
-    again.restore(checkpoint)
-    again.metrics = MetricsLog(tmp_path / "stopped", resume_step=again.written_step)
+    again.resume(checkpoint)
     again.run()
     assert without_time(again.metrics.rows) == without_time(straight.metrics.rows)
 
@@ -198,19 +207,16 @@ def test_steps_trained_several_at_once_leave_the_run_of_single_steps(tmp_path, u
             counts.append(count)
             return super().__call__(count)
 
-    def make_several(folder):
-        trainer = make_trainer(folder, validation=make_buffer(16))
-        trainer.graphed = Counted(trainer.update, trainer.buffer.sample, updates_per_replay=updates_per_replay)
-        return trainer
+    def make_several(folder, **options):
+        make_graphed = functools.partial(Counted, updates_per_replay=updates_per_replay)
+        return make_trainer(folder, validation=make_buffer(16), make_graphed=make_graphed, **options)
 
-    stopped = make_several(tmp_path / "several")
-    stopped.evaluate = lambda: signal.raise_signal(signal.SIGINT) or {}
+    stopped = make_several(tmp_path / "several", evaluate=lambda: signal.raise_signal(signal.SIGINT) or {})
     with pytest.raises(KeyboardInterrupt):
         stopped.run()
     assert counts == [3, 1, 2]
     resumed = make_several(tmp_path / "several")
-    resumed.restore(list_checkpoints(tmp_path / "several" / "checkpoints")[-1])
-    resumed.metrics = MetricsLog(tmp_path / "several", resume_step=resumed.written_step)
+    resumed.resume(list_checkpoints(tmp_path / "several" / "checkpoints")[-1])
     resumed.run()
     assert counts == [3, 1, 2, 2, 1, 3]
     assert without_time(resumed.metrics.rows) == without_time(single.metrics.rows)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import hashlib
 import logging
 import signal
@@ -22,6 +23,7 @@ from tensordict.nn import TensorDictModuleBase
 from torchrl.collectors import Collector, MultiSyncCollector
 
 from deflow_torchrl.errors import InputError
+from deflow_torchrl.generators import generators_set_aside
 from deflow_torchrl.processes import children_ignore_ctrl_c, die_with_parent
 
 _GRACE_S = 5.0  # from a worker's death until its chunk is given up
@@ -99,8 +101,8 @@ class ProcessSource:
                 self._collector = MultiSyncCollector(
                     list(envs),
                     # A plain callable, not a module: a module's weights TorchRL would send through queues whose other end
-                    # may have died, and wait for an answer.
-                    _Caller(acting(policy)),
+                    # may have died, and wait for an answer. It is pickled as it is, shared memory included.
+                    functools.partial(acting(policy)),
                     frames_per_batch=steps,
                     total_frames=-1,
                     device="cpu",
@@ -115,10 +117,8 @@ class ProcessSource:
                 )
             except InputError as error:  # TorchRL appends the worker's traceback
                 raise InputError(str(error).split("\n\nWorker traceback", maxsplit=1)[0]) from None
-            except (EOFError, OSError) as error:
-                raise WorkerDied("a collector worker died while it was being set up") from error
-            except RuntimeError as error:
-                if not isinstance(error.__cause__, EOFError):
+            except (EOFError, OSError, RuntimeError) as error:
+                if isinstance(error, RuntimeError) and not isinstance(error.__cause__, EOFError):
                     raise
                 raise WorkerDied("a collector worker died while it was being set up") from error
         self._processes = list(self._collector.procs)
@@ -195,16 +195,6 @@ class ProcessSource:
                 process.join(5)
 
 
-class _Caller:
-    """A policy that is not a module to TorchRL, so that it is pickled as it is, shared memory included."""
-
-    def __init__(self, policy: Callable[[TensorDictBase], TensorDictBase]) -> None:
-        self.policy = policy
-
-    def __call__(self, tensordict: TensorDictBase) -> TensorDictBase:
-        return self.policy(tensordict)
-
-
 class _OwnGenerator:
     """A policy that draws its own noise: every draw is fixed by the step's ``noise`` entry, none is a global generator's."""
 
@@ -212,14 +202,8 @@ class _OwnGenerator:
         self.policy = policy
 
     def __call__(self, tensordict: TensorDictBase) -> TensorDictBase:
-        noise = tensordict["noise"]
-        seed = hashlib.blake2b(noise.cpu().numpy().tobytes(), digest_size=8).digest()
-        with torch.random.fork_rng(devices=[noise.device] if noise.is_cuda else []):
-            # Not torch.manual_seed, which seeds every device: also those that are not given back.
-            torch.default_generator.manual_seed(int.from_bytes(seed) >> 1)
-            if noise.is_cuda:
-                with torch.cuda.device(noise.device):
-                    torch.cuda.manual_seed(int.from_bytes(seed) >> 1)
+        seed = hashlib.blake2b(tensordict["noise"].cpu().numpy().tobytes(), digest_size=8).digest()
+        with generators_set_aside(int.from_bytes(seed) >> 1):
             return self.policy(tensordict)
 
 

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""The process's random generators, as plain tensors and numbers for a checkpoint."""
+"""The process's random generators: seed them, set them aside for a block, and write them into a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import torch
 
 
 def seed_generators(seed: int) -> None:
-    """Seed torch's generators, NumPy's global one and Python's ``random``, so that equal runs begin in equal states."""
+    """Seed torch's generators, NumPy's global one and Python's ``random``."""
     torch.manual_seed(seed)
     np.random.seed(np.random.SeedSequence(seed).generate_state(8))
     random.seed(seed)
 
 
 def capture_generators() -> dict[str, Any]:
-    """States of torch's generators (CPU and every CUDA device), NumPy's global one and Python's ``random``."""
+    """Return the states of torch's generators (CPU and every CUDA device), NumPy's global one and Python's ``random``."""
     version, words, gauss = random.getstate()
     _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
@@ -39,7 +39,7 @@ def capture_generators() -> dict[str, Any]:
 def restore_generators(state: dict[str, Any]) -> None:
     """Set the generators to what :func:`capture_generators` gave.
 
-    States of CUDA devices that this machine lacks are left out: a run that goes on elsewhere is another run there anyway.
+    States of CUDA devices that this machine lacks are left out: on another machine the digits differ anyway.
     """
     torch.random.set_rng_state(state["torch"].cpu())
     if torch.cuda.is_available():
@@ -54,18 +54,16 @@ def restore_generators(state: dict[str, Any]) -> None:
 
 @contextmanager
 def generators_set_aside(seed: int | None = None) -> Iterator[None]:
-    """Give torch's generators (CPU and every CUDA device) their states back at the end; inside they start from ``seed``.
+    """Restore torch's generators at the end of the block: the CPU's and, where CUDA is in use, every CUDA device's.
 
     Args:
-        seed: where the block starts; where they stand, if None.
+        seed: where the generators start in the block; their present states, if None.
     """
-    state = torch.random.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
-    try:
+    # A device that nobody has used yet has no draws to protect, and asking for its state would start CUDA on it.
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=devices):
         if seed is not None:
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
+            if devices:
+                torch.cuda.manual_seed_all(seed)
         yield
-    finally:
-        torch.random.set_rng_state(state)
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)

@@ -1,0 +1,200 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
+"""Whether a run may go on from a checkpoint, and from which: the rules of ``deflow resume``, and what it goes on with."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from deflow_torchrl import __version__
+from deflow_torchrl.errors import InputError
+from deflow_torchrl.trainers.checkpoint import check_identity, list_checkpoints, read_header, step_of
+from deflow_torchrl.versions import package_versions
+
+# Settings that change neither weights nor rows of metrics. Threads are not among them: their number can move the last digit
+# of a matrix product.
+NEUTRAL_SETTINGS = frozenset(
+    {"out", "data_root", "download", "eval_workers", "logger", "save_interval", "updates_per_replay", "self_check"}
+)
+# Packages whose versions can move a digit of networks or simulators.
+_PACKAGES = ("torch", "torchrl", "tensordict", "numpy", "gymnasium", "mujoco", "ogbench", "gymnasium-robotics")
+# What the experience and the base actions of a running online phase were made with.
+_FIXED_ONLINE = ("offline_steps", "freeze_prior", "base_actions", "env", "seed", "collector_workers", "overwrite")
+
+
+def run_identity(settings: Mapping[str, Any], *, data_sha256: str | None) -> dict[str, Any]:
+    """What a checkpoint of this run says it belongs to.
+
+    Args:
+        settings: all settings of the run, as :func:`deflow_torchrl.config.config_to_dict` gives them.
+
+    Keyword Args:
+        data_sha256: digest of the offline data.
+
+    Returns:
+        ``task``, ``algo``, ``version`` of this package, ``data_sha256``, ``settings`` and the ``packages``' versions.
+    """
+    versions = package_versions()
+    return {
+        "task": settings["task"],
+        "algo": settings["algo"]["name"],
+        "version": __version__,
+        "data_sha256": data_sha256,
+        "settings": dict(settings),
+        "packages": {name: versions[name] for name in _PACKAGES if name in versions},
+    }
+
+
+def changed_settings(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """What differs between two identities' settings and packages, one ``name: theirs -> ours`` each, in our order.
+
+    Settings that can change no result (:data:`NEUTRAL_SETTINGS`) are left out.
+
+    Examples:
+        >>> old = {"settings": {"seed": 0, "out": "a", "algo": {"lr": 0.001}}}
+        >>> changed_settings(old, {"settings": {"seed": 1, "out": "b", "algo": {"lr": 0.001}}})
+        ['seed: 0 -> 1']
+    """
+    changes = []
+    for group, neutral in (("settings", NEUTRAL_SETTINGS), ("packages", frozenset[str]())):
+        before, after = dict(_flat(theirs.get(group, {}))), dict(_flat(ours.get(group, {})))
+        for name in dict.fromkeys([*after, *before]):
+            if name not in neutral and before.get(name) != after.get(name):
+                changes.append(f"{name}: {before.get(name)} -> {after.get(name)}")
+    return changes
+
+
+def find_checkpoint(folder: Path, step: int | None = None) -> Path | None:
+    """The checkpoint to go on from: the one of ``step``, else the last; None where there is none yet.
+
+    Raises:
+        InputError: if there is none of ``step``.
+    """
+    kept = list_checkpoints(folder)
+    if step is None:
+        return kept[-1] if kept else None
+    for path in kept:
+        if step_of(path) == step:
+            return path
+    steps = ", ".join(str(step_of(path)) for path in kept) or "none"
+    raise InputError(f"{folder} has no checkpoint of step {step}; it has {steps}")
+
+
+def check_resumable(
+    settings: Mapping[str, Any], *, saved: Mapping[str, Any], checkpoint: Path | None, config_file: Path, force: bool
+) -> list[str]:
+    """Compare the settings to go on with to those the run has had so far.
+
+    Args:
+        settings: what the run is to go on with.
+
+    Keyword Args:
+        saved: what the run folder keeps, which is compared where there is no checkpoint yet.
+        checkpoint: what it goes on from.
+        config_file: the run folder's settings, for messages.
+        force: go on although settings differ.
+
+    Returns:
+        What differs, one ``name: theirs -> ours`` each; empty without ``force``.
+
+    Raises:
+        InputError: on another task, method or version; on settings that differ, without ``force``; on numbers of steps that
+            the checkpoint has passed, and on settings that an online phase is built on, once it has begun.
+    """
+    ours = run_identity(settings, data_sha256=None)
+    if checkpoint is None:
+        source, step, theirs = config_file, 0, run_identity(saved, data_sha256=None)
+    else:
+        header = read_header(checkpoint)
+        source, step, theirs = checkpoint, header["step"], header["identity"]
+    check_identity(source, theirs, ours)
+    changes = changed_settings(theirs, ours)
+    if changes and not force:
+        raise InputError(
+            f"settings differ from those of {source}: {'; '.join(changes)}; put them back, or go on with the new ones with "
+            "--force"
+        )
+    _check_steps(step, theirs.get("settings", {}), settings)
+    return changes
+
+
+def drop_later_checkpoints(folder: Path, step: int) -> None:
+    """Remove the checkpoints after the step a run goes on from: they are of a course that is given up."""
+    for path in list_checkpoints(folder):
+        if step_of(path) > step:
+            path.unlink(missing_ok=True)
+
+
+class RunHistory:
+    """Commands and seconds of a run; a resumed one goes on with those of its checkpoint.
+
+    Args:
+        commands: the commands so far, this one last.
+
+    Keyword Args:
+        seconds: wall time of phases before this process.
+
+    Attributes:
+        commands: every command that worked on the run, in order. The time of a process that was killed counts up to its last
+            checkpoint.
+    """
+
+    def __init__(self, commands: Sequence[str], *, seconds: Mapping[str, float] | None = None) -> None:
+        self.commands = list(commands)
+        self._seconds = dict(seconds or {})
+        self._running: dict[str, float] = {}
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Count the block's wall time as ``phase``."""
+        self._running[phase] = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds = self.seconds
+            del self._running[phase]
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Wall time by phase, with those that are running now."""
+        now, total = time.perf_counter(), dict(self._seconds)
+        for phase, began in self._running.items():
+            total[phase] = total.get(phase, 0.0) + now - began
+        return total
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values for a checkpoint."""
+        return {"commands": list(self.commands), "seconds": self.seconds}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put what a checkpoint knows before what this process has done since; its command stays the last."""
+        self.commands = [*state["commands"], self.commands[-1]]
+        for phase, seconds in state["seconds"].items():
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
+
+
+def _check_steps(done: int, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    if done > theirs.get("offline_steps", done):
+        fixed = [name for name in _FIXED_ONLINE if theirs.get(name) != ours.get(name)]
+        drawn = [settings.get("algo", {}).get("flow_steps") for settings in (theirs, ours)]
+        if ours.get("freeze_prior") and drawn[0] != drawn[1]:
+            raise InputError(
+                f"algo.flow_steps: {drawn[0]} -> {drawn[1]}: cannot change any more, the frozen prior's base actions are drawn"
+            )
+        if fixed:
+            lines = "; ".join(f"{name}: {theirs.get(name)} -> {ours.get(name)}" for name in fixed)
+            raise InputError(f"{lines}: cannot change any more, the run is in its online phase (step {done})")
+    steps = ours["offline_steps"] + ours.get("online_steps", 0)
+    if done > steps:
+        raise InputError(f"the run is at step {done} already, past the {steps} it is to have; choose an older --step")
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, list(value) if isinstance(value, tuple) else value

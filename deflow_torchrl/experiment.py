@@ -419,7 +419,8 @@ class Run:
         if self.learner.diagnostics is not None:  # a few thousand rows of a set that may not fit into memory
             rows = torch.linspace(0, len(dataset) - 1, min(len(dataset), _DIAGNOSED_TRANSITIONS)).round().long()
             self.learner.diagnostics.use_data(dataset[rows])
-        self.alarms = Alarms(gamma=self._gamma, reward_bound=self.reward_bound)
+        rules = get_algorithm(config.algo.name).alarms
+        self.alarms = Alarms(gamma=self._gamma, reward_bound=self.reward_bound, rules=rules)
         self.update = UpdateStep(self.learner, compile_loss=config.compile)
 
     def write_config(self) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
+from deflow_torchrl.algorithms.alarms import DEFLOW_ALARMS
 from deflow_torchrl.algorithms.settings import PRECISIONS, Algorithm, CriticConfig, Need, check_positive, given
 
 if TYPE_CHECKING:
@@ -128,4 +129,4 @@ def build_deflow(config: DeFlowConfig, problem: ProblemSpec) -> Learner:
     )
 
 
-ALGORITHM = Algorithm(name="deflow", config=DeFlowConfig, build=build_deflow)
+ALGORITHM = Algorithm(name="deflow", config=DeFlowConfig, build=build_deflow, alarms=DEFLOW_ALARMS)

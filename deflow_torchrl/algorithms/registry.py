@@ -23,7 +23,7 @@ def _found() -> dict[str, Algorithm]:
     return {algorithm.name: algorithm for algorithm in sorted(algorithms, key=lambda it: it.name != "deflow")}
 
 
-_PARTS = ("base", "diagnostics", "registry", "settings")
+_PARTS = ("alarms", "base", "diagnostics", "registry", "settings")
 """Files of this room that are no methods."""
 
 ALGORITHMS: dict[str, Algorithm] = _found()

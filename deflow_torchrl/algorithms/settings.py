@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
 
+from deflow_torchrl.algorithms.alarms import AlarmRule
 from deflow_torchrl.errors import InputError
 
 if TYPE_CHECKING:
@@ -86,11 +87,13 @@ class Algorithm:
         name: as in ``algo=NAME``.
         config: dataclass of its settings, each with a default; a :class:`MethodConfig`.
         build: settings and problem to :class:`~deflow_torchrl.algorithms.base.Learner`.
+        alarms: what in its rows of metrics says that a run is going wrong.
     """
 
     name: str
     config: type[Any]
     build: Callable[[Any, ProblemSpec], Learner]
+    alarms: tuple[AlarmRule, ...] = ()
 
 
 def given(setting: _T | None, task_value: _T) -> _T:

@@ -79,7 +79,7 @@ def load_ogbench_dataset(
 class OGBenchExperienceReplay(TransitionReplayBuffer):
     """An OGBench single-task data set as an immutable replay buffer; ``rb[:]`` is the whole set in TED.
 
-    TorchRL's ``load_dataset("ogbench:NAME")`` gives the same, once :mod:`deflow_torchrl` is imported.
+    TorchRL's ``load_dataset("ogbench:NAME")`` gives the same after ``deflow_torchrl.register()``.
 
     Args:
         dataset_id: single-task name, for example ``cube-single-play-singletask-task2-v0``.

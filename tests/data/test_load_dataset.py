@@ -9,10 +9,11 @@ from torchrl.data.datasets import load_dataset
 
 ogbench = pytest.importorskip("ogbench", reason="needs the extra ogbench")
 
-from deflow_torchrl import OGBenchExperienceReplay  # noqa: E402 - its import is what registers the name
+from deflow_torchrl import OGBenchExperienceReplay, register  # noqa: E402
 from tests.support.generation import generation_in_process  # noqa: E402
 
 EPISODES = {"train": 2, "val": 1}
+register()
 
 
 @pytest.fixture(

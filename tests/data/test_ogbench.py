@@ -143,6 +143,9 @@ def test_arrays_the_package_does_not_know_are_ignored(generated, tmp_path):
 def test_torchrls_load_dataset_finds_the_sets(generated):
     from torchrl.data.datasets import load_dataset
 
+    from deflow_torchrl import register
+
+    register()
     rb = load_dataset(f"ogbench:{TASK}", root=generated, batch_size=4)
     assert isinstance(rb, OGBenchExperienceReplay)
     assert rb.sample().batch_size == (4,)

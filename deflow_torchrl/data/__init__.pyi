@@ -1,0 +1,22 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
+
+from .action_variance import ActionVariance as ActionVariance
+from .action_variance import intrinsic_action_variance as intrinsic_action_variance
+from .action_variance import suggest_target_divergence as suggest_target_divergence
+from .base_actions import BaseActionBank as BaseActionBank
+from .builder import TransitionBuilder as TransitionBuilder
+from .card import card_markdown as card_markdown
+from .card import data_card as data_card
+from .dataset import TransitionDataset as TransitionDataset
+from .dataset import TransitionReplayBuffer as TransitionReplayBuffer
+from .dataset import ValidationReport as ValidationReport
+from .download import download_ogbench_dataset as download_ogbench_dataset
+from .files import import_files as import_files
+from .generation import generate_ogbench_dataset as generate_ogbench_dataset
+from .minari import MinariExperienceReplay as MinariExperienceReplay
+from .minari import load_minari_dataset as load_minari_dataset
+from .ogbench import OGBenchExperienceReplay as OGBenchExperienceReplay
+from .ogbench import load_ogbench_dataset as load_ogbench_dataset
+from .oracles import GENERATED_DATASETS as GENERATED_DATASETS
+from .union_buffer import OfflineOnlineReplayBuffer as OfflineOnlineReplayBuffer
+from .union_storage import TRANSITION_KEYS as TRANSITION_KEYS

@@ -1,0 +1,21 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
+
+from .actor import DeFlowActor as DeFlowActor
+from .best_of_n import BestOfNModel as BestOfNModel
+from .best_of_n import BestOfNPolicy as BestOfNPolicy
+from .deterministic import DeterministicModel as DeterministicModel
+from .deterministic import DeterministicPolicy as DeterministicPolicy
+from .flow import FlowMatchingModel as FlowMatchingModel
+from .flow import FlowMatchingPolicy as FlowMatchingPolicy
+from .gaussian import GaussianModel as GaussianModel
+from .gaussian import GaussianPolicy as GaussianPolicy
+from .networks import make_one_step_network as make_one_step_network
+from .networks import make_policy_network as make_policy_network
+from .networks import make_qvalue_networks as make_qvalue_networks
+from .networks import make_refinement_network as make_refinement_network
+from .networks import make_value_network as make_value_network
+from .networks import make_velocity_network as make_velocity_network
+from .one_step import OneStepModel as OneStepModel
+from .one_step import OneStepPolicy as OneStepPolicy
+from .refinement import RefinementModel as RefinementModel
+from .refinement import RefinementPolicy as RefinementPolicy

@@ -1,0 +1,14 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
+
+from .bc import BCLoss as BCLoss
+from .deflow import DeFlowLoss as DeFlowLoss
+from .fawac import FAWACLoss as FAWACLoss
+from .fbrac import FBRACLoss as FBRACLoss
+from .flow_matching import FlowMatchingLoss as FlowMatchingLoss
+from .fql import FQLLoss as FQLLoss
+from .ifql import IFQLLoss as IFQLLoss
+from .implicit_q import ImplicitQLoss as ImplicitQLoss
+from .iql import IQLLoss as IQLLoss
+from .rebrac import ReBRACLoss as ReBRACLoss
+from .refinement import RefinementLoss as RefinementLoss
+from .td_critic import TDCriticLoss as TDCriticLoss

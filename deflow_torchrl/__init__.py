@@ -15,7 +15,7 @@ def register() -> None:
     """Register this package's data sets with TorchRL, whose ``load_dataset("ogbench:NAME")`` knows them from then on."""
     from torchrl.data.datasets import register_dataset
 
-    register_dataset("ogbench", "deflow_torchrl.data.ogbench:OGBenchExperienceReplay", replace=True)
+    register_dataset("ogbench", "deflow_torchrl.sources.ogbench:OGBenchExperienceReplay", replace=True)
 
 
 if "torchrl.data.datasets" in sys.modules:

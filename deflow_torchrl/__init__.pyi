@@ -1,8 +1,6 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
 
-from .data import MinariExperienceReplay as MinariExperienceReplay
 from .data import OfflineOnlineReplayBuffer as OfflineOnlineReplayBuffer
-from .data import OGBenchExperienceReplay as OGBenchExperienceReplay
 from .data import TransitionDataset as TransitionDataset
 from .data import TransitionReplayBuffer as TransitionReplayBuffer
 from .modules import BestOfNPolicy as BestOfNPolicy
@@ -30,6 +28,8 @@ from .objectives import IQLLoss as IQLLoss
 from .objectives import ReBRACLoss as ReBRACLoss
 from .objectives import RefinementLoss as RefinementLoss
 from .objectives import TDCriticLoss as TDCriticLoss
+from .sources import MinariExperienceReplay as MinariExperienceReplay
+from .sources import OGBenchExperienceReplay as OGBenchExperienceReplay
 
 __version__: str
 

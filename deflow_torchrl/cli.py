@@ -146,7 +146,7 @@ def train(
 ) -> None:
     """Train a method on a data set, then online: deflow train task=NAME [online_steps=N] [KEY=VALUE...]
 
-    NAME: an OGBench single-task name; one of the paper's D4RL names (door-human-v1); minari:ID, any Minari set; own:FOLDER, a
+    NAME: an OGBench single-task name; one of the paper's D4RL names (door-human-v1); minari:ID, any Minari set; file:FOLDER, a
     set made by deflow data import. env=GYMNASIUM_ID says where own data is evaluated; env=none does without for a Minari set.
 
     seeds=[0,1,2] trains a run for each of these seeds, all at once in this process and offline, into OUT/seed0, OUT/seed1...;
@@ -694,7 +694,7 @@ def import_data(
     ] = False,
     json_: _JSON = False,
 ) -> None:
-    """Turn your own files into a checked data set that trains: deflow train task=own:OUT [env=GYMNASIUM_ID]
+    """Turn your own files into a checked data set that trains: deflow train task=file:OUT [env=GYMNASIUM_ID]
 
     Fields: observations, actions, rewards, terminals (1 where the task ended), and, where you have them, timeouts (1 on the
     last row of an episode that was cut), next_observations. Fields under their usual names (obs, action, terminated,
@@ -708,7 +708,7 @@ def import_data(
     """
     from deflow_torchrl.data.card import data_card, write_card
     from deflow_torchrl.data.dataset import make_folder
-    from deflow_torchrl.data.files import import_files
+    from deflow_torchrl.sources.files import import_files
 
     out = out.expanduser()
     columns = {}
@@ -744,7 +744,7 @@ def import_data(
             with contextlib.suppress(OSError):
                 parent.rmdir()
         raise
-    go_on = shlex.join(["deflow", "train", f"task={_hydra_value(f'own:{out}')}"])
+    go_on = shlex.join(["deflow", "train", f"task={_hydra_value(f'file:{out}')}"])
     taken = ", ".join(f"{field}={name}" for field, name in dataset.about["columns"].items())
     print(f"{out}: {card['transitions']} transitions, {card['episodes']} episodes; see {out / 'card.md'}")
     print(f"columns: {taken}")
@@ -769,13 +769,13 @@ def describe_data(
 ) -> None:
     """Check a data set and print its card: source, episodes, rewards and their meaning, actions, duplicates, provenance.
 
-    NAME is whatever deflow train takes as task= (cube-single-play-singletask-task2-v0, door-human-v1, minari:ID, own:FOLDER);
+    NAME is whatever deflow train takes as task= (cube-single-play-singletask-task2-v0, door-human-v1, minari:ID, file:FOLDER);
     FILE is an .npz in OGBench's layout or another file with the usual names of columns. The card is written as JSON and
     Markdown.
     """
     from deflow_torchrl.data.card import card_markdown, data_card, write_card
     from deflow_torchrl.paths import cache_home
-    from deflow_torchrl.tasks.sources import load_any
+    from deflow_torchrl.tasks.data import load_any
 
     dataset, task = load_any(name, root=data_root, download=download, allow_jumps=allow_jumps)
     meaning = None if task is None else task.reward_meaning
@@ -828,7 +828,7 @@ def iav(
         suggest_target_divergence,
     )
     from deflow_torchrl.progress import progress_bar
-    from deflow_torchrl.tasks.sources import load_any
+    from deflow_torchrl.tasks.data import load_any
 
     if domain is not None:
         suggest_target_divergence(0.0, domain=domain)  # an unknown domain is refused before the work

@@ -16,7 +16,7 @@ from deflow_torchrl.experiment import ACTING, evaluate_run, read_run_settings
 from deflow_torchrl.reports.figures import check_report_extra
 from deflow_torchrl.reports.statistics import paired_difference, sign_test
 from deflow_torchrl.tasks import Task, get_task
-from deflow_torchrl.tasks.sources import reference_returns
+from deflow_torchrl.tasks.data import reference_returns
 from deflow_torchrl.trainers.evaluation import DEFAULT_EVALUATION_SEED
 
 

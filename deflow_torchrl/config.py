@@ -32,8 +32,8 @@ class TrainConfig:
 
     Attributes:
         task: OGBench single-task name, for example ``cube-single-play-singletask-task2-v0``; the paper's D4RL names
-            (``door-human-v1``); ``minari:ID``; or ``own:FOLDER``, a set made by ``deflow data import``.
-        env: where ``own:`` and ``minari:`` data are evaluated: a gymnasium id, an OGBench single-task name, or ``none``; a
+            (``door-human-v1``); ``minari:ID``; or ``file:FOLDER``, a set made by ``deflow data import``.
+        env: where ``file:`` and ``minari:`` data are evaluated: a gymnasium id, an OGBench single-task name, or ``none``; a
             Minari set's own environment where None.
         preset: where the paper and its authors' code disagree and both can be had (docs/tasks.md): ``paper``, what is printed,
             or ``released``, what the code does; this package's choice, setting by setting, where None. A setting that is given

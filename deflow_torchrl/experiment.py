@@ -44,8 +44,9 @@ from deflow_torchrl.processes import available_cores
 from deflow_torchrl.progress import progress_bar
 from deflow_torchrl.reports import build_record, check_report_extra, plot_learning_curve, write_html_report
 from deflow_torchrl.reports.records import RECORD_FILE
+from deflow_torchrl.sources.base import get_source, settled_name
 from deflow_torchrl.tasks import Task, get_task
-from deflow_torchrl.tasks.sources import data_digest, load_task_data, reference_returns
+from deflow_torchrl.tasks.data import load_task_data, reference_returns
 from deflow_torchrl.trainers import EvaluationResult, Evaluator, MetricsLog, Trainer, TrainerSchedule, UpdateStep
 from deflow_torchrl.trainers.alarms import Alarms
 from deflow_torchrl.trainers.checkpoint import list_checkpoints, load_checkpoint, step_of
@@ -614,8 +615,8 @@ class Run:
 
     def _check_environment(self, dataset: TransitionDataset) -> None:
         """Make the environment once, before anything is written or trained, and compare its widths with the data's."""
-        if self.task.source == "ogbench" or self.task.environment is None:
-            return  # OGBench's loader has done so
+        if self.task.environment is None or get_source(self.task.source).fixed_environment:
+            return  # of the latter the loader has done so
         try:
             env = make_gym_env(self.task.environment)
         except InputError as error:
@@ -632,8 +633,7 @@ class Run:
     def _describe_data(self, dataset: TransitionDataset) -> dict[str, Any]:
         about = {key: value for key, value in dataset.about.items() if key not in ("fingerprint", "sha256")}
         return {
-            "name": self.task.dataset,
-            "sha256": data_digest(self.task, root=self.config.data_root),
+            **get_source(self.task.source).describe(self.task.dataset, root=self.config.data_root),
             "transitions": len(dataset),
             "provenance": about.pop("provenance", None),
             **about,
@@ -759,9 +759,7 @@ def _build(config: SettledConfig, observation_dim: int, action_dim: int, device:
 
 def resumable_from_anywhere(config: SettledConfig) -> SettledConfig:
     """The settings with absolute paths of data."""
-    prefix, _, folder = config.task.partition(":")
-    if prefix == "own":
-        config = replace(config, task=f"own:{Path(folder).expanduser().absolute()}")
+    config = replace(config, task=settled_name(config.task))
     if config.data_root is not None:
         config = replace(config, data_root=str(Path(config.data_root).expanduser().absolute()))
     return config

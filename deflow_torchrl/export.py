@@ -37,6 +37,7 @@ from deflow_torchrl.modules import kernels
 from deflow_torchrl.modules.flow import FlowMatchingModel, register_bounds
 from deflow_torchrl.modules.networks import MLP, has_hooks
 from deflow_torchrl.paths import atomic_write, file_sha256, make_writable_folder
+from deflow_torchrl.sources.base import public_name
 from deflow_torchrl.versions import package_versions
 
 FORMATS = ("onnx", "pt2")
@@ -73,8 +74,7 @@ def export_run(
     out = out or run / f"{name}.{format}"
     task = loaded.task
     about = {
-        # Of own data the name alone: the folder it lay in is nobody's business elsewhere.
-        "task": f"own:{Path(task.dataset).name}" if task.source == "own" else task.name,
+        "task": public_name(task.name),
         "environment": task.environment,
         "method": loaded.config.algo.name,
         "policy": name,

@@ -29,14 +29,12 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
 from deflow_torchrl.algorithms import Learner
-from deflow_torchrl.envs.names import parse_ogbench_name
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.experiment import LoadedRun, load_run
 from deflow_torchrl.generators import generators_set_aside
 from deflow_torchrl.paths import make_writable_folder
 from deflow_torchrl.reports.figures import FORMATS, Points, check_report_extra, plot_landscape
-from deflow_torchrl.tasks import Task
-from deflow_torchrl.tasks.sources import load_task_data
+from deflow_torchrl.tasks.data import load_task_data
 
 LOW, HIGH = -1.0, 1.0
 """Bounds of every action: data are mapped to them when they are loaded."""
@@ -363,17 +361,10 @@ def _file(out: Path | None, run: Path, state: int) -> Path:
 
 def _check_same_task(run: Path, loaded: LoadedRun, second: Path | None, other: LoadedRun) -> None:
     sizes = [{name: it.state[name] for name in ("observation_dim", "action_dim")} for it in (loaded, other)]
-    if _identity(loaded.task) != _identity(other.task) or sizes[0] != sizes[1]:
+    if loaded.task.identity != other.task.identity or sizes[0] != sizes[1]:
         raise InputError(
             f"{run} is about {loaded.task.name}, {second} about {other.task.name}: only runs of one task share a landscape"
         )
-
-
-def _identity(task: Task) -> tuple[Any, ...]:
-    """The same of two names of one task."""
-    if task.source == "ogbench":
-        return parse_ogbench_name(task.dataset).dataset, task.number
-    return task.source, task.dataset, task.environment
 
 
 def _data_at(loaded: LoadedRun, state: int, neighbours: int) -> tuple[Tensor, Tensor]:

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from deflow_torchrl.data import MinariExperienceReplay
-from deflow_torchrl.envs.minari import check_new_id, import_minari
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.progress import progress_bar
+from deflow_torchrl.sources.minari_sets import check_new_id, import_minari
 
 FLAG = 38  # the observation's last entry: 1 where the door is open, else -1
 

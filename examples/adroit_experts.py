@@ -16,9 +16,9 @@ import numpy as np
 
 from deflow_torchrl.envs import D4RLAdroitReward, normalized_score, reference_returns
 from deflow_torchrl.envs.adroit import ADROIT_TASKS, environment_sign
-from deflow_torchrl.envs.minari import check_new_id, import_minari
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.progress import progress_bar
+from deflow_torchrl.sources.minari_sets import check_new_id, import_minari
 
 
 class Expert:

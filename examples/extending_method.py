@@ -1,4 +1,4 @@
-"""Add a method of one's own: a loss, its settings and how to build it; the trainer, checkpoints and records are the package's.
+"""Add a method of one's file: a loss, its settings and how to build it; the trainer, checkpoints and records are the package's.
 
 The method is weighted behaviour cloning: a deterministic policy regresses on the logged actions, those with a high reward
 counting more. Its data are the pendulum's, written as files of one's own (see docs/data.md).
@@ -27,9 +27,9 @@ from deflow_torchrl.algorithms.settings import Need
 from deflow_torchrl.config import TrainConfig
 from deflow_torchrl.data.card import data_card, write_card
 from deflow_torchrl.data.dataset import make_folder
-from deflow_torchrl.data.files import import_files
 from deflow_torchrl.experiment import train
 from deflow_torchrl.objectives.common import OffPolicyLoss, next_key
+from deflow_torchrl.sources.files import import_files
 
 
 class RewardBCLoss(OffPolicyLoss):
@@ -102,7 +102,7 @@ def log_pendulum(folder: Path, episodes: int) -> str:
         lambda into: import_files(folder / "rows.npz", never_terminates=True, action_bounds=(-2.0, 2.0), folder=into),
         describe=lambda dataset, into: write_card(data_card(dataset, name="pendulum"), into),
     )
-    return f"own:{folder / 'pendulum'}"
+    return f"file:{folder / 'pendulum'}"
 
 
 def main() -> float:

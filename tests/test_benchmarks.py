@@ -568,7 +568,7 @@ def test_what_a_script_does_not_know_is_one_line(script, arguments, said):
 
 def test_data_that_cannot_be_had_are_refused_before_any_run(script, monkeypatch, tmp_path):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
-    monkeypatch.setattr("deflow_torchrl.envs.minari._check_network", refuse_network)
+    monkeypatch.setattr("deflow_torchrl.sources.minari_sets._check_network", refuse_network)
     code, _, err = script("adroit", "run", "--methods", "deflow", "--out", tmp_path / "runs")
     assert code == 2
     (line,) = err.splitlines()

@@ -296,7 +296,7 @@ def test_run_settings_of_an_unknown_method_are_refused_by_its_name():
 
 
 def test_settings_survive_the_run_folder():
-    config = compose_config(["task=own:x", "hidden_dims=[8,8]", "algo.fixed_alpha=0.5", "device=cpu"])
+    config = compose_config(["task=file:x", "hidden_dims=[8,8]", "algo.fixed_alpha=0.5", "device=cpu"])
     assert config.hidden_dims == [8, 8]
     assert config_to_dict(config_from_dict(config_to_dict(config))) == config_to_dict(config)
 

@@ -92,7 +92,7 @@ def test_truncated_files_are_one_line(ending, home):
 @pytest.mark.parametrize(
     ("task", "parts"),
     [
-        ("own:nowhere", ["nowhere holds no data set"]),
+        ("file:nowhere", ["nowhere holds no data set"]),
         ("minari:nobody/nothing-v0", ["nobody/nothing-v0"]),
         ("minari:not an id", ["is no Minari id"]),
         ("door-humane-v1", ["did you mean door-human-v1"]),
@@ -332,7 +332,7 @@ def test_the_printed_command_reads_the_folder_whatever_its_name(out, home):
     assert printed == f"go on with: {summary['train']}"
     program, verb, *settings = shlex.split(summary["train"])
     assert (program, verb) == ("deflow", "train")
-    assert compose_config(settings).task == f"own:{out}"
+    assert compose_config(settings).task == f"file:{out}"
 
 
 def test_the_columns_taken_are_printed_and_stand_on_the_card(home):

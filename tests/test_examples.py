@@ -152,7 +152,7 @@ def test_the_human_demonstrations_become_a_minari_set(run, adroit, capsys, caplo
 
     from deflow_torchrl.data import MinariExperienceReplay
     from deflow_torchrl.envs.adroit import ADROIT_TASKS, hand_to_object_sign
-    from deflow_torchrl.envs.minari import open_minari_dataset
+    from deflow_torchrl.sources.minari_sets import open_minari_dataset
 
     path = adroit / "door_human_raw.npz"
     run("adroit_demonstrations.py", str(path), "door/human-v0")

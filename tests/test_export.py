@@ -75,7 +75,7 @@ def test_the_exported_actions_are_the_runs_and_the_file_says_what_it_is(run, for
     assert json.loads(last) == {**manifest, "file": str(out)}
     assert said.startswith(f"{out}: deflow at step 3; ")
     assert f"load_policy('{out}')" in how
-    assert manifest["task"] == "own:pendulum", "of own data the name, not the place"
+    assert manifest["task"] == "file:pendulum", "of own data the name, not the place"
     assert manifest["environment"] == f"gym:{ENVIRONMENT}"
     assert (manifest["method"], manifest["policy"], manifest["step"]) == ("deflow", "deflow", 3)
     assert manifest["checkpoint_sha256"] == file_sha256(loaded.checkpoint)

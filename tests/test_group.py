@@ -303,7 +303,7 @@ def test_a_full_disk_costs_all_seeds_a_checkpoint_and_not_the_run(task, finished
 )
 def test_seeds_that_cannot_be_trained_are_refused_in_one_line(overrides, said):
     with pytest.raises(InputError, match=said) as error:
-        compose_config(["task=own:x", *overrides])
+        compose_config(["task=file:x", *overrides])
     assert "\n" not in str(error.value)
 
 
@@ -327,7 +327,7 @@ def test_what_cannot_change_and_folders_that_are_taken_are_refused(task, group, 
 
 
 def test_settings_with_seeds_go_to_a_file_and_back_and_name_a_folder():
-    config = compose_config(["task=own:x", "seeds=[3,1]"])
+    config = compose_config(["task=file:x", "seeds=[3,1]"])
     assert config.seeds == [3, 1]
     assert config_from_dict(config_to_dict(config)) == config
     assert str(default_out(config)) == "runs/own-x-deflow-seeds3-1"

@@ -15,7 +15,6 @@ from deflow_torchrl.algorithms import get_algorithm
 from deflow_torchrl.algorithms.base import ProblemSpec
 from deflow_torchrl.data.card import data_card, write_card
 from deflow_torchrl.data.dataset import make_folder
-from deflow_torchrl.data.files import import_files
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.experiment import load_run
 from deflow_torchrl.landscape import (
@@ -29,6 +28,7 @@ from deflow_torchrl.landscape import (
     principal_slice,
     sample_actions,
 )
+from deflow_torchrl.sources.files import import_files
 from tests.support.command_line import assert_one_line, deflow
 from tests.support.pendulum import ENVIRONMENT, record_pendulum
 
@@ -165,7 +165,7 @@ def runs(tmp_path_factory):
         describe=lambda dataset, into: write_card(data_card(dataset, name="modes"), into),
     )
     for seed in (0, 1):
-        train(folder, f"task=own:{folder / 'modes'}", f"seed={seed}", f"out={folder / f'run{seed}'}")
+        train(folder, f"task=file:{folder / 'modes'}", f"seed={seed}", f"out={folder / f'run{seed}'}")
     return folder
 
 

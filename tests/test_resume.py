@@ -250,7 +250,7 @@ def test_a_full_disk_is_a_warning_on_the_way_and_an_error_at_the_end(run, finish
 
 
 def test_overrides_are_read_as_on_a_new_run_and_on_top_of_the_runs_own():
-    base = compose_config(["task=own:x", "seed=3", "algo.lr=0.01", "hidden_dims=[8]"])
+    base = compose_config(["task=file:x", "seed=3", "algo.lr=0.01", "hidden_dims=[8]"])
     config = apply_overrides(base, ["hidden_dims=[4,4]", "algo.gamma=0.9", "threads=null", "algo=deflow", "env='a b'"])
     expected = config_to_dict(base) | {"hidden_dims": [4, 4], "env": "a b"}
     expected["algo"] = expected["algo"] | {"gamma": 0.9}

@@ -87,7 +87,7 @@ def test_what_is_not_given_is_the_tasks_and_what_is_given_stays():
 
 
 def test_tasks_outside_the_paper_have_the_usual_protocol():
-    for task in ("own:x", "minari:mine/arm-v0", NOISY):
+    for task in ("file:x", "minari:mine/arm-v0", NOISY):
         config = compose_config([f"task={task}"])
         assert (config.offline_steps, config.eval_interval, config.eval_episodes) == (1_000_000, 100_000, 50)
         assert config.hidden_dims == [512] * 4

@@ -11,12 +11,12 @@ from .dataset import TransitionDataset as TransitionDataset
 from .dataset import TransitionReplayBuffer as TransitionReplayBuffer
 from .dataset import ValidationReport as ValidationReport
 from .download import download_ogbench_dataset as download_ogbench_dataset
-from .files import import_files as import_files
 from .generation import generate_ogbench_dataset as generate_ogbench_dataset
-from .minari import MinariExperienceReplay as MinariExperienceReplay
-from .minari import load_minari_dataset as load_minari_dataset
-from .ogbench import OGBenchExperienceReplay as OGBenchExperienceReplay
-from .ogbench import load_ogbench_dataset as load_ogbench_dataset
 from .oracles import GENERATED_DATASETS as GENERATED_DATASETS
+from .reexports import MinariExperienceReplay as MinariExperienceReplay
+from .reexports import OGBenchExperienceReplay as OGBenchExperienceReplay
+from .reexports import import_files as import_files
+from .reexports import load_minari_dataset as load_minari_dataset
+from .reexports import load_ogbench_dataset as load_ogbench_dataset
 from .union_buffer import OfflineOnlineReplayBuffer as OfflineOnlineReplayBuffer
 from .union_storage import TRANSITION_KEYS as TRANSITION_KEYS

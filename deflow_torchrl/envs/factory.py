@@ -8,6 +8,7 @@ import difflib
 import functools
 import io
 import os
+import pkgutil
 import sys
 import warnings
 from types import ModuleType
@@ -22,6 +23,12 @@ if TYPE_CHECKING:
     import gymnasium
     import torch
     from torchrl.envs import EnvBase
+
+_MAKERS = {
+    "gym": "deflow_torchrl.envs.factory:make_registered_env",
+    "minari": "deflow_torchrl.sources.minari_env:make_rescaled_minari_env",
+}
+"""Prefix of a name -> function that makes its environment from the rest, found when it is needed."""
 
 
 @functools.cache
@@ -77,16 +84,13 @@ def make_gym_env(task: str, **kwargs: Any) -> gymnasium.Env:
         MissingExtraError: if the extra it needs is not installed.
     """
     prefix, colon, rest = task.partition(":")
-    if colon and prefix == "minari":
-        from deflow_torchrl.envs.minari import make_minari_env
-
-        return make_minari_env(rest, **{"rescale_actions": True, **kwargs})
-    if colon and prefix == "gym":
-        return _make_registered_env(rest, **kwargs)
+    if colon and prefix in _MAKERS:
+        return pkgutil.resolve_name(_MAKERS[prefix])(rest, **kwargs)
     return make_env_by_id(parse_ogbench_name(task).environment_id, **kwargs)
 
 
-def _make_registered_env(environment_id: str, **kwargs: Any) -> gymnasium.Env:
+def make_registered_env(environment_id: str, **kwargs: Any) -> gymnasium.Env:
+    """Make an environment registered with gymnasium, for ``gym:ID``; see :func:`make_gym_env`."""
     try:
         import gymnasium
         from gymnasium.wrappers import RescaleAction

@@ -19,7 +19,6 @@ from tensordict import TensorDict
 from deflow_torchrl.config import TrainConfig, config_from_dict
 from deflow_torchrl.envs import make_gym_env
 from deflow_torchrl.envs.d4rl import d4rl_task
-from deflow_torchrl.envs.names import parse_ogbench_name
 from deflow_torchrl.errors import InputError, MissingExtraError
 from deflow_torchrl.experiment import _build as build_learner
 from deflow_torchrl.generators import generators_set_aside
@@ -27,11 +26,12 @@ from deflow_torchrl.modules.kernels import enable_kernels
 from deflow_torchrl.processes import available_cores
 from deflow_torchrl.progress import progress_bar
 from deflow_torchrl.reports.records import hardware, load_record
+from deflow_torchrl.sources.base import get_source
 from deflow_torchrl.sweep.jobs import Job, check_devices, is_done, jobs_at_once, plan_jobs
 from deflow_torchrl.sweep.plan import Cell, SweepPlan, is_gpu
 from deflow_torchrl.sweep.table import JobProgress, clock, seeds_text
 from deflow_torchrl.tasks import get_task
-from deflow_torchrl.tasks.sources import load_task_data
+from deflow_torchrl.tasks.data import load_task_data
 from deflow_torchrl.trainers import StackedUpdate, UpdateStep
 
 _BUDGET_SECONDS = 30.0  # of timed updates in all
@@ -229,14 +229,13 @@ def _kind_of(cell: Cell, sizes: dict[str, tuple[int, int]]) -> _Kind:
 def _sizes(config: TrainConfig, known: dict[str, tuple[int, int]]) -> tuple[int, int]:
     """Widths of a task's observations and actions: of D4RL's table, of the environment, or of one's own data."""
     task = get_task(config.task, environment=config.env)
-    # OGBench's tasks of one set have the same sizes, and to make one's environment takes a second.
-    data_set = parse_ogbench_name(task.dataset).dataset if task.source == "ogbench" else task.dataset
-    if data_set in known:
-        return known[data_set]
+    # Tasks of one set have the same sizes, and to make an environment takes a second.
+    if task.data_name in known:
+        return known[task.data_name]
     facts = d4rl_task(task.dataset)
     if facts is not None:
         widths = facts.observation_dim, facts.action_dim
-    elif task.source == "own" or task.environment is None:
+    elif task.environment is None or get_source(task.source).location(task.dataset) is not None:
         data = load_task_data(task, root=config.data_root, download=config.download)
         assert data is not None
         widths = data.observation.shape[-1], data.action.shape[-1]
@@ -247,7 +246,7 @@ def _sizes(config: TrainConfig, known: dict[str, tuple[int, int]]) -> tuple[int,
         if spaces[0] is None or spaces[1] is None:
             raise InputError(f"{config.task}: {task.environment} has no vectors for observations and actions")
         widths = spaces[0][-1], spaces[1][-1]
-    known[data_set] = widths
+    known[task.data_name] = widths
     return widths
 
 

@@ -15,15 +15,13 @@ from typing import Any, Literal
 import torch
 
 from deflow_torchrl.config import config_from_dict, config_to_dict
-from deflow_torchrl.envs.factory import import_ogbench
-from deflow_torchrl.envs.names import parse_ogbench_name
 from deflow_torchrl.errors import InputError, LockHeldError, MissingExtraError
 from deflow_torchrl.locks import hold_lock
 from deflow_torchrl.processes import available_cores
 from deflow_torchrl.reports.records import load_record
+from deflow_torchrl.sources.base import get_source, public_name
 from deflow_torchrl.sweep.plan import LOGS, Cell, SweepPlan, can_stack, is_gpu, uses_gpu
 from deflow_torchrl.tasks import get_task
-from deflow_torchrl.tasks.sources import have_task_data
 from deflow_torchrl.trainers.resume import NEUTRAL_SETTINGS, changed_settings
 
 _log = logging.getLogger(__name__)
@@ -136,15 +134,15 @@ def have_data(plan: SweepPlan, jobs: Sequence[Job], *, show_progress: bool = Tru
     for job in jobs:
         config = config_from_dict(job.config)
         task = get_task(config.task, environment=config.env)
-        data = parse_ogbench_name(task.dataset).dataset if task.source == "ogbench" else task.dataset
-        shared = task.source == "own" or (task.source == "ogbench" and config.data_root is not None)
+        data, source = task.data_name, get_source(task.source)
+        shared = source.location(task.dataset, root=config.data_root) is not None
         if data in known or (elsewhere and not shared):
             continue
         known.add(data)
-        if task.source == "ogbench" and not elsewhere:
-            import_ogbench()  # its environments label the data with rewards, and evaluate
+        if not elsewhere:
+            source.check_installed()
         try:
-            have_task_data(task, root=config.data_root, download=config.download, show_progress=show_progress)
+            source.ensure(task.dataset, root=config.data_root, download=config.download, show_progress=show_progress)
         except MissingExtraError:
             raise
         except InputError as error:
@@ -325,10 +323,9 @@ def _record_of(folder: Path) -> dict[str, Any] | None:
     except InputError:
         return None  # damaged or of an earlier version: the run goes on from its last checkpoint and writes it anew
     saved = read_settings(folder / CONFIG_FILE)["config"]
-    prefix, colon, place = saved["task"].partition(":")
-    if prefix == "own":  # of a folder a record keeps the name alone
-        saved["task"] = f"{prefix}{colon}{Path(place).name}"
-    return None if changed_settings({"settings": saved}, {"settings": record["config"]}) else record
+    recorded = record["config"]
+    saved, recorded = ({**it, "task": public_name(it["task"])} for it in (saved, recorded))  # of a place the name alone
+    return None if changed_settings({"settings": saved}, {"settings": recorded}) else record
 
 
 def _neutral_changes(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:

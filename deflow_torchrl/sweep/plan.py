@@ -21,6 +21,7 @@ from deflow_torchrl.config import (
     with_task_defaults,
 )
 from deflow_torchrl.errors import InputError
+from deflow_torchrl.sources.base import settled_name
 from deflow_torchrl.tasks import families, family_groups, get_task, paper_task, paper_tasks
 from deflow_torchrl.tasks.protocols import get_protocol
 
@@ -297,14 +298,13 @@ def _tasks(names: Sequence[str]) -> list[tuple[str, bool, bool]]:
 
 
 def _known(name: str) -> str:
-    """A task's name, with an absolute path where it is one's own."""
+    """A task's name, with an absolute path where it names a folder."""
     try:
         get_task(name)
     except InputError as error:
         near = difflib.get_close_matches(name, dict.fromkeys(["all", "o2o", *families(), *family_groups()]), n=3)
         raise InputError(f"{error}{f' (families: {chr(32).join(near)})' if near else ''}") from error
-    prefix, _, folder = name.partition(":")
-    return f"own:{Path(folder).expanduser().absolute()}" if prefix == "own" else name
+    return settled_name(name)
 
 
 def _cells(

@@ -13,9 +13,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from deflow_torchrl.envs.d4rl import d4rl_task
-from deflow_torchrl.envs.names import parse_ogbench_name
 from deflow_torchrl.errors import InputError
-from deflow_torchrl.tasks.registry import Task, get_task
+from deflow_torchrl.tasks.registry import get_task
 from deflow_torchrl.tasks.tables import read_table, row_tasks
 
 SETTINGS = ("offline", "offline_to_online")
@@ -141,7 +140,7 @@ def paper_task(name: str, setting: str = "offline") -> PaperTask | None:
     Raises:
         InputError: where the name is no task at all.
     """
-    return _by_task()[setting].get(_key(get_task(name)))
+    return _by_task()[setting].get(get_task(name).identity)
 
 
 def paper_settings(method: str) -> list[str]:
@@ -162,27 +161,21 @@ def _near(name: str, names: list[str]) -> str:
     return f"did you mean {', '.join(near)}?" if near else f"there are {', '.join(names)}"
 
 
-def _key(task: Task) -> tuple[str, str, int | None]:
-    """What a task is, whichever of its names it was called by."""
-    published = parse_ogbench_name(task.dataset).dataset if task.source == "ogbench" else task.dataset
-    return task.source, published, task.number
-
-
 @functools.cache
-def _by_task() -> dict[str, dict[tuple[str, str, int | None], PaperTask]]:
-    return {setting: {_key(get_task(task.name)): task for task in tasks} for setting, tasks in _tasks().items()}
+def _by_task() -> dict[str, dict[tuple[str, str, int | str | None], PaperTask]]:
+    return {setting: {get_task(task.name).identity: task for task in tasks} for setting, tasks in _tasks().items()}
 
 
 @functools.cache
 def _tasks() -> dict[str, list[PaperTask]]:
     table = read_table("paper.json")
     offline = [_offline(table, row, name) for row in table["offline"] for name in row_tasks(row)]
-    known = {_key(get_task(task.name)): task for task in offline}
+    known = {get_task(task.name).identity: task for task in offline}
     online = []
     for row in table["offline_to_online"]:
         for name in row_tasks(row):
             # What is not in the table of this setting is as in the offline one.
-            task = known[_key(get_task(name))]
+            task = known[get_task(name).identity]
             assert task.family == row["family"], name
             protocol = dict(table["protocols"]["offline_to_online"])
             checkpoints = tuple(protocol.pop("eval_checkpoints"))
@@ -215,7 +208,7 @@ def _offline(table: dict[str, Any], row: dict[str, Any], name: str) -> PaperTask
         setting="offline",
         family=row["family"],
         benchmark=row["protocol"],
-        dataset=parse_ogbench_name(name).dataset if task.source == "ogbench" else task.dataset,
+        dataset=task.data_name,
         environment=task.environment,
         default_task=task.number == task.default_number if state else None,
         trainable=not task.images,

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""What a run is about: data, environment and what a method takes from the task, from ``ogbench.json``, ``d4rl.json``."""
+"""The tasks by name: data, environment and what a method takes from the task, from ``ogbench.json`` and ``d4rl.json``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Literal
 from deflow_torchrl.envs.d4rl import d4rl_task
 from deflow_torchrl.envs.names import parse_ogbench_name
 from deflow_torchrl.errors import InputError
+from deflow_torchrl.sources.base import get_source, split_name
 from deflow_torchrl.tasks.tables import paper_names, read_table
 
 
@@ -21,8 +22,8 @@ class Task:
 
     Attributes:
         name: the name as given, for example ``cube-single-play-singletask-task2-v0``, ``door-human-v1``,
-            ``minari:mujoco/hopper/medium-v0`` or ``own:FOLDER``.
-        source: where the data come from: ``ogbench``, ``minari`` or ``own``.
+            ``minari:mujoco/hopper/medium-v0`` or ``file:FOLDER``.
+        source: prefix of the source of its data, as :func:`deflow_torchrl.sources.get_source` takes it.
         dataset: what the source calls them: single-task name, Minari id, folder of a transition set.
         environment: name of the environment for :func:`deflow_torchrl.envs.make_gym_env`; ``None`` where there is none.
         metric: what its evaluations are judged by: ``success``, ``score`` (normalised return) or ``return``.
@@ -36,10 +37,11 @@ class Task:
         number: number of an OGBench task; the environment's default task where the name has none.
         default_number: number of its environment's default task; ``None`` for other tasks.
         images: whether observations are known to be uint8 pictures ``[H, W, C]`` instead of states.
+        published: name of the published set, where several tasks share one; ``dataset`` where it is None.
     """
 
     name: str
-    source: Literal["ogbench", "minari", "own"]
+    source: str
     dataset: str
     environment: str | None
     metric: Literal["success", "score", "return"]
@@ -52,6 +54,17 @@ class Task:
     number: int | None = None
     default_number: int | None = None
     images: bool = False
+    published: str | None = None
+
+    @property
+    def data_name(self) -> str:
+        """The name of the set, the same for all tasks that share it."""
+        return self.published or self.dataset
+
+    @property
+    def identity(self) -> tuple[str, str, int | str | None]:
+        """The same for two names of one task."""
+        return self.source, self.data_name, self.number or self.environment
 
 
 def get_task(name: str, *, environment: str | None = None) -> Task:
@@ -59,36 +72,35 @@ def get_task(name: str, *, environment: str | None = None) -> Task:
 
     Args:
         name: an OGBench single-task name (also ``ogbench:NAME``), one of the paper's D4RL names (``door-human-v1``),
-            ``minari:ID`` for any Minari set, or ``own:FOLDER`` for a set made by ``deflow data import``.
+            ``minari:ID`` for any Minari set, ``file:FOLDER`` for a set made by ``deflow data import``, or ``PREFIX:NAME`` for a
+            set of a source that another package adds.
 
     Keyword Args:
-        environment: where to evaluate ``own:`` and ``minari:`` data: a gymnasium id, an OGBench single-task name, or
-            ``none``. A Minari set's own environment by default, none for own data.
+        environment: where to evaluate sets of a source that has no fixed environment (``file:``, ``minari:``): a gymnasium
+            id, an OGBench single-task name, or ``none``. The source's own by default: a Minari set's, none of a file.
 
     Raises:
-        InputError: on an unknown name, with the nearest ones.
+        InputError: on an unknown name or prefix, with the nearest ones.
     """
-    prefix, colon, rest = name.partition(":")
-    if environment is not None and prefix not in ("own", "minari"):
-        raise InputError(f"env={environment} is for own: and minari: data; {name} has an environment of its own")
-    if colon and prefix in ("own", "minari"):
-        task = _d4rl_tasks().get(rest) if prefix == "minari" else None
-        if task is None:
-            where = name if prefix == "minari" else None
-            task = Task(
-                name, source="own" if prefix == "own" else "minari", dataset=rest, environment=where, metric="return"
-            )
-        if environment is None:
-            return replace(task, name=name)
-        known = _ogbench_tasks().get(environment)
-        where = None if environment == "none" else environment if known else f"gym:{environment}"
-        return replace(task, name=name, environment=where, metric=known.metric if known else "return")
-    found = _ogbench_tasks().get(rest if prefix == "ogbench" else name) or _d4rl_tasks().get(name)
+    prefix, rest = split_name(name)
+    source = None if prefix is None else get_source(prefix)
+    if environment is not None and (source is None or source.fixed_environment):
+        raise InputError(f"env={environment} is for file: and minari: data; {name} has an environment of its own")
+    if prefix is None or source is None:
+        found = _ogbench_tasks().get(name) or _d4rl_tasks().get(name)
+    else:
+        found = _tasks_of_data().get((prefix, rest))
+    if found is None and source is not None and not source.fixed_environment:
+        found = Task(name, source=str(prefix), dataset=rest, environment=source.environment(rest), metric="return")
     if found is None:
         near = difflib.get_close_matches(name, [*_ogbench_tasks(), *_d4rl_tasks()], n=3, cutoff=0.6)
         hint = f"did you mean {', '.join(near)}?" if near else "names look like cube-single-play-singletask-task2-v0"
         raise InputError(f"unknown task {name!r}; {hint}")
-    return replace(found, name=name)
+    if environment is None:
+        return replace(found, name=name)
+    known = _ogbench_tasks().get(environment)
+    where = None if environment == "none" else environment if known else f"gym:{environment}"
+    return replace(found, name=name, environment=where, metric=known.metric if known else "return")
 
 
 @functools.cache
@@ -117,6 +129,7 @@ def _ogbench_tasks() -> Mapping[str, Task]:
                         number=number or default,
                         default_number=default,
                         images=group.get("images", False),
+                        published=f"{environment}-{data}-v0",
                     )
     return tasks
 
@@ -145,6 +158,12 @@ def _d4rl_tasks() -> Mapping[str, Task]:
                 reward_meaning=group["reward_meaning"],
             )
     return tasks
+
+
+@functools.cache
+def _tasks_of_data() -> Mapping[tuple[str, str], Task]:
+    """The tasks of both tables by the prefix of their source and what it calls their data."""
+    return {(task.source, task.dataset): task for task in (*_ogbench_tasks().values(), *_d4rl_tasks().values())}
 
 
 def ogbench_task_names() -> list[str]:

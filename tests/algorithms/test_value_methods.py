@@ -159,4 +159,4 @@ def test_what_only_the_task_can_know_is_asked_for_by_name(name, setting):
 )
 def test_settings_out_of_range_are_one_line(override, part):
     with pytest.raises(InputError, match=part.replace(".", r"\.")):
-        compose_config(["task=own:data", *override.split()])
+        compose_config(["task=file:data", *override.split()])

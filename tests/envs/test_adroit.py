@@ -13,8 +13,8 @@ from deflow_torchrl.envs.adroit import (
     hand_to_object_distance,
     hand_to_object_sign,
 )
-from deflow_torchrl.envs.minari import import_minari
 from deflow_torchrl.errors import InputError
+from deflow_torchrl.sources.minari_sets import import_minari
 
 import_minari()  # registers the environments
 WITH_TERM = [task for task in ADROIT_TASKS.values() if task.has_hand_term]

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deflow_torchrl.envs.minari import import_minari
+from deflow_torchrl.sources.minari_sets import import_minari
 
 
 def record(env, dataset_id, episodes=3, *, low=-1.0, high=1.0, **metadata):

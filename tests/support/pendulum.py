@@ -46,4 +46,4 @@ def record_pendulum(folder: Path, *, episodes: int = 20) -> str:
     file, out = folder / "pendulum.npz", folder / "pendulum"
     done = deflow("data", "import", str(file), "--out", str(out), *record_episodes(file, episodes=episodes))
     assert done.returncode == 0, done.stderr
-    return f"own:{out}"
+    return f"file:{out}"

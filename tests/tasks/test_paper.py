@@ -137,7 +137,7 @@ def test_counts_families_and_protocol_without_any_other_file():
     assert (cube.hidden_dims["iql"], cube.default_hidden_dims) == ((256,) * 4, (512,) * 4)
     assert paper_task("minari:D4RL/door/human-v2") == paper_task("door-human-v1")
     assert paper_task("cube-single-noisy-singletask-v0") is None
-    assert paper_task("own:x") is None
+    assert paper_task("file:x") is None
     assert paper_task("cube-single-play-singletask-v0", "offline_to_online") is None
     puzzle = paper_tasks("offline_to_online", "puzzle")[0]
     assert (puzzle.target_divergence, puzzle.released) == (0.0005, {"target_divergence": 0.005})

@@ -45,10 +45,10 @@ def test_a_task_of_each_source_knows_its_data_and_environment():
     assert get_task("antmaze-umaze-v2").metric == "success"
     other = get_task("minari:mine/arm-v0")
     assert (other.dataset, other.environment, other.metric) == ("mine/arm-v0", "minari:mine/arm-v0", "return")
-    own = get_task("own:data/arm", environment="Pendulum-v1")
-    assert (own.source, own.dataset, own.environment, own.metric) == ("own", "data/arm", "gym:Pendulum-v1", "return")
-    assert get_task("own:data/arm").environment is None
-    cube = get_task("own:x", environment="cube-single-play-singletask-task2-v0")
+    arm = get_task("file:data/arm", environment="Pendulum-v1")
+    assert (arm.source, arm.dataset, arm.environment, arm.metric) == ("file", "data/arm", "gym:Pendulum-v1", "return")
+    assert get_task("file:data/arm").environment is None
+    cube = get_task("file:x", environment="cube-single-play-singletask-task2-v0")
     assert (cube.environment, cube.metric) == ("cube-single-play-singletask-task2-v0", "success")
     assert len(d4rl_task_names()) == 18
     assert get_task("minari:mine/arm-v0", environment="none").environment is None

@@ -18,9 +18,10 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, Text
 
 from deflow_torchrl.data import MinariExperienceReplay, load_minari_dataset
 from deflow_torchrl.data.schema import ACTION_LIMIT
-from deflow_torchrl.envs.minari import _check_network as check_network
-from deflow_torchrl.envs.minari import import_minari, make_minari_env
+from deflow_torchrl.envs import make_minari_env
 from deflow_torchrl.errors import InputError
+from deflow_torchrl.sources.minari_sets import _check_network as check_network
+from deflow_torchrl.sources.minari_sets import import_minari
 from tests.support.minari_sets import data_folder, edit_metadata, record, write
 
 STATE, ACTION = Box(-np.inf, np.inf, (3,)), Box(-1.0, 1.0, (2,))
@@ -280,7 +281,7 @@ def test_a_host_or_proxy_that_stays_silent_is_given_up(monkeypatch, silent):
     for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "MINARI_REMOTE"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
-    monkeypatch.setattr("deflow_torchrl.envs.minari._CONNECT_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("deflow_torchrl.sources.minari_sets._CONNECT_TIMEOUT_S", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as server:  # the system accepts, nobody answers
         address = f"127.0.0.1:{server.getsockname()[1]}"
         monkeypatch.setenv("HF_ENDPOINT", f"{'http' if silent == 'host' else 'https'}://{address}")
@@ -337,7 +338,7 @@ def remote(monkeypatch):
 
     remote = Remote()
     monkeypatch.setattr(remotes, "get_cloud_storage", lambda: None)
-    monkeypatch.setattr("deflow_torchrl.envs.minari._check_network", lambda: None)
+    monkeypatch.setattr("deflow_torchrl.sources.minari_sets._check_network", lambda: None)
     monkeypatch.setattr(import_minari(), "download_dataset", remote.download_dataset)
     return remote
 

@@ -11,7 +11,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -19,17 +19,13 @@ from torchrl.data.replay_buffers.samplers import Sampler
 
 from deflow_torchrl.data.builder import TransitionBuilder
 from deflow_torchrl.data.dataset import TransitionDataset, TransitionReplayBuffer, to_storage
-from deflow_torchrl.envs.d4rl import d4rl_task
-from deflow_torchrl.envs.minari import (
-    action_bounds,
-    adapt_environment,
-    minari_episodes,
-    minari_layout,
-    open_minari_dataset,
-    recover_environment,
-)
+from deflow_torchrl.envs.d4rl import d4rl_task, reference_returns
 from deflow_torchrl.envs.observations import ObservationLayout, flatten_observation
 from deflow_torchrl.errors import InputError
+from deflow_torchrl.paths import folder_sha256
+from deflow_torchrl.sources.base import Source
+from deflow_torchrl.sources.minari_env import action_bounds, adapt_environment, minari_layout, recover_environment
+from deflow_torchrl.sources.minari_sets import import_minari, minari_episodes, open_minari_dataset
 
 if TYPE_CHECKING:
     from minari import MinariDataset
@@ -51,8 +47,9 @@ def load_minari_dataset(
     """Load a Minari set as validated transitions, episode by episode.
 
     * Observations are float32. Goal observations are flattened as their environment's are
-      (:func:`deflow_torchrl.envs.minari.minari_layout`): D4RL's antmaze is ``achieved_goal`` (x, y) then ``observation`` (27),
-      without the desired goal; any other dictionary has its entries in sorted order. An image stays uint8.
+      (:func:`deflow_torchrl.sources.minari_env.minari_layout`): D4RL's antmaze is ``achieved_goal`` (x, y) then
+      ``observation`` (27), without the desired goal; any other dictionary has its entries in sorted order. An image stays
+      uint8.
     * Each episode's final observation is the last next observation.
     * ``terminated`` is the set's; an episode's last step that is not terminated is ``truncated``, whether flagged or not.
     * Rewards are the set's plus ``reward_shift``: -1 for ``D4RL/antmaze/*`` as in the paper, 0 otherwise. Scores are of the
@@ -103,6 +100,56 @@ def load_minari_dataset(
         device=device,
         memmap_dir=None if memmap_dir is None else Path(memmap_dir).expanduser() / dataset_id.replace("/", "-"),
     )
+
+
+class MinariSource(Source):
+    """Minari's sets by their ids. Actions with other bounds are rescaled, as :func:`make_gym_env` rescales them."""
+
+    def load(
+        self,
+        name: str,
+        *,
+        split: Literal["train", "val"] = "train",
+        root: str | Path | None = None,
+        download: bool = True,
+        device: torch.device | str | None = None,
+        memmap_dir: Path | None = None,
+    ) -> TransitionDataset | None:
+        """Load a set; there are no validation splits."""
+        if split == "val":
+            return None
+        return load_minari_dataset(name, download=download, device=device, memmap_dir=memmap_dir, rescale_actions=True)
+
+    def ensure(
+        self, name: str, *, root: str | Path | None = None, download: bool = True, show_progress: bool = True
+    ) -> None:
+        """Open the set, downloaded first where it is missing."""
+        open_minari_dataset(name, download=download)
+
+    def check_installed(self) -> None:
+        """Check the extra ``minari``."""
+        import_minari()
+
+    def digest(self, name: str, *, root: str | Path | None = None) -> str:
+        """SHA-256 over all files of the set."""
+        return folder_sha256(Path(open_minari_dataset(name).spec.data_path), "*")
+
+    def environment(self, name: str) -> str:
+        """The environment that the set names, made by :func:`make_minari_env`."""
+        return f"minari:{name}"
+
+    def reference_returns(self, name: str, environment: str) -> tuple[float, float] | None:
+        """D4RL's returns, else those the set gives; in another environment than the set's own, that environment's."""
+        if environment != self.environment(name):
+            return reference_returns(environment.rpartition(":")[2])  # gym:module:ID is the longest form
+        dataset = open_minari_dataset(name)
+        own = dataset.env_spec
+        return reference_returns(
+            name, environment_id=None if own is None else own.id, metadata=dataset.storage.metadata
+        )
+
+
+SOURCE = MinariSource()
 
 
 class MinariExperienceReplay(TransitionReplayBuffer):

@@ -12,16 +12,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
+import torch
 
 from deflow_torchrl.data.archive import NpzArchive, readable
 from deflow_torchrl.data.assembly import _discontinuities, dataset_from_arrays
 from deflow_torchrl.data.columns import Column
 from deflow_torchrl.data.dataset import TransitionDataset
 from deflow_torchrl.errors import InputError, MissingExtraError
-from deflow_torchrl.paths import file_sha256
+from deflow_torchrl.paths import file_sha256, folder_sha256
+from deflow_torchrl.sources.base import Source
 
 FIELDS = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
 """What a mapping may name; the first four are needed."""
@@ -40,6 +42,43 @@ _ALIASES = {
     "timeouts": ("timeouts", "timeout", "truncated", "truncations"),
     "next_observations": ("next_observations", "next_observation", "next_obs", "next_states", "next_state"),
 }
+
+
+class FileSource(Source):
+    """Folders made by ``deflow data import`` or :meth:`deflow_torchrl.data.TransitionDataset.save`, by their paths."""
+
+    def load(
+        self,
+        name: str,
+        *,
+        split: Literal["train", "val"] = "train",
+        root: str | Path | None = None,
+        download: bool = True,
+        device: torch.device | str | None = None,
+        memmap_dir: Path | None = None,
+    ) -> TransitionDataset | None:
+        """Load a folder, whose files stay mapped where ``memmap_dir`` is given; there are no validation splits."""
+        if split == "val":
+            return None
+        dataset = TransitionDataset.load(name)
+        return dataset if memmap_dir is not None else dataset.to(device or "cpu")
+
+    def ensure(
+        self, name: str, *, root: str | Path | None = None, download: bool = True, show_progress: bool = True
+    ) -> None:
+        """Map the folder's files, without reading them."""
+        TransitionDataset.load(name)
+
+    def digest(self, name: str, *, root: str | Path | None = None) -> str:
+        """SHA-256 over all columns."""
+        return folder_sha256(Path(name), "*.bin")
+
+    def location(self, name: str, *, root: str | Path | None = None) -> Path:
+        """The folder itself."""
+        return Path(name)
+
+
+SOURCE = FileSource()
 
 
 class Table(Protocol):

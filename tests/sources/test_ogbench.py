@@ -7,8 +7,8 @@ import torch
 ogbench = pytest.importorskip("ogbench", reason="needs the extra ogbench")
 
 from deflow_torchrl.data import OGBenchExperienceReplay, load_ogbench_dataset  # noqa: E402
-from deflow_torchrl.data.ogbench import load_ogbench_file  # noqa: E402
 from deflow_torchrl.errors import InputError  # noqa: E402
+from deflow_torchrl.sources.ogbench import load_ogbench_file  # noqa: E402
 from tests.support.generation import DATASET, TASK  # noqa: E402
 
 

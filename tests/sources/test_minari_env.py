@@ -11,8 +11,8 @@ from minari.serialization import serialize_space
 from deflow_torchrl.data import load_minari_dataset
 from deflow_torchrl.envs import D4RLAdroitReward, make_minari_env
 from deflow_torchrl.envs.adroit import environment_sign
-from deflow_torchrl.envs.minari import import_minari, open_minari_dataset
 from deflow_torchrl.errors import InputError
+from deflow_torchrl.sources.minari_sets import import_minari, open_minari_dataset
 from tests.support.minari_sets import edit_metadata, record
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*AntMaze_UMaze-v4 is out of date:DeprecationWarning")
@@ -209,7 +209,7 @@ def test_a_set_without_an_environment_says_so():
 
 def test_references_are_the_evaluating_environments():
     from deflow_torchrl.tasks import get_task
-    from deflow_torchrl.tasks.sources import reference_returns
+    from deflow_torchrl.tasks.data import reference_returns
 
     adroit_set("door", "D4RL/door/human-v2")
     own = reference_returns(get_task("minari:D4RL/door/human-v2"))

@@ -1,0 +1,104 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
+"""Objects found by name: the package's own, those that other packages announce as entry points, those registered by a call."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import pkgutil
+from collections.abc import Iterator, Mapping
+from importlib.metadata import EntryPoint, entry_points
+from typing import Generic, TypeVar
+
+from deflow_torchrl.errors import InputError
+
+T = TypeVar("T")
+
+
+class Registry(Mapping[str, T], Generic[T]):
+    """Objects by name; each is imported when it is first asked for.
+
+    Args:
+        kind: type that every object must be an instance of.
+        noun: what error messages call one, for example ``"source"``.
+        group: entry-point group in which other packages announce theirs, for example ``"deflow_torchrl.sources"``.
+        own: name -> ``"module:attribute"`` of the package's own.
+    """
+
+    def __init__(self, kind: type[T], noun: str, group: str, own: Mapping[str, str]) -> None:
+        self._kind, self._noun, self._group, self._own = kind, noun, group, own
+        self._loaded: dict[str, T] = {}
+
+    def __iter__(self) -> Iterator[str]:
+        """Names: the package's own, then those registered, then those announced."""
+        return iter(dict.fromkeys([*self._own, *self._loaded, *self._announced]))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is an object of this name; entry points are read only where it is not known otherwise."""
+        return name in self._loaded or name in self._own or name in self._announced
+
+    def __getitem__(self, name: str) -> T:
+        """The object of a name.
+
+        Raises:
+            KeyError: if there is none.
+            InputError: if an entry point cannot be loaded, holds something else, or is announced by two distributions.
+        """
+        if name not in self._loaded:
+            self._loaded[name] = (
+                pkgutil.resolve_name(self._own[name]) if name in self._own else self._load(name, self._announced[name])
+            )
+        return self._loaded[name]
+
+    def find(self, name: str) -> T:
+        """The object of a name a user gave.
+
+        Raises:
+            InputError: on an unknown name, with the nearest ones, and as :meth:`__getitem__`.
+        """
+        if name not in self:
+            near = difflib.get_close_matches(name, list(self), n=3)
+            hint = f"did you mean {', '.join(near)}?" if near else f"there are {', '.join(self)}"
+            raise InputError(f"unknown {self._noun} {name!r}; {hint}")
+        return self[name]
+
+    def register(self, name: str, thing: T) -> None:
+        """Make an object known by its name in this process.
+
+        Raises:
+            InputError: if the object is of another type, or another one has the name.
+        """
+        if name in self and self[name] != thing:
+            raise InputError(f"there is a {self._noun} {name!r} already; choose another name")
+        self._loaded[name] = self._checked(thing, f"the {self._noun} {name!r}")
+
+    @functools.cached_property
+    def _announced(self) -> dict[str, list[EntryPoint]]:
+        found: dict[str, list[EntryPoint]] = {}
+        for entry in entry_points(group=self._group):
+            found.setdefault(entry.name, []).append(entry)
+        return found
+
+    def _load(self, name: str, entries: list[EntryPoint]) -> T:
+        packages = [entry.dist.name if entry.dist else entry.module for entry in entries]
+        if len(entries) > 1:
+            raise InputError(
+                f"the {self._noun} {name!r} is announced by {' and by '.join(sorted(packages))} "
+                f"(entry points {self._group}); uninstall all but one"
+            )
+        try:
+            thing = entries[0].load()
+        except InputError:
+            raise
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise InputError(f"the {self._noun} {name!r} of {packages[0]} cannot be loaded ({reason})") from error
+        return self._checked(thing, f"the {self._noun} {name!r} of {packages[0]}")
+
+    def _checked(self, thing: T, named: str) -> T:
+        if not isinstance(thing, self._kind):
+            raise InputError(f"{named} is no {self._kind.__name__} but {thing!r}")
+        return thing

@@ -1,0 +1,120 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
+"""The transitions of a task, and of whatever else a user names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from deflow_torchrl.data.dataset import TransitionDataset
+from deflow_torchrl.data.download import download_ogbench_dataset, missing_file
+from deflow_torchrl.errors import InputError
+from deflow_torchrl.paths import cache_home, data_root, dataset_path
+from deflow_torchrl.sources.base import get_source
+from deflow_torchrl.sources.files import FILE_ENDINGS, import_files
+from deflow_torchrl.sources.ogbench import is_ogbench_layout, load_ogbench_file
+from deflow_torchrl.tasks.registry import Task, get_task, ogbench_dataset_name
+
+
+def load_task_data(
+    task: Task,
+    *,
+    split: Literal["train", "val"] = "train",
+    root: str | Path | None = None,
+    download: bool = True,
+    device: torch.device | str = "cpu",
+    memmap: bool = False,
+) -> TransitionDataset | None:
+    """Load a task's transitions from its source.
+
+    Args:
+        task: the task.
+
+    Keyword Args:
+        split: ``"train"`` or ``"val"``; only OGBench's sets have the latter.
+        root: folder of OGBench's files; ``$DEFLOW_HOME/data`` by default.
+        download: fetch what is missing, where the source has a remote.
+        device: where the transitions are kept.
+        memmap: keep them in memory-mapped files in ``$DEFLOW_HOME/prepared`` instead.
+
+    Returns:
+        The transitions; ``None`` for a validation split the source does not have.
+
+    Raises:
+        InputError: where the data cannot be found, read or used.
+        MissingExtraError: where the source's extra is not installed.
+    """
+    kept: dict[str, Any] = {"memmap_dir": cache_home() / "prepared"} if memmap else {"device": device}
+    return get_source(task.source).load(task.dataset, split=split, root=root, download=download, **kept)
+
+
+def load_any(
+    name: str, *, root: str | Path | None = None, download: bool = True, allow_jumps: bool = False, images: bool = True
+) -> tuple[TransitionDataset, Task | None]:
+    """Load whatever a user names: a task, a data set, a folder made by ``deflow data import``, or a file.
+
+    Args:
+        name: a task's name (:func:`deflow_torchrl.tasks.get_task`), one of OGBench's sets (``cube-single-play``), a folder, an
+            .npz in OGBench's layout (both without rewards, which belong to tasks), or another file with the usual names of
+            columns (:func:`deflow_torchrl.data.import_files`).
+
+    Keyword Args:
+        root: folder of OGBench's files.
+        download: fetch what is missing.
+        allow_jumps: accept a file whose observations jump inside an episode.
+        images: accept pictures for observations; a task that is known to have them is refused before it is loaded.
+
+    Returns:
+        The transitions, and the task if it was one.
+
+    Raises:
+        InputError: where nothing of that name can be found, read or used.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        inside = sorted(path.glob("*.npz"))
+        if inside and not (path / "dataset.json").is_file():
+            raise InputError(
+                f"{path} holds files; name one of them, for example {inside[0]}, or a task with --data-root {path}"
+            )
+        return TransitionDataset.load(path), None
+    if path.suffix.lower() in FILE_ENDINGS:
+        if path.suffix.lower() == ".npz" and is_ogbench_layout(path):
+            return load_ogbench_file(path), None
+        return import_files([path], allow_jumps=allow_jumps), None
+    if "/" in name and ":" not in name:
+        raise InputError(f"{name} is no folder, and files end in {', '.join(FILE_ENDINGS)}")
+    try:
+        task = get_task(name)
+    except InputError:
+        published = _ogbench_set(name)
+        if published is None:
+            raise
+        path = dataset_path(published, data_root(root), "train")
+        if not path.is_file():
+            if not download:
+                raise InputError(missing_file(path, published)) from None
+            download_ogbench_dataset(published, path.parent)
+        return load_ogbench_file(path), None
+    if task.images and not images:
+        raise InputError(f"{name} has images for observations; states are needed")
+    in_place = get_source(task.source).location(task.dataset) is not None
+    found = load_task_data(task, root=root, download=download, memmap=in_place)
+    assert found is not None
+    return found, task
+
+
+def _ogbench_set(name: str) -> str | None:
+    try:
+        return ogbench_dataset_name(name)
+    except InputError:
+        return None
+
+
+def reference_returns(task: Task) -> tuple[float, float] | None:
+    """The returns (random policy, expert) a task's normalised scores are computed with; ``None`` where nobody knows them."""
+    if task.environment is None:
+        return None
+    return get_source(task.source).reference_returns(task.dataset, task.environment)

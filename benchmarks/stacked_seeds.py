@@ -23,12 +23,11 @@ from throughput import add_sizes, make_buffer, make_update, time_updates
 
 from deflow_torchrl.processes import keep_freed_memory
 from deflow_torchrl.trainers import StackedUpdate
-from deflow_torchrl.trainers.graphed import DeviceUpdate, GraphedUpdate
+from deflow_torchrl.trainers.graphed import GraphedUpdate
+from deflow_torchrl.trainers.update import Update
 
 
-def graphed(
-    update: DeviceUpdate, transitions: TensorDict, arguments: argparse.Namespace, *shape: int
-) -> Callable[[], float]:
+def graphed(update: Update, transitions: TensorDict, arguments: argparse.Namespace, *shape: int) -> Callable[[], float]:
     """A call that does a row of updates in CUDA graphs and returns the milliseconds of one."""
     size, device = (*shape, arguments.batch_size), torch.device(arguments.device)
     replayed = GraphedUpdate(update, lambda: transitions[torch.randint(len(transitions), size, device=device)])

@@ -52,7 +52,7 @@ from deflow_torchrl.trainers.alarms import Alarms
 from deflow_torchrl.trainers.checkpoint import list_checkpoints, load_checkpoint, step_of
 from deflow_torchrl.trainers.collection import OnlineExperience
 from deflow_torchrl.trainers.evaluation import DEFAULT_EVALUATION_SEED
-from deflow_torchrl.trainers.graphed import DeviceUpdate, GraphedUpdate
+from deflow_torchrl.trainers.graphed import GraphedUpdate
 from deflow_torchrl.trainers.metrics import check_logger, logger_state, make_logger
 from deflow_torchrl.trainers.online import OnlinePhase
 from deflow_torchrl.trainers.resume import (
@@ -61,7 +61,7 @@ from deflow_torchrl.trainers.resume import (
     find_checkpoint,
     run_identity,
 )
-from deflow_torchrl.trainers.update import restore_learner, soft_pairs
+from deflow_torchrl.trainers.update import Update, restore_learner, soft_pairs
 
 CONFIG_FILE = "config.yaml"
 GROUP_FILE = "group.yaml"  # beside the run folders of seeds that are trained together
@@ -530,7 +530,7 @@ class Run:
             memmap=config.storage == "memmap",
         )
 
-    def graphed(self, update: DeviceUpdate, *shape: int) -> GraphedUpdate | None:
+    def graphed(self, update: Update, *shape: int) -> GraphedUpdate | None:
         """``update`` in CUDA graphs, on batches ``[*shape, B]``; None where the device or the settings have none."""
         config, data = self.config, self.data.train
         if self.device.type != "cuda" or not config.cuda_graph or data.device.type != "cuda":
@@ -662,7 +662,7 @@ class Run:
         """Keep an evaluation, episode by episode, for the record."""
         trainer = self.trainer
         earlier = [item for item in trainer.notes.get("evaluations", []) if item["step"] < trainer.step]
-        phase = "online" if trainer.schedule.is_online(trainer.step) else "offline"
+        phase = trainer.schedule.phase(trainer.step)
         note = {"step": trainer.step, "phase": phase, "policies": _outcomes(results, self.references)}
         trainer.notes["evaluations"] = [*earlier, note]
 

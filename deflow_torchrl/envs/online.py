@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from tensordict import TensorDictBase
 from torchrl.data import Binary, Unbounded
-from torchrl.envs.gym_like import BaseInfoDictReader
+from torchrl.envs.gym_like import default_info_dict_reader
 
 from deflow_torchrl.envs.factory import make_gym_env
 
@@ -167,33 +167,23 @@ class OnlineEpisodes(gymnasium.Wrapper):
         }
 
 
-class _EpisodeReader(BaseInfoDictReader):
-    """Write what :class:`OnlineEpisodes` says of a step into TorchRL's step data."""
+class _EpisodeReader(default_info_dict_reader):
+    """Write the ``info`` of :class:`OnlineEpisodes` into TorchRL's step data."""
 
     def __init__(self, action_dim: int) -> None:
-        super().__init__()
-        self._spec = {
+        spec = {
             "episode": Unbounded(shape=(1,), dtype=torch.int64),
             "noise": Unbounded(shape=(action_dim,), dtype=torch.float32),
             "success": Binary(shape=(1,), dtype=torch.bool),
             "fault": Binary(shape=(1,), dtype=torch.bool),
             "cause": Unbounded(shape=(CAUSE_BYTES,), dtype=torch.uint8),
         }
-        self._no_cause = torch.zeros(CAUSE_BYTES, dtype=torch.uint8)
+        super().__init__(list(spec), spec=spec)
 
     def __call__(self, info_dict: dict[str, Any], tensordict: TensorDictBase) -> TensorDictBase:
         """Add the entries to ``tensordict``."""
-        cause = encode_cause(info_dict["cause"]) if info_dict["fault"] else self._no_cause
-        tensordict.set("episode", torch.tensor([info_dict["episode"]]))
-        tensordict.set("noise", torch.from_numpy(info_dict["noise"]))
-        tensordict.set("success", torch.tensor([info_dict["success"]]))
-        tensordict.set("fault", torch.tensor([info_dict["fault"]]))
-        return tensordict.set("cause", cause)
-
-    @property
-    def info_spec(self) -> dict[str, Any]:
-        """The entries' specs."""
-        return self._spec
+        entries = {key: torch.atleast_1d(torch.as_tensor(info_dict[key])) for key in self.keys if key != "cause"}
+        return super().__call__({**entries, "cause": encode_cause(info_dict["cause"])}, tensordict)
 
 
 def encode_cause(cause: str) -> torch.Tensor:

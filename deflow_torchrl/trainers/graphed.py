@@ -11,13 +11,14 @@ import gc
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
 from deflow_torchrl.generators import generators_set_aside
+from deflow_torchrl.trainers.update import Update
 
 _log = logging.getLogger(__name__)
 
@@ -30,28 +31,6 @@ _CHECKED = 3
 _WARMUP = 3
 _LOSS_TOLERANCE = 1e-3
 _WEIGHT_TOLERANCE = 1e-2
-
-
-class DeviceUpdate(Protocol):
-    """What a graph can hold: :class:`~deflow_torchrl.trainers.UpdateStep`, or several seeds stacked."""
-
-    step: int
-
-    @property
-    def optimizer(self) -> torch.optim.Optimizer:
-        """Its one optimiser."""
-
-    def __call__(self, batch: TensorDictBase) -> TensorDictBase:
-        """Train on a batch."""
-
-    def check_finite(self) -> None:
-        """Raise NonFiniteLossError if any loss so far was not finite; waits for the device."""
-
-    def run(self, batch: TensorDictBase) -> TensorDictBase:
-        """Train on a batch, on the device alone."""
-
-    def tensors(self) -> list[Tensor]:
-        """Every tensor that a run changes in place, but for the optimiser's own and the gradients."""
 
 
 class GraphedUpdate:
@@ -73,7 +52,7 @@ class GraphedUpdate:
 
     def __init__(
         self,
-        update: DeviceUpdate,
+        update: Update,
         draw: Callable[[], TensorDictBase],
         *,
         updates_per_replay: int = 10,
@@ -200,12 +179,12 @@ def _change(one: Tensor, other: Tensor) -> Tensor:
     return torch.where(one == other, 0.0, (one - other).abs())
 
 
-def _flat(update: DeviceUpdate) -> Tensor:
+def _flat(update: Update) -> Tensor:
     return torch.cat([tensor.detach().double().flatten() for tensor in update.tensors() if tensor.is_floating_point()])
 
 
 @contextmanager
-def _state_kept(update: DeviceUpdate) -> Iterator[None]:
+def _state_kept(update: Update) -> Iterator[None]:
     """Put everything back that updates inside change: tensors, moments, random numbers."""
     tensors = [(tensor, tensor.detach().clone()) for tensor in update.tensors()]
     moments: dict[Tensor, dict[str, Any]] = {

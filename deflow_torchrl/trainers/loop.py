@@ -25,11 +25,11 @@ from deflow_torchrl.generators import capture_generators, generators_set_aside, 
 from deflow_torchrl.progress import progress_bar
 from deflow_torchrl.trainers.alarms import Alarms
 from deflow_torchrl.trainers.checkpoint import CheckpointNotWritten, load_checkpoint, save_checkpoint
-from deflow_torchrl.trainers.graphed import DeviceUpdate, GraphedUpdate
+from deflow_torchrl.trainers.graphed import GraphedUpdate
 from deflow_torchrl.trainers.metrics import MetricsLog
 from deflow_torchrl.trainers.online import OnlinePhase
 from deflow_torchrl.trainers.resume import RunHistory, drop_later_checkpoints
-from deflow_torchrl.trainers.update import UpdateStep, restore_learner
+from deflow_torchrl.trainers.update import Update, UpdateStep, restore_learner
 
 _log = logging.getLogger(__name__)
 
@@ -77,16 +77,18 @@ class TrainerSchedule:
         """Whether this step (counted from 1) acts in the environment."""
         return step > self.offline_steps
 
+    def phase(self, step: int) -> str:
+        """``offline`` or ``online``, as rows and records name the phase of a step."""
+        return "online" if self.is_online(step) else "offline"
+
     def updates_at(self, step: int) -> int:
         """Gradient steps of this step."""
         if not self.is_online(step):
             return 1
         acted = step - self.offline_steps - self.warmup_steps
         # A share of the count so far, not of this step: with utd=0.5 every second step has one.
-        return self._updates_after(acted) - self._updates_after(acted - 1)
-
-    def _updates_after(self, acted: int) -> int:
-        return math.floor(max(acted, 0) * self.utd + 1e-9)
+        after, before = (math.floor(max(count, 0) * self.utd + 1e-9) for count in (acted, acted - 1))
+        return after - before
 
 
 class Interrupts:
@@ -144,11 +146,11 @@ class TrainingLoop(ABC):
         show_progress: show a progress bar on standard error.
     """
 
-    update: DeviceUpdate
+    update: Update
 
     def __init__(
         self,
-        update: DeviceUpdate,
+        update: Update,
         *,
         schedule: TrainerSchedule,
         step: int = 0,
@@ -286,7 +288,7 @@ class Trainer(TrainingLoop):
         checkpoints: folder of checkpoints.
         online: acts and samples in the online phase; ``schedule.online_steps`` need it.
         metrics: where rows go; nowhere, if None.
-        identity: what the checkpoints belong to (:func:`~deflow_torchrl.trainers.identity.run_identity`).
+        identity: what the checkpoints belong to (:func:`~deflow_torchrl.trainers.resume.run_identity`).
         history: commands and wall times of the run, kept in each checkpoint.
         extra_state: plain values to keep in each checkpoint beside the training state.
         alarms: look at each row of metrics.
@@ -420,27 +422,39 @@ class Trainer(TrainingLoop):
         for name, value in row.items():
             if not math.isfinite(value):
                 raise NonFiniteLossError(f"{name} became NaN or infinite at step {self.step}")
-        self._check_alarms(self.step, row)
+        if self.alarms is not None:
+            if self.online is not None:
+                self.alarms.see_reward(self.online.largest_reward)
+            for alarm in self.alarms.check({"step": self.step, **row}):
+                _log.warning("%sstep %d: %s", self.label, alarm.step, alarm.message)
         return row
-
-    def _check_alarms(self, step: int, row: Mapping[str, float]) -> None:
-        if self.alarms is None:
-            return
-        if self.online is not None:
-            self.alarms.see_reward(self.online.largest_reward)
-        for alarm in self.alarms.check({"step": step, **row}):
-            _log.warning("%sstep %d: %s", self.label, alarm.step, alarm.message)
 
     def evaluate_step(self) -> None:
         """Add an evaluation to the current step's row, if one is due."""
-        if self._row is not None and self.schedule.due(self.schedule.eval_interval, self.step):
-            self.update.check_finite()
-            self._row.update(self._validation_losses() | ({} if self.evaluate is None else self.evaluate()))
+        if self._row is None or not self.schedule.due(self.schedule.eval_interval, self.step):
+            return
+        self.update.check_finite()
+        if self.validation is not None:
+            # Its own random stream: a run with evaluations ends with the same weights as one without.
+            with torch.no_grad(), generators_set_aside(seed=0):
+                losses = self.update.learner.loss(self.validation.sample())
+            self._row |= {f"val/{name}": float(losses[name]) for name in self.update.learner.loss_names}
+        if self.evaluate is not None:
+            self._row |= self.evaluate()
 
     def _finish_step(self) -> None:
         if self.close_step() or self._save_at_episode_end:
             self._keep_score()
-            self._save_when_restorable()
+            if self.restorable or self.step == self.schedule.steps:
+                self._save_at_episode_end = False
+                self._save_or_warn()
+            elif not self._save_at_episode_end:
+                self._save_at_episode_end = True
+                _log.warning(
+                    "the environment cannot be restored in mid-episode: the checkpoint of step %d falls on the end of this "
+                    "episode",
+                    self.step,
+                )
         if self._stop is not None:
             raise self._stop
 
@@ -448,8 +462,10 @@ class Trainer(TrainingLoop):
         """Write the current step's row of metrics; whether a checkpoint is due."""
         row = self._row or {}
         if row and self.metrics is not None:
-            phase = "online" if self.schedule.is_online(self.step) else "offline"
-            self.metrics.write({"step": self.step, "phase": phase, **row, **self._seconds()})
+            seconds = {"time/trained_seconds": round(self.trained_seconds, 3)}
+            if self.online is not None and self.online.begun:
+                seconds["time/waiting_seconds"] = round(self.online.waiting_seconds, 3)
+            self.metrics.write({"step": self.step, "phase": self.schedule.phase(self.step), **row, **seconds})
         self._row = None
         self._score = row.get(self.score) if self.score is not None else None
         best = self._score is not None and (self._best is None or self._score >= self._best)
@@ -464,31 +480,6 @@ class Trainer(TrainingLoop):
 
     def _keep_score(self) -> None:
         self._scored = self._scored if self._score is None else self._score
-
-    def _seconds(self) -> dict[str, float]:
-        seconds = {"time/trained_seconds": round(self.trained_seconds, 3)}
-        if self.online is not None and self.online.begun:
-            seconds["time/waiting_seconds"] = round(self.online.waiting_seconds, 3)
-        return seconds
-
-    def _save_when_restorable(self) -> None:
-        if self.restorable or self.step == self.schedule.steps:
-            self._save_at_episode_end = False
-            self._save_or_warn()
-        elif not self._save_at_episode_end:
-            self._save_at_episode_end = True
-            _log.warning(
-                "the environment cannot be restored in mid-episode: the checkpoint of step %d falls on the end of this episode",
-                self.step,
-            )
-
-    def _validation_losses(self) -> dict[str, float]:
-        if self.validation is None:
-            return {}
-        # Its own random stream: a run with evaluations ends with the same weights as one without.
-        with torch.no_grad(), generators_set_aside(seed=0):
-            losses: TensorDictBase = self.update.learner.loss(self.validation.sample())
-        return {f"val/{name}": float(losses[name]) for name in self.update.learner.loss_names}
 
     def save(self) -> Path:
         """Write a checkpoint of the current step.
@@ -506,12 +497,12 @@ class Trainer(TrainingLoop):
             **self.extra_state,
             "step": self.step,
             "update": self.update.state_dict(),
+            **{name: None if part is None else part.state_dict() for name, part in self._parts.items()},
             "best": self._best,
             "notes": self.notes,
             "generators": capture_generators(),
             "trained_seconds": self.trained_seconds,
             "unfinished_row": self._row,
-            **{name: None if part is None else part.state_dict() for name, part in self._parts.items()},
         }
         path = save_checkpoint(self.checkpoints, self.step, state, identity=self.identity, score=self._scored)
         self._saved_step = self.step

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -159,26 +159,29 @@ def make_logger(
     check_logger(name)
     if name == "none":
         return None
-    run_id = state["id"] if state and state["logger"] == name else None
     from torchrl.record.loggers import get_logger
 
-    kwargs: dict[str, dict[str, str]] = {}
+    run_id = state["id"] if state and state["logger"] == name else None
+    kwargs: dict[str, Any] = {}
     if name == "wandb":
-        kwargs["wandb_kwargs"] = {"project": _PROJECT, **({} if run_id is None else {"id": run_id})}
+        own = kwargs["wandb_kwargs"] = {"project": _PROJECT} | ({} if run_id is None else {"id": run_id})
         if "WANDB_MODE" not in os.environ and not _wandb_has_key():
             where = folder / "wandb"
             print(f"wandb has no key: logging offline under {where}; upload it with `wandb sync`", file=sys.stderr)
-            # TorchRL's own offline=True asks for the mode "dryrun", which wandb no longer knows.
-            kwargs["wandb_kwargs"]["mode"] = "offline"
+            own["mode"] = (
+                "offline"  # TorchRL's own offline=True asks for the mode "dryrun", which wandb no longer knows
+            )
+    if name == "mlflow" and run_id is not None:
+        os.environ["MLFLOW_RUN_ID"] = run_id  # mlflow reads it once; TorchRL's logger has no argument for it
     target = folder if name == "wandb" else folder / name
     target.mkdir(parents=True, exist_ok=True)
-    if name == "mlflow" and run_id is not None:
-        os.environ["MLFLOW_RUN_ID"] = (
-            run_id  # which run to start is no argument of TorchRL's logger; mlflow reads it once
-        )
     logger = get_logger(name, logger_name=str(target), experiment_name=folder.name, **kwargs)
     if name == "tensorboard" and step is not None:
-        _hide_later_numbers(logger, step)
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+        # A restart after ``step``, as SummaryWriter's ``purge_step`` marks one, which TorchRL does not pass on.
+        restart = Event(step=step + 1, session_log=SessionLog(status=SessionLog.START))
+        logger.experiment.file_writer.add_event(restart)
     return logger
 
 
@@ -189,19 +192,12 @@ def logger_state(name: str, logger: Any) -> dict[str, str]:
         name: the logger's name.
         logger: what :func:`make_logger` gave.
     """
-    ids: dict[str, Callable[[], str]] = {
-        "wandb": lambda: logger.experiment.id,
-        "mlflow": lambda: logger.experiment.info.run_id,
-        "tensorboard": lambda: "",  # known by its folder
-    }
-    return {"logger": name, "id": str(ids[name]()) if name in ids else ""}
-
-
-def _hide_later_numbers(logger: Any, step: int) -> None:
-    """Mark a restart after ``step``, as SummaryWriter's ``purge_step`` does, which TorchRL does not pass on."""
-    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-
-    logger.experiment.file_writer.add_event(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
+    run_id = ""  # tensorboard's run is known by its folder
+    if name == "wandb":
+        run_id = logger.experiment.id
+    elif name == "mlflow":
+        run_id = logger.experiment.info.run_id
+    return {"logger": name, "id": str(run_id)}
 
 
 def check_logger(name: str) -> None:

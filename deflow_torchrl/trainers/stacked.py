@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase, TensorDictParams
@@ -18,19 +18,18 @@ from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torchrl.data import ReplayBuffer
 from torchrl.objectives.common import LossModule
-from torchrl.objectives.utils import TargetNetUpdater
 
 from deflow_torchrl.errors import CheckpointNotWritten, InputError, NonFiniteLossError
 from deflow_torchrl.trainers.checkpoint import list_checkpoints
 from deflow_torchrl.trainers.graphed import GraphedUpdate
 from deflow_torchrl.trainers.loop import Trainer, TrainingLoop
-from deflow_torchrl.trainers.update import UpdateStep, due, move_softly, soft_pairs, total
+from deflow_torchrl.trainers.update import Update, UpdateStep, soft_pairs
 
 _COUNT = "step"  # of an optimiser's state of a parameter: the one entry that is no tensor of the parameter's shape
 _ATTRIBUTE = " (of the loss)"
 
 
-class StackedUpdate:
+class StackedUpdate(Update):
     """Callable that trains S learners of one method on S batches, each as its own :class:`UpdateStep` would.
 
     Call the stack or, once it is given up, the updates: a seed that was trained alone no longer fits the others.
@@ -52,8 +51,7 @@ class StackedUpdate:
             raise InputError("there are no updates to stack")
         self.updates = list(updates)
         self.seeds = list(range(len(updates))) if seeds is None else list(seeds)
-        self._template = updates[0].learner.loss
-        self._device = next(self._template.parameters()).device
+        self.learner = updates[0].learner
         self.gather()
 
     def __call__(self, batch: TensorDictBase) -> TensorDictBase:
@@ -64,34 +62,7 @@ class StackedUpdate:
         """
         if batch.shape[:1] != (len(self.updates),):
             raise ValueError(f"a batch [{len(self.updates)}, B] is needed, got {list(batch.shape)}")
-        self.step += 1
-        out = self.run(batch)
-        if self._device.type == "cpu":
-            self.check_finite()
-        return out
-
-    def run(self, batch: TensorDictBase) -> TensorDictBase:
-        """The work of a call, on the device alone; see :meth:`UpdateStep.run`."""
-        self._count += 1
-        out, written = self._compute(batch)
-        for key, value in written.items():
-            batch.set(key, value)
-        terms = torch.stack([out[name] for name in self._names])
-        self.optimizer.zero_grad()
-        # The terms of a seed depend on its parameters alone: the gradient of the sum holds every seed's own.
-        total(terms, self._names, self.updates[0].learner.term_periods, self._count).backward()
-        self._step_targets()  # before the optimiser, as in UpdateStep
-        self.optimizer.step()
-        if len(self.optimizer.state) != len(self._counts):
-            self._share_state()
-        self._steps.copy_(torch.stack(self._counts))
-        bad = ~terms.detach().isfinite() & (self._first_bad < 0)
-        self._first_bad.copy_(torch.where(bad, self._count, self._first_bad))
-        return TensorDict({name: value.detach() for name, value in out.items()}, batch_size=[len(self.updates)])
-
-    def tensors(self) -> list[Tensor]:
-        """Every tensor that a call changes in place, but for the optimiser's own and the gradients."""
-        return [*self._tensors, self._count, self._first_bad]
+        return super().__call__(batch)
 
     @property
     def step(self) -> int:
@@ -121,60 +92,46 @@ class StackedUpdate:
                 stacked = nn.Parameter(stacked, requires_grad=rows[0].requires_grad)
             self._stack[id(rows[0])] = stacked
         self._tensors = list(self._stack.values())
-        self._own = TensorDict.from_module(self._template)
-        self._targets = self._find_targets()
+        self._own = TensorDict.from_module(self.learner.loss)
+        pairs = soft_pairs(self.learner.target_updater)
+        self._pairs = None if pairs is None else [[self._stack[id(tensor)].data for tensor in side] for side in pairs]
         self._gather_optimizer()
-        self._names = self.updates[0].learner.loss_names
-        self._count = torch.tensor(self.step, device=self._device)
-        self._first_bad = torch.full((len(self._names), len(self.updates)), -1, device=self._device)
+        self._watch(next(self.learner.loss.parameters()).device, len(self.updates))
 
-    def check_finite(self) -> None:
-        """Raise NonFiniteLossError if any call so far met a NaN or infinite loss, naming the first seed, term and step."""
-        if bool((self._first_bad < 0).all()):
-            return
-        bad = [
-            (step, number, name)
-            for name, steps in zip(self._names, self._first_bad.tolist(), strict=True)
-            for number, step in enumerate(steps)
-            if step >= 0
-        ]
-        step, number, name = min(bad, key=lambda found: found[:2])
-        raise NonFiniteLossError(f"seed {self.seeds[number]}: {name} became NaN or infinite at gradient step {step}")
-
-    def _compute(self, batch: TensorDictBase) -> tuple[dict[str, Tensor], dict[NestedKey, Tensor]]:
-        """Losses and metadata of each seed, and the entries that the loss wrote into its batch."""
+    def _compute_losses(self, batch: TensorDictBase) -> TensorDictBase:
+        """Losses and metadata of each seed; what the loss writes into its batch is written into the stacked one."""
+        template = self.learner.loss
 
         def one(tensors: Sequence[Tensor], batch: TensorDictBase) -> tuple[dict[str, Tensor], dict[NestedKey, Tensor]]:
             given = dict(batch.items(True, True))
             of_seed = dict(zip(self._stack, tensors, strict=True))
             swapped = self._own.apply(lambda tensor: of_seed.get(id(tensor), tensor), filter_empty=False)
-            with swapped.to_module(self._template, preserve_module_state=False):
-                out = self._template(batch)
+            with swapped.to_module(template, preserve_module_state=False):
+                out = template(batch)
             written = {key: value for key, value in batch.items(True, True) if given.get(key) is not value}
             return dict(out.items()), written
 
-        return torch.vmap(one, randomness="different")(self._tensors, batch)
+        # The terms of a seed depend on its parameters alone: the gradient of the sum holds every seed's own.
+        out, written = torch.vmap(one, randomness="different")(self._tensors, batch)
+        for key, value in written.items():
+            batch.set(key, value)
+        return TensorDict(out, batch_size=[len(self.updates)])
 
-    def _find_targets(self) -> tuple[list[Tensor], list[Tensor]] | None:
-        """Stacked targets and what they follow, where they follow softly."""
-        pairs = soft_pairs(self.updates[0].learner.target_updater)
-        if pairs is None:
-            return None
-        targets, sources = pairs
-        return [self._stack[id(target)] for target in targets], [self._stack[id(source)].data for source in sources]
+    def _learned(self) -> list[Tensor]:
+        return self._tensors
 
-    def _step_targets(self) -> None:
-        learner = self.updates[0].learner
-        updater: Any = learner.target_updater
-        if updater is None:
+    def _move_targets(self) -> None:
+        if self._pairs is not None:
+            self._move_softly(*self._pairs)
             return
-        if self._targets is None:
-            for update in self.updates:
-                cast("TargetNetUpdater", update.learner.target_updater).step()
-        else:
-            weight = 1 - updater.eps
-            period = learner.target_period
-            move_softly(*self._targets, weight if period == 1 else weight * due(self._count, period))
+        for update in self.updates:
+            update._move_targets()
+
+    def _step_optimizer(self) -> None:
+        self.optimizer.step()
+        if len(self.optimizer.state) != len(self._counts):
+            self._share_state()
+        self._steps.copy_(torch.stack(self._counts))
 
     def _gather_optimizer(self) -> None:
         optimizer = self.updates[0].optimizer

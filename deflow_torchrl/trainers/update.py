@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,132 @@ from deflow_torchrl.algorithms.base import Learner
 from deflow_torchrl.errors import InputError, NonFiniteLossError
 
 
-class UpdateStep:
-    """Callable that trains a learner on a batch.
+class Update(ABC):
+    """What the update of one learner and that of several stacked ones share.
 
     The loop stays free of host synchronisation on an accelerator: a non-finite loss is remembered on the device, with
     its step, and raised by :meth:`check_finite`, which the trainer calls before it logs or saves. On a CPU, where looking
     costs nothing, every call checks.
+
+    Attributes:
+        learner: whose terms, periods and target updater hold.
+        optimizer: the one optimiser.
+        step: updates so far.
+        seeds: names of the stacked learners in messages; empty for a single one.
+    """
+
+    learner: Learner
+    optimizer: torch.optim.Adam
+    step: int
+    seeds: Sequence[int] = ()
+
+    def __call__(self, batch: TensorDictBase) -> TensorDictBase:
+        """Train on ``batch`` (on the loss's device) and return the losses and metadata, detached."""
+        self.step += 1
+        out = self.run(batch)
+        if self._count.device.type == "cpu":
+            self.check_finite()
+        return out
+
+    def run(self, batch: TensorDictBase) -> TensorDictBase:
+        """The work of a call, on the device alone: what a CUDA graph can hold. :attr:`step` is left to the caller."""
+        self._count += 1
+        out = self._compute_losses(batch)
+        terms = torch.stack([out.get(name) for name in self._names])
+        self.optimizer.zero_grad()
+        self._total(terms).backward()
+        # The order of the authors' code: targets move towards the critics of before this step (one step's lag). In the
+        # other order the losses leave the reference's by some 1e-3 within eight updates at the paper's sizes.
+        self._move_targets()
+        self._step_optimizer()
+        bad = ~terms.detach().isfinite() & (self._first_bad < 0)
+        self._first_bad.copy_(torch.where(bad, self._count, self._first_bad))
+        return out.detach()
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that a call changes in place, but for the optimiser's own and the gradients."""
+        return [*self._learned(), self._count, self._first_bad]
+
+    def check_finite(self) -> None:
+        """Raise NonFiniteLossError if any call so far met a NaN or infinite loss, naming the first (seed,) term and step."""
+        if bool((self._first_bad < 0).all()):
+            return
+        firsts = self._first_bad.reshape(len(self._names), -1).tolist()
+        step, number, name = min(
+            (
+                (step, number, name)
+                for name, steps in zip(self._names, firsts, strict=True)
+                for number, step in enumerate(steps)
+                if step >= 0
+            ),
+            key=lambda found: found[:2],
+        )
+        seed = f"seed {self.seeds[number]}: " if self.seeds else ""
+        raise NonFiniteLossError(f"{seed}{name} became NaN or infinite at gradient step {step}")
+
+    @abstractmethod
+    def _compute_losses(self, batch: TensorDictBase) -> TensorDictBase:
+        """Losses and metadata of a batch."""
+
+    @abstractmethod
+    def _learned(self) -> list[Tensor]:
+        """Parameters and targets."""
+
+    def _step_optimizer(self) -> None:
+        self.optimizer.step()
+
+    def _watch(self, device: torch.device, *shape: int) -> None:
+        """Count from :attr:`step` on, and remember where losses ``[*shape]`` become non-finite."""
+        self._names = self.learner.loss_names
+        self._count = torch.tensor(self.step, device=device)
+        self._first_bad = torch.full((len(self._names), *shape), -1, device=device)
+
+    def _total(self, terms: Tensor) -> Tensor:
+        """What the update minimises: the sum of the terms ``[T, ...]`` that count at this step (``Learner.term_periods``)."""
+        periods = self.learner.term_periods
+        if periods:
+            weights = [self._due(periods[name]) if name in periods else 1.0 for name in self._names]
+            terms = torch.stack([term * weight for term, weight in zip(terms, weights, strict=True)])
+        return terms.sum()
+
+    def _due(self, period: int) -> Tensor:
+        """1.0 at every n-th update, else 0.0; decided on the device, so that a CUDA graph can hold it."""
+        return (self._count % period == 0).to(torch.get_default_dtype())
+
+    @abstractmethod
+    def _move_targets(self) -> None:
+        """One step of the targets."""
+
+    @torch.no_grad()
+    def _move_softly(self, targets: list[Tensor], sources: list[Tensor]) -> None:
+        """``SoftUpdate.step`` as one lerp over all tensors: on a CPU a fifth of the time of its own."""
+        updater: Any = self.learner.target_updater
+        if not targets:
+            return
+        if self.learner.target_period == 1:
+            torch._foreach_lerp_(targets, sources, 1 - updater.eps)
+            return
+        weight = (1 - updater.eps) * self._due(self.learner.target_period)
+        for target, source in zip(targets, sources, strict=True):  # there is no foreach form for a weight on the device
+            target.lerp_(source, weight.to(target.dtype))
+
+
+def soft_pairs(updater: TargetNetUpdater | None) -> tuple[list[Tensor], list[Tensor]] | None:
+    """The targets and what they follow, tensor by tensor; None where ``updater`` is not a plain ``SoftUpdate``.
+
+    A later ``loss.to(...)`` that makes new tensors needs new pairs.
+    """
+    if updater is None:
+        return [], []
+    if type(updater) is not SoftUpdate:
+        return None
+    inner: Any = updater
+    pairs = [(inner._targets[f"target_{key[0]}", *key[1:]], source) for key, source in inner._sources.items(True, True)]
+    return [target for target, _ in pairs], [source for _, source in pairs]
+
+
+class UpdateStep(Update):
+    """Callable that trains a learner on a batch.
 
     Args:
         learner: the method. Its loss's parameters live on one device.
@@ -36,56 +157,38 @@ class UpdateStep:
 
     def __init__(self, learner: Learner, *, compile_loss: bool = False) -> None:
         self.learner = learner
-        self._device = next(learner.loss.parameters()).device
+        device = next(learner.loss.parameters()).device
         self.optimizer = torch.optim.Adam(
-            [dict(group) for group in learner.param_groups], fused=True, capturable=self._device.type == "cuda"
+            [dict(group) for group in learner.param_groups], fused=True, capturable=device.type == "cuda"
         )
         self.step = 0
-        self._count = torch.zeros((), dtype=torch.int64, device=self._device)
-        self._mover = (learner.target_updater, self._make_mover())
-        self._watch_losses()
-        self._losses = torch.compile(self._compute, fullgraph=True) if compile_loss else self._compute
+        self._watch(device)
+        self._find_targets()
+        self._losses = torch.compile(self._call_loss, fullgraph=True) if compile_loss else self._call_loss
 
-    def _compute(self, batch: TensorDictBase) -> TensorDictBase:
+    def _call_loss(self, batch: TensorDictBase) -> TensorDictBase:
         return self.learner.loss(batch)
 
-    def __call__(self, batch: TensorDictBase) -> TensorDictBase:
-        """Train on ``batch`` (on the loss's device) and return the losses and metadata, detached."""
-        self.step += 1
-        out = self.run(batch)
-        if self._device.type == "cpu":
-            self.check_finite()
-        return out
+    def _compute_losses(self, batch: TensorDictBase) -> TensorDictBase:
+        return self._losses(batch)
 
-    def run(self, batch: TensorDictBase) -> TensorDictBase:
-        """The work of a call, on the device alone: what a CUDA graph can hold. :attr:`step` is left to the caller."""
-        self._count += 1
-        out = self._losses(batch)
-        terms = torch.stack([out.get(name) for name in self._names])
-        self.optimizer.zero_grad()
-        total(terms, self._names, self.learner.term_periods, self._count).backward()
-        # The order of the authors' code: targets move towards the critics of before this step (one step's lag). In the
-        # other order the losses leave the reference's by some 1e-3 within eight updates at the paper's sizes.
-        self._move_targets()
-        self.optimizer.step()
-        bad = ~terms.detach().isfinite() & (self._first_bad < 0)
-        self._first_bad.copy_(torch.where(bad, self._count, self._first_bad))
-        return out.detach()
+    def _find_targets(self) -> None:
+        self._followed = self.learner.target_updater
+        self._pairs = soft_pairs(self._followed)
+        if self._pairs is None and self.learner.target_period != 1:
+            raise ValueError(f"a target_period needs a SoftUpdate, got {type(self._followed).__name__}")
 
     def _move_targets(self) -> None:
-        updater = self.learner.target_updater
-        if self._mover[0] is not updater:
-            self._mover = (updater, self._make_mover())
-        self._mover[1]()
+        if self._followed is not self.learner.target_updater:
+            self._find_targets()
+        if self._pairs is not None:
+            self._move_softly(*self._pairs)
+        elif self._followed is not None:
+            self._followed.step()
 
-    def _make_mover(self) -> Callable[[], None]:
-        learner = self.learner
-        return target_mover(learner.target_updater, period=learner.target_period, count=self._count)
-
-    def tensors(self) -> list[Tensor]:
-        """Every tensor that a call changes in place, but for the optimiser's own and the gradients."""
+    def _learned(self) -> list[Tensor]:
         loss = self.learner.loss
-        return [*{id(t): t for t in (*loss.parameters(), *loss.buffers(), self._count, self._first_bad)}.values()]
+        return list(dict.fromkeys([*loss.parameters(), *loss.buffers()]))
 
     @property
     def prior_frozen(self) -> bool:
@@ -113,19 +216,7 @@ class UpdateStep:
                 if not parameter.requires_grad:
                     self.optimizer.state.pop(parameter, None)
             group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
-        self._watch_losses()
-
-    def _watch_losses(self) -> None:
-        self._names = self.learner.loss_names
-        self._first_bad = torch.full((len(self._names),), -1, dtype=torch.int64, device=self._device)
-
-    def check_finite(self) -> None:
-        """Raise NonFiniteLossError if any call so far met a NaN or infinite loss, naming the first term and step."""
-        if bool((self._first_bad < 0).all()):
-            return
-        steps = {name: step for name, step in zip(self._names, self._first_bad.tolist(), strict=True) if step >= 0}
-        name = min(steps, key=lambda key: steps[key])
-        raise NonFiniteLossError(f"{name} became NaN or infinite at gradient step {steps[name]}")
+        self._watch(self._count.device)
 
     def is_finite(self) -> bool:
         """Whether every parameter is finite; makes the host wait for an accelerator."""
@@ -182,14 +273,6 @@ class UpdateStep:
         return {name: buffer for name, buffer in self.learner.loss.named_buffers() if "_params." not in name}
 
 
-def total(terms: Tensor, names: Sequence[str], periods: Mapping[str, int], count: Tensor) -> Tensor:
-    """What an update minimises: the sum of the terms ``[T, ...]`` that count at this update (``Learner.term_periods``)."""
-    if periods:
-        weights = [due(count, periods[name]) if name in periods else 1.0 for name in names]
-        terms = torch.stack([term * weight for term, weight in zip(terms, weights, strict=True)])
-    return terms.sum()
-
-
 def restore_learner(update: UpdateStep, state: dict[str, Any], path: Path, *, keep_settings: bool = False) -> None:
     """Load networks and optimiser of a loaded checkpoint; ``keep_settings`` as in :meth:`UpdateStep.load_state_dict`.
 
@@ -200,56 +283,3 @@ def restore_learner(update: UpdateStep, state: dict[str, Any], path: Path, *, ke
         update.load_state_dict(state["update"], keep_settings=keep_settings)
     except (RuntimeError, KeyError, ValueError) as error:
         raise InputError(f"{path} does not fit this run's networks: {str(error).splitlines()[0]}") from error
-
-
-def soft_pairs(updater: TargetNetUpdater | None) -> tuple[list[Tensor], list[Tensor]] | None:
-    """The targets and what they follow, tensor by tensor; None where ``updater`` is not a plain ``SoftUpdate``."""
-    if updater is None:
-        return [], []
-    if type(updater) is not SoftUpdate:
-        return None
-    inner: Any = updater
-    pairs = [(inner._targets[f"target_{key[0]}", *key[1:]], source) for key, source in inner._sources.items(True, True)]
-    return [target for target, _ in pairs], [source for _, source in pairs]
-
-
-def target_mover(
-    updater: TargetNetUpdater | None, *, period: int = 1, count: Tensor | None = None
-) -> Callable[[], None]:
-    """``updater.step``, of a ``SoftUpdate`` as one lerp over all tensors: on a CPU a fifth of the time of its own.
-
-    The tensors are looked up here, once: a later ``loss.to(...)`` that makes new ones needs a new mover.
-
-    Args:
-        updater: what moves the targets; None where there are none.
-
-    Keyword Args:
-        period: move only where ``count`` is a multiple of it; that is decided on the device, so that a CUDA graph can hold it.
-        count: the updates so far, a number on the device.
-
-    Raises:
-        ValueError: on a period of an updater that is no ``SoftUpdate``.
-    """
-    if updater is None:
-        return lambda: None
-    pairs = soft_pairs(updater)
-    if period == 1:
-        return updater.step if pairs is None else lambda: move_softly(*pairs, 1 - updater.eps)
-    if pairs is None or count is None:
-        raise ValueError(f"a target_period needs a SoftUpdate and a count, got {type(updater).__name__} and {count}")
-    return lambda: move_softly(*pairs, (1 - updater.eps) * due(count, period))
-
-
-def due(count: Tensor, period: int) -> Tensor:
-    """1.0 where ``count`` is a multiple of ``period``, else 0.0, on its device."""
-    return (count % period == 0).to(torch.get_default_dtype())
-
-
-def move_softly(targets: list[Tensor], sources: list[Tensor], weight: float | Tensor) -> None:
-    """``target <- target + weight (source - target)``."""
-    with torch.no_grad():
-        if isinstance(weight, float):
-            torch._foreach_lerp_(targets, sources, weight)
-            return
-        for target, source in zip(targets, sources, strict=True):  # there is no foreach form for a weight on the device
-            target.lerp_(source, weight.to(target.dtype))

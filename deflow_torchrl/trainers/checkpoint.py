@@ -1,10 +1,10 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""Checkpoints: plain tensors and numbers in one file, written beside and renamed, loaded without running anybody's code.
+"""Checkpoints: plain tensors and numbers in one file, written beside and renamed, loaded without running code from it.
 
 A checkpoint is the zip archive of ``torch.save``. The archive's comment holds a header in JSON (format, step, score, the
 run's identity), which is read without unpickling anything, and the SHA-256 of archive and header, which is compared
-before anything is unpickled: a byte that differs from what was written is refused. The digest finds damage and hand-made
-changes; it is no signature, so loading stays with ``weights_only=True`` for files that somebody made to deceive.
+before anything is unpickled: a file with one changed byte is refused. The digest finds damage and manual changes; it is no
+signature, so loading uses ``weights_only=True`` against forged files.
 """
 
 from __future__ import annotations
@@ -46,23 +46,23 @@ def save_checkpoint(
 ) -> Path:
     """Write ``folder/step_NNNNNNNNN.pt`` and drop all but the last few and the best.
 
-    The file is whole and on the disk before it has its name: a kill or a power cut at any moment leaves the old
+    The complete file is on the disk before it gets its name: a kill or a power cut at any moment leaves the old
     checkpoints and, at worst, a hidden ``.part`` file, which the next checkpoint removes.
 
     Args:
         folder: the run's ``checkpoints`` folder.
         step: steps done.
-        state: nested dictionaries and lists of tensors, numbers and strings. A tensor that is a part of a larger one is
-            written without the rest.
+        state: nested dictionaries and lists of tensors, numbers and strings. Of a view, only the elements it shows are
+            written.
 
     Keyword Args:
         identity: what the checkpoint belongs to, in plain values; see :func:`~.resume.run_identity`.
         keep_last: newest checkpoints to keep.
-        score: the evaluation's number at this step, larger is better; the kept checkpoint with the best one stays (of
-            equals the later). None or NaN: not evaluated.
+        score: result of the evaluation at this step, larger is better; the checkpoint with the best score is kept (of
+            equal scores the later one). None or NaN: not evaluated.
 
     Raises:
-        CheckpointNotWritten: on a full disk or another error of the system; the old checkpoints are left as they were.
+        CheckpointNotWritten: on a full disk or another system error; the old checkpoints stay as they were.
         TypeError: if ``state`` holds anything that would have to be pickled.
     """
     if keep_last < 1:
@@ -73,7 +73,7 @@ def save_checkpoint(
     plain = _plain(state, "state")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob(".step_*.part"):  # of a process that was killed while it wrote
+        for left in folder.glob(".step_*.part"):  # from a process that was killed while writing
             left.unlink(missing_ok=True)
         with atomic_write(path) as temporary, temporary.open("w+b") as file:
             _write(file, plain, header)
@@ -90,33 +90,33 @@ def save_checkpoint(
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
+    """List the checkpoints of a run, oldest first."""
     return sorted(folder.glob("step_*.pt"))
 
 
 def best_checkpoint(folder: Path) -> Path | None:
-    """The kept checkpoint with the highest score, of equals the later; None where none has a score."""
+    """Find the checkpoint with the highest score, of equal scores the later one; None if none has a score."""
     scores = {}
     for path in list_checkpoints(folder):
         try:
             score = _read_comment(path)[0]["score"]
         except InputError:
-            continue  # damaged; it is refused where somebody wants to load it
+            continue  # damaged: refused when it is loaded
         if score is not None:
             scores[path] = score
     return max(scores, key=lambda path: (scores[path], path.name), default=None)
 
 
 def step_of(path: Path) -> int:
-    """Steps done when a checkpoint was written."""
+    """Return the step at which a checkpoint was written."""
     return int(path.stem.removeprefix("step_"))
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """``format``, ``step``, ``score`` and ``identity`` of a checkpoint, without its state and without unpickling anything.
+    """Read ``format``, ``step``, ``score`` and ``identity`` of a checkpoint, without its state, without unpickling.
 
     Raises:
-        InputError: if the file is missing, no checkpoint or of another format.
+        InputError: if the file is missing, is no checkpoint or has another format.
     """
     with _advising(path):
         return _read_comment(path)[0]
@@ -125,18 +125,18 @@ def read_header(path: Path) -> dict[str, Any]:
 def load_checkpoint(
     path: Path, *, device: torch.device | str = "cpu", identity: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Load a checkpoint's state. A pickled object in it is refused, never executed.
+    """Load a checkpoint's state; a pickled object in it is refused, never executed.
 
     Args:
         path: the file.
 
     Keyword Args:
         device: where its tensors go.
-        identity: what this run is; a checkpoint of another one is refused.
+        identity: identity of this run; a checkpoint of another run is refused.
 
     Raises:
-        InputError: if the file is missing, damaged, altered, of another format, of another task, method, version or data
-            (with what differs), or holds anything but data.
+        InputError: if the file is missing, damaged, altered or of another format, if it belongs to another task, method,
+            version or data set (the message names what differs), or if it holds anything but data.
     """
     with _advising(path):
         header = _read_whole(path)
@@ -156,7 +156,7 @@ def load_checkpoint(
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a checkpoint is byte for byte as it was written."""
+    """Return whether every byte of a checkpoint is as it was written."""
     try:
         _read_whole(path)
     except InputError:
@@ -165,15 +165,15 @@ def is_whole(path: Path) -> bool:
 
 
 def check_identity(path: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    """Raise InputError if a checkpoint is of another task, method, version or data than this run, listing what differs.
+    """Raise InputError if a checkpoint belongs to another task, method, version or data set, listing what differs.
 
-    Versions of this package are one for a checkpoint if they agree up to the patch number: a patch release changes neither
-    what a checkpoint holds nor the numbers that follow from it. Settings are compared by :func:`~.resume.changed_settings`.
+    The patch number of this package's version is not compared: a patch release changes neither the contents of a checkpoint
+    nor the numbers computed from it. Settings are compared by :func:`~.resume.changed_settings`.
 
     Args:
         path: the checkpoint, for the message.
         theirs: the checkpoint's identity.
-        ours: this run's; what it leaves out (None too) is not compared.
+        ours: this run's identity; entries that are missing or None are not compared.
     """
     compared = [key for key in _FIXED if ours.get(key) is not None]
     differing = [key for key in compared if _comparable(key, theirs.get(key)) != _comparable(key, ours[key])]
@@ -183,9 +183,9 @@ def check_identity(path: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any
 
 
 class _HashingFile:
-    """File for ``torch.save`` that hashes the bytes, and keeps the first error until the writing is over.
+    """File for ``torch.save`` that hashes the bytes and keeps the first error until the writing is over.
 
-    An exception inside torch's writer would come out as an error of its own, without the system's message.
+    torch's writer would replace an exception by one of its own, without the system's message.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -216,7 +216,7 @@ def _write(file: BinaryIO, state: Mapping[str, Any], header: Mapping[str, Any]) 
     comment = text + hashing.hash.hexdigest().encode()
     if len(comment) > _COMMENT_LIMIT:
         raise ValueError(f"the header of a checkpoint has {len(comment)} bytes; {_COMMENT_LIMIT} fit")
-    file.seek(-2, os.SEEK_END)  # the length of the comment, 0 so far, ends the archive
+    file.seek(-2, os.SEEK_END)  # the last two bytes of the archive are the length of the comment, 0 so far
     file.write(len(comment).to_bytes(2, "little") + comment)
 
 
@@ -244,7 +244,7 @@ def _read_comment(path: Path) -> tuple[dict[str, Any], bytes]:
 
 
 def _read_whole(path: Path) -> dict[str, Any]:
-    """The header of a checkpoint whose bytes, and whose header's, have the digest they were written with."""
+    """Read the header, and raise InputError unless archive and header have the digest they were written with."""
     header, comment = _read_comment(path)
     digest = hashlib.sha256()
     remaining = path.stat().st_size - len(comment) - 2
@@ -253,7 +253,7 @@ def _read_whole(path: Path) -> dict[str, Any]:
             digest.update(block)
             remaining -= len(block)
         length = int.from_bytes(file.read(2), "little")
-    # When the archive was hashed it had no comment, whose length was 0 then.
+    # The archive was hashed before it had a comment, with a comment length of 0.
     digest.update(b"\0\0" + comment[:-_HEX])
     if length != len(comment) or digest.hexdigest().encode() != comment[-_HEX:]:
         raise InputError(f"{path} is damaged or altered; it was not loaded")
@@ -261,9 +261,9 @@ def _read_whole(path: Path) -> dict[str, Any]:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Put the folder's list of names on the disk: without it a power cut can undo the rename."""
+    """Write the folder's entries to the disk: without it a power cut can undo the rename."""
     if not hasattr(os, "O_DIRECTORY"):
-        return  # Windows opens no folder
+        return  # Windows cannot open a folder
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -273,7 +273,7 @@ def _sync_folder(folder: Path) -> None:
 
 @contextmanager
 def _advising(path: Path) -> Iterator[None]:
-    """Add to an InputError about ``path`` which checkpoint of the run is whole and how to go on from it."""
+    """Add to an InputError about ``path`` the newest undamaged checkpoint and the command that resumes from it."""
     try:
         yield
     except InputError as error:
@@ -288,11 +288,11 @@ def _advising(path: Path) -> Iterator[None]:
 
 
 def _plain(value: Any, where: str) -> Any:
-    """``value`` in types that load with ``weights_only=True``; tensors lose their classes and what they are parts of."""
+    """Convert to types that load with ``weights_only=True``: plain tensors, and copies of views."""
     if isinstance(value, Tensor):
         tensor = value.detach().as_subclass(Tensor)
         is_part = tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size()
-        return tensor.cpu().clone() if is_part else tensor  # torch.save writes the whole storage
+        return tensor.cpu().clone() if is_part else tensor  # torch.save would write the whole storage
     if isinstance(value, dict):
         for key in value:
             if not isinstance(key, (str, int)):
@@ -303,7 +303,7 @@ def _plain(value: Any, where: str) -> Any:
         return items if isinstance(value, list) else tuple(items)
     if value is None or isinstance(value, (bool, bytes, torch.Size, torch.device, torch.dtype)):
         return value
-    for kind in (int, float, str):  # NumPy's float64 and str_ are subclasses that would be pickled
+    for kind in (int, float, str):  # subclasses such as NumPy's float64 and str_ would be pickled
         if isinstance(value, kind):
             return kind(value)
     raise TypeError(

@@ -59,19 +59,16 @@ class EvaluationResult:
 
     def as_dict(self, references: tuple[float, float] | None = None) -> dict[str, Any]:
         """Plain lists and numbers, for a record; with normalised scores where there are references."""
-        score: dict[str, Any] = {}
-        if references is not None:
-            scores = self.score(references)
-            score = {"mean_score": float(scores.mean()), "score": [float(value) for value in scores]}
+        scores = None if references is None else self.score(references)
         return {
             "success_rate": self.success_rate,
             "mean_return": float(self.episode_return.mean()),
-            **score,
+            **({} if scores is None else {"mean_score": float(scores.mean()), "score": scores.tolist()}),
             "episodes": len(self.success),
-            "success": [int(value) for value in self.success],
-            "episode_return": [float(value) for value in self.episode_return],
-            "length": [int(value) for value in self.length],
-            "seeds": [int(value) for value in self.seeds],
+            "success": self.success.astype(int).tolist(),
+            "episode_return": self.episode_return.tolist(),
+            "length": self.length.tolist(),
+            "seeds": self.seeds.tolist(),
         }
 
 

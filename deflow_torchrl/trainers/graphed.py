@@ -1,8 +1,8 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""Whole updates, from the drawing of the batch to the step of the targets, as one CUDA graph, several a replay.
+"""Whole updates, from sampling to the target step, recorded into a CUDA graph, several updates a replay.
 
-An update at the paper's sizes is some thousand kernels of a few microseconds: launched one by one they wait for Python. A graph
-launches them at once. On a device without graphs the same code calls the updates one after the other.
+An update at the paper's sizes runs about a thousand kernels of a few microseconds each; launched one by one they wait for
+Python, and a graph launches them together. On a device without graphs the same code calls the updates one after the other.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import gc
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
@@ -23,9 +24,9 @@ from deflow_torchrl.trainers.update import Update
 _log = logging.getLogger(__name__)
 
 Once = Callable[[], tuple[TensorDictBase, TensorDictBase]]
-"""One update: what it gave, and its batch."""
+"""Does one update; returns its output and its batch."""
 Capture = Callable[[Once, int], Once]
-"""Makes of one update a call that does so many, and gives what the last of them gave."""
+"""Turns one update into a call that does several, and returns the result of the last."""
 
 _CHECKED = 3
 _WARMUP = 3
@@ -33,49 +34,43 @@ _LOSS_TOLERANCE = 1e-3
 _WEIGHT_TOLERANCE = 1e-2
 
 
+@dataclass(eq=False, repr=False)
 class GraphedUpdate:
-    """Updates on batches that are drawn on the device, several a call.
+    """Does several updates a call, on batches drawn on the device.
 
     Before the first call a few updates are done twice, by the graphs and without them, from the same state and with the same
-    random numbers: losses and weights must agree, else the updates stay eager and a warning says why. The state is put back, so
-    that a run with graphs is the run without them.
+    random numbers. If losses or weights disagree, the updates stay eager and a warning says why. The state is put back
+    afterwards, so that graphs change nothing in a run.
 
     Args:
         update: the update, on the device of its batches.
-        draw: draws a batch on that device, without looking at a value there (which would stop the host).
+        draw: draws a batch on that device without synchronising with the host.
 
     Keyword Args:
-        updates_per_replay: how many updates a replay does; a second graph does single ones.
-        self_check: compare before the first call.
-        capture: makes the graphs; CUDA's by default, on another device a loop.
+        updates_per_replay: number of updates of a replay; a second graph does single updates.
+        self_check: make the comparison before the first call.
+        capture: makes the graphs; CUDA graphs by default, a loop on other devices.
     """
 
-    def __init__(
-        self,
-        update: Update,
-        draw: Callable[[], TensorDictBase],
-        *,
-        updates_per_replay: int = 10,
-        self_check: bool = True,
-        capture: Capture | None = None,
-    ) -> None:
-        if updates_per_replay < 1:
-            raise ValueError(f"updates_per_replay must be positive, got {updates_per_replay}")
-        self.update = update
-        self.draw = draw
-        self.updates_per_replay = updates_per_replay
-        self.self_check = self_check
-        self._device = update.tensors()[0].device
-        self._capture = capture or (capture_cuda_graph if self._device.type == "cuda" else repeat)
+    update: Update
+    draw: Callable[[], TensorDictBase]
+    _: KW_ONLY
+    updates_per_replay: int = 10
+    self_check: bool = True
+    capture: Capture | None = None
+
+    def __post_init__(self) -> None:
+        if self.updates_per_replay < 1:
+            raise ValueError(f"updates_per_replay must be positive, got {self.updates_per_replay}")
         self._replays: dict[int, Once] = {}
         self.fell_back: str | None = None
-        """Why the updates are eager after all; None where they are not."""
+        """Why the updates are eager; None if they are not."""
 
     def __call__(self, count: int) -> tuple[TensorDictBase, TensorDictBase]:
         """Do ``count`` updates.
 
         Returns:
-            Losses and metadata of the last one, and its batch; the next call overwrites both.
+            Losses and metadata of the last update, and its batch; the next call overwrites both.
         """
         if count < 1:
             raise ValueError(f"count must be positive, got {count}")
@@ -90,7 +85,7 @@ class GraphedUpdate:
         return result
 
     def reset(self) -> None:
-        """Forget the graphs: after the update's tensors were replaced, by a loaded state or a frozen prior."""
+        """Drop the graphs: needed after a loaded state or a frozen prior has replaced the update's tensors."""
         self._replays = {}
 
     def _once(self) -> tuple[TensorDictBase, TensorDictBase]:
@@ -99,13 +94,14 @@ class GraphedUpdate:
 
     def _prepare(self) -> None:
         sizes = sorted({1, self.updates_per_replay})
+        capture = self.capture or (capture_cuda_graph if self.update.tensors()[0].is_cuda else repeat)
         try:
-            with _state_kept(self.update):  # to capture is to run
-                self._replays = {size: self._capture(self._once, size) for size in sizes}
+            with _state_kept(self.update):  # capturing runs the updates
+                self._replays = {size: capture(self._once, size) for size in sizes}
             reason = self._difference() if self.self_check else None
         except RuntimeError as failure:
             error: BaseException = failure
-            while error.__context__ is not None:  # the end of a capture that failed fails too, and says less
+            while error.__context__ is not None:  # ending a failed capture fails too, with a less clear message
                 error = error.__context__
             reason = f"the capture failed: {str(error).splitlines()[0]}"
         if reason is not None:
@@ -114,7 +110,7 @@ class GraphedUpdate:
             _log.warning("updates are done one by one, without a graph: %s", reason)
 
     def _difference(self) -> str | None:
-        """How captured updates differ from eager ones; None where they agree."""
+        """Describe how captured updates differ from eager ones; None if they agree."""
         runs = []
         size = self.updates_per_replay
         single, several = [self._once] * _CHECKED, [repeat(self._once, size)]
@@ -138,7 +134,7 @@ class GraphedUpdate:
 
 
 def repeat(once: Once, count: int) -> Once:
-    """The same without a graph."""
+    """Do ``count`` updates without a graph."""
 
     def replay() -> tuple[TensorDictBase, TensorDictBase]:
         for _ in range(count):
@@ -152,12 +148,12 @@ def capture_cuda_graph(once: Once, count: int) -> Once:
     """Record ``count`` updates into a CUDA graph.
 
     Raises:
-        RuntimeError: where something in them cannot be recorded.
+        RuntimeError: if an operation cannot be recorded.
     """
     graph = torch.cuda.CUDAGraph()
     current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
     stream.wait_stream(current)
-    with torch.cuda.stream(stream):  # kernels are chosen, and Adam makes its state, before anything is recorded
+    with torch.cuda.stream(stream):  # kernels are chosen and Adam makes its state before the recording
         repeat(once, _WARMUP)()
     current.wait_stream(stream)
     gc.collect()
@@ -165,7 +161,7 @@ def capture_cuda_graph(once: Once, count: int) -> Once:
         with torch.cuda.graph(graph, stream=stream):
             result = repeat(once, count)()
     finally:
-        torch.cuda.set_stream(current)  # which a capture that failed does not do
+        torch.cuda.set_stream(current)  # a failed capture does not do it
 
     def replay() -> tuple[TensorDictBase, TensorDictBase]:
         graph.replay()
@@ -175,7 +171,7 @@ def capture_cuda_graph(once: Once, count: int) -> Once:
 
 
 def _change(one: Tensor, other: Tensor) -> Tensor:
-    """|one - other|, of equal infinities too."""
+    """|one - other|, 0 for equal infinities."""
     return torch.where(one == other, 0.0, (one - other).abs())
 
 
@@ -185,7 +181,7 @@ def _flat(update: Update) -> Tensor:
 
 @contextmanager
 def _state_kept(update: Update) -> Iterator[None]:
-    """Put everything back that updates inside change: tensors, moments, random numbers."""
+    """Restore at the end of the block what updates change: tensors, moments, random generators."""
     tensors = [(tensor, tensor.detach().clone()) for tensor in update.tensors()]
     moments: dict[Tensor, dict[str, Any]] = {
         parameter: {name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()}
@@ -199,7 +195,7 @@ def _state_kept(update: Update) -> Iterator[None]:
             for tensor, value in tensors:
                 tensor.copy_(value)
             for parameter, state in update.optimizer.state.items():
-                # In place, for a graph knows addresses: a moment that is new is what it was before it was made.
+                # In place, because a graph holds addresses; moments made in the block become zero, their first value.
                 for name, value in state.items():
                     if isinstance(value, Tensor):
                         value.copy_(moments[parameter][name]) if parameter in moments else value.zero_()

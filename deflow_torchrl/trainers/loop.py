@@ -11,7 +11,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -36,9 +36,9 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainerSchedule:
-    """When things happen, in steps: gradient steps offline, then environment steps.
+    """The steps of a run, gradient steps offline and then environment steps, and the intervals between its events.
 
-    An interval of 0 means never, but for the last step of each phase, which always logs, evaluates and saves.
+    An interval of 0 means never, except at the last step of each phase, which always logs, evaluates and saves.
 
     Attributes:
         offline_steps: gradient steps on the data set.
@@ -47,7 +47,7 @@ class TrainerSchedule:
         eval_interval: steps between evaluations.
         save_interval: steps between checkpoints.
         utd: gradient steps per environment step.
-        warmup_steps: environment steps before the first of those.
+        warmup_steps: environment steps before the first of these gradient steps.
     """
 
     offline_steps: int
@@ -60,39 +60,39 @@ class TrainerSchedule:
 
     @property
     def steps(self) -> int:
-        """Steps of both phases."""
+        """Number of steps of both phases."""
         return self.offline_steps + self.online_steps
 
     def due(self, interval: int, step: int) -> bool:
-        """Whether something of this interval happens at this step."""
+        """Return whether an event of this interval happens at this step."""
         return (interval > 0 and step % interval == 0) or step in (self.offline_steps, self.steps)
 
     def steps_ahead(self, step: int) -> int:
-        """Steps from ``step`` to the next at which something happens: a row, an evaluation, a checkpoint, a phase's end."""
+        """Count the steps to the next event after ``step``: a row, an evaluation, a checkpoint or the end of a phase."""
         intervals = (self.log_interval, self.eval_interval, self.save_interval)
         due = [(step // interval + 1) * interval for interval in intervals if interval > 0]
         return min([*due, *(end for end in (self.offline_steps, self.steps) if end > step)]) - step
 
     def is_online(self, step: int) -> bool:
-        """Whether this step (counted from 1) acts in the environment."""
+        """Return whether this step (counted from 1) acts in the environment."""
         return step > self.offline_steps
 
     def phase(self, step: int) -> str:
-        """``offline`` or ``online``, as rows and records name the phase of a step."""
+        """Return the name of a step's phase in rows and records: ``offline`` or ``online``."""
         return "online" if self.is_online(step) else "offline"
 
     def updates_at(self, step: int) -> int:
-        """Gradient steps of this step."""
+        """Return the number of gradient steps at this step."""
         if not self.is_online(step):
             return 1
         acted = step - self.offline_steps - self.warmup_steps
-        # A share of the count so far, not of this step: with utd=0.5 every second step has one.
+        # The difference of rounded totals: with utd=0.5 every second step has a gradient step.
         after, before = (math.floor(max(count, 0) * self.utd + 1e-9) for count in (acted, acted - 1))
         return after - before
 
 
 class Interrupts:
-    """Context in which SIGINT and SIGTERM raise KeyboardInterrupt, but never inside :meth:`deferred` blocks.
+    """Context in which SIGINT and SIGTERM raise KeyboardInterrupt, except inside :meth:`deferred` blocks.
 
     An exception in the middle of an update would leave networks, optimiser and random generators at different steps, and such
     a state could not be resumed exactly. Outside the main thread, where Python delivers no signals, it does nothing.
@@ -119,7 +119,7 @@ class Interrupts:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Hold signals back; one that came is raised at the end of the block."""
+        """Delay signals to the end of the block."""
         self._deferring = True
         try:
             yield
@@ -131,40 +131,26 @@ class Interrupts:
 
 
 class TrainingLoop(ABC):
-    """Takes steps until there are as many as the schedule has; a step is trained, then evaluated, then finished.
+    """Takes the steps of a schedule; each is trained, then evaluated, then finished.
 
-    Steps at which nothing is due may be trained several at once. A step is trained and finished without interruption: Ctrl-C
-    takes effect before, after, or in an evaluation.
+    Several steps may be trained at once if nothing is due between them. Training and finishing a step are not interrupted:
+    Ctrl-C takes effect before them, after them, or during an evaluation.
 
-    Args:
+    Attributes:
         update: the update to call.
-
-    Keyword Args:
         schedule: when to log, evaluate and save.
         step: steps trained so far.
-        graphed: ``update`` with its batches, several at once; offline steps at which nothing is due are left to it.
+        graphed: does several offline steps of ``update`` at once, up to the next step at which something is due.
         show_progress: show a progress bar on standard error.
     """
 
     update: Update
-
-    def __init__(
-        self,
-        update: Update,
-        *,
-        schedule: TrainerSchedule,
-        step: int = 0,
-        graphed: GraphedUpdate | None,
-        show_progress: bool,
-    ) -> None:
-        self.update = update
-        self.schedule = schedule
-        self.step = step
-        self.graphed = graphed
-        self.show_progress = show_progress
-        self._saved_step = step
-        # True while a step is half done: the state is between two steps, and no checkpoint may be written.
-        self._torn = False
+    schedule: TrainerSchedule
+    graphed: GraphedUpdate | None
+    show_progress: bool
+    step = 0
+    _saved_step = 0
+    _torn = False  # whether the state is between two steps: no checkpoint may be written then
 
     def run(self) -> None:
         """Train from the current step to ``schedule.steps``."""
@@ -191,7 +177,7 @@ class TrainingLoop(ABC):
             except NonFiniteLossError:
                 raise
             except (KeyboardInterrupt, Exception):
-                # A failed evaluation costs its own time, never the steps before it.
+                # The steps before a failed evaluation are saved.
                 with interrupts.deferred():
                     self._save_whole_step()
                 raise
@@ -205,38 +191,38 @@ class TrainingLoop(ABC):
 
     @property
     def restorable(self) -> bool:
-        """Whether a checkpoint of this moment goes on exactly."""
+        """Whether a run can continue exactly from a checkpoint written now."""
         return True
 
     @abstractmethod
     def evaluate_step(self) -> None:
-        """Evaluate, if the current step is to be evaluated."""
+        """Evaluate if an evaluation is due at the current step."""
 
     @abstractmethod
     def _train_step(self) -> None:
-        """Train one step, or several up to the next one at which something is due."""
+        """Train one step, or all steps up to the next at which something is due."""
 
     @abstractmethod
     def _finish_step(self) -> None:
-        """Write the step's row of metrics and, where one is due, a checkpoint."""
+        """Write the step's row of metrics and, if one is due, a checkpoint."""
 
     @abstractmethod
     def save(self) -> Any:
         """Write a checkpoint of the current step."""
 
-    def _prepare_step(self) -> None:  # noqa: B027 # most have nothing to prepare
-        """Do before a step what may be interrupted."""
+    def _prepare_step(self) -> None:  # noqa: B027 # optional
+        """Prepare a step; may be interrupted."""
 
     def _close(self) -> None:  # noqa: B027
-        """End the processes beside the loop."""
+        """End the loop's processes."""
 
     def _run_updates(
         self, sample: Callable[[], TensorDictBase]
     ) -> tuple[int, TensorDictBase | None, TensorDictBase | None, float]:
-        """Do the updates of the next step, or of all steps up to the next due one where there is a graph.
+        """Do the updates of the next step or, with a graph, of all steps up to the next at which something is due.
 
         Returns:
-            How many steps that were, output and batch of the last update (None where the step has none), and the seconds.
+            Number of steps, output and batch of the last update (None if the step has no update), and seconds taken.
         """
         began = time.perf_counter()
         count, out, batch = 1, None, None
@@ -250,11 +236,11 @@ class TrainingLoop(ABC):
                 self._torn = True
                 out = self.update(batch)
         if self.schedule.due(self.schedule.log_interval, self.step + count):
-            self.update.check_finite()  # waits for the device, whose time the clock is to count
+            self.update.check_finite()  # waits for the device, so that its time is counted
         return count, out, batch, time.perf_counter() - began
 
     def _save_whole_step(self) -> None:
-        """Save before an error or Ctrl-C ends the run, unless the state is between two steps or saved already."""
+        """Save before an error or Ctrl-C ends the run, unless the state is between two steps or already saved."""
         if self._torn or (self._saved_step == self.step and not self.unfinished):
             return
         if self.restorable:
@@ -267,17 +253,18 @@ class TrainingLoop(ABC):
             self.save()
         except CheckpointNotWritten as error:
             if self.step == self.schedule.steps:
-                raise  # nothing comes after it that could make up for it
+                raise  # there is no later checkpoint
             _log.warning("%s; the older ones are whole and the training goes on", error)
 
 
+@dataclass(eq=False, repr=False)
 class Trainer(TrainingLoop):
-    """Trains a learner on a data set and, where there is an online phase, on its own experience.
+    """Trains a learner on a data set and, in an online phase, on its own experience.
 
-    A checkpoint is written at every ``save_interval``, at the end of each phase, after the best evaluation so far and on
-    Ctrl-C (once the step is whole), never after a non-finite loss. A run resumed from one continues bit for bit on a CPU. An
-    environment that cannot be restored in mid-episode moves the checkpoint to the episode's end; Ctrl-C then saves nothing
-    in between, and says so.
+    A checkpoint is written every ``save_interval`` steps, at the end of each phase, after the best evaluation so far and on
+    Ctrl-C (when the step is complete), never after a non-finite loss. A resumed run continues bit for bit on a CPU. If an
+    environment cannot be restored in mid-episode, checkpoints wait for the end of the episode, and Ctrl-C before it saves
+    nothing, with a warning.
 
     Args:
         update: the update to call.
@@ -286,68 +273,52 @@ class Trainer(TrainingLoop):
     Keyword Args:
         schedule: when to log, evaluate and save.
         checkpoints: folder of checkpoints.
-        online: acts and samples in the online phase; ``schedule.online_steps`` need it.
-        metrics: where rows go; nowhere, if None.
-        identity: what the checkpoints belong to (:func:`~deflow_torchrl.trainers.resume.run_identity`).
+        online: acts and samples in the online phase; needed with ``schedule.online_steps``.
+        metrics: receives the rows; they are dropped if None.
+        identity: identity of the run, written into checkpoints (:func:`~deflow_torchrl.trainers.resume.run_identity`).
         history: commands and wall times of the run, kept in each checkpoint.
-        extra_state: plain values to keep in each checkpoint beside the training state.
-        alarms: look at each row of metrics.
+        extra_state: further plain values for each checkpoint.
+        alarms: checks each row of metrics.
         validation: samples batches for ``val/`` losses at evaluations.
-        evaluate: returns metrics of an evaluation; called every ``eval_interval`` steps.
-        score: name of the metric the best checkpoint has most of.
+        evaluate: evaluates and returns metrics; called every ``eval_interval`` steps.
+        score: name of the metric by which checkpoints are compared, larger is better.
         show_progress: show a progress bar on standard error.
-        label: put before warnings, where several runs share a terminal.
-        graphed: ``update`` with its batches, several at once: offline steps at which nothing is due are left to it.
+        label: prefix of warnings, for several runs in one terminal.
+        graphed: does several offline steps of ``update`` at once, up to the next step at which something is due.
 
     Raises:
-        NonFiniteLossError: by :meth:`run`; the last checkpoint is from before.
+        NonFiniteLossError: by :meth:`run`; the last checkpoint is from an earlier step.
         EnvironmentFaultError: by :meth:`run`, if too many episodes failed; a checkpoint was saved.
     """
 
     update: UpdateStep
+    buffer: ReplayBuffer
+    _: KW_ONLY
+    schedule: TrainerSchedule
+    checkpoints: Path
+    online: OnlinePhase | None = None
+    metrics: MetricsLog | None = None
+    identity: Mapping[str, Any] | None = None
+    history: RunHistory | None = None
+    extra_state: Mapping[str, Any] | None = None
+    alarms: Alarms | None = None
+    validation: ReplayBuffer | None = None
+    evaluate: Callable[[], dict[str, float]] | None = None
+    score: str | None = None
+    show_progress: bool = True
+    label: str = ""
+    graphed: GraphedUpdate | None = None
 
-    def __init__(
-        self,
-        update: UpdateStep,
-        buffer: ReplayBuffer,
-        *,
-        schedule: TrainerSchedule,
-        checkpoints: Path,
-        online: OnlinePhase | None = None,
-        metrics: MetricsLog | None = None,
-        identity: Mapping[str, Any] | None = None,
-        history: RunHistory | None = None,
-        extra_state: Mapping[str, Any] | None = None,
-        alarms: Alarms | None = None,
-        validation: ReplayBuffer | None = None,
-        evaluate: Callable[[], dict[str, float]] | None = None,
-        score: str | None = None,
-        show_progress: bool = True,
-        label: str = "",
-        graphed: GraphedUpdate | None = None,
-    ) -> None:
-        super().__init__(update, schedule=schedule, graphed=graphed, show_progress=show_progress)
-        self.buffer = buffer
-        self.metrics = metrics
-        self.checkpoints = checkpoints
-        self.online = online
-        self.identity = identity
-        self.history = history
-        self.extra_state = dict(extra_state or {})
-        self.alarms = alarms
-        self.validation = validation
-        self.evaluate = evaluate
-        self.score = score
-        self.label = label
+    def __post_init__(self) -> None:
         self.notes: dict[str, Any] = {}
-        """Plain values that belong to the run so far: kept in each checkpoint, found again after :meth:`restore`."""
+        """Plain values about the run, written into each checkpoint and read by :meth:`restore`."""
         self.trained_seconds = 0.0
-        # The row of a step that is trained but not yet evaluated and written. It goes into a checkpoint made meanwhile, so
-        # that the resumed run finishes that step first.
+        # The row of a step that is trained but not yet evaluated and written. A checkpoint written in between holds it, so that
+        # the resumed run finishes that step first.
         self._row: dict[str, Any] | None = None
         self._best: float | None = None
-        self._score: float | None = None  # of the closed step
-        self._scored: float | None = None  # of the evaluation that the next checkpoint stands for
+        self._score: float | None = None  # of the last finished step
+        self._scored: float | None = None  # for the next checkpoint
         self._stop: EnvironmentFaultError | None = None
         self._save_at_episode_end = False
 
@@ -358,12 +329,12 @@ class Trainer(TrainingLoop):
 
     @property
     def restorable(self) -> bool:
-        """Whether a checkpoint of this moment goes on exactly: not where an episode runs that cannot be restored."""
+        """Whether a run can continue exactly from a checkpoint written now: not during an episode that cannot be restored."""
         return self.online is None or self.online.restorable
 
     def _prepare_step(self) -> None:
         if self.online is not None and not self.online.begun and self.schedule.is_online(self.step + 1):
-            self.graphed = None  # and the memory of its graphs with it
+            self.graphed = None  # frees the memory of its graphs
             self.online.begin(self.update)
 
     def _close(self) -> None:
@@ -371,29 +342,29 @@ class Trainer(TrainingLoop):
             self.online.close()
 
     def _train_step(self) -> None:
-        """Act (online) and update."""
+        """Act (in the online phase) and update."""
         online = self.online if self.schedule.is_online(self.step + 1) else None
         if online is not None:
             self._torn = True
             try:
                 online.step()
             except EnvironmentFaultError as error:
-                self._stop = error  # once this step is whole
+                self._stop = error  # raised when this step is complete
         count, out, batch, seconds = self._run_updates(lambda: self._sample(online))
         self.take_step(out, batch, count=count, seconds=seconds)
 
     def take_step(
         self, out: TensorDictBase | None, batch: TensorDictBase | None, *, count: int = 1, seconds: float
     ) -> None:
-        """Count a step as trained and make its row of metrics, empty where none is due.
+        """Count a step as trained and make its row of metrics, empty if none is due.
 
         Args:
-            out: what the step's last update returned; None, if it had none.
-            batch: what that update was called with.
+            out: output of the step's last update; None if the step has no update.
+            batch: batch of that update.
 
         Keyword Args:
-            count: how many steps were trained at once.
-            seconds: how long that took.
+            count: number of steps trained at once.
+            seconds: time they took.
         """
         self.trained_seconds += seconds
         self.step += count
@@ -409,7 +380,7 @@ class Trainer(TrainingLoop):
         self, online: OnlinePhase | None, out: TensorDictBase | None, batch: TensorDictBase | None
     ) -> dict[str, Any]:
         self.update.check_finite()
-        if out is None or batch is None:  # a step without an update (utd, warm-up) is looked at all the same
+        if out is None or batch is None:  # a step without an update (utd, warm-up) is logged too
             with torch.no_grad(), generators_set_aside():
                 batch = self._sample(online)
                 out = self.update.learner.loss(batch)
@@ -430,12 +401,12 @@ class Trainer(TrainingLoop):
         return row
 
     def evaluate_step(self) -> None:
-        """Add an evaluation to the current step's row, if one is due."""
+        """Add an evaluation to the current step's row if one is due."""
         if self._row is None or not self.schedule.due(self.schedule.eval_interval, self.step):
             return
         self.update.check_finite()
         if self.validation is not None:
-            # Its own random stream: a run with evaluations ends with the same weights as one without.
+            # A random stream of its own: evaluations do not change the weights that a run ends with.
             with torch.no_grad(), generators_set_aside(seed=0):
                 losses = self.update.learner.loss(self.validation.sample())
             self._row |= {f"val/{name}": float(losses[name]) for name in self.update.learner.loss_names}
@@ -459,7 +430,7 @@ class Trainer(TrainingLoop):
             raise self._stop
 
     def close_step(self) -> bool:
-        """Write the current step's row of metrics; whether a checkpoint is due."""
+        """Write the current step's row of metrics and return whether a checkpoint is due."""
         row = self._row or {}
         if row and self.metrics is not None:
             seconds = {"time/trained_seconds": round(self.trained_seconds, 3)}
@@ -474,7 +445,7 @@ class Trainer(TrainingLoop):
         return best or self.schedule.due(self.schedule.save_interval, self.step)
 
     def save_closed_step(self) -> Path:
-        """:meth:`save` the step that was closed last, with the score of its evaluation."""
+        """Call :meth:`save` with the score of the last closed step's evaluation."""
         self._keep_score()
         return self.save()
 
@@ -489,12 +460,12 @@ class Trainer(TrainingLoop):
             CheckpointNotWritten: on a full disk; the older checkpoints stay whole.
         """
         self.update.check_finite()
-        if not self.update.is_finite():  # a finite loss may have had a gradient that was not
+        if not self.update.is_finite():  # a finite loss may have an infinite gradient
             raise NonFiniteLossError(f"the weights became NaN or infinite at step {self.step}")
         if self.metrics is not None:
             self.metrics.sync()
         state = {
-            **self.extra_state,
+            **(self.extra_state or {}),
             "step": self.step,
             "update": self.update.state_dict(),
             **{name: None if part is None else part.state_dict() for name, part in self._parts.items()},
@@ -511,20 +482,20 @@ class Trainer(TrainingLoop):
 
     @property
     def written_step(self) -> int:
-        """The last step whose row of metrics is final: the current one, or the one before while its row is unfinished."""
+        """The last step whose row is final: the current step, or the one before it while its row is unfinished."""
         return self.step if self._row is None else self.step - 1
 
     def restore(self, path: Path, *, keep_settings: bool = False) -> None:
-        """Take the state of a checkpoint of an equal run; its folder is left as it is, see :meth:`resume`.
+        """Load the state of a checkpoint of an equal run; :meth:`resume` also puts the run's folder back.
 
         Args:
             path: the checkpoint.
 
         Keyword Args:
-            keep_settings: where settings have changed, go on with this run's; see :meth:`UpdateStep.load_state_dict`.
+            keep_settings: keep this run's settings if they have changed; see :meth:`UpdateStep.load_state_dict`.
 
         Raises:
-            InputError: if it is damaged, of another run, or does not fit the networks.
+            InputError: if the checkpoint is damaged, belongs to another run or does not fit the networks.
         """
         state = load_checkpoint(path, device="cpu", identity=self.identity)
         restore_learner(self.update, state, path, keep_settings=keep_settings)
@@ -541,9 +512,9 @@ class Trainer(TrainingLoop):
         restore_generators(state["generators"])
 
     def resume(self, path: Path, *, keep_settings: bool = False) -> None:
-        """:meth:`restore`, and remove the rows of metrics and the checkpoints of later steps.
+        """Call :meth:`restore`, and remove rows of metrics and checkpoints of later steps.
 
-        With ``keep_settings`` the checkpoint is written again with the new settings, so that a later resume finds no change.
+        With ``keep_settings`` the checkpoint is rewritten with the new settings, so that the next resume finds no change.
         """
         self.restore(path, keep_settings=keep_settings)
         drop_later_checkpoints(self.checkpoints, self.step)
@@ -554,5 +525,5 @@ class Trainer(TrainingLoop):
 
     @property
     def _parts(self) -> dict[str, Any]:
-        """The parts of the run that have a state of their own."""
+        """The parts of the run with a state of their own."""
         return {"online": self.online, "history": self.history, "alarms": self.alarms}

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""A run's metrics: one row per log step, as JSONL and CSV, and to a TorchRL logger where one is asked for."""
+"""A run's metrics: one row per log step, as JSONL and CSV, and optionally to a TorchRL logger."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PROJECT = "deflow_torchrl"
 
 
 class ScalarLogger(Protocol):
-    """The part of ``torchrl.record.loggers`` that is used."""
+    """Interface of the loggers in ``torchrl.record.loggers``, as far as it is used."""
 
     def log_scalar(self, name: str, value: float, step: int | None = None) -> None:
         """Record one number."""
@@ -31,9 +31,9 @@ class ScalarLogger(Protocol):
 class MetricsLog:
     """Append rows to ``metrics.jsonl`` and ``metrics.csv``.
 
-    A row holds ``step``, ``phase`` and numbers under names with slashes; wall-clock values stand under ``time/`` only, so
-    that two equal runs differ nowhere else. The JSONL file is the record; the CSV is rewritten from it when a row brings
-    a new column. A row that cannot be written, for example on a full disk, costs a warning and is written with the next
+    A row holds ``step``, ``phase`` and numbers under names with slashes; wall-clock values have names under ``time/`` only, so
+    that two equal runs differ nowhere else. The JSONL file is the record; the CSV is rewritten from it when a row has a new
+    column. If a row cannot be written, for example on a full disk, a warning is logged and the row is written with the next
     one.
 
     Args:
@@ -41,7 +41,7 @@ class MetricsLog:
 
     Keyword Args:
         logger: also receives each number.
-        resume_step: keep only the rows up to this step (a resumed run writes the later ones again); all, if None.
+        resume_step: keep only the rows up to this step, because a resumed run writes the later ones again; all if None.
     """
 
     def __init__(self, folder: Path, *, logger: ScalarLogger | None = None, resume_step: int | None = None) -> None:
@@ -57,17 +57,17 @@ class MetricsLog:
             self.rewind(resume_step)
 
     def rewind(self, step: int) -> None:
-        """Drop the rows after ``step``: a resumed run writes them again."""
+        """Remove the rows after ``step``: a resumed run writes them again."""
         self.rows = [row for row in self.rows if row["step"] <= step]
         write_text(self.jsonl, self._text)
         self._write_csv()
 
     def send_to(self, logger: ScalarLogger | None) -> None:
-        """Give each number of the rows to come to this logger, too."""
+        """Send the numbers of further rows to this logger, too."""
         self.logger = logger
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one row and flush it."""
+        """Append one row."""
         self.rows.append(row)
         try:
             if self._behind:
@@ -84,7 +84,7 @@ class MetricsLog:
                     self.logger.log_scalar(name, value, step=row["step"])
 
     def sync(self) -> None:
-        """Put every row on the disk: before a checkpoint, whose run will not write them again.
+        """Write every row to the disk: needed before a checkpoint, because a run resumed from it does not write them again.
 
         Raises:
             CheckpointNotWritten: if that fails.
@@ -112,7 +112,7 @@ class MetricsLog:
             self._write_csv()
 
     def _write_again(self) -> None:
-        """Write both files whole: an append that failed may have left half a row."""
+        """Write both files anew: a failed append may have left half a row."""
         with atomic_write(self.jsonl) as temporary:
             temporary.write_text(self._text, encoding="utf-8")
         self._write_csv()
@@ -127,7 +127,7 @@ class MetricsLog:
 
 
 def read_rows(jsonl: Path) -> list[dict[str, Any]]:
-    """The rows of a ``metrics.jsonl``; a last line cut short by a kill is left out."""
+    """Read the rows of a ``metrics.jsonl``, without a last line that was cut short by a kill."""
     rows = []
     if jsonl.is_file():
         for line in jsonl.read_text(encoding="utf-8").splitlines():
@@ -141,17 +141,17 @@ def read_rows(jsonl: Path) -> list[dict[str, Any]]:
 def make_logger(
     name: str, folder: Path, *, state: Mapping[str, str] | None = None, step: int | None = None
 ) -> ScalarLogger | None:
-    """Make the TorchRL logger ``name`` (``none``, ``wandb``, ``tensorboard`` or ``mlflow``), writing under ``folder``.
+    """Make the TorchRL logger ``name`` (``none``, ``wandb``, ``tensorboard`` or ``mlflow``), which writes under ``folder``.
 
-    wandb without a key runs offline and says so on standard error; ``wandb sync`` uploads such a run later.
+    Without a key wandb runs offline, with a note on standard error; ``wandb sync`` uploads such a run later.
 
     Args:
-        name: which one.
+        name: the logger's name.
         folder: the run folder.
 
     Keyword Args:
-        state: what :func:`logger_state` gave, to go on with that run of the logger; one of another logger is of no use.
-        step: last step whose numbers stand; tensorboard hides later ones, which are written again.
+        state: result of :func:`logger_state`, to continue that run of the logger; ignored if it is another logger's.
+        step: last step of the resumed run; tensorboard hides the numbers of later steps, which are written again.
 
     Raises:
         MissingExtraError: if its package is not installed.
@@ -179,20 +179,20 @@ def make_logger(
     if name == "tensorboard" and step is not None:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
-        # A restart after ``step``, as SummaryWriter's ``purge_step`` marks one, which TorchRL does not pass on.
+        # TorchRL does not pass on SummaryWriter's ``purge_step``; this is the event that it writes.
         restart = Event(step=step + 1, session_log=SessionLog(status=SessionLog.START))
         logger.experiment.file_writer.add_event(restart)
     return logger
 
 
 def logger_state(name: str, logger: Any) -> dict[str, str]:
-    """What a resumed run needs to go on with the same run of its logger, in plain strings.
+    """Return what a resumed run needs to continue the same run of its logger, in plain strings.
 
     Args:
         name: the logger's name.
-        logger: what :func:`make_logger` gave.
+        logger: result of :func:`make_logger`.
     """
-    run_id = ""  # tensorboard's run is known by its folder
+    run_id = ""  # tensorboard finds its run by the folder
     if name == "wandb":
         run_id = logger.experiment.id
     elif name == "mlflow":

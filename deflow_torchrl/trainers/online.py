@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ MakeExperience = Callable[[Callable[[TensorDictBase], torch.Tensor], Callable[[t
 """Makes the collection from where transitions go (``add``) and how faulty ones are forgotten (``discard``)."""
 
 
+@dataclass(eq=False, repr=False)
 class OnlinePhase:
     """Collection, union buffer and, with a frozen prior, the bank of its base actions.
 
@@ -40,22 +42,15 @@ class OnlinePhase:
         reward_shift: added to the environment's rewards before they are stored, as the data's loader did to its own.
     """
 
-    def __init__(
-        self,
-        buffer: OfflineOnlineReplayBuffer,
-        make_experience: MakeExperience,
-        *,
-        bank: BaseActionBank | None = None,
-        bank_file: Path | None = None,
-        bank_progress: Callable[..., Any] | None = None,
-        reward_shift: float = 0.0,
-    ) -> None:
-        self.buffer = buffer
-        self.bank = bank
-        self._make_experience = make_experience
-        self._bank_file = bank_file
-        self._bank_progress = bank_progress
-        self._reward_shift = reward_shift
+    buffer: OfflineOnlineReplayBuffer
+    make_experience: MakeExperience
+    _: KW_ONLY
+    bank: BaseActionBank | None = None
+    bank_file: Path | None = None
+    bank_progress: Callable[..., Any] | None = None
+    reward_shift: float = 0.0
+
+    def __post_init__(self) -> None:
         self._experience: OnlineExperience | None = None
         self._restored: dict[str, Any] | None = None
         # Finished episodes since the last row of metrics: return, length, success.
@@ -79,7 +74,7 @@ class OnlinePhase:
             if self._restored is not None:
                 self.bank.load_state_dict(self._restored["bank"])
             update.freeze_prior()
-        experience = self._make_experience(self._add, self.buffer.discard)
+        experience = self.make_experience(self._add, self.buffer.discard)
         if self._restored is not None:
             experience.load_state_dict(self._restored["experience"])
         if not experience.replayable:  # asked now: the simulator may fail later
@@ -91,14 +86,14 @@ class OnlinePhase:
 
     def _fill_bank(self, bank: BaseActionBank) -> None:
         # A file of before the checkpoint that the phase begins from may be of another prior: of settings given up since.
-        if self._restored is not None and self._bank_file is not None and self._bank_file.is_file():
-            bank.load(self._bank_file)
+        if self._restored is not None and self.bank_file is not None and self.bank_file.is_file():
+            bank.load(self.bank_file)
             return
-        bank.fill(progress=self._bank_progress)
-        if self._bank_file is None:
+        bank.fill(progress=self.bank_progress)
+        if self.bank_file is None:
             return
         try:
-            bank.save(self._bank_file)
+            bank.save(self.bank_file)
         except InputError as error:  # it only spares a resumed run some time
             _log.warning("%s: the base actions are not kept, a resumed run draws them again", error)
 
@@ -110,8 +105,8 @@ class OnlinePhase:
             self._ended.append([outcome.episode_return, float(outcome.length or 0), float(bool(outcome.success))])
 
     def _add(self, transition: TensorDictBase) -> torch.Tensor:
-        if self._reward_shift:
-            transition["next", "reward"] = transition["next", "reward"] + self._reward_shift
+        if self.reward_shift:
+            transition["next", "reward"] = transition["next", "reward"] + self.reward_shift
         self.largest_reward = max(self.largest_reward, float(transition["next", "reward"].abs().max()))
         index = self.buffer.extend(transition)
         if self.bank is not None:

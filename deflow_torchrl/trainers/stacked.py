@@ -1,14 +1,16 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""One update of several seeds at once: parameters, moments and targets stacked, losses under ``torch.vmap``.
+"""Several seeds trained at once: parameters, moments and targets stacked, losses under ``torch.vmap``.
 
-Every seed stays an ordinary learner with an ordinary :class:`UpdateStep`: its tensors are rows of the stacked ones. Its
-evaluation, diagnostics and checkpoints are therefore the code of a single run, and what the stack trained goes on without it.
+Every seed stays an ordinary learner with an ordinary :class:`UpdateStep`, whose tensors are rows of the stacked ones. Its
+evaluation, diagnostics and checkpoints are therefore the code of a single run, and it can be trained further without the
+stack.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +27,25 @@ from deflow_torchrl.trainers.graphed import GraphedUpdate
 from deflow_torchrl.trainers.loop import Trainer, TrainingLoop
 from deflow_torchrl.trainers.update import Update, UpdateStep, soft_pairs
 
-_COUNT = "step"  # of an optimiser's state of a parameter: the one entry that is no tensor of the parameter's shape
+_COUNT = "step"  # the one entry of a parameter's optimiser state that does not have the parameter's shape
 _ATTRIBUTE = " (of the loss)"
 
 
 class StackedUpdate(Update):
-    """Callable that trains S learners of one method on S batches, each as its own :class:`UpdateStep` would.
+    """Trains S learners of one method on S batches, each as its own :class:`UpdateStep` would.
 
-    Call the stack or, once it is given up, the updates: a seed that was trained alone no longer fits the others.
+    Call either the stack or, after it is no longer used, the updates: a seed trained alone no longer fits the others.
 
     Args:
-        updates: one for each seed, of equal methods, settings and step; only what they have learned may differ.
+        updates: one for each seed, with equal methods, settings and step; only the learned tensors may differ.
 
     Keyword Args:
         seeds: names of the updates in messages; their numbers by default.
 
     Raises:
-        InputError: if the updates cannot be stacked: what differs, and between which seeds.
+        InputError: if the updates cannot be stacked; the message says what differs, and between which seeds.
         NonFiniteLossError: by calls, on a CPU, as soon as a loss of any seed is NaN or infinite.
-        ValueError: by calls, on a batch that is not of S seeds.
+        ValueError: by calls, if the batch's first dimension is not S.
     """
 
     def __init__(self, updates: Sequence[UpdateStep], *, seeds: Sequence[int] | None = None) -> None:
@@ -55,7 +57,7 @@ class StackedUpdate(Update):
         self.gather()
 
     def __call__(self, batch: TensorDictBase) -> TensorDictBase:
-        """Train each seed on its row of ``batch [S, B]``, in which its loss may write, as its update alone would.
+        """Train each seed on its row of ``batch [S, B]``; its loss may write into the row.
 
         Returns:
             The losses and metadata of each seed ``[S]``, detached.
@@ -75,14 +77,14 @@ class StackedUpdate(Update):
             update.step = step
 
     def gather(self) -> None:
-        """Stack what the updates hold now: needed after any of them loaded a state.
+        """Stack the updates' present tensors: needed after any of them loaded a state.
 
         Raises:
             InputError: as the constructor.
         """
         _check_alike(self.updates, self.seeds)
         own = [_state_of(update.learner.loss) for update in self.updates]
-        # id of the template's tensor -> the stacked one
+        # id of a tensor of the first seed -> the stacked tensor
         self._stack: dict[int, Tensor] = {}
         for rows in zip(*(tensors.values() for tensors in own), strict=True):
             stacked = torch.stack([row.detach() for row in rows])
@@ -99,7 +101,7 @@ class StackedUpdate(Update):
         self._watch(next(self.learner.loss.parameters()).device, len(self.updates))
 
     def _compute_losses(self, batch: TensorDictBase) -> TensorDictBase:
-        """Losses and metadata of each seed; what the loss writes into its batch is written into the stacked one."""
+        """Compute losses and metadata of each seed; entries that a loss writes into its row are written into the batch."""
         template = self.learner.loss
 
         def one(tensors: Sequence[Tensor], batch: TensorDictBase) -> tuple[dict[str, Tensor], dict[NestedKey, Tensor]]:
@@ -111,7 +113,7 @@ class StackedUpdate(Update):
             written = {key: value for key, value in batch.items(True, True) if given.get(key) is not value}
             return dict(out.items()), written
 
-        # The terms of a seed depend on its parameters alone: the gradient of the sum holds every seed's own.
+        # A seed's terms depend on its own parameters only, so the gradient of the sum over seeds is each seed's gradient.
         out, written = torch.vmap(one, randomness="different")(self._tensors, batch)
         for key, value in written.items():
             batch.set(key, value)
@@ -150,7 +152,7 @@ class StackedUpdate(Update):
         self._share_state()
 
     def _share_state(self) -> None:
-        """Make each update's moments rows of the stacked ones, and its counts of steps rows of :attr:`_steps`."""
+        """Make each update's moments rows of the stacked moments, and its step counts rows of :attr:`_steps`."""
         stacked = self.optimizer.state
         self._counts = [state[_COUNT] for state in stacked.values()]
         if self._counts:
@@ -167,21 +169,22 @@ class StackedUpdate(Update):
                 }
 
 
+@dataclass(eq=False, repr=False)
 class StackedTrainer(TrainingLoop):
-    """Trains what a stack holds; every seed's trainer keeps its rows, alarms, evaluations and checkpoints.
+    """Trains a stack; every seed's trainer keeps its rows, alarms, evaluations and checkpoints.
 
-    Whenever a checkpoint is due for one seed, all save, so that they always have checkpoints of the same steps and a
-    group that was killed between two of them goes on from the step before. Random draws are of torch's global generator,
-    whose state every checkpoint has: what goes on from equal steps goes on bit for bit on a CPU.
+    Whenever a checkpoint is due for one seed, all seeds save, so that they have checkpoints of the same steps: a group that
+    is killed between two of the writes resumes from the step before. Random numbers come from torch's global generator,
+    whose state is in every checkpoint, so a resumed group continues bit for bit on a CPU.
 
     Args:
         update: the seeds' updates, stacked.
-        buffer: samples the transitions of all seeds' batches on the learners' device: a batch of S B is one of B for each.
-        trainers: each seed's, of the stack's updates in their order, at one step; they do not run themselves.
+        buffer: samples S B transitions on the learners' device, B for each seed.
+        trainers: one for each of the stack's updates, in their order and at one step; their own ``run`` is not called.
 
     Keyword Args:
         show_progress: show a progress bar on standard error.
-        graphed: ``update`` with its batches, several at once: steps at which nothing is due are left to it.
+        graphed: does several steps of ``update`` at once, up to the next step at which something is due.
 
     Raises:
         NonFiniteLossError: by :meth:`run`, naming the seed; the last checkpoints are from before.
@@ -189,28 +192,20 @@ class StackedTrainer(TrainingLoop):
     """
 
     update: StackedUpdate
+    buffer: ReplayBuffer
+    trainers: Sequence[Trainer]
+    _: KW_ONLY
+    show_progress: bool = True
+    graphed: GraphedUpdate | None = None
 
-    def __init__(
-        self,
-        update: StackedUpdate,
-        buffer: ReplayBuffer,
-        trainers: Sequence[Trainer],
-        *,
-        show_progress: bool = True,
-        graphed: GraphedUpdate | None = None,
-    ) -> None:
-        steps = {trainer.step for trainer in trainers}
-        if len(steps) != 1 or len(trainers) != len(update.updates):
-            raise ValueError(f"a trainer at one step is needed for each seed, got {len(trainers)} at steps {steps}")
-        super().__init__(
-            update,
-            schedule=trainers[0].schedule,
-            step=trainers[0].step,
-            graphed=graphed,
-            show_progress=show_progress,
-        )
-        self.buffer = buffer
-        self.trainers = list(trainers)
+    def __post_init__(self) -> None:
+        steps = {trainer.step for trainer in self.trainers}
+        if len(steps) != 1 or len(self.trainers) != len(self.update.updates):
+            raise ValueError(
+                f"a trainer at one step is needed for each seed, got {len(self.trainers)} at steps {steps}"
+            )
+        self.schedule = self.trainers[0].schedule
+        self.step = self._saved_step = self.trainers[0].step
 
     @property
     def unfinished(self) -> bool:
@@ -259,22 +254,22 @@ class StackedTrainer(TrainingLoop):
                 with _naming(seed):
                     written.append(trainer.save_closed_step())
         except (NonFiniteLossError, CheckpointNotWritten):
-            # Kept, they would push out the older ones, which the other seeds have too.
+            # If they stayed, older checkpoints, which all seeds have, would be dropped for them.
             for path in written:
-                if path not in before:  # one that was there already is the same step's
+                if path not in before:  # an earlier checkpoint of the same step stays
                     path.unlink(missing_ok=True)
             raise
         self._saved_step = self.step
 
 
 def _trained(updates: Sequence[UpdateStep]) -> Iterator[tuple[Tensor, ...]]:
-    """Each parameter of the optimisers, with its like in every update."""
+    """Yield each optimised parameter as a tuple over the updates."""
     for groups in zip(*(update.optimizer.param_groups for update in updates), strict=True):
         yield from zip(*(group["params"] for group in groups), strict=True)
 
 
 def _state_of(loss: LossModule) -> dict[str, Tensor]:
-    """What a loss learns, by name: parameters, and buffers of networks (targets, running statistics); each tensor once."""
+    """List a loss's learned tensors by name, each once: parameters, and buffers of networks (targets, statistics)."""
     found: dict[int, tuple[str, Tensor]] = {}
     for prefix, module in loss.named_modules():
         networks = isinstance(module, TensorDictParams)
@@ -286,19 +281,19 @@ def _state_of(loss: LossModule) -> dict[str, Tensor]:
 
 
 def _constants_of(loss: LossModule) -> dict[str, Tensor]:
-    """Buffers that are settings."""
+    """List a loss's buffers that are settings."""
     learned = {id(tensor) for tensor in _state_of(loss).values()}
     return {name: buffer for name, buffer in loss.named_buffers() if id(buffer) not in learned}
 
 
 def _check_alike(updates: Sequence[UpdateStep], seeds: Sequence[int]) -> None:
-    """Raise InputError unless the updates differ in nothing but what they have learned."""
+    """Raise InputError if the updates differ in more than their learned tensors."""
     first = _description(updates[0])
     for update, seed in zip(updates[1:], seeds[1:], strict=True):
         described = _description(update)
         for name in {**first, **described}:
             if name.endswith(_ATTRIBUTE) and not (name in first and name in described):
-                continue  # not yet computed by one of them
+                continue  # one of the losses has not set it yet
             one, other = first.get(name), described.get(name)
             if not _equal(one, other):
                 raise InputError(
@@ -344,7 +339,7 @@ def _equal(one: Any, other: Any) -> bool:
 
 @contextmanager
 def _naming(seed: int) -> Iterator[None]:
-    """Say in an error which seed it is of."""
+    """Name the seed in a NonFiniteLossError."""
     try:
         yield
     except NonFiniteLossError as error:

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""One update: sum the losses, one step of the targets, one optimiser step over all groups."""
+"""One update: sum the losses, move the targets, take one optimiser step over all groups."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from deflow_torchrl.errors import InputError, NonFiniteLossError
 
 
 class Update(ABC):
-    """What the update of one learner and that of several stacked ones share.
+    """Base of the updates of one learner and of several stacked learners.
 
-    The loop stays free of host synchronisation on an accelerator: a non-finite loss is remembered on the device, with
-    its step, and raised by :meth:`check_finite`, which the trainer calls before it logs or saves. On a CPU, where looking
-    costs nothing, every call checks.
+    The host never waits for an accelerator: a non-finite loss is recorded on the device, with its step, and raised by
+    :meth:`check_finite`, which the trainer calls before it logs or saves. On a CPU, where the check costs nothing, every
+    call makes it.
 
     Attributes:
-        learner: whose terms, periods and target updater hold.
+        learner: gives the terms, their periods and the target updater.
         optimizer: the one optimiser.
         step: updates so far.
-        seeds: names of the stacked learners in messages; empty for a single one.
+        seeds: names of the stacked learners in messages; empty for a single learner.
     """
 
     learner: Learner
@@ -46,14 +46,14 @@ class Update(ABC):
         return out
 
     def run(self, batch: TensorDictBase) -> TensorDictBase:
-        """The work of a call, on the device alone: what a CUDA graph can hold. :attr:`step` is left to the caller."""
+        """Do the work of a call on the device alone, as a CUDA graph can record it; :attr:`step` is left to the caller."""
         self._count += 1
         out = self._compute_losses(batch)
         terms = torch.stack([out.get(name) for name in self._names])
         self.optimizer.zero_grad()
         self._total(terms).backward()
-        # The order of the authors' code: targets move towards the critics of before this step (one step's lag). In the
-        # other order the losses leave the reference's by some 1e-3 within eight updates at the paper's sizes.
+        # The authors' order: targets move towards the critics from before this optimiser step (a lag of one step). In the
+        # other order the losses differ from the reference's by about 1e-3 within eight updates at the paper's sizes.
         self._move_targets()
         self._step_optimizer()
         bad = ~terms.detach().isfinite() & (self._first_bad < 0)
@@ -61,11 +61,11 @@ class Update(ABC):
         return out.detach()
 
     def tensors(self) -> list[Tensor]:
-        """Every tensor that a call changes in place, but for the optimiser's own and the gradients."""
+        """List every tensor that a call changes in place, except the optimiser's and the gradients."""
         return [*self._learned(), self._count, self._first_bad]
 
     def check_finite(self) -> None:
-        """Raise NonFiniteLossError if any call so far met a NaN or infinite loss, naming the first (seed,) term and step."""
+        """Raise NonFiniteLossError if a loss of any call so far was NaN or infinite, naming the first step, seed and term."""
         if bool((self._first_bad < 0).all()):
             return
         firsts = self._first_bad.reshape(len(self._names), -1).tolist()
@@ -83,23 +83,23 @@ class Update(ABC):
 
     @abstractmethod
     def _compute_losses(self, batch: TensorDictBase) -> TensorDictBase:
-        """Losses and metadata of a batch."""
+        """Compute losses and metadata of a batch."""
 
     @abstractmethod
     def _learned(self) -> list[Tensor]:
-        """Parameters and targets."""
+        """List parameters and targets."""
 
     def _step_optimizer(self) -> None:
         self.optimizer.step()
 
     def _watch(self, device: torch.device, *shape: int) -> None:
-        """Count from :attr:`step` on, and remember where losses ``[*shape]`` become non-finite."""
+        """Count from :attr:`step` on, and record the steps at which losses ``[*shape]`` become non-finite."""
         self._names = self.learner.loss_names
         self._count = torch.tensor(self.step, device=device)
         self._first_bad = torch.full((len(self._names), *shape), -1, device=device)
 
     def _total(self, terms: Tensor) -> Tensor:
-        """What the update minimises: the sum of the terms ``[T, ...]`` that count at this step (``Learner.term_periods``)."""
+        """Sum the terms ``[T, ...]`` that count at this step (``Learner.term_periods``): the update minimises the sum."""
         periods = self.learner.term_periods
         if periods:
             weights = [self._due(periods[name]) if name in periods else 1.0 for name in self._names]
@@ -107,16 +107,16 @@ class Update(ABC):
         return terms.sum()
 
     def _due(self, period: int) -> Tensor:
-        """1.0 at every n-th update, else 0.0; decided on the device, so that a CUDA graph can hold it."""
+        """Return 1.0 at every n-th update, else 0.0; computed on the device, so that a CUDA graph can record it."""
         return (self._count % period == 0).to(torch.get_default_dtype())
 
     @abstractmethod
     def _move_targets(self) -> None:
-        """One step of the targets."""
+        """Move the targets by one step."""
 
     @torch.no_grad()
     def _move_softly(self, targets: list[Tensor], sources: list[Tensor]) -> None:
-        """``SoftUpdate.step`` as one lerp over all tensors: on a CPU a fifth of the time of its own."""
+        """Do ``SoftUpdate.step`` as one lerp over all tensors: on a CPU a fifth of TorchRL's time."""
         updater: Any = self.learner.target_updater
         if not targets:
             return
@@ -124,14 +124,14 @@ class Update(ABC):
             torch._foreach_lerp_(targets, sources, 1 - updater.eps)
             return
         weight = (1 - updater.eps) * self._due(self.learner.target_period)
-        for target, source in zip(targets, sources, strict=True):  # there is no foreach form for a weight on the device
+        for target, source in zip(targets, sources, strict=True):  # foreach_lerp_ takes no weight on the device
             target.lerp_(source, weight.to(target.dtype))
 
 
 def soft_pairs(updater: TargetNetUpdater | None) -> tuple[list[Tensor], list[Tensor]] | None:
-    """The targets and what they follow, tensor by tensor; None where ``updater`` is not a plain ``SoftUpdate``.
+    """List the targets and the tensors they follow; None if ``updater`` is not a plain ``SoftUpdate``.
 
-    A later ``loss.to(...)`` that makes new tensors needs new pairs.
+    After a ``loss.to(...)`` that makes new tensors the lists are out of date.
     """
     if updater is None:
         return [], []
@@ -143,7 +143,7 @@ def soft_pairs(updater: TargetNetUpdater | None) -> tuple[list[Tensor], list[Ten
 
 
 class UpdateStep(Update):
-    """Callable that trains a learner on a batch.
+    """Trains a learner on a batch.
 
     Args:
         learner: the method. Its loss's parameters live on one device.
@@ -192,17 +192,17 @@ class UpdateStep(Update):
 
     @property
     def prior_frozen(self) -> bool:
-        """Whether the prior is fixed."""
+        """Whether the prior is frozen."""
         return bool(getattr(self.learner.loss, "prior_frozen", False))
 
     def freeze_prior(self) -> None:
-        """Fix the prior for good: it leaves the loss's terms and the optimiser, and its weights do not move by a bit.
+        """Freeze the prior: it leaves the loss's terms and the optimiser, and its weights do not change by a bit.
 
-        Everything else goes on as it was, Adam's moments and step counts included. Without effect where the prior is frozen.
+        Everything else stays as it was, Adam's moments and step counts included. Without effect if the prior is frozen.
 
         Raises:
             InputError: if the method has no prior.
-            NonFiniteLossError: if a call so far met a NaN or infinite loss.
+            NonFiniteLossError: if a loss of any call so far was NaN or infinite.
         """
         if self.learner.prior is None:
             raise InputError(f"{type(self.learner.loss).__name__} has no prior to freeze; leave freeze_prior off")
@@ -210,7 +210,7 @@ class UpdateStep(Update):
             return
         self.check_finite()
         self.learner.loss.freeze_prior_()
-        # Left in the optimiser, the prior would be moved on by Adam's momentum as soon as it had a gradient of zero.
+        # If the prior stayed in the optimiser, Adam's momentum would go on moving it.
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 if not parameter.requires_grad:
@@ -219,12 +219,12 @@ class UpdateStep(Update):
         self._watch(self._count.device)
 
     def is_finite(self) -> bool:
-        """Whether every parameter is finite; makes the host wait for an accelerator."""
+        """Return whether every parameter is finite; the host waits for an accelerator."""
         parameters = [parameter.detach() for parameter in self.learner.loss.parameters()]
         return bool(torch.stack([parameter.isfinite().all() for parameter in parameters]).all())
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs to go on as if it had not stopped: step, networks, targets, optimiser."""
+        """Return what a resumed run needs to continue exactly: step, networks, targets, optimiser."""
         return {
             "step": self.step,
             "prior_frozen": self.prior_frozen,
@@ -233,14 +233,14 @@ class UpdateStep(Update):
         }
 
     def load_state_dict(self, state: dict[str, Any], *, keep_settings: bool = False) -> None:
-        """Restore what :meth:`state_dict` gave; the prior is frozen if it was.
+        """Restore a result of :meth:`state_dict`; the prior is frozen if it was.
 
         Args:
-            state: what it gave.
+            state: the result.
 
         Keyword Args:
-            keep_settings: leave learning rates and the loss's constants (gamma, delta, a fixed alpha) as they are here, for a
-                run that goes on with other settings; the state's otherwise.
+            keep_settings: keep the learning rates and the loss's constants (gamma, delta, a fixed alpha) of this update, for
+                a run that continues with other settings; otherwise the state's are used.
 
         Raises:
             ValueError: if the prior is frozen here and was not there, or the networks differ.
@@ -256,7 +256,7 @@ class UpdateStep(Update):
         self.learner.loss.load_state_dict(state["loss"])
         self.optimizer.load_state_dict(state["optimizer"])
         for group, own in zip(self._groups, options, strict=True):
-            group["capturable"] = own["capturable"]  # a matter of the device, not of the state
+            group["capturable"] = own["capturable"]  # depends on the device
         if keep_settings:
             for group, own in zip(self._groups, options, strict=True):
                 group.update(own)
@@ -269,7 +269,7 @@ class UpdateStep(Update):
 
     @property
     def _constants(self) -> dict[str, Tensor]:
-        """The loss's buffers that are settings; those of networks are state."""
+        """The loss's buffers that are settings; buffers of networks are state."""
         return {name: buffer for name, buffer in self.learner.loss.named_buffers() if "_params." not in name}
 
 

@@ -1,13 +1,13 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""Environments to act in: numbered episodes that can be restored, and that survive a simulator's faults.
+"""Environments for the online phase: numbered episodes that can be restored, and that survive a simulator's faults.
 
 1. **A running episode is a number and a list of actions.** Episode e is reset with a seed derived from (run seed, e), and
    the policy's noise in it comes from a generator derived from (run seed, e). Simulators are deterministic, so the state of
-   an episode is restored by its reset and a replay of the actions so far (:class:`EpisodeStart`), the time limit's counter and
-   the noise included; nothing of a simulator's memory has to be saved. Where one is not deterministic,
-   :func:`is_replayable` says so.
+   an episode is restored by its reset and a replay of the actions so far (:class:`EpisodeStart`), including the time limit's
+   counter and the noise; nothing of a simulator's memory has to be saved. :func:`is_replayable` measures whether a simulator
+   is deterministic.
 2. **A fault ends the episode, not the run.** An exception in ``reset`` or ``step``, or a number that is not finite, cuts the
-   episode (``truncated``, ``fault``) at the last good observation; the simulator is made anew before the next one.
+   episode (``truncated``, ``fault``) at the last good observation; a new simulator is made before the next episode.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ if TYPE_CHECKING:
     from torchrl.envs import EnvBase
 
 CAUSE_BYTES = 200
-"""Room for the text of a fault's cause in a transition."""
+"""Length of the text of a fault's cause in a transition."""
 
 _RESET_STREAM, _NOISE_STREAM = 0, 1
 
 
 @dataclass(frozen=True)
 class EpisodeStart:
-    """Where a worker begins.
+    """The point at which a worker begins.
 
     Attributes:
         episode: number of its first episode.
-        actions: those already taken in it, ``[t, A]`` float32; they are replayed at the first reset.
+        actions: actions already taken in it, ``[t, A]`` float32; they are replayed at the first reset.
     """
 
     episode: int
@@ -49,23 +49,23 @@ class EpisodeStart:
 
 
 def reset_seed(seed: int, episode: int) -> int:
-    """Seed of an episode's reset, in [2^30, 2^31): away from evaluation's, which count from a million."""
+    """Derive the seed of an episode's reset, in [2^30, 2^31): evaluation's seeds count from a million."""
     state = np.random.SeedSequence([seed, episode, _RESET_STREAM]).generate_state(1)
     return 2**30 + int(state[0]) % 2**30
 
 
 def noise_stream(seed: int, episode: int) -> np.random.Generator:
-    """The generator of an episode's noise."""
+    """Make the generator of an episode's noise."""
     return np.random.default_rng(np.random.SeedSequence([seed, episode, _NOISE_STREAM]))
 
 
 class OnlineEpisodes(gymnasium.Wrapper):
-    """A task's environment as an endless row of numbered episodes, each fixed by its number and its actions.
+    """A task's environment as an endless sequence of numbered episodes, each determined by its number and its actions.
 
-    Every ``reset`` begins the next of the episodes ``first``, ``first + stride``, ``first + 2 stride``...; its own seed is
-    used whatever the caller gives. ``info`` holds ``episode`` (int), ``noise`` (``[A]`` float32, N(0, I): for the coming
-    action), ``success`` and ``fault`` (bool) and ``cause`` (text, of a fault). A reset that fails gives an observation of
-    zeros, or the last one, and the fault with the step that follows.
+    Every ``reset`` begins the next of the episodes ``first``, ``first + stride``, ``first + 2 stride``... with the episode's own
+    seed; a seed given by the caller is ignored. ``info`` holds ``episode`` (int), ``noise`` (``[A]`` float32, N(0, I), for the
+    next action), ``success`` and ``fault`` (bool) and ``cause`` (text of a fault). A reset that fails returns an observation of
+    zeros, or the last one, and the next step reports the fault.
 
     Args:
         task: as for :func:`deflow_torchrl.envs.make_gym_env`.
@@ -87,7 +87,7 @@ class OnlineEpisodes(gymnasium.Wrapper):
         self._make = functools.partial(make_gym_env, task, **kwargs)
         super().__init__(self._make())
         space = self.env.observation_space
-        if space.dtype != np.uint8:  # images stay as they are
+        if space.dtype != np.uint8:  # images keep their dtype
             self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, space.shape, np.float32)
         self._seed = seed
         self._stride = stride
@@ -122,12 +122,12 @@ class OnlineEpisodes(gymnasium.Wrapper):
                 self._observation = self._checked(observation)
                 if terminated or truncated:
                     raise RuntimeError("the replayed episode ended before its last recorded action")
-        except Exception as error:  # whatever a simulator raises
+        except Exception as error:  # simulators raise anything
             self._fail("reset", error)
         return self._observation, self._info()
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        """Step the environment; a fault, of this step or of the reset before it, truncates the episode."""
+        """Step the environment; a fault of this step, or of the reset before it, truncates the episode."""
         if not self._cause:
             try:
                 observation, reward, terminated, truncated, info = self.env.step(action)
@@ -137,13 +137,13 @@ class OnlineEpisodes(gymnasium.Wrapper):
                 self._observation = observation
                 success = bool(info.get("success", False))
                 return observation, reward, bool(terminated), bool(truncated), self._info(success)
-            except Exception as error:  # whatever a simulator raises
+            except Exception as error:  # simulators raise anything
                 self._fail("step", error)
         return self._observation, 0.0, False, True, self._info()
 
     def _checked(self, observation: Any) -> np.ndarray:
-        with np.errstate(over="ignore"):  # what is too large for float32 becomes infinite and is found below
-            # A copy, always: some simulators hand out the array that they go on writing to.
+        with np.errstate(over="ignore"):  # numbers too large for float32 become infinite and are found below
+            # Always a copy: some simulators overwrite the array that they return.
             array = np.array(observation, self.observation_space.dtype)
         if not np.isfinite(array).all():
             raise FloatingPointError("the observation is not finite")
@@ -187,13 +187,13 @@ class _EpisodeReader(default_info_dict_reader):
 
 
 def encode_cause(cause: str) -> torch.Tensor:
-    """A text as bytes, ``[CAUSE_BYTES]`` uint8, cut or filled with zeros: so it travels in a transition."""
+    """Encode a text for a transition, as bytes ``[CAUSE_BYTES]`` uint8, cut or filled with zeros."""
     data = cause.encode()[:CAUSE_BYTES]
     return torch.frombuffer(bytearray(data.ljust(CAUSE_BYTES, b"\0")), dtype=torch.uint8)
 
 
 def decode_cause(encoded: torch.Tensor) -> str:
-    """The text again."""
+    """Decode a result of :func:`encode_cause`."""
     return bytes(encoded.tolist()).rstrip(b"\0").decode(errors="ignore")
 
 
@@ -229,16 +229,16 @@ def make_online_env(
 
 @functools.cache
 def is_replayable(task: str, *, steps: int = 20) -> bool:
-    """Whether an episode of this task is fixed by its seed and actions, so that a replay restores it bit for bit.
+    """Return whether a replay of an episode's actions restores it bit for bit.
 
-    Measured, on one episode: in an environment that has run another before, and in a fresh one. A fault that comes at the
-    same step again is a repetition like any other.
+    It is measured on one episode, in an environment that has run another episode before and in a fresh one. A fault that
+    occurs at the same step again counts as a repetition.
 
     Args:
         task: as for :func:`deflow_torchrl.envs.make_gym_env`.
 
     Keyword Args:
-        steps: of the episode, at most.
+        steps: length of the episode, at most.
 
     Raises:
         InputError: if the environment cannot be made.
@@ -253,7 +253,7 @@ def is_replayable(task: str, *, steps: int = 20) -> bool:
 
 
 def _play(env: OnlineEpisodes, steps: int) -> list[tuple[np.ndarray, float, bool, bool, str]]:
-    """Up to so many steps of the next episode, with its noise for actions."""
+    """Play up to ``steps`` steps of the next episode, with its noise for actions."""
     observation, info = env.reset()
     played = [(observation, 0.0, False, False, "")]
     for _ in range(steps):

@@ -1,14 +1,13 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
 """Online experience, one transition at a time, from TorchRL's collectors.
 
-The collector acts in numbered episodes (:mod:`deflow_torchrl.envs.online`), so what is collected is a function of the run's
-seed and the weights alone, and the state of a running episode is its number and its actions. That makes a checkpoint exact
-(:meth:`OnlineExperience.state_dict` holds numbers, never a simulator) and a worker that dies harmless: its chunk is collected
-again.
+The collector acts in numbered episodes (:mod:`deflow_torchrl.envs.online`), so the transitions depend on the run's seed and
+the weights only, and the state of a running episode is its number and its actions. A checkpoint is therefore exact
+(:meth:`OnlineExperience.state_dict` holds numbers, never a simulator), and if a worker dies, its chunk is collected again.
 
 In this process (``workers=0``) each collection acts with the live weights. With worker processes the next chunk is collected
-while the learner is busy with the last one, with the weights published when that one's delivery began: acting lags behind
-learning by one to two chunks of updates, by the same number in every run whatever the timing.
+while the learner uses the last one, with the weights published when delivery of the last one began: acting lags behind
+learning by one to two chunks of updates, by the same number in every run, independent of timing.
 """
 
 from __future__ import annotations
@@ -36,27 +35,27 @@ from deflow_torchrl.trainers.collectors import LocalSource, ProcessSource, Worke
 _LOG = logging.getLogger(__name__)
 
 MINIMUM_EPISODES = 20
-"""Fewer do not make a share of faulty episodes: one early accident does not stop a run."""
+"""The share of faulty episodes is checked after this many: one early fault does not stop a run."""
 
 HOPELESS_EPISODES = 10
-"""As many episodes in a row without a single good transition stop the run, whatever share is allowed."""
+"""This many episodes in a row without a good transition stop the run, whatever share is allowed."""
 
 RESTARTS = 5
-"""As many restarts of the workers in a row without a collected chunk stop the run."""
+"""More restarts of the workers in a row without a collected chunk stop the run."""
 
 _COLLECTED = (*TRANSITION_KEYS, "episode", ("next", "success"), ("next", "fault"), ("next", "cause"))
 
 
 @dataclass(frozen=True)
 class OnlineStep:
-    """What one call of :meth:`OnlineExperience.step` brought.
+    """Result of one call of :meth:`OnlineExperience.step`.
 
     Attributes:
         episode_return: undiscounted sum of rewards of the episode that ended with this step; ``None`` while it runs.
-        length: its steps.
+        length: its number of steps.
         success: its last ``info["success"]``.
         fault: the environment failed: the episode was dropped, and this step added no transition.
-        cause: of the fault.
+        cause: cause of the fault.
     """
 
     episode_return: float | None = None
@@ -68,20 +67,20 @@ class OnlineStep:
 
 @dataclass
 class _Simulator:
-    """Where a worker's simulator stands: the collected side."""
+    """State of a worker's simulator, after everything collected."""
 
     episode: int
     actions: list[Tensor] = field(default_factory=list)  # of the running episode
-    observation: Tensor | None = None  # the last; None where no action has been taken
+    observation: Tensor | None = None  # the last; None before the first action
 
     def end(self, stride: int) -> None:
-        """Stand before the next episode."""
+        """Move to the start of the next episode."""
         self.episode, self.actions, self.observation = self.episode + stride, [], None
 
 
 @dataclass
 class _Episode:
-    """What was delivered of a worker's running episode: the learner's side."""
+    """The part of a worker's running episode that was delivered to the buffer."""
 
     number: int
     rows: dict[int, None] = field(default_factory=dict)  # its row numbers in the buffer, an ordered set
@@ -102,12 +101,12 @@ class OnlineExperience:
         discard: takes row numbers ``[n]`` of transitions that must not be learned from: those of a faulty episode.
         device: of the policy.
         workers: processes that act; 0 acts in this process.
-        steps_per_collection: environment steps between two publications of the policy's weights, over all workers. With
-            ``workers=0`` and 1 every step acts with the weights of the very last update, as in the paper.
+        steps_per_collection: environment steps of all workers between two publications of the policy's weights. With 1 and
+            ``workers=0`` every step acts with the weights of the last update, as in the paper.
         max_fault_share: share of faulty episodes above which :meth:`step` raises.
 
     Raises:
-        InputError: on settings that do not fit, or an environment that cannot be made.
+        InputError: on settings out of range, or an environment that cannot be made.
     """
 
     def __init__(
@@ -145,12 +144,12 @@ class OnlineExperience:
         self._episodes = [_Episode(slot) for slot in slots]
         self._hopeless = 0  # faulty episodes in a row without a good transition
         self._said: set[str] = set()
-        # Rows collected, not yet delivered, in the order of delivery: row i of a chunk is worker i % W's.
+        # The chunk being delivered, in the order of delivery: row i comes from worker i % W.
         self._chunk: TensorDictBase | None = None
         self._cursor = 0
-        self._ahead: TensorDictBase | None = None  # the chunk after it, where a checkpoint has waited for it
+        self._ahead: TensorDictBase | None = None  # the next chunk, if a checkpoint has waited for it
         self._source: LocalSource | ProcessSource | None = None
-        make_gym_env(task).close()  # a name that cannot be used is refused here
+        make_gym_env(task).close()  # an unusable name is refused here
 
     def __enter__(self) -> OnlineExperience:
         return self
@@ -158,7 +157,7 @@ class OnlineExperience:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    # The acting side.
+    # Acting
 
     def _start(self) -> LocalSource | ProcessSource:
         if self.workers == 0:
@@ -167,19 +166,19 @@ class OnlineExperience:
 
     @cached_property
     def _snapshot(self) -> TensorDictModuleBase:
-        """What the processes act with: a copy of the policy on the CPU, in memory they share."""
+        """The workers' copy of the policy: on the CPU, in shared memory."""
         return copy.deepcopy(self.policy).to("cpu").requires_grad_(False).share_memory()
 
     @torch.no_grad()
     def _publish(self) -> None:
-        """Give the processes the policy's weights of now; nothing is being collected meanwhile."""
+        """Copy the policy's present weights to the workers; called while nothing is collected."""
         theirs = chain(self._snapshot.parameters(), self._snapshot.buffers())
         mine = chain(self.policy.parameters(), self.policy.buffers())
         for destination, weights in zip(theirs, mine, strict=True):
             destination.copy_(weights)
 
     def _next_chunk(self) -> TensorDictBase:
-        """The next chunk; the one after it is being collected from then on, where there are processes to do it."""
+        """Return the next chunk and, with worker processes, begin to collect the one after it."""
         if self._ahead is not None:
             chunk, self._ahead = self._ahead, None
         else:
@@ -195,7 +194,7 @@ class OnlineExperience:
         self._source.begin()
 
     def _gather(self) -> TensorDictBase:
-        """The chunk being collected, or one collected now."""
+        """Return the chunk that is being collected, or collect one."""
         if self._source is None or not self._source.running:
             self._begin()
         failed = 0
@@ -206,7 +205,7 @@ class OnlineExperience:
                     self._source.begin()
                 return self._follow(self._source.finish())
             except WorkerDied as error:
-                # The simulators' records and the published weights are as they were when this chunk was begun.
+                # The simulators' records and the published weights are still those of the chunk's beginning.
                 self.close()
                 failed += 1
                 if failed > RESTARTS:
@@ -215,7 +214,7 @@ class OnlineExperience:
                 _LOG.warning("%s; all workers are started anew and collect the chunk again", error)
 
     def _envs(self) -> list[Callable[[], Any]]:
-        """Makers of each worker's environment, beginning where its simulator stands."""
+        """Make a constructor of each worker's environment, at the state of its simulator."""
         from deflow_torchrl.envs.online import EpisodeStart, make_online_env
 
         envs: list[Callable[[], Any]] = []
@@ -232,10 +231,10 @@ class OnlineExperience:
         return envs
 
     def _follow(self, chunk: TensorDictBase) -> TensorDictBase:
-        """Keep the simulators' records up with a chunk they have collected.
+        """Update the simulators' records by a collected chunk.
 
         Raises:
-            RestoreError: if an episode was not restored as it was recorded; the records are left as they were.
+            RestoreError: if an episode was not restored as recorded; the records stay as they were.
         """
         chunk = chunk.select(*_COLLECTED)
         for row, simulator in enumerate(self._simulators):
@@ -259,14 +258,14 @@ class OnlineExperience:
                 simulator.observation = chunk["next", "observation"][row]
         return chunk
 
-    # The learner's side.
+    # Delivery
 
     def step(self) -> OnlineStep:
         """Deliver one transition.
 
         Raises:
-            EnvironmentFaultError: when the share of faulty episodes is above ``max_fault_share``.
-            RestoreError: if an episode could not be restored as it was recorded.
+            EnvironmentFaultError: if the share of faulty episodes is above ``max_fault_share``.
+            RestoreError: if an episode was not restored as recorded.
         """
         if self._chunk is None or self._cursor == len(self._chunk):
             began = time.perf_counter()
@@ -276,7 +275,7 @@ class OnlineExperience:
         self._cursor += 1
         self.counters["env_steps"] += 1
         number = int(row["episode"].item())
-        if self._episodes[worker].number != number:  # the last one could not be restored
+        if self._episodes[worker].number != number:  # its last episode could not be restored
             self._episodes[worker] = _Episode(number)
         episode = self._episodes[worker]
         if row["next", "done"].item():
@@ -286,7 +285,7 @@ class OnlineExperience:
             return self._drop(episode, row)
         self._hopeless = 0
         for index in self._add(row.select(*TRANSITION_KEYS)).tolist():
-            for other in self._episodes:  # a full buffer gives an old transition's row to a new one
+            for other in self._episodes:  # a full buffer reuses rows
                 other.rows.pop(index, None)
             episode.rows[index] = None
         episode.episode_return += row["next", "reward"].item()
@@ -296,7 +295,7 @@ class OnlineExperience:
         return OnlineStep(episode.episode_return, episode.length, bool(row["next", "success"].item()))
 
     def _drop(self, episode: _Episode, row: TensorDictBase) -> OnlineStep:
-        """Forget a faulty episode."""
+        """Discard a faulty episode."""
         from deflow_torchrl.envs.online import decode_cause
 
         cause = decode_cause(row["next", "cause"][0])
@@ -304,7 +303,7 @@ class OnlineExperience:
             self._discard(torch.tensor(list(episode.rows)))
         self.counters["faults"] += 1
         self._hopeless += 0 if episode.length else 1
-        kind = re.sub(r"[-+]?\d+(\.\d+)?", "#", cause)  # "at time 1.20" and "at time 1.25" are one cause
+        kind = re.sub(r"[-+]?\d+(\.\d+)?", "#", cause)  # "at time 1.20" and "at time 1.25" count as one cause
         if kind not in self._said:
             self._said.add(kind)
             _LOG.warning(
@@ -324,11 +323,11 @@ class OnlineExperience:
             )
         return OnlineStep(fault=True, cause=cause)
 
-    # Checkpoints.
+    # Checkpoints
 
     @cached_property
     def replayable(self) -> bool:
-        """Whether the environment repeats itself, so that an episode can be restored anywhere; tried once."""
+        """Whether an episode of the environment can be restored at any step; measured once."""
         from deflow_torchrl.envs.online import is_replayable
 
         return is_replayable(self.task)
@@ -337,15 +336,15 @@ class OnlineExperience:
     def restorable(self) -> bool:
         """Whether a checkpoint may be made now.
 
-        Always, where the environment repeats itself; else only while no episode is running, so that none is torn. With
-        worker processes or longer collections, where such a moment may never come, always: the episodes running are cut
-        short at a resume then, with a warning.
+        Always if the environment is :attr:`replayable`; otherwise only between episodes. With worker processes or longer
+        collections, where there may be no such moment, always: a resume then cuts the running episodes short, with a
+        warning.
         """
         alone = self.workers == 0 and self.steps_per_collection == 1
         return not alone or not any(simulator.actions for simulator in self._simulators) or self.replayable
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything another object needs to go on bit for bit: plain numbers, texts and tensors."""
+        """Return what another object needs to continue exactly: plain numbers, strings and tensors."""
         if self._ahead is None and self._source is not None and self._source.running:
             self._ahead = self._gather()
         chunk = None if self._chunk is None else self._chunk[self._cursor :]
@@ -366,10 +365,10 @@ class OnlineExperience:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` gave.
+        """Continue from a result of :meth:`state_dict`.
 
         Raises:
-            InputError: if the state is of another task, seed or number of workers.
+            InputError: if the state has another task, seed or number of workers.
         """
         workers = len(self._simulators), len(state["simulators"])
         pairs = {"task": (self.task, state["task"]), "seed": (self._seed, state["seed"]), "workers": workers}
@@ -387,21 +386,21 @@ class OnlineExperience:
         self._episodes = [_Episode(**{**saved, "rows": dict.fromkeys(saved["rows"])}) for saved in state["episodes"]]
         self._chunk, self._cursor = None, 0
         if state["chunk"] is not None:
-            # Rows keep their places, so that a row's place still tells its worker.
+            # Rows keep their positions, which tell their workers.
             rest = _unpacked(state["chunk"])
             self._chunk = torch.cat([rest[:1].expand(state["cursor"]), rest])
             self._cursor = state["cursor"]
         self._ahead = None if state["ahead"] is None else _unpacked(state["ahead"])
 
     def close(self) -> None:
-        """Close the environments and end the processes. Calling it twice does no harm."""
+        """Close the environments and end the processes; may be called twice."""
         if self._source is not None:
             self._source.close()
             self._source = None
 
 
 def _packed(chunk: TensorDictBase) -> dict[str, Tensor]:
-    """A chunk's entries under flat names: what a checkpoint can hold."""
+    """Copy a chunk's entries under flat names, as a checkpoint holds them."""
     return dict(chunk.flatten_keys("/").clone().items())
 
 

@@ -1,7 +1,7 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""TorchRL's collectors behind one small face: begin a chunk of transitions, and take it when it is done.
+"""TorchRL's collectors behind one small interface: begin a chunk of transitions, and take it when it is complete.
 
-A chunk is a TensorDict ``[n]`` in the order of delivery: row i is worker ``i % W``'s.
+A chunk is a TensorDict ``[n]`` in the order of delivery: row i comes from worker ``i % W``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from deflow_torchrl.errors import InputError
 from deflow_torchrl.generators import generators_set_aside
 from deflow_torchrl.processes import children_ignore_ctrl_c, die_with_parent
 
-_GRACE_S = 5.0  # from a worker's death until its chunk is given up
+_GRACE_S = 5.0  # from a worker's death until its chunk is abandoned
 
 
 class WorkerDied(RuntimeError):
@@ -34,20 +34,20 @@ class WorkerDied(RuntimeError):
 
 
 class LocalSource:
-    """A ``Collector`` in this process: it acts with the policy object itself, so always with its live weights.
+    """A ``Collector`` in this process, which acts with the live weights of the policy.
 
     Args:
         env: makes the environment.
-        policy: acts.
-        device: the policy's.
+        policy: the acting policy.
+        device: device of the policy.
         steps: length of a chunk.
     """
 
     running = False
 
     def __init__(self, env: Callable[[], Any], policy: TensorDictModuleBase, device: torch.device, steps: int) -> None:
-        # What costs time and is not used is off: numbering of trajectories, wrapping and probing of the policy, buffers
-        # (a chunk is stacked anew each time, so nothing needs to be cloned), host synchronisation.
+        # Unused features that cost time are off: trajectory numbers, wrapping and probing of the policy, buffers (a chunk is
+        # stacked anew each time, so nothing needs to be cloned), host synchronisation.
         self._collector = Collector(
             env,
             acting(policy),
@@ -66,42 +66,42 @@ class LocalSource:
         self._chunks = iter(self._collector)
 
     def begin(self) -> None:
-        """Nothing happens before :meth:`finish`."""
+        """Do nothing: the chunk is collected by :meth:`finish`."""
 
     def finish(self) -> TensorDictBase:
         """Collect a chunk."""
         chunk = next(self._chunks)
-        chunk.names = None  # TorchRL's name "time" would be one more difference to other transitions
+        chunk.names = None  # other transitions have no dimension name "time"
         return chunk
 
     def close(self) -> None:
         """Close the environment."""
-        self._collector.shutdown(raise_on_error=False)  # a broken simulator may fail in this, too
+        self._collector.shutdown(raise_on_error=False)  # a broken simulator may fail in its close, too
 
 
 class ProcessSource:
-    """A ``MultiSyncCollector``, asked for a chunk in a thread, so that this process has its hands free.
+    """A ``MultiSyncCollector`` that is waited for in a thread, so that this process is not blocked.
 
     Args:
         envs: one maker of an environment for each worker.
-        policy: acts, in every process; its weights lie in shared memory, so those written between two chunks are the next
-            one's.
+        policy: the acting policy of every process; its weights are in shared memory, so weights written between two chunks
+            hold for the next one.
         steps: length of a chunk, a multiple of the number of workers.
 
     Raises:
         InputError: if an environment cannot be made.
-        WorkerDied: if a process ended while it was being set up.
+        WorkerDied: if a process ended during its set-up.
     """
 
     def __init__(self, envs: Sequence[Callable[[], Any]], policy: TensorDictModuleBase, steps: int) -> None:
-        # TorchRL gives each worker a thread of this process and takes them back at its shutdown; a learner whose number
-        # of threads changes does not compute the same last digits.
+        # TorchRL takes one of this process's threads for each worker, and gives them back at its shutdown; with another number
+        # of threads the learner computes other last digits.
         with _threads_kept(), children_ignore_ctrl_c():
             try:
                 self._collector = MultiSyncCollector(
                     list(envs),
-                    # A plain callable, not a module: a module's weights TorchRL would send through queues whose other end
-                    # may have died, and wait for an answer. It is pickled as it is, shared memory included.
+                    # A plain callable, pickled as it is, shared memory included: TorchRL would send a module's weights through
+                    # queues and wait for an answer, also of a worker that has died.
                     functools.partial(acting(policy)),
                     frames_per_batch=steps,
                     total_frames=-1,
@@ -125,23 +125,23 @@ class ProcessSource:
         self._chunks = iter(self._collector)
         self._thread: threading.Thread | None = None
         self._result: TensorDictBase | BaseException | None = None
-        # Before multiprocessing's own handler, which would wait for the workers to end by themselves.
+        # Runs before multiprocessing's own handler, which would wait for the workers to end by themselves.
         atexit.register(self.close)
 
     @property
     def running(self) -> bool:
-        """Whether a chunk was begun that nobody took."""
+        """Whether a chunk was begun and not yet taken."""
         return self._thread is not None
 
     def begin(self) -> None:
-        """Have the workers collect the next chunk."""
+        """Start the collection of the next chunk."""
         self._result = None
         self._thread = threading.Thread(target=self._collect, name="collect a chunk", daemon=True)
         self._thread.start()
 
     def _collect(self) -> None:
         try:
-            chunk = next(self._chunks)  # [W, n / W], in memory the workers go on writing to
+            chunk = next(self._chunks)  # [W, n / W], in memory that the workers overwrite
             self._result = chunk.transpose(0, 1).clone().reshape(-1).exclude("collector")
         except BaseException as error:  # finish() raises it
             self._result = error
@@ -150,7 +150,7 @@ class ProcessSource:
         """Wait for the chunk.
 
         Raises:
-            WorkerDied: if a process ended meanwhile.
+            WorkerDied: if a process ended.
         """
         thread, dead_since = self._thread, None
         assert thread is not None
@@ -158,8 +158,8 @@ class ProcessSource:
             thread.join(0.2)
             if thread.is_alive() and self._ended():
                 dead_since = dead_since or time.monotonic()
-                # TorchRL looks at its processes once a second. A worker that died amid writing its answer, though, leaves
-                # the reader waiting for the rest.
+                # TorchRL checks its processes once a second, but waits forever for the rest of an answer if a worker died while
+                # writing it.
                 if time.monotonic() - dead_since > _GRACE_S:
                     break
         self._thread = None
@@ -171,18 +171,18 @@ class ProcessSource:
         return self._result
 
     def _ended(self) -> list[str]:
-        """What the processes that ended said at last."""
+        """Exit codes of the processes that have ended."""
         codes = {}
         for worker, process in enumerate(self._processes):
-            with contextlib.suppress(ValueError):  # TorchRL has closed it after a death, having ended it itself
+            with contextlib.suppress(ValueError):  # TorchRL ends and closes the others after a death
                 codes[worker] = process.exitcode
         return [f"worker {worker}: exit code {code}" for worker, code in codes.items() if code is not None]
 
     def close(self) -> None:
-        """End the processes; a chunk being collected is lost."""
+        """End the processes; a chunk that is being collected is lost."""
         atexit.unregister(self.close)
         if self.running:
-            self._kill()  # an orderly end would wait for the chunk
+            self._kill()  # an orderly shutdown would wait for the chunk
             self._thread = None
         with _threads_kept():
             self._collector.shutdown(timeout=10, raise_on_error=False)
@@ -196,7 +196,7 @@ class ProcessSource:
 
 
 class _OwnGenerator:
-    """A policy that draws its own noise: every draw is fixed by the step's ``noise`` entry, none is a global generator's."""
+    """A policy that draws random numbers itself: every draw is determined by the step's ``noise`` entry."""
 
     def __init__(self, policy: TensorDictModuleBase) -> None:
         self.policy = policy
@@ -208,14 +208,14 @@ class _OwnGenerator:
 
 
 def acting(policy: TensorDictModuleBase) -> Callable[[TensorDictBase], TensorDictBase]:
-    """The policy, its draws made reproducible where it does not read ``noise``."""
+    """Make a policy's draws reproducible if it does not read ``noise``."""
     return policy if "noise" in policy.in_keys else _OwnGenerator(policy)
 
 
 def _prepare_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent()
-    logging.getLogger("deflow_torchrl").setLevel(logging.ERROR)  # the parent says the rest
+    logging.getLogger("deflow_torchrl").setLevel(logging.ERROR)  # the parent logs warnings
 
 
 @contextlib.contextmanager

@@ -1,10 +1,9 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
 """Deterministic, paired evaluation on a batch of environments.
 
-Episode e starts from seed ``seed + e`` and is acted with its own noise stream, so the same policy gives the same
-trajectories twice and two policies meet the same starts and the same noise, however many processes share the work. (The
-number of environments sets the batch of the policy call, and with it the rounding of its last digits.) The global random
-generators are left as they were.
+Episode e starts from seed ``seed + e`` and has its own noise stream, so the same policy gives the same trajectories twice,
+and two policies get the same starts and the same noise, whatever the number of processes. (The number of environments is the
+batch size of the policy call and can change its last digits.) The global random generators are restored afterwards.
 """
 
 from __future__ import annotations
@@ -29,15 +28,15 @@ from deflow_torchrl.generators import generators_set_aside
 from deflow_torchrl.processes import children_ignore_ctrl_c
 
 DEFAULT_EVALUATION_SEED = 1_000_000
-"""Far from training seeds: evaluation starts are not those of any generated data."""
+"""Far from training seeds: no generated data set has the same starts."""
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Outcome of each episode, in the order of their seeds.
+    """Outcomes of episodes, in the order of their seeds.
 
     Attributes:
-        success: ``info["success"]`` of the last step, bool ``[E]``; false where the environment knows none.
+        success: ``info["success"]`` of the last step, bool ``[E]``; false if the environment reports none.
         episode_return: undiscounted sum of rewards, ``[E]``.
         length: environment steps, ``[E]``.
         seeds: reset seed of each episode, ``[E]``.
@@ -54,11 +53,11 @@ class EvaluationResult:
         return float(self.success.mean())
 
     def score(self, references: tuple[float, float]) -> np.ndarray:
-        """Normalised score of each episode, ``[E]``: 0 for a random policy's return, 100 for the expert's."""
+        """Compute the normalised score of each episode, ``[E]``: 0 for a random policy's return, 100 for the expert's."""
         return np.asarray(normalized_score(self.episode_return, *references))
 
     def as_dict(self, references: tuple[float, float] | None = None) -> dict[str, Any]:
-        """Plain lists and numbers, for a record; with normalised scores where there are references."""
+        """Return plain lists and numbers for a record, with normalised scores if references are given."""
         scores = None if references is None else self.score(references)
         return {
             "success_rate": self.success_rate,
@@ -73,14 +72,14 @@ class EvaluationResult:
 
 
 class Evaluator:
-    """Runs policies on a task, one policy call per step for all environments in use.
+    """Runs policies on a task, with one policy call per step for all environments.
 
     Args:
         task: name of an environment, see :func:`deflow_torchrl.envs.make_gym_env`.
 
     Keyword Args:
-        num_envs: environments stepped together.
-        workers: processes that step them; 1 steps in this process. More than 1 needs a script with the usual
+        num_envs: number of environments stepped together.
+        workers: number of processes that step them; 1 steps in this process. More than 1 needs a script with the usual
             ``if __name__ == "__main__"`` guard.
         device: device of the policies.
 
@@ -124,8 +123,8 @@ class Evaluator:
         """Run ``episodes`` episodes of a policy.
 
         Args:
-            policy: reads ``observation [B, O]`` (and ``noise``, if among its in_keys: ``[B, A]``, or ``[B, *noise_shape]`` of
-                a policy that says so) and writes ``action [B, A]``.
+            policy: reads ``observation [B, O]`` (and ``noise``, if among its in_keys: ``[B, A]``, or ``[B, *noise_shape]`` if
+                it has a ``noise_shape``) and writes ``action [B, A]``.
 
         Keyword Args:
             episodes: number of episodes E.
@@ -134,7 +133,7 @@ class Evaluator:
             on_step: called at each step with the running episodes' numbers, observations and actions.
 
         Returns:
-            The outcome of each episode.
+            The outcomes of the episodes.
         """
         outcome = EvaluationResult(
             success=np.zeros(episodes, bool),
@@ -143,18 +142,16 @@ class Evaluator:
             seeds=seed + np.arange(episodes),
         )
         waiting = iter(range(episodes))
-        # slot -> episode it runs; a slot with nothing left to run keeps its last observation in the batch, so that the
-        # batch, and with it the rounding of every matrix product, has one shape throughout.
+        # slot -> its episode. A slot with no episode left keeps its last observation in the batch, so that the batch size, and
+        # with it the rounding of every matrix product, stays the same.
         running = dict(zip(range(self.num_envs), waiting, strict=False))
         starting = dict(running)
         observations = np.zeros(0)
-        generators: dict[
-            int, torch.Generator
-        ] = {}  # slot -> of its episode's noise, which depends on (seed, episode) alone
+        generators: dict[int, torch.Generator] = {}  # slot -> generator of its episode's noise
         noise_shape = getattr(policy, "noise_shape", None)
         if noise_shape is None:
             noise_shape = (self._ask("action_dim", {0: None})[0],)
-        with generators_set_aside(seed):  # a policy may draw by itself
+        with generators_set_aside(seed):  # for a policy that draws random numbers itself
             while running:
                 seeds = {slot: int(outcome.seeds[episode]) for slot, episode in starting.items()}
                 for slot, observation in self._ask("reset", seeds).items():
@@ -189,7 +186,7 @@ class Evaluator:
         return outcome
 
     def _ask(self, command: str, values: dict[int, Any]) -> dict[int, Any]:
-        """Have each group do a command of :class:`_LocalGroup` for its slots among ``values``, side by side."""
+        """Send a command of :class:`_LocalGroup` with a value for each slot to all groups, then collect their answers."""
         asked = []
         for group in self._groups:
             mine = {slot: values[slot] for slot in group.slots if slot in values}
@@ -200,7 +197,7 @@ class Evaluator:
 
 
 class _LocalGroup:
-    """Some of the environments, stepped in this process."""
+    """A part of the environments, stepped in this process."""
 
     def __init__(self, task: str, slots: list[int]) -> None:
         self.slots = slots
@@ -229,7 +226,7 @@ class _LocalGroup:
 
 
 class _RemoteGroup:
-    """The same in a process of its own, which starts when it is first needed: not beside the first steps of a run."""
+    """The same in a process of its own, which starts with the first command."""
 
     def __init__(self, task: str, slots: list[int]) -> None:
         self.slots = slots
@@ -254,7 +251,7 @@ class _RemoteGroup:
         return answer
 
     def close(self) -> None:
-        self._pipe.close()  # which ends the process
+        self._pipe.close()  # ends the process
         self._theirs.close()
         if self._process.pid is not None:
             self._process.join(timeout=5)
@@ -263,8 +260,8 @@ class _RemoteGroup:
 
 
 def _serve(pipe: Connection, task: str, slots: list[int]) -> None:
-    """Do the commands that come through a pipe, and send the answers, or the exceptions, back."""
-    logging.getLogger("deflow_torchrl").setLevel(logging.ERROR)  # the parent has logged the rest
+    """Execute the commands that come through a pipe, and send back the answers or exceptions."""
+    logging.getLogger("deflow_torchrl").setLevel(logging.ERROR)  # the parent logs warnings
     with contextlib.suppress(EOFError, BrokenPipeError), contextlib.ExitStack() as stack:
         group = None
         while True:

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""The online phase: each step acts once, stores what came, and hands out batches of old and new experience."""
+"""The online phase: act once a step, store the transition, and sample batches of old and new experience."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from deflow_torchrl.trainers.update import UpdateStep
 _log = logging.getLogger(__name__)
 
 MakeExperience = Callable[[Callable[[TensorDictBase], torch.Tensor], Callable[[torch.Tensor], None]], OnlineExperience]
-"""Makes the collection from where transitions go (``add``) and how faulty ones are forgotten (``discard``)."""
+"""Makes the collection from two functions: ``add`` stores a transition, ``discard`` removes faulty ones."""
 
 
 @dataclass(eq=False, repr=False)
 class OnlinePhase:
     """Collection, union buffer and, with a frozen prior, the bank of its base actions.
 
-    Nothing is made before :meth:`begin`, so that an offline phase costs no simulator.
+    Environments are made by :meth:`begin`, so that the offline phase needs no simulator.
 
     Args:
         buffer: the union of data set and experience.
         make_experience: see :data:`MakeExperience`.
 
     Keyword Args:
-        bank: base actions of the prior, which is then frozen; trained on, if None.
-        bank_file: where the bank's offline part is kept, so that a resumed run need not draw it again.
-        bank_progress: wraps the drawing, see :meth:`BaseActionBank.fill`.
+        bank: base actions of the prior, which is then frozen; if None the prior is trained further.
+        bank_file: file for the bank's offline part, so that a resumed run need not draw it again.
+        bank_progress: progress bar of the drawing, see :meth:`BaseActionBank.fill`.
         reward_shift: added to the environment's rewards before they are stored, as the data's loader did to its own.
     """
 
@@ -59,16 +59,16 @@ class OnlinePhase:
 
     @property
     def begun(self) -> bool:
-        """Whether :meth:`begin` is done."""
+        """Whether :meth:`begin` has been called."""
         return self._experience is not None
 
     @property
     def restorable(self) -> bool:
-        """Whether a checkpoint of this moment goes on exactly."""
+        """Whether a run can continue exactly from a checkpoint written now."""
         return self._experience is None or self._experience.restorable
 
     def begin(self, update: UpdateStep) -> None:
-        """Draw the bank, freeze the prior and start acting. May be interrupted and called again."""
+        """Draw the bank, freeze the prior and start acting; may be interrupted and called again."""
         if self.bank is not None:
             self._fill_bank(self.bank)
             if self._restored is not None:
@@ -77,7 +77,7 @@ class OnlinePhase:
         experience = self.make_experience(self._add, self.buffer.discard)
         if self._restored is not None:
             experience.load_state_dict(self._restored["experience"])
-        if not experience.replayable:  # asked now: the simulator may fail later
+        if not experience.replayable:  # measured now: the simulator may fail later
             _log.warning(
                 "the environment does not repeat itself: checkpoints fall on the end of an episode, or, with worker processes "
                 "and longer collections, a resume cuts the running episodes short"
@@ -85,7 +85,7 @@ class OnlinePhase:
         self._experience = experience
 
     def _fill_bank(self, bank: BaseActionBank) -> None:
-        # A file of before the checkpoint that the phase begins from may be of another prior: of settings given up since.
+        # Without a restored state, a file from an earlier process may belong to another prior.
         if self._restored is not None and self.bank_file is not None and self.bank_file.is_file():
             bank.load(self.bank_file)
             return
@@ -94,11 +94,11 @@ class OnlinePhase:
             return
         try:
             bank.save(self.bank_file)
-        except InputError as error:  # it only spares a resumed run some time
+        except InputError as error:  # the file only saves time
             _log.warning("%s: the base actions are not kept, a resumed run draws them again", error)
 
     def step(self) -> None:
-        """Act once: one transition more in the buffer, unless the environment failed."""
+        """Act once and store the transition, unless the environment failed."""
         assert self._experience is not None
         outcome = self._experience.step()
         if outcome.episode_return is not None:
@@ -114,14 +114,14 @@ class OnlinePhase:
         return index
 
     def sample(self) -> TensorDictBase:
-        """A batch, with base actions where the prior is frozen."""
+        """Sample a batch, with base actions if the prior is frozen."""
         batch = self.buffer.sample()
         return batch if self.bank is None or not self.begun else self.bank(batch)
 
     def metrics(self, batch: TensorDictBase | None) -> dict[str, float]:
-        """What a row says of the online phase and of the step's last batch, if it had one.
+        """Compute a row's metrics of the online phase and of the step's last batch, if there is one.
 
-        Statistics are of the episodes that ended since the row before.
+        Statistics are over the episodes that ended since the last row.
         """
         assert self._experience is not None
         row = {f"online/{name}": float(value) for name, value in self._experience.counters.items()}
@@ -146,11 +146,11 @@ class OnlinePhase:
 
     @property
     def waiting_seconds(self) -> float:
-        """Wall time the learner waited for experience."""
+        """Wall time for which the learner waited for transitions."""
         return 0.0 if self._experience is None else self._experience.waiting_seconds
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the data set and the bank's part of it."""
+        """Return the state, without the data set and the bank's offline part."""
         state: dict[str, Any] = {"buffer": self.buffer.state_dict(), "begun": self.begun, "counters": self.counters}
         state["largest_reward"] = self.largest_reward
         if self._experience is not None:
@@ -162,10 +162,10 @@ class OnlinePhase:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` gave; :meth:`begin` then goes on where it was.
+        """Restore a result of :meth:`state_dict`; :meth:`begin` then continues from it.
 
         Raises:
-            InputError: if the state is of another data set.
+            InputError: if the state belongs to another data set.
         """
         self.buffer.load_state_dict(state["buffer"])
         self.largest_reward = state["largest_reward"]
@@ -174,6 +174,6 @@ class OnlinePhase:
             self._ended = [list(episode) for episode in state["ended"]]
 
     def close(self) -> None:
-        """End the collection's processes."""
+        """Close the environments and end the processes."""
         if self._experience is not None:
             self._experience.close()

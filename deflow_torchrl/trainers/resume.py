@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""Whether a run may go on from a checkpoint, and from which: the rules of ``deflow resume``, and what it goes on with."""
+"""Resuming a run: which checkpoint, under which rules (those of ``deflow resume``), and the history over interruptions."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from deflow_torchrl.errors import InputError
 from deflow_torchrl.trainers.checkpoint import check_identity, list_checkpoints, read_header, step_of
 from deflow_torchrl.versions import package_versions
 
-# Settings that change neither weights nor rows of metrics. Threads are not among them: their number can move the last digit
-# of a matrix product.
+# Settings that change neither weights nor metrics. The number of threads is not among them: it can change the last digit of
+# a matrix product.
 NEUTRAL_SETTINGS = frozenset(
     {"out", "data_root", "download", "eval_workers", "logger", "save_interval", "updates_per_replay", "self_check"}
 )
-# Packages whose versions can move a digit of networks or simulators.
+# Packages whose versions can change digits of networks or simulators.
 _PACKAGES = ("torch", "torchrl", "tensordict", "numpy", "gymnasium", "mujoco", "ogbench", "gymnasium-robotics")
-# What the experience and the base actions of a running online phase were made with.
+# Settings that the experience and the base actions of a running online phase depend on.
 _FIXED_ONLINE = ("offline_steps", "freeze_prior", "base_actions", "env", "seed", "collector_workers", "overwrite")
 
 
 def run_identity(settings: Mapping[str, Any], *, data_sha256: str | None) -> dict[str, Any]:
-    """What a checkpoint of this run says it belongs to.
+    """Return the identity of a run, which its checkpoints hold.
 
     Args:
         settings: all settings of the run, as :func:`deflow_torchrl.config.config_to_dict` gives them.
@@ -49,9 +49,9 @@ def run_identity(settings: Mapping[str, Any], *, data_sha256: str | None) -> dic
 
 
 def changed_settings(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
-    """What differs between two identities' settings and packages, one ``name: theirs -> ours`` each, in our order.
+    """List the differences between two identities' settings and packages, as ``name: theirs -> ours``, in our order.
 
-    Settings that can change no result (:data:`NEUTRAL_SETTINGS`) are left out.
+    :data:`NEUTRAL_SETTINGS`, which can change no result, are left out.
 
     Examples:
         >>> old = {"settings": {"seed": 0, "out": "a", "algo": {"lr": 0.001}}}
@@ -68,10 +68,10 @@ def changed_settings(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list
 
 
 def find_checkpoint(folder: Path, step: int | None = None) -> Path | None:
-    """The checkpoint to go on from: the one of ``step``, else the last; None where there is none yet.
+    """Find the checkpoint to resume from: that of ``step``, else the last; None if there is none yet.
 
     Raises:
-        InputError: if there is none of ``step``.
+        InputError: if there is no checkpoint of ``step``.
     """
     kept = list_checkpoints(folder)
     if step is None:
@@ -86,23 +86,23 @@ def find_checkpoint(folder: Path, step: int | None = None) -> Path | None:
 def check_resumable(
     settings: Mapping[str, Any], *, saved: Mapping[str, Any], checkpoint: Path | None, config_file: Path, force: bool
 ) -> list[str]:
-    """Compare the settings to go on with to those the run has had so far.
+    """Compare the settings to resume with to those of the run so far.
 
     Args:
-        settings: what the run is to go on with.
+        settings: the settings to resume with.
 
     Keyword Args:
-        saved: what the run folder keeps, which is compared where there is no checkpoint yet.
-        checkpoint: what it goes on from.
-        config_file: the run folder's settings, for messages.
-        force: go on although settings differ.
+        saved: the settings in the run folder, compared if there is no checkpoint yet.
+        checkpoint: the checkpoint to resume from.
+        config_file: the run folder's file of settings, for messages.
+        force: resume although settings differ.
 
     Returns:
-        What differs, one ``name: theirs -> ours`` each; empty without ``force``.
+        The differences, as ``name: theirs -> ours``; empty without ``force``.
 
     Raises:
-        InputError: on another task, method or version; on settings that differ, without ``force``; on numbers of steps that
-            the checkpoint has passed, and on settings that an online phase is built on, once it has begun.
+        InputError: on another task, method or version; on different settings, without ``force``; on fewer steps than the
+            checkpoint has; and, once the online phase has begun, on changes of settings it depends on.
     """
     ours = run_identity(settings, data_sha256=None)
     if checkpoint is None:
@@ -122,24 +122,24 @@ def check_resumable(
 
 
 def drop_later_checkpoints(folder: Path, step: int) -> None:
-    """Remove the checkpoints after the step a run goes on from: they are of a course that is given up."""
+    """Remove the checkpoints of steps after the one that a run is resumed from."""
     for path in list_checkpoints(folder):
         if step_of(path) > step:
             path.unlink(missing_ok=True)
 
 
 class RunHistory:
-    """Commands and seconds of a run; a resumed one goes on with those of its checkpoint.
+    """Commands and wall times of a run over all its interruptions.
 
     Args:
-        commands: the commands so far, this one last.
+        commands: the commands so far, the present one last.
 
     Keyword Args:
         seconds: wall time of phases before this process.
 
     Attributes:
-        commands: every command that worked on the run, in order. The time of a process that was killed counts up to its last
-            checkpoint.
+        commands: every command that worked on the run, in order. Of a killed process, the time up to its last checkpoint is
+            counted.
     """
 
     def __init__(self, commands: Sequence[str], *, seconds: Mapping[str, float] | None = None) -> None:
@@ -159,18 +159,18 @@ class RunHistory:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Wall time by phase, with those that are running now."""
+        """Wall time by phase, running phases included."""
         now, total = time.perf_counter(), dict(self._seconds)
         for phase, began in self._running.items():
             total[phase] = total.get(phase, 0.0) + now - began
         return total
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values for a checkpoint."""
+        """Return plain values for a checkpoint."""
         return {"commands": list(self.commands), "seconds": self.seconds}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put what a checkpoint knows before what this process has done since; its command stays the last."""
+        """Add the commands and times of a checkpoint to those of this process, whose command stays the last."""
         self.commands = [*state["commands"], self.commands[-1]]
         for phase, seconds in state["seconds"].items():
             self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds

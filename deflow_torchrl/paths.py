@@ -1,15 +1,17 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""Where the package keeps what it downloads and generates, and how it writes files so that a kill leaves none half-written."""
+"""Folders of downloaded and generated data, files that a kill never leaves half-written, and locks between processes."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
-from deflow_torchrl.errors import InputError
+from filelock import FileLock, Timeout
+
+from deflow_torchrl.errors import InputError, LockHeldError
 
 
 def cache_home() -> Path:
@@ -67,6 +69,51 @@ def write_text(path: Path, text: str) -> None:
             temporary.write_text(text, encoding="utf-8")
     except OSError as error:
         raise InputError(f"cannot write {path} ({error.strerror or error}); choose another folder") from error
+
+
+@contextmanager
+def hold_lock(path: Path, *, busy: str | None = None, note: str = "") -> Iterator[None]:
+    """Hold the lock file ``path`` during the block and remove it afterwards.
+
+    The system frees the lock when the process that holds it dies.
+
+    Args:
+        path: the lock file; its folder is created.
+
+    Keyword Args:
+        busy: message of the error raised where another process holds the lock; ``None`` waits for it instead.
+        note: content of the lock file while it is held.
+
+    Raises:
+        LockHeldError: where another process holds the lock, with ``busy``.
+        InputError: where the folder cannot hold a lock.
+    """
+    lock = FileLock(make_writable_folder(path.parent) / path.name)
+    try:
+        lock.acquire(timeout=-1 if busy is None else 0)
+    except Timeout as error:
+        raise LockHeldError(busy or "") from error
+    except OSError as error:
+        raise InputError(f"cannot lock {path} ({error.strerror}); choose a folder on another disk") from error
+    try:
+        with suppress(PermissionError):  # on Windows, as with unlink: the file is open
+            path.write_text(note, encoding="utf-8")
+        yield
+    finally:
+        with suppress(PermissionError):
+            path.unlink(missing_ok=True)  # before the release: filelock refuses a lock on a file that was removed
+        lock.release()
+
+
+def only_one_prepares(dataset: str, folder: Path) -> AbstractContextManager[None]:
+    """Keep a second process from writing a data set's files in ``folder`` (generated, downloaded or copied).
+
+    Raises:
+        InputError: on entry, where another process does so already.
+    """
+    return hold_lock(
+        folder / f".{dataset}.lock", busy=f"another process is preparing {dataset} in {folder}; wait for it"
+    )
 
 
 def file_sha256(path: Path) -> str:

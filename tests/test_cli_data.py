@@ -125,7 +125,7 @@ def test_a_full_disk_is_one_line(home, monkeypatch):
 
 
 def _hold(folder, name, ready, done):
-    from deflow_torchrl.locks import only_one_prepares
+    from deflow_torchrl.paths import only_one_prepares
 
     with only_one_prepares(name, folder):
         ready.set()

@@ -104,7 +104,7 @@ ARROWS = {
     "data": set(),
     "envs": set(),
 }
-SHARED = {"errors", "generators", "locks", "paths", "plugins", "processes", "progress", "versions"}
+SHARED = {"errors", "generators", "paths", "plugins", "processes", "progress", "versions"}
 OUTSIDE = {"", "_lazy", "_register"}  # the package itself, for its version, and what its __init__ files need
 # Files that have not been moved to their rooms yet; what is of the package's own folder and not named above belongs to runs.
 MOVING = {f"deflow_torchrl.{it}" for it in (

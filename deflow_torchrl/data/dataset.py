@@ -27,8 +27,7 @@ from torchrl.data.replay_buffers.writers import ImmutableDatasetWriter
 from deflow_torchrl.data.columns import RowFile, map_column, release_pages, runs_of
 from deflow_torchrl.data.continuity import Jump
 from deflow_torchrl.errors import InputError
-from deflow_torchrl.locks import only_one_prepares
-from deflow_torchrl.paths import make_writable_folder, write_text
+from deflow_torchrl.paths import make_writable_folder, only_one_prepares, write_text
 from deflow_torchrl.progress import patient_bar
 
 _COLUMNS = ("observation", "action", "reward", "terminated", "episode_starts")

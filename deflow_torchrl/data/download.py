@@ -30,8 +30,7 @@ from urllib.parse import urlsplit
 from deflow_torchrl.data.oracles import GENERATED_DATASETS
 from deflow_torchrl.envs.factory import import_ogbench
 from deflow_torchrl.errors import InputError, MissingExtraError
-from deflow_torchrl.locks import hold_lock, only_one_prepares
-from deflow_torchrl.paths import dataset_path, make_writable_folder, write_text
+from deflow_torchrl.paths import dataset_path, hold_lock, make_writable_folder, only_one_prepares, write_text
 from deflow_torchrl.progress import byte_bar
 
 if TYPE_CHECKING:

@@ -26,8 +26,14 @@ import numpy as np
 from deflow_torchrl.data.oracles import GENERATED_DATASETS, EpisodeCollector, EpisodeSettings
 from deflow_torchrl.envs.factory import import_ogbench
 from deflow_torchrl.errors import InputError
-from deflow_torchrl.locks import only_one_prepares
-from deflow_torchrl.paths import atomic_write, cache_home, dataset_path, make_writable_folder, write_text
+from deflow_torchrl.paths import (
+    atomic_write,
+    cache_home,
+    dataset_path,
+    make_writable_folder,
+    only_one_prepares,
+    write_text,
+)
 from deflow_torchrl.processes import KillableSpawnContext, available_cores, children_ignore_ctrl_c, die_with_parent
 
 _SPLITS = ("train", "val")

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from deflow_torchrl.envs.factory import register_robotics
 from deflow_torchrl.errors import InputError, MissingExtraError
-from deflow_torchrl.locks import only_one_prepares
+from deflow_torchrl.paths import only_one_prepares
 
 if TYPE_CHECKING:
     from minari import EpisodeData, MinariDataset

@@ -16,7 +16,7 @@ import torch
 
 from deflow_torchrl.config import config_from_dict, config_to_dict
 from deflow_torchrl.errors import InputError, LockHeldError, MissingExtraError
-from deflow_torchrl.locks import hold_lock
+from deflow_torchrl.paths import hold_lock
 from deflow_torchrl.processes import available_cores
 from deflow_torchrl.reports.records import load_record
 from deflow_torchrl.sources.base import get_source, public_name

@@ -13,8 +13,7 @@ from typing import Any, Protocol
 
 from deflow_torchrl import __version__
 from deflow_torchrl.errors import InputError, RunInterrupted
-from deflow_torchrl.locks import hold_lock
-from deflow_torchrl.paths import make_writable_folder, write_text
+from deflow_torchrl.paths import hold_lock, make_writable_folder, write_text
 from deflow_torchrl.sweep.jobs import Job, Outcome, check_devices, have_data, is_done, jobs_at_once, plan_jobs
 from deflow_torchrl.sweep.plan import PLAN_FILE, STATUS_FILE, SweepPlan, uses_gpu
 from deflow_torchrl.sweep.table import JobProgress, Table

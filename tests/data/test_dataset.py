@@ -297,7 +297,7 @@ def test_states_are_the_observations_without_the_final_ones(mapped, tmp_path):
 
 
 def test_a_set_that_is_only_opened_needs_no_lock_and_stays_as_it_is(tmp_path):
-    from deflow_torchrl.locks import only_one_prepares
+    from deflow_torchrl.paths import only_one_prepares
 
     prepared(tmp_path / "set", {"file": 1}, lambda folder: build(episodes(), folder))
     before = (tmp_path / "set" / "reward.bin").read_bytes()

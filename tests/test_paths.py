@@ -4,7 +4,16 @@ import threading
 import pytest
 
 from deflow_torchrl.errors import InputError
-from deflow_torchrl.locks import hold_lock
+from deflow_torchrl.paths import hold_lock
+
+
+def test_a_held_lock_shows_its_note_also_to_whom_it_refuses(tmp_path):
+    path = tmp_path / ".lock"
+    with hold_lock(path, busy="busy", note="host 1"):
+        assert path.read_text() == "host 1"
+        with pytest.raises(InputError, match="busy"), hold_lock(path, busy="busy", note="host 2"):
+            pass
+        assert path.read_text() == "host 1"
 
 
 def test_a_held_lock_is_refused_with_the_given_line_and_free_afterwards(tmp_path):
@@ -40,18 +49,19 @@ def test_a_lock_on_a_removed_file_is_not_taken_for_the_lock(tmp_path, monkeypatc
         if not opened:
             path.unlink()
             path.touch()
-        opened.append(file.fileno())
+        opened.append(file)
         flock(file, mode)
 
     monkeypatch.setattr(fcntl, "flock", remove_first)
-    with hold_lock(path, busy="busy"), path.open("w") as other:
+    with hold_lock(path), path.open("w") as other:
         assert len(opened) == 2
         with pytest.raises(BlockingIOError):
             flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_a_folder_that_cannot_hold_a_lock_is_one_line(tmp_path, monkeypatch):
-    with pytest.raises(InputError, match="cannot write"), hold_lock(tmp_path / "missing" / ".lock"):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot write"), hold_lock(tmp_path / "file" / ".lock"):
         pass
 
     def unsupported(file, mode):

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from deflow_torchrl import cli
 from deflow_torchrl.algorithms.registry import get_algorithm
-from deflow_torchrl.data.generation import generated_root
 from deflow_torchrl.envs.names import parse_ogbench_name
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.paths import data_root, dataset_path
+from deflow_torchrl.sources.generation import generated_root
 from deflow_torchrl.sources.minari_sets import open_minari_dataset
 from deflow_torchrl.tasks import Task, families, family_groups, get_task, paper_tasks
 from deflow_torchrl.tasks.protocols import Protocol, get_protocol

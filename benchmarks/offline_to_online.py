@@ -30,12 +30,12 @@ from typing import Any
 from _family import execute, names, sweeps
 from _family import render as report
 
-from deflow_torchrl.data.generation import generate_ogbench_dataset, generated_root
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.paths import dataset_path
 from deflow_torchrl.progress import progress_bar
 from deflow_torchrl.reports.records import load_record, without_places
 from deflow_torchrl.reports.tables import online_progress
+from deflow_torchrl.sources.generation import generate_ogbench_dataset, generated_root
 from deflow_torchrl.tasks.protocols import get_protocol
 
 DATASET = "cube-single-play-v0"

@@ -565,8 +565,8 @@ def download_data(
 
     Example: deflow data download cube-single-play --mirror https://example.org/ogbench
     """
-    from deflow_torchrl.data.download import download_ogbench_dataset, install_files
     from deflow_torchrl.paths import data_root, dataset_path
+    from deflow_torchrl.sources.download import download_ogbench_dataset, install_files
     from deflow_torchrl.tasks import ogbench_dataset_name
 
     began = time.perf_counter()
@@ -624,8 +624,8 @@ def generate_data(
     of a longer one. After Ctrl-C or a kill the same command goes on. Data that lies in the folder already is never
     overwritten by other data.
     """
-    from deflow_torchrl.data.generation import generate_ogbench_dataset, generated_dataset_name, generated_root
     from deflow_torchrl.progress import progress_bar
+    from deflow_torchrl.sources.generation import generate_ogbench_dataset, generated_dataset_name, generated_root
 
     began = time.perf_counter()
     dataset = generated_dataset_name(name)
@@ -706,8 +706,8 @@ def import_data(
     Example: deflow data import run*.csv --out data/arm --column observations='q_*' --column actions=u_0,u_1 --ends file
     --never-terminates --action-bounds -2 2
     """
-    from deflow_torchrl.data.card import data_card, write_card
     from deflow_torchrl.data.dataset import make_folder
+    from deflow_torchrl.sources.card import data_card, write_card
     from deflow_torchrl.sources.files import import_files
 
     out = out.expanduser()
@@ -773,8 +773,8 @@ def describe_data(
     FILE is an .npz in OGBench's layout or another file with the usual names of columns. The card is written as JSON and
     Markdown.
     """
-    from deflow_torchrl.data.card import card_markdown, data_card, write_card
     from deflow_torchrl.paths import cache_home
+    from deflow_torchrl.sources.card import card_markdown, data_card, write_card
     from deflow_torchrl.tasks.data import load_any
 
     dataset, task = load_any(name, root=data_root, download=download, allow_jumps=allow_jumps)

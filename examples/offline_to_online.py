@@ -15,10 +15,10 @@ from torchrl.objectives import SoftUpdate, ValueEstimators
 
 from deflow_torchrl import DeFlowActor, DeFlowLoss, FlowMatchingPolicy, RefinementPolicy
 from deflow_torchrl.data import OfflineOnlineReplayBuffer, OGBenchExperienceReplay
-from deflow_torchrl.data.generation import generate_ogbench_dataset, generated_root
 from deflow_torchrl.envs import make_env
 from deflow_torchrl.modules import make_qvalue_networks, make_refinement_network, make_velocity_network
 from deflow_torchrl.progress import progress_bar
+from deflow_torchrl.sources.generation import generate_ogbench_dataset, generated_root
 from deflow_torchrl.trainers import Evaluator
 
 DATASET, TASK = "pointmaze-medium-navigate-v0", "pointmaze-medium-navigate-singletask-task1-v0"

@@ -22,7 +22,7 @@ def _seed():
 @pytest.fixture(scope="session")
 def short_episodes():
     """Episodes of 61 rows instead of 1001, for the whole session's generated data."""
-    from deflow_torchrl.data import generation
+    from deflow_torchrl.sources import generation
 
     saved = dict(generation.GENERATED_DATASETS)
     for name, settings in saved.items():
@@ -43,7 +43,7 @@ def generated(tmp_path_factory, short_episodes) -> Path:
     """A folder with a small cube-single-play set made by the real oracle in the real simulator."""
     import numpy as np
 
-    from deflow_torchrl.data.generation import generate_episode
+    from deflow_torchrl.sources.generation import generate_episode
 
     folder = tmp_path_factory.mktemp("data")
     for suffix, split, number in (("", "train", 3), ("-val", "val", 1)):

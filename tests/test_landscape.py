@@ -13,7 +13,6 @@ pytest.importorskip("matplotlib", reason="needs the extra reports")
 
 from deflow_torchrl.algorithms import get_algorithm
 from deflow_torchrl.algorithms.base import ProblemSpec
-from deflow_torchrl.data.card import data_card, write_card
 from deflow_torchrl.data.dataset import make_folder
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.experiment import load_run
@@ -28,6 +27,7 @@ from deflow_torchrl.landscape import (
     principal_slice,
     sample_actions,
 )
+from deflow_torchrl.sources.card import data_card, write_card
 from deflow_torchrl.sources.files import import_files
 from tests.support.command_line import assert_one_line, deflow
 from tests.support.pendulum import ENVIRONMENT, record_pendulum

@@ -251,7 +251,7 @@ def test_cells_that_cannot_be_trained_take_a_line_for_each_reason(tmp_path):
 def test_data_that_cannot_be_had_is_noticed_before_anything_starts(tmp_path, monkeypatch, download):
     pytest.importorskip("ogbench", reason="needs the extra ogbench")
     monkeypatch.setattr("ogbench.utils.DATASET_URL", "http://127.0.0.1:1")
-    monkeypatch.setattr("deflow_torchrl.data.download.BACKOFF_S", 0.0)
+    monkeypatch.setattr("deflow_torchrl.sources.download.BACKOFF_S", 0.0)
     arguments = ["tasks=antmaze-large,scene", "algos=deflow,fql", "seeds=0", f"out={tmp_path / 'sweep'}"]
     plan = parse_sweep([*arguments, f"download={download}", f"data_root={tmp_path / 'data'}"])
     with pytest.raises(InputError, match="no data for antmaze-large-navigate-v0, nothing was started") as error:

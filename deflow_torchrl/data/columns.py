@@ -21,7 +21,7 @@ _SMALL_BYTES = 1 << 18
 
 
 class Column(Protocol):
-    """What can be read as rows: numpy arrays, ``h5py`` data sets, members of an .npz archive (``data.archive``)."""
+    """What can be read as rows: numpy arrays, ``h5py`` data sets, members of an .npz archive (``sources.archive``)."""
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -17,12 +17,12 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 
-from deflow_torchrl.data.archive import NpzArchive, readable
 from deflow_torchrl.data.assembly import _discontinuities, dataset_from_arrays
 from deflow_torchrl.data.columns import Column
 from deflow_torchrl.data.dataset import TransitionDataset
 from deflow_torchrl.errors import InputError, MissingExtraError
 from deflow_torchrl.paths import file_sha256, folder_sha256
+from deflow_torchrl.sources.archive import NpzArchive, readable
 from deflow_torchrl.sources.base import Source
 
 FIELDS = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")

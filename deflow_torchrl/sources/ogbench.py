@@ -13,16 +13,16 @@ import numpy as np
 import torch
 from torchrl.data.replay_buffers.samplers import Sampler
 
-from deflow_torchrl.data.archive import NpzArchive, readable
 from deflow_torchrl.data.assembly import dataset_from_arrays
 from deflow_torchrl.data.columns import chunks
 from deflow_torchrl.data.dataset import TransitionDataset, TransitionReplayBuffer, to_storage
-from deflow_torchrl.data.download import SPLITS, download_ogbench_dataset, manifest_entry, missing_file
 from deflow_torchrl.envs.factory import import_ogbench, make_env_by_id
 from deflow_torchrl.envs.names import OGBenchName, parse_ogbench_name
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.paths import cache_home, data_root, dataset_path, file_sha256
+from deflow_torchrl.sources.archive import NpzArchive, readable
 from deflow_torchrl.sources.base import Source
+from deflow_torchrl.sources.download import SPLITS, download_ogbench_dataset, manifest_entry, missing_file
 
 _REQUIRED = ("observations", "actions", "terminals")
 _SIMULATOR_STATE = ("qpos", "qvel", "button_states")

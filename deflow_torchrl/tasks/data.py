@@ -9,10 +9,10 @@ from typing import Any, Literal
 import torch
 
 from deflow_torchrl.data.dataset import TransitionDataset
-from deflow_torchrl.data.download import download_ogbench_dataset, missing_file
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.paths import cache_home, data_root, dataset_path
 from deflow_torchrl.sources.base import get_source
+from deflow_torchrl.sources.download import download_ogbench_dataset, missing_file
 from deflow_torchrl.sources.files import FILE_ENDINGS, import_files
 from deflow_torchrl.sources.ogbench import is_ogbench_layout, load_ogbench_file
 from deflow_torchrl.tasks.registry import Task, get_task, ogbench_dataset_name

@@ -4,7 +4,7 @@ import pytest
 pytest.importorskip("ogbench", reason="needs the extra ogbench")
 
 from deflow_torchrl.data import GENERATED_DATASETS, TransitionDataset
-from deflow_torchrl.data.generation import generate_episode
+from deflow_torchrl.sources.generation import generate_episode
 
 # One set of each kind; the 16 are the same simulators with more of the same objects.
 SETS = (

@@ -10,7 +10,7 @@ DATASET = "cube-single-play-v0"
 
 @contextlib.contextmanager
 def generation_in_process():
-    from deflow_torchrl.data import generation
+    from deflow_torchrl.sources import generation
 
     def run(dataset, seed, jobs, parts, workers):
         for split, episode in jobs:

@@ -3,8 +3,8 @@ import zipfile
 import numpy as np
 import pytest
 
-from deflow_torchrl.data.archive import NpzArchive, readable
 from deflow_torchrl.errors import InputError
+from deflow_torchrl.sources.archive import NpzArchive, readable
 
 ARRAYS = {
     "a": np.arange(5000.0).reshape(1000, 5),

@@ -20,14 +20,14 @@ import pytest
 pytest.importorskip("ogbench", reason="needs the extra ogbench")
 pytest.importorskip("requests", reason="needs the extra ogbench")
 
-from deflow_torchrl.data import download
-from deflow_torchrl.data.download import (
+from deflow_torchrl.errors import InputError, MissingExtraError
+from deflow_torchrl.sources import download
+from deflow_torchrl.sources.download import (
     download_ogbench_dataset,
     fetch_file,
     install_files,
     manifest_entry,
 )
-from deflow_torchrl.errors import InputError, MissingExtraError
 from tests.support.command_line import assert_one_line, deflow, heed_ctrl_c
 from tests.support.generation import DATASET, TASK
 
@@ -565,7 +565,7 @@ def test_a_second_process_is_refused_in_one_line(official, tmp_path):
 CHILD = """
 import sys
 from pathlib import Path
-from deflow_torchrl.data import download
+from deflow_torchrl.sources import download
 download._CHUNK_BYTES = 4096
 try:
     download.fetch_file([sys.argv[1]], Path(sys.argv[2]))

@@ -15,10 +15,10 @@ import pytest
 
 pytest.importorskip("ogbench", reason="needs the extra ogbench")
 
-from deflow_torchrl.data import generation
-from deflow_torchrl.data.generation import GENERATED_DATASETS, generate_episode, generate_ogbench_dataset
-from deflow_torchrl.data.oracles import VisibleCube
 from deflow_torchrl.errors import InputError
+from deflow_torchrl.sources import generation
+from deflow_torchrl.sources.generation import GENERATED_DATASETS, generate_episode, generate_ogbench_dataset
+from deflow_torchrl.sources.oracles import VisibleCube
 from tests.support.command_line import heed_ctrl_c
 
 # Widths of observations, actions and button states in the published files.
@@ -275,7 +275,7 @@ SLOW = """
 import sys, time
 from pathlib import Path
 import numpy as np
-from deflow_torchrl.data import generation
+from deflow_torchrl.sources import generation
 
 def generate_episode(dataset, *, seed, split, episode):
     if episode >= 2:

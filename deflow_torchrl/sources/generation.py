@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""Local generation of OGBench data sets by OGBench's own protocol (:mod:`deflow_torchrl.data.oracles`).
+"""Local generation of OGBench data sets by OGBench's own protocol (:mod:`deflow_torchrl.sources.oracles`).
 
 Every episode has its own random stream, derived from (seed, split, episode): a set does not depend on how many processes
 made it, a shorter set is the beginning of a longer one, and finished episodes survive a kill.
@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 
-from deflow_torchrl.data.oracles import GENERATED_DATASETS, EpisodeCollector, EpisodeSettings
 from deflow_torchrl.envs.factory import import_ogbench
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.paths import (
@@ -35,6 +34,7 @@ from deflow_torchrl.paths import (
     write_text,
 )
 from deflow_torchrl.processes import KillableSpawnContext, available_cores, children_ignore_ctrl_c, die_with_parent
+from deflow_torchrl.sources.oracles import GENERATED_DATASETS, EpisodeCollector, EpisodeSettings
 
 _SPLITS = ("train", "val")
 

@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from deflow_torchrl.data.oracles import GENERATED_DATASETS
 from deflow_torchrl.envs.factory import import_ogbench
 from deflow_torchrl.errors import InputError, MissingExtraError
 from deflow_torchrl.paths import dataset_path, hold_lock, make_writable_folder, only_one_prepares, write_text
 from deflow_torchrl.progress import byte_bar
+from deflow_torchrl.sources.oracles import GENERATED_DATASETS
 
 if TYPE_CHECKING:
     import requests

@@ -1,10 +1,10 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""Published OGBench data sets: downloaded from the official host or mirrors, or installed from the user's own files.
+"""Published OGBench data sets: downloaded from the official host or a mirror, or installed from the user's own files.
 
-A download goes into ``NAME.npz.part``, which the next attempt continues wherever the one before it ended, be it by a
-broken connection, Ctrl-C or a kill. ``NAME.npz.part.json`` notes what the bytes are the beginning of, so that two mirrors
-or two versions of a file are never glued together. The first complete file of a name is read through (zip structure, CRC
-of every member) and entered in the manifest ``SHA256.json``, later ones must have the digest there; only then is it renamed.
+A download is written to ``NAME.npz.part``. After a broken connection, Ctrl-C or a kill, the next attempt continues it.
+``NAME.npz.part.json`` names the URL, the length and the version that the part belongs to, so that parts of two mirrors or of
+two versions of a file are never joined. A complete file is compared with its SHA-256 in the manifest ``SHA256.json``. A file
+that the manifest does not know is read through (zip structure and CRC of every member) and entered there. Then it is renamed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from io import FileIO
 from pathlib import Path
@@ -43,22 +42,22 @@ CONNECT_TIMEOUT_S = 15.0
 READ_TIMEOUT_S = 30.0  # without a single byte
 ATTEMPTS = 4  # at one mirror without progress
 BACKOFF_S = 1.0  # doubled after each attempt
-_PROGRESS_BYTES = 1 << 20  # what counts as progress
+_PROGRESS_BYTES = 1 << 20  # after which the attempts are counted anew
 _CHUNK_BYTES = 1 << 16
 _READ_BYTES = 1 << 20
 _MEMBERS = ("observations.npy", "actions.npy", "terminals.npy")
 
 
 class _MirrorFailed(Exception):
-    """A mirror does not give the file: the reason, for the line about all mirrors."""
+    """A mirror cannot give the file; the message is the reason."""
 
 
 class _Unusable(_MirrorFailed):
-    """What a mirror gave is complete and not the file."""
+    """A complete file has another digest, is damaged, or is no data set."""
 
 
 class _BrokenOff(Exception):
-    """A transfer ended early; the same mirror may go on with it."""
+    """A transfer ended early; the same mirror may continue it."""
 
 
 def download_ogbench_dataset(
@@ -71,7 +70,7 @@ def download_ogbench_dataset(
 ) -> list[Path]:
     """Fetch the files of a data set that are missing in ``root``, from OGBench's host or, where it fails, from mirrors.
 
-    Files that are there are left as they are, after a comparison with the manifest if it has them.
+    Files in the folder are not changed; those in the manifest are compared with it.
 
     Args:
         dataset: name of the data files, for example ``cube-single-play-v0``.
@@ -113,7 +112,11 @@ def download_ogbench_dataset(
                         show_progress=show_progress,
                     )
     for path in paths:
-        _check_present(path)
+        if path.name in _manifest(root) and manifest_entry(path) is None:
+            raise InputError(
+                f"{path} is not the file that was downloaded: its digest differs from the one in {MANIFEST}; delete the "
+                "file to download it again, or its entry there to keep it"
+            )
     return paths
 
 
@@ -127,10 +130,10 @@ def fetch_file(
 ) -> None:
     """Fetch one .npz file from the first of ``urls`` that gives it whole; ``path`` appears complete or not at all.
 
-    What arrived before a failure stays in ``path`` + ``.part`` for the next call, unless it is proved corrupt.
+    The part that arrived before a failure stays in ``path`` + ``.part`` for the next call, unless it is proved corrupt.
 
     Args:
-        urls: where to ask, in this order; one that an unfinished file is from comes first.
+        urls: where to ask, in this order; the URL of an unfinished part comes first.
         path: the file to write, in a folder that exists. Its manifest entry is written in the same folder.
 
     Keyword Args:
@@ -142,28 +145,29 @@ def fetch_file(
         InputError: where every URL fails, each with its reason; on a full or read-only disk.
         MissingExtraError: if ``requests`` is not installed.
     """
-    session = _session()
+    try:
+        import requests
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(error.name or "requests", "ogbench") from error
     part = _Part(path)
     expected = expected_sha256 or _manifest(path.parent).get(path.name, {}).get("sha256")
-    known = part.known()
-    if known is not None and known.total == part.size():
-        # Killed between the last byte and the new name: no network needed any more.
+    note = part.note()
+    if note is not None and note["total"] == part.size():
+        # Killed between the last byte and the new name: no network is needed.
         with suppress(_Unusable):
-            _accept(part, path, _digest_of_npz(part.path, expected, show_progress), known.url)
+            part.accept(_digest_of_npz(part.path, expected, show_progress), note["url"])
             return
         part.discard()
-    # The part's own URL first: another one that answers would start the file anew and throw away what arrived.
-    begun = part.known()
-    urls = sorted(urls, key=lambda url: begun is None or begun.url != url or part.size() == 0)
     failures = []
-    with session:
-        for url in urls:
+    with requests.Session() as session:
+        # The part's own URL first: any other would start anew and throw away what arrived.
+        for url in sorted(urls, key=lambda url: part.note(url) is None):
             try:
                 digest = _fetch_from(session, url, part, expected, show_progress)
             except _MirrorFailed as failure:
                 failures.append(f"{urlsplit(url).netloc}: {failure}")
             else:
-                _accept(part, path, digest, url)
+                part.accept(digest, url)
                 return
     kept = f"; {part.size() / 1e6:.1f} MB are kept: the same command goes on from there" if part.size() else ""
     raise InputError(
@@ -197,29 +201,27 @@ def install_files(
     root = Path(root).expanduser()
     sources = _assign_splits(dataset, [Path(file).expanduser() for file in files])
     _refuse_generated(dataset, root)
-    make_writable_folder(root)
-    with only_one_prepares(dataset, root):
+    with only_one_prepares(dataset, make_writable_folder(root)):
         entries, digests = _manifest(root), {}
-        for split, source in sources.items():
-            path = dataset_path(dataset, root, split)
+        for path, source in ((dataset_path(dataset, root, split), source) for split, source in sources.items()):
             try:
-                digests[split] = _digest_of_npz(source, entries.get(path.name, {}).get("sha256"), show_progress)
+                digests[path] = _digest_of_npz(source, entries.get(path.name, {}).get("sha256"), show_progress)
             except _Unusable as failure:
                 raise InputError(f"{source} is not installed: {failure}") from failure
-            if path.is_file() and _sha256(path) != digests[split]:
+            if path.is_file() and _sha256(path) != digests[path]:
                 raise InputError(f"{path} is in the way: it differs from {source}; choose another folder or delete it")
         if len(set(digests.values())) < len(digests):
             raise InputError(f"{' and '.join(map(str, sources.values()))} are the same file; give each split its own")
-        for split, source in sources.items():
-            path = dataset_path(dataset, root, split)
+        for (path, digest), source in zip(digests.items(), sources.values(), strict=True):
+            part = _Part(path)
+            part.discard()
             if not path.is_file():
-                _copy(source, path, digests[split])
-            _Part(path).discard()
-    return [dataset_path(dataset, root, split) for split in sources]
+                _copy(source, part, digest)
+    return list(digests)
 
 
 def manifest_entry(path: str | os.PathLike[str], *, sha256: str | None = None) -> dict[str, Any] | None:
-    """What the manifest says about a file, provided that the file still is the one that was downloaded.
+    """Look a file up in the manifest of its folder.
 
     Args:
         path: a data file.
@@ -228,7 +230,8 @@ def manifest_entry(path: str | os.PathLike[str], *, sha256: str | None = None) -
         sha256: the file's digest where the caller has it; computed otherwise.
 
     Returns:
-        ``sha256``, ``bytes``, ``url`` and ``downloaded`` (UTC), or ``None`` for a file that is missing, unknown or changed.
+        ``sha256``, ``bytes``, ``url`` and ``downloaded`` (UTC), or ``None`` for a file that is missing, unknown or changed
+        since its download.
 
     Raises:
         InputError: if the manifest is damaged.
@@ -241,144 +244,16 @@ def manifest_entry(path: str | os.PathLike[str], *, sha256: str | None = None) -
 
 
 def missing_file(path: Path, dataset: str) -> str:
-    """The line about a data file that is not there and was not to be downloaded."""
+    """The error line about a data file that is not there, with the ways to get it."""
     return (
         f"no data file {path}; fetch it with `deflow data download {dataset}`, name its folder with data_root=, "
         f"{_other_ways(dataset)}"
     )
 
 
-# What lies on the disk: the part and what is known of it, the manifest.
-
-
-@dataclass(frozen=True)
-class _Known:
-    """What a part is the beginning of.
-
-    Attributes:
-        url: where the bytes came from.
-        total: bytes of the whole file, if the server said so.
-        etag, last_modified: the server's words for this version of the file.
-    """
-
-    url: str
-    total: int | None
-    etag: str | None
-    last_modified: str | None
-
-    @property
-    def validator(self) -> str | None:
-        """What ``If-Range`` may carry: a weak ETag promises no equal bytes."""
-        return self.etag if self.etag and not self.etag.startswith("W/") else self.last_modified
-
-
-class _Part:
-    """The unfinished file beside ``path`` and the note about it."""
-
-    def __init__(self, path: Path) -> None:
-        self.target = path
-        self.path = path.with_name(f"{path.name}.part")
-        self.note = path.with_name(f"{path.name}.part.json")
-
-    def size(self) -> int:
-        return self.path.stat().st_size if self.path.is_file() else 0
-
-    def known(self) -> _Known | None:
-        """The note, or ``None`` where there is none or it is not one of ours."""
-        try:
-            return _Known(**json.loads(self.note.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
-            return None
-
-    def begin(self, known: _Known) -> None:
-        """Start anew with a file that ``known`` describes."""
-        self.path.write_bytes(b"")  # before the note, which would else describe bytes of another file
-        write_text(self.note, json.dumps(asdict(known), indent=2) + "\n")
-
-    def discard(self) -> None:
-        self.path.unlink(missing_ok=True)
-        self.note.unlink(missing_ok=True)
-
-    def become(self, path: Path) -> None:
-        with self.path.open("rb") as file:
-            os.fsync(file.fileno())  # a power cut must not leave the name without the bytes
-        os.replace(self.path, path)
-        self.note.unlink(missing_ok=True)
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Turn a full or read-only disk into one line; what was written stays."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(
-            f"cannot write {path} ({error.strerror or error}); what arrived is kept: the same command goes on from there"
-        ) from error
-
-
-def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
-    path = folder / MANIFEST
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError):
-        entries = None
-    fields = {"sha256": str, "bytes": int, "url": str, "downloaded": str}
-    if not isinstance(entries, dict) or not all(
-        isinstance(entry, dict) and all(isinstance(entry.get(name), kind) for name, kind in fields.items())
-        for entry in entries.values()
-    ):
-        raise InputError(f"{path} is damaged; delete it: the next complete download writes a new one")
-    return entries
-
-
-def _accept(part: _Part, path: Path, digest: str, url: str) -> None:
-    """Enter a complete, checked part in the manifest and give it its name."""
-    with _writing(path):
-        # The entry first: a file of this name then always has what later downloads are compared with.
-        _enter(path, digest, part.size(), url)
-        part.become(path)
-
-
-def _enter(path: Path, digest: str, size: int, url: str) -> None:
-    manifest = path.with_name(MANIFEST)
-    with hold_lock(path.with_name(f".{MANIFEST}.lock")):  # other data sets are downloaded into the same folder
-        entries = _manifest(path.parent)
-        if entries.get(path.name, {}).get("sha256") != digest:
-            now = datetime.now(UTC).isoformat(timespec="seconds")
-            entries[path.name] = {"sha256": digest, "bytes": size, "url": url, "downloaded": now}
-            write_text(manifest, json.dumps(entries, indent=2, sort_keys=True) + "\n")
-
-
-def _check_present(path: Path) -> None:
-    """Compare a file with the manifest, if that has it."""
-    if path.name in _manifest(path.parent) and manifest_entry(path) is None:
-        raise InputError(
-            f"{path} is not the file that was downloaded: its digest differs from the one in {MANIFEST}; delete the file "
-            "to download it again, or its entry there to keep it"
-        )
-
-
-def _refuse_generated(dataset: str, root: Path) -> None:
-    """Published files beside a generated set's description would pass for generated ones."""
-    description = root / f"{dataset}.json"
-    if description.is_file():
-        raise InputError(
-            f"{description} says that {dataset} was generated in this folder; choose another folder for the published set"
-        )
-
-
-# The transfer.
-
-
-def _session() -> requests.Session:
-    try:
-        import requests
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(error.name or "requests", "ogbench") from error
-    return requests.Session()
+def _other_ways(dataset: str) -> str:
+    generate = f"make it with `deflow data generate {dataset}`, or " if dataset in GENERATED_DATASETS else ""
+    return f"{generate}install a copy with `deflow data download {dataset} --from-file FILE`"
 
 
 def _mirrors(mirrors: Sequence[str] | None) -> list[str]:
@@ -393,31 +268,103 @@ def _mirrors(mirrors: Sequence[str] | None) -> list[str]:
     return bases
 
 
-def _other_ways(dataset: str) -> str:
-    generate = f"make it with `deflow data generate {dataset}`, or " if dataset in GENERATED_DATASETS else ""
-    return f"{generate}install a copy with `deflow data download {dataset} --from-file FILE`"
+def _refuse_generated(dataset: str, root: Path) -> None:
+    """Published files beside a generated set's description would pass for generated ones."""
+    description = root / f"{dataset}.json"
+    if description.is_file():
+        raise InputError(
+            f"{description} says that {dataset} was generated in this folder; choose another folder for the published set"
+        )
+
+
+def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    path = folder / MANIFEST
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        for entry in entries.values():
+            if [type(entry[name]) for name in ("sha256", "bytes", "url", "downloaded")] != [str, int, str, str]:
+                raise ValueError("an entry has other fields")
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is damaged; delete it: the next complete download writes a new one") from error
+    return entries
+
+
+class _Part:
+    """The unfinished file beside ``target``, and the note about the file it is the beginning of.
+
+    The note holds ``url``, ``total`` (bytes of the whole file, or ``None``), ``etag`` and ``last_modified`` (the server's names
+    for this version of the file, or ``None``).
+    """
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+        self.path = target.with_name(f"{target.name}.part")
+        self._note = target.with_name(f"{target.name}.part.json")
+
+    def size(self) -> int:
+        return self.path.stat().st_size if self.path.is_file() else 0
+
+    def note(self, url: str | None = None) -> dict[str, Any] | None:
+        """The note, or ``None`` where there is none; with ``url``, only if there is something from there to continue."""
+        try:
+            note = json.loads(self._note.read_text(encoding="utf-8"))
+            usable = note.keys() == {"url", "total", "etag", "last_modified"}
+        except (OSError, ValueError, AttributeError):
+            return None
+        return note if usable and (url is None or (note["url"] == url and self.size() > 0)) else None
+
+    def begin(self, note: dict[str, Any]) -> None:
+        """Start anew with the file that ``note`` describes."""
+        with _writing(self.path):
+            self.path.write_bytes(b"")  # first: the note must not describe bytes of another file
+            write_text(self._note, json.dumps(note, indent=2) + "\n")
+
+    def discard(self) -> None:
+        self.path.unlink(missing_ok=True)
+        self._note.unlink(missing_ok=True)
+
+    def accept(self, digest: str, url: str) -> None:
+        """Enter the complete, checked part in the manifest and give it its name."""
+        manifest = self.target.with_name(MANIFEST)
+        # The entry first: a file of this name then always has a digest that later downloads are compared with.
+        with _writing(self.target), hold_lock(manifest.with_name(f".{MANIFEST}.lock")):
+            entries = _manifest(self.target.parent)
+            if entries.get(self.target.name, {}).get("sha256") != digest:
+                now = datetime.now(UTC).isoformat(timespec="seconds")
+                entry = {"sha256": digest, "bytes": self.size(), "url": url, "downloaded": now}
+                write_text(manifest, json.dumps({**entries, self.target.name: entry}, indent=2, sort_keys=True) + "\n")
+            self.become()
+
+    def become(self) -> None:
+        with self.path.open("rb+") as file:
+            os.fsync(file.fileno())  # a power cut must not leave the name without the bytes
+        os.replace(self.path, self.target)
+        self._note.unlink(missing_ok=True)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn a full or read-only disk into one line; the bytes that were written stay."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # requests' errors are OSErrors too
+            raise
+        raise InputError(
+            f"cannot write {path} ({error.strerror or error}); what arrived is kept: the same command goes on from there"
+        ) from error
 
 
 def _fetch_from(session: requests.Session, url: str, part: _Part, expected: str | None, show_progress: bool) -> str:
     """Complete the part from one mirror and check it; returns its digest."""
-    while True:
-        resumed = _resumable(part, url) is not None
-        _transfer(session, url, part, show_progress)
-        try:
-            return _digest_of_npz(part.path, expected, show_progress)
-        except _Unusable:
-            part.discard()
-            if not resumed:
-                raise  # else the older bytes may be to blame (a power cut, a careless server): once more from the start
-
-
-def _transfer(session: requests.Session, url: str, part: _Part, show_progress: bool) -> None:
-    """Go on with one mirror until the part is complete or it makes no more progress."""
-    best, failures = part.size() if _resumable(part, url) else 0, 0
+    resumed = part.note(url) is not None
+    best, failures = part.size() if resumed else 0, 0
     while True:
         try:
             _request(session, url, part, show_progress)
-            return
+            return _digest_of_npz(part.path, expected, show_progress)
         except _BrokenOff as end:
             if part.size() >= best + _PROGRESS_BYTES:
                 best, failures = part.size(), 0
@@ -425,95 +372,42 @@ def _transfer(session: requests.Session, url: str, part: _Part, show_progress: b
             if failures >= ATTEMPTS:
                 raise _MirrorFailed(f"{end}, {failures} times") from end
             time.sleep(BACKOFF_S * 2 ** (failures - 1))
-
-
-def _resumable(part: _Part, url: str) -> _Known | None:
-    """What the part is the beginning of, if ``url`` may go on with it."""
-    known = part.known()
-    return known if known is not None and known.url == url and part.size() > 0 else None
+        except _Unusable:
+            part.discard()
+            if not resumed:
+                raise
+            # The older bytes may be to blame (a power cut, a careless server): once more from the start.
+            resumed, best, failures = False, 0, 0
 
 
 def _request(session: requests.Session, url: str, part: _Part, show_progress: bool) -> None:
-    """One request for what the part lacks, written as it arrives."""
-    known = _resumable(part, url)
-    if known is not None and known.total == part.size():
+    """Request the rest of the file once and append it as it arrives."""
+    note, size = part.note(url), part.size()
+    if note is not None and note["total"] == size:
         return
-    headers = {"Accept-Encoding": "identity"}  # the bytes of the file, whose length and ranges mean something
-    if known is not None:
-        headers["Range"] = f"bytes={part.size()}-"
-        if known.validator is not None:
-            headers["If-Range"] = known.validator
+    headers = {"Accept-Encoding": "identity"}  # lengths and ranges are those of the file
+    if note is not None:
+        headers["Range"] = f"bytes={size}-"
+        weak = note["etag"] is None or note["etag"].startswith("W/")  # does not promise equal bytes
+        if validator := note["last_modified"] if weak else note["etag"]:
+            headers["If-Range"] = validator
     with (
         _transfer_errors(),
         session.get(url, headers=headers, stream=True, timeout=(CONNECT_TIMEOUT_S, READ_TIMEOUT_S)) as response,
     ):
-        total = _begin(response, url, part, known)
+        total = _begin(response, url, part, note)
         with (
             _writing(part.path),
             part.path.open("ab", buffering=0) as file,  # after a kill the file holds all that arrived
             byte_bar(part.target.name, total, initial=part.size(), show=show_progress) as bar,
         ):
-            if total is None or part.size() < total:
-                for chunk in response.raw.stream(_CHUNK_BYTES, decode_content=False):
+            if total != part.size():
+                for chunk in response.iter_content(_CHUNK_BYTES):
                     _write_all(file, chunk)
                     bar.update(len(chunk))
-            bar.leave = total is None or part.size() == total
+            bar.leave = total in (None, part.size())
     if total is not None and part.size() < total:
         raise _BrokenOff(f"ended after {part.size()} of {total} bytes")
-
-
-def _begin(response: requests.Response, url: str, part: _Part, known: _Known | None) -> int | None:
-    """Judge the head of an answer and leave in the part what its body continues; returns the whole file's bytes."""
-    if response.status_code == 416 and known is not None:
-        total = _number(r"bytes \*/(\d+)", response.headers.get("Content-Range", ""))
-        if total == part.size():
-            return total  # complete, of a server that had named no length; the check of the content follows
-        part.discard()
-        raise _BrokenOff("the file there has changed")
-    if response.status_code == 206 and known is not None:
-        content_range = response.headers.get("Content-Range", "")
-        total = _number(r"bytes \d+-\d+/(\d+)", content_range)
-        if _number(r"bytes (\d+)-", content_range) != part.size() or not _same_version(known, response, total):
-            part.discard()
-            raise _BrokenOff("the file there has changed")
-        total = known.total if total is None else total
-        _check_space(part.target, None if total is None else total - part.size())
-        return total
-    if response.status_code != 200:
-        raise _MirrorFailed(f"HTTP {response.status_code} {response.reason}".rstrip())
-    if response.headers.get("Content-Encoding", "identity") != "identity":
-        raise _MirrorFailed(f"sends the file in the encoding {response.headers['Content-Encoding']}")
-    total = _number(r"(\d+)", response.headers.get("Content-Length", ""))
-    _check_space(part.target, None if total is None else total - part.size())  # what is there makes room
-    with _writing(part.path):
-        part.begin(_Known(url, total, response.headers.get("ETag"), response.headers.get("Last-Modified")))
-    return total
-
-
-def _same_version(known: _Known, response: requests.Response, total: int | None) -> bool:
-    """Whether an answer is about the file the part is the beginning of; servers exist that ignore ``If-Range``."""
-    pairs = [(known.etag, response.headers.get("ETag")), (known.last_modified, response.headers.get("Last-Modified"))]
-    pairs = [(before, now) for before, now in pairs if before is not None and now is not None]
-    if any(before != now for before, now in pairs):
-        return False
-    if known.total is not None and total is not None:
-        return known.total == total
-    return bool(pairs)  # lengths cannot be compared: only the server's word counts
-
-
-def _number(pattern: str, text: str) -> int | None:
-    match = re.match(pattern, text)
-    return int(match.group(1)) if match else None
-
-
-def _check_space(path: Path, lacking: int | None) -> None:
-    """Refuse what cannot fit before it is begun; ``lacking`` is ``None`` where nobody knows."""
-    free = shutil.disk_usage(path.parent).free
-    if lacking is not None and lacking > free:
-        raise InputError(
-            f"the disk of {path.parent} has {free / 1e6:.1f} MB free, {path.name} needs {lacking / 1e6:.1f} MB; make room "
-            "or choose another folder (DEFLOW_HOME, data_root=, --out)"
-        )
 
 
 def _write_all(file: FileIO, chunk: bytes) -> None:
@@ -523,47 +417,86 @@ def _write_all(file: FileIO, chunk: bytes) -> None:
         rest = rest[file.write(rest) :]
 
 
+def _begin(response: requests.Response, url: str, part: _Part, note: dict[str, Any] | None) -> int | None:
+    """Check a response's head and prepare the part for its body; returns the length of the whole file if it is known."""
+    status, headers, size = response.status_code, response.headers, part.size()
+    if note is not None and status in (206, 416):
+        content_range = headers.get("Content-Range", "")
+        total = _number(r"bytes (?:\d+-\d+|\*)/(\d+)", content_range)
+        if status == 416 and total == size:
+            return total  # complete, from a server that had named no length; the content is checked next
+        if status == 206 and _number(r"bytes (\d+)-", content_range) == size and _same_version(note, headers, total):
+            return note["total"] if total is None else total
+        part.discard()
+        raise _BrokenOff("the file there has changed")
+    if status != 200:
+        raise _MirrorFailed(f"HTTP {status} {response.reason}".rstrip())
+    if headers.get("Content-Encoding", "identity") != "identity":
+        raise _MirrorFailed(f"sends the file in the encoding {headers['Content-Encoding']}")
+    total = _number(r"(\d+)", headers.get("Content-Length", ""))
+    _check_space(part.target, (total or 0) - size)  # the old part makes room
+    validators = {"etag": headers.get("ETag"), "last_modified": headers.get("Last-Modified")}
+    part.begin({"url": url, "total": total, **validators})
+    return total
+
+
+def _number(pattern: str, text: str) -> int | None:
+    match = re.match(pattern, text)
+    return int(match[1]) if match else None
+
+
+def _same_version(note: dict[str, Any], headers: Any, total: int | None) -> bool:
+    """Whether a response is about the file that the part is the beginning of; some servers ignore ``If-Range``."""
+    pairs = [(note["etag"], headers.get("ETag")), (note["last_modified"], headers.get("Last-Modified"))]
+    known = [before == now for before, now in pairs if before is not None and now is not None]
+    if note["total"] is not None and total is not None:
+        return all(known) and note["total"] == total
+    return bool(known) and all(known)  # without lengths, only the server's word counts
+
+
+def _check_space(path: Path, lacking: int) -> None:
+    free = shutil.disk_usage(path.parent).free
+    if lacking > free:
+        raise InputError(
+            f"the disk of {path.parent} has {free / 1e6:.1f} MB free, {path.name} needs {lacking / 1e6:.1f} MB; make room "
+            "or choose another folder (DEFLOW_HOME, data_root=, --out)"
+        )
+
+
 @contextmanager
 def _transfer_errors() -> Iterator[None]:
-    """Sort what the network does wrong: a mirror that is out of reach, or a transfer that ended early."""
+    """Tell a mirror that is out of reach from a transfer that ended early."""
     import requests
-    import urllib3
+    from urllib3.exceptions import ProtocolError, ReadTimeoutError, SSLError
 
     try:
         yield
-    except (requests.ConnectTimeout, urllib3.exceptions.ConnectTimeoutError) as error:
-        raise _MirrorFailed(f"no connection within {CONNECT_TIMEOUT_S:g} s") from error
-    except (requests.ReadTimeout, urllib3.exceptions.ReadTimeoutError) as error:
-        raise _BrokenOff(f"sent nothing for {READ_TIMEOUT_S:g} s") from error
-    except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-        inner = _innermost(error)
-        reason = getattr(inner, "strerror", None) or " ".join(str(inner).split()) or type(inner).__name__
-        # A broken connection had been one; anything else (refused, no such host, certificate) will not mend in seconds.
-        broken = isinstance(error, urllib3.exceptions.HTTPError) or (
-            error.args and isinstance(error.args[0], urllib3.exceptions.ProtocolError)
-        )
-        raise (_BrokenOff if broken else _MirrorFailed)(reason) from error
+    except requests.RequestException as error:
+        cause = error.args[0] if error.args else None
+        if isinstance(error, requests.ConnectTimeout):
+            raise _MirrorFailed(f"no connection within {CONNECT_TIMEOUT_S:g} s") from error
+        if isinstance(error, requests.ReadTimeout) or isinstance(cause, ReadTimeoutError):
+            raise _BrokenOff(f"sent nothing for {READ_TIMEOUT_S:g} s") from error
+        # The connection broke. Any other reason (refused, no such host, certificate) will not pass in seconds.
+        failure = _BrokenOff if isinstance(cause, ProtocolError | SSLError) else _MirrorFailed
+        raise failure(_innermost_reason(error)) from error
 
 
-def _innermost(error: BaseException) -> BaseException:
-    """The system's own error under the layers that libraries have put around it."""
-    for _ in range(10):
-        inner = (getattr(error, "reason", None), *error.args, error.__cause__, error.__context__)
-        deeper = next((candidate for candidate in inner if isinstance(candidate, BaseException)), None)
-        if deeper is None:
-            break
-        error = deeper
-    return error
-
-
-# The content.
+def _innermost_reason(error: BaseException) -> str:
+    """The system's own message, without those of the libraries around it."""
+    inner: BaseException | None = error
+    while inner is not None:
+        error = inner
+        candidates = (getattr(error, "reason", None), *error.args, error.__cause__, error.__context__)
+        inner = next((candidate for candidate in candidates if isinstance(candidate, BaseException)), None)
+    return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
 
 
 def _digest_of_npz(path: Path, expected: str | None, show_progress: bool) -> str:
-    """SHA-256 of a data file, which must be the expected one or, where none is, that of an archive sound in every byte.
+    """SHA-256 of a data file. Where no digest is expected, the archive is read through to its last byte.
 
     Raises:
-        _Unusable: if it is not.
+        _Unusable: if the digest is not the expected one or the archive is damaged.
     """
     try:
         digest = _sha256(path, show_progress)
@@ -593,8 +526,7 @@ def _check_archive(path: Path, show_progress: bool) -> None:
     """Read an archive to its end, which compares every member with its CRC."""
     try:
         with zipfile.ZipFile(path) as archive:
-            absent = [name for name in _MEMBERS if name not in archive.namelist()]
-            if absent:
+            if absent := [name for name in _MEMBERS if name not in archive.namelist()]:
                 raise _Unusable(f"has no {', '.join(absent)}: it is not an OGBench data set")
             total = sum(member.file_size for member in archive.infolist())
             with byte_bar(f"check {path.name}", total, show=show_progress, delay=1.0) as bar:
@@ -614,27 +546,27 @@ def _assign_splits(dataset: str, files: Sequence[Path]) -> dict[str, Path]:
     for path in files:
         if not path.is_file():
             raise InputError(f"no file {path}")
-        if path.name not in names and re.fullmatch(r"[a-z0-9-]+-v\d+\.npz|[a-z0-9-]+-v\d+-val\.npz", path.name):
+        if path.name not in names and re.fullmatch(r"[a-z0-9-]+-v\d+(-val)?\.npz", path.name):
             raise InputError(f"{path} has the name of another data set than {dataset}; rename it if it is this one")
-    named = [names.get(path.name) for path in files]
-    free = iter(split for split in SPLITS if split not in named)
-    chosen = [split or next(free, None) for split in named]
-    if not files or None in chosen or len(set(chosen)) < len(files):
+    free = iter(split for name, split in names.items() if name not in [path.name for path in files])
+    chosen = {names.get(path.name) or next(free, None): path for path in files}
+    if not files or None in chosen or len(chosen) < len(files):
         raise InputError(f"give {' and '.join(names)}, each once; got {', '.join(map(str, files)) or 'no file'}")
-    return {split: path for split in SPLITS for path, own in zip(files, chosen, strict=True) if own == split}
+    return {split: chosen[split] for split in SPLITS if split in chosen}
 
 
-def _copy(source: Path, path: Path, digest: str) -> None:
-    temporary = path.with_name(f".{path.name}.copy")  # one name, so that the next try replaces what a kill has left
+def _copy(source: Path, part: _Part, digest: str) -> None:
+    """Copy ``source`` over the part, check the copy and give it its name; a failure leaves nothing."""
+    path = part.target
     try:
         _check_space(path, source.stat().st_size)
-        shutil.copyfile(source, temporary)
-        if _sha256(temporary) != digest:
+        shutil.copyfile(source, part.path)
+        if _sha256(part.path) != digest:
             raise InputError(
                 f"{path} is not installed: the copy differs from {source}, which may be changing; try again"
             )
-        os.replace(temporary, path)
+        part.become()
     except OSError as error:
         raise InputError(f"cannot copy {source} to {path} ({error.strerror or error}); it is not installed") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        part.discard()

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""A data set's card: what it is, where it is from, and what is in it, as JSON and Markdown."""
+"""Data cards: source, size and contents of a data set, as JSON and Markdown."""
 
 from __future__ import annotations
 
@@ -24,45 +24,33 @@ def data_card(dataset: TransitionDataset, *, name: str, reward_meaning: str | No
     """Describe a set.
 
     Args:
-        dataset: the transitions, read once, a chunk at a time.
+        dataset: the transitions.
 
     Keyword Args:
-        name: what the set is called.
+        name: name of the set.
         reward_meaning: what the reward's values mean, where it is known.
 
     Returns:
         Plain values: source and provenance, versions, sizes, episode lengths, reward values, counts, action statistics.
     """
+    about, report, rows = dataset.about, dataset.report, len(dataset)
+    action, reward = dataset.action.cpu(), dataset.reward.cpu()
     lengths = dataset.episode_lengths
     lengths = lengths[lengths > 0].double().cpu()
-    values: dict[float, int] | None = {}
-    reward_sum = 0.0
-    dimensions = dataset.action.shape[1]
-    total, squares = torch.zeros(dimensions, dtype=torch.float64), torch.zeros(dimensions, dtype=torch.float64)
-    low, high = torch.full((dimensions,), torch.inf), torch.full((dimensions,), -torch.inf)
-    for begin in range(0, len(dataset), _ROWS):
-        reward = dataset.reward[begin : begin + _ROWS].cpu()
-        reward_sum += float(reward.double().sum())
-        unique, counts = reward.unique(return_counts=True)
-        if values is not None:
-            for value, count in zip(unique.tolist(), counts.tolist(), strict=True):
-                values[value] = values.get(value, 0) + count
-            values = None if len(values) > _MOST_VALUES else values
-        action = dataset.action[begin : begin + _ROWS].cpu()
-        total += action.double().sum(0)
-        squares += action.double().square().sum(0)
-        low, high = torch.minimum(low, action.amin(0)), torch.maximum(high, action.amax(0))
-    mean = total / len(dataset)
-    episode = torch.searchsorted(dataset.episode_starts, dataset.terminated.nonzero().squeeze(-1), right=True)
-    report = dataset.report
+    ended = torch.searchsorted(dataset.episode_starts, dataset.terminated.nonzero().squeeze(-1), right=True)
+    total, squares = torch.zeros(2, action.shape[1], dtype=torch.float64)
+    for part in action.split(_ROWS):  # memory-mapped actions may be larger than memory
+        total += part.double().sum(0)
+        squares += part.double().square().sum(0)
+    mean = total / rows
     return {
         "schema": CARD_SCHEMA,
         "name": name,
         "source": dataset.source,
-        "provenance": dataset.about.get("provenance", "unknown"),
-        "about": {key: value for key, value in dataset.about.items() if key not in ("provenance", "fingerprint")},
+        "provenance": about.get("provenance", "unknown"),
+        "about": {key: value for key, value in about.items() if key not in ("provenance", "fingerprint")},
         "versions": package_versions(),
-        "transitions": len(dataset),
+        "transitions": rows,
         "episodes": len(lengths),
         "episode_length": {
             "min": int(lengths.min()),
@@ -75,30 +63,40 @@ def data_card(dataset: TransitionDataset, *, name: str, reward_meaning: str | No
             "dtype": str(dataset.observation.dtype).removeprefix("torch."),
         },
         "reward": None
-        if "rewards" in dataset.about
+        if "rewards" in about
         else {
-            "min": float(dataset.reward.min()),
-            "max": float(dataset.reward.max()),
-            "mean": reward_sum / len(dataset),
-            "values": None if values is None else {_number(value): values[value] for value in sorted(values)},
+            "min": float(reward.min()),
+            "max": float(reward.max()),
+            "mean": float(reward.double().mean()),
+            "values": _counts(reward),
             "meaning": reward_meaning,
         },
-        "terminated": {
-            "transitions": int(dataset.terminated.sum()),
-            "episodes": len(episode.unique()),
-        },
+        "terminated": {"transitions": int(dataset.terminated.sum()), "episodes": len(ended.unique())},
         "action": {
-            "dimensions": dimensions,
+            "dimensions": action.shape[1],
             "mean": mean.tolist(),
-            "std": (squares / len(dataset) - mean.square()).clamp_min(0).sqrt().tolist(),
-            "min": low.tolist(),
-            "max": high.tolist(),
+            "std": (squares / rows - mean.square()).clamp_min(0).sqrt().tolist(),
+            "min": action.amin(0).tolist(),
+            "max": action.amax(0).tolist(),
             "clipped_numbers": None if report is None else report.clipped_actions,
         },
         "duplicated_transitions": None if report is None else report.duplicated_transitions,
         "jump": None if report is None or report.jump is None else str(report.jump),
         "bytes": dataset.nbytes,
     }
+
+
+def _counts(reward: torch.Tensor) -> dict[str, int] | None:
+    """How often each value occurs, in ascending order; ``None`` where there are many."""
+    values, counts = reward.unique(return_counts=True)
+    if len(values) > _MOST_VALUES:
+        return None
+    return {_shortest(value): count for value, count in zip(values.tolist(), counts.tolist(), strict=True)}
+
+
+def _shortest(value: float) -> str:
+    """The shortest decimal that tells a float32 from every other."""
+    return np.format_float_positional(np.float32(value), trim="-") if abs(value) < 1e6 else repr(value)
 
 
 def write_card(card: Mapping[str, Any], folder: Path) -> None:
@@ -113,60 +111,43 @@ def write_card(card: Mapping[str, Any], folder: Path) -> None:
 
 
 def card_markdown(card: Mapping[str, Any]) -> str:
-    """The card as a page of Markdown."""
+    """Render the card as a page of Markdown."""
     reward, action, length, ended = card["reward"], card["action"], card["episode_length"], card["terminated"]
+    clipped, duplicated = (
+        "not counted" if number is None else number
+        for number in (action["clipped_numbers"], card["duplicated_transitions"])
+    )
     if reward is None:
-        earned = [("reward", card["about"]["rewards"])]
+        earned = {"reward": card["about"]["rewards"]}
     else:
-        earned = [
-            (
-                "reward",
-                f"{reward['min']:g} to {reward['max']:g}, mean {reward['mean']:.4g}: {_values(reward['values'])}",
-            ),
-            ("reward's meaning", reward["meaning"] or "not known here"),
-        ]
-    rows = [
-        ("source", card["source"]),
-        ("provenance", card["provenance"]),
-        ("transitions", card["transitions"]),
-        (
-            "episodes",
-            f"{card['episodes']}, of {length['min']} to {length['max']} transitions (median {length['median']:g})",
-        ),
-        ("observation", f"{card['observation']['dtype']} {card['observation']['shape']}"),
-        (
-            "action",
-            f"{action['dimensions']} numbers in [-1, 1]; {_count(action['clipped_numbers'])} clipped to +-(1 - 1e-5)",
-        ),
-        *earned,
-        ("terminated", f"{ended['transitions']} transitions, in {ended['episodes']} episodes"),
-        ("duplicated transitions", _count(card["duplicated_transitions"])),
-        ("jumps inside episodes", card["jump"] or "none found"),
-        ("size", f"{card['bytes'] / 1e6:.1f} MB, observations stored once"),
-        ("versions", ", ".join(f"{name} {version}" for name, version in card["versions"].items())),
-        *((name.replace("_", " "), value) for name, value in card["about"].items()),
-    ]
+        values = f"more than {_MOST_VALUES} different values"
+        if reward["values"] is not None:
+            values = ", ".join(f"{value} ({count})" for value, count in reward["values"].items())
+        earned = {
+            "reward": f"{reward['min']:g} to {reward['max']:g}, mean {reward['mean']:.4g}: {values}",
+            "reward's meaning": reward["meaning"] or "not known here",
+        }
+    rows = {
+        "source": card["source"],
+        "provenance": card["provenance"],
+        "transitions": card["transitions"],
+        "episodes": f"{card['episodes']}, of {length['min']} to {length['max']} transitions (median {length['median']:g})",
+        "observation": f"{card['observation']['dtype']} {card['observation']['shape']}",
+        "action": f"{action['dimensions']} numbers in [-1, 1]; {clipped} clipped to +-(1 - 1e-5)",
+        **earned,
+        "terminated": f"{ended['transitions']} transitions, in {ended['episodes']} episodes",
+        "duplicated transitions": duplicated,
+        "jumps inside episodes": card["jump"] or "none found",
+        "size": f"{card['bytes'] / 1e6:.1f} MB, observations stored once",
+        "versions": card["versions"],
+    }
     lines = [f"# {card['name']}", "", "| | |", "|---|---|"]
-    lines += [f"| {name} | {_cell(value)} |" for name, value in rows]
+    about = [(name.replace("_", " "), value) for name, value in card["about"].items()]
+    lines += [f"| {name} | {_cell(value)} |" for name, value in [*rows.items(), *about]]
     lines += ["", "| action | mean | std | min | max |", "|---|---|---|---|---|"]
     columns = zip(action["mean"], action["std"], action["min"], action["max"], strict=True)
     lines += [f"| {i} | " + " | ".join(f"{value:.4g}" for value in column) + " |" for i, column in enumerate(columns)]
     return "\n".join(lines) + "\n"
-
-
-def _number(value: float) -> str:
-    """As short as tells it apart from every other float32."""
-    return np.format_float_positional(np.float32(value), trim="-") if abs(value) < 1e6 else repr(value)
-
-
-def _values(values: Mapping[str, int] | None) -> str:
-    if values is None:
-        return f"more than {_MOST_VALUES} different values"
-    return ", ".join(f"{value} ({count})" for value, count in values.items())
-
-
-def _count(number: int | None) -> str:
-    return "not counted" if number is None else str(number)
 
 
 def _cell(value: Any) -> str:

@@ -36,8 +36,6 @@ from deflow_torchrl.paths import (
 from deflow_torchrl.processes import KillableSpawnContext, available_cores, children_ignore_ctrl_c, die_with_parent
 from deflow_torchrl.sources.oracles import GENERATED_DATASETS, EpisodeCollector, EpisodeSettings
 
-_SPLITS = ("train", "val")
-
 
 def generated_dataset_name(name: str) -> str:
     """The name of a set that can be generated, given with or without its ending ``-v0``.
@@ -103,17 +101,21 @@ def generate_ogbench_dataset(
         )
     about = {"dataset": dataset, "seed": seed, "settings": asdict(settings), "versions": _versions()}
     folder = make_writable_folder(Path(root).expanduser())
-    numbers = dict(zip(_SPLITS, (episodes, val_episodes), strict=True))
-    files = {split: dataset_path(dataset, folder, split) for split in _SPLITS}
-    with only_one_prepares(dataset, folder), _one_line_for_failures(folder):
+    numbers = {"train": episodes, "val": val_episodes}
+    files = {split: dataset_path(dataset, folder, split) for split in numbers}
+    description = folder / f"{dataset}.json"
+    with only_one_prepares(dataset, folder), _failures_in_one_line(folder):
         if any(path.is_file() for path in files.values()):
-            _check_same(folder / f"{dataset}.json", {**about, "episodes": numbers})
+            _check_same(description, {**about, "episodes": numbers})
         if not all(path.is_file() for path in files.values()):
-            parts = _parts_folder(folder, dataset, about)
+            # A folder for each settings: a process that is still at work for others must not write into this set.
+            digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+            parts = folder / f".{dataset}.{digest}.parts"
+            parts.mkdir(exist_ok=True)
             jobs = [(split, episode) for split, number in numbers.items() for episode in range(number)]
             open_jobs = [job for job in jobs if not _part_path(parts, *job).is_file()]
-            # Closed here: an error outside the generator, in the progress bar, must not leave its workers to the collector.
-            with closing(_run_jobs(dataset, seed, open_jobs, parts, min(workers, max(len(open_jobs), 1)))) as finished:
+            # Closed here: after an error in the progress bar the workers must not wait for the garbage collector.
+            with closing(_run_jobs(dataset, seed, open_jobs, parts, min(workers, len(open_jobs)))) as finished:
                 for _ in finished if progress is None else progress(finished, len(open_jobs)):
                     pass
             about |= {
@@ -121,8 +123,7 @@ def generate_ogbench_dataset(
                 "episodes": numbers,
                 "transitions": {split: number * (settings.episode_steps - 1) for split, number in numbers.items()},
             }
-            # The description first: a set without one would pass for published data.
-            write_text(folder / f"{dataset}.json", json.dumps(about, indent=2) + "\n")
+            write_text(description, json.dumps(about, indent=2) + "\n")  # first: without it, a set passes for published
             for split, number in numbers.items():
                 _join_parts([_part_path(parts, split, episode) for episode in range(number)], files[split])
         for parts in folder.glob(f".{dataset}.*parts"):  # of other settings too: a set that stands refuses them
@@ -131,8 +132,8 @@ def generate_ogbench_dataset(
 
 
 @contextmanager
-def _one_line_for_failures(folder: Path) -> Iterator[None]:
-    """Turn a full disk and a killed worker into one line; what is finished stays either way."""
+def _failures_in_one_line(folder: Path) -> Iterator[None]:
+    """Turn a full disk and a killed worker into one line; finished episodes stay either way."""
     try:
         yield
     except OSError as error:
@@ -147,26 +148,19 @@ def _one_line_for_failures(folder: Path) -> Iterator[None]:
 
 def _check_same(description: Path, wanted: dict[str, Any]) -> None:
     """Refuse to touch files of this name that are described otherwise or not at all."""
+    path = description.with_suffix(".npz")
+    wanted = json.loads(json.dumps(wanted))  # tuples become lists
     try:
         found = json.loads(description.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        found = None
-    if not isinstance(found, dict):
+        others = [name for name in wanted if found.get(name) != wanted[name]]
+    except (OSError, ValueError, AttributeError) as error:
         raise InputError(
-            f"{description.with_suffix('.npz')} is in the way and was not generated here (no {description.name} describes "
-            "it); choose another folder"
-        )
-    wanted = json.loads(json.dumps(wanted))  # tuples become lists
-    other = [
-        f"{name} ({json.dumps(found.get(name))} there)" if name in ("seed", "episodes") else name
-        for name in wanted
-        if found.get(name) != wanted[name]
-    ]
-    if other:
-        raise InputError(
-            f"{description.with_suffix('.npz')} is in the way: made with other {', '.join(other)}; "
-            "choose another folder or delete it"
-        )
+            f"{path} is in the way and was not generated here (no {description.name} describes it); choose another folder"
+        ) from error
+    if others:
+        values = {name: f" ({json.dumps(found.get(name))} there)" for name in ("seed", "episodes")}
+        said = ", ".join(f"{name}{values.get(name, '')}" for name in others)
+        raise InputError(f"{path} is in the way: made with other {said}; choose another folder or delete it")
 
 
 def _versions() -> dict[str, str]:
@@ -174,14 +168,6 @@ def _versions() -> dict[str, str]:
 
     import_ogbench()
     return {name: version(name) for name in ("ogbench", "mujoco", "gymnasium", "numpy")}
-
-
-def _parts_folder(folder: Path, dataset: str, about: dict[str, Any]) -> Path:
-    """Open the folder of finished episodes: one for each settings, whoever still writes there, so that none get mixed."""
-    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
-    parts = folder / f".{dataset}.{digest}.parts"
-    parts.mkdir(exist_ok=True)
-    return parts
 
 
 def _part_path(parts: Path, split: str, episode: int) -> Path:
@@ -249,7 +235,9 @@ def generate_episode(dataset: str, *, seed: int, split: str, episode: int) -> di
     collector = _COLLECTORS[dataset][1]
     for attempt in itertools.count():
         spawn_key = (attempt,) if attempt else ()
-        stream = np.random.SeedSequence([seed, _SPLITS.index(split), episode], spawn_key=spawn_key).generate_state(2)
+        stream = np.random.SeedSequence(
+            [seed, ("train", "val").index(split), episode], spawn_key=spawn_key
+        ).generate_state(2)
         np.random.seed(stream[0])  # the oracles draw from numpy's global generator
         arrays = collector.run(int(stream[1]))
         if arrays is not None:
@@ -258,25 +246,18 @@ def generate_episode(dataset: str, *, seed: int, split: str, episode: int) -> di
 
 
 def _join_parts(paths: list[Path], target: Path) -> None:
-    """Write the episodes one after another into ``target``, one in memory at a time."""
+    """Write the episodes one after another into ``target``, one array of the set in memory at a time."""
     with np.load(paths[0], allow_pickle=False) as first:
-        layout = {name: (first[name].dtype, first[name].shape[1:]) for name in first.files}
-    lengths = []
-    for path in paths:
-        with np.load(path, allow_pickle=False) as part:
-            lengths.append(len(part["terminals"]))
-    with atomic_write(target) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, (dtype, shape) in layout.items():
-            header = {
-                "descr": np.lib.format.dtype_to_descr(dtype),
-                "fortran_order": False,
-                "shape": (sum(lengths), *shape),
-            }
-            # np.savez stamps the time of day into the archive; a fixed entry makes equal sets equal files.
-            entry = zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0))
+        names = first.files
+    with atomic_write(target) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        for name in names:
+            # np.savez writes the time of day into the archive; with ZipInfo's fixed date, equal sets are equal files.
+            entry = zipfile.ZipInfo(f"{name}.npy")
             entry.compress_type = zipfile.ZIP_DEFLATED
             with archive.open(entry, "w", force_zip64=True) as file:
-                np.lib.format.write_array_header_1_0(file, header)
-                for path in paths:
-                    with np.load(path, allow_pickle=False) as part:
-                        file.write(part[name].tobytes())
+                np.lib.format.write_array(file, np.concatenate([_read_array(path, name) for path in paths]))
+
+
+def _read_array(path: Path, name: str) -> np.ndarray:
+    with np.load(path, allow_pickle=False) as part:
+        return part[name]

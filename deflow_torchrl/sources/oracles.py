@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""How one episode of an OGBench data set is collected: OGBench's settings as a table, and its two protocols.
+"""Collect one episode of an OGBench data set: OGBench's settings as a table, and its two protocols.
 
 Manipulation (``cube``, ``scene``, ``puzzle``): a scripted oracle pursues one random target after another. In ``play`` sets it
 follows an open-loop plan that carries smoothed noise; in ``noisy`` sets it is closed-loop and Gaussian noise of a per-episode
@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, cast
 
 import numpy as np
@@ -23,14 +25,14 @@ from deflow_torchrl.envs.factory import make_env_by_id
 
 # Noise of the Markov oracle relative to its level: x, y, z, yaw, gripper.
 _MARKOV_NOISE_SCALE = np.array([1.0, 1.0, 1.0, 3.0, 10.0])
-# What a step's info says of the simulator's state before the step, by the name of the array it is stored in.
+# Array of a data set -> entry of a step's info with the simulator's state before the step.
 _STATE_BEFORE = {"qpos": "prev_qpos", "qvel": "prev_qvel", "button_states": "prev_button_states"}
 _DTYPES = {"terminals": np.dtype(bool), "button_states": np.dtype(np.int64)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class EpisodeSettings(ABC):
-    """What every generated data set has.
+    """Settings that every generated data set has.
 
     Attributes:
         environment_id: goal-conditioned environment of ``ogbench``.
@@ -44,7 +46,7 @@ class EpisodeSettings(ABC):
 
     @abstractmethod
     def collector(self) -> EpisodeCollector:
-        """Make the simulator and what acts in it."""
+        """Make the simulator and the policy that acts in it."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +59,12 @@ class OracleSettings:
 
 @dataclass(frozen=True)
 class VisibleCube:
-    """Where the scene's cube must stay, in metres: goal images would be ambiguous if it were hidden outside the drawer.
+    """The region where the scene's cube must stay, in metres: elsewhere it may be hidden, and goal images be ambiguous.
 
     Attributes:
-        below_y: it never gets this far to the right.
-        drawer_y: this far to the left it can only be in the drawer...
-        drawer_z: ...that is, at a height in this closed interval.
+        below_y: bound of y; the cube stays below it.
+        drawer_y: at this y and below, the cube must be in the drawer.
+        drawer_z: heights (closed interval) at which it is in the drawer.
     """
 
     below_y: float = 0.29
@@ -118,30 +120,52 @@ class PointMazeSettings(EpisodeSettings):
 
 
 class EpisodeCollector(ABC):
-    """A simulator, kept between episodes, and what acts in it. Draws come from numpy's global generator."""
+    """A simulator, kept between episodes, and the policy that acts in it. Draws come from numpy's global generator.
 
-    @abstractmethod
+    Args:
+        settings: the data set's.
+        **options: further ones for the environment.
+    """
+
+    def __init__(self, settings: EpisodeSettings, **options: Any) -> None:
+        self.env: Any = make_env_by_id(
+            settings.environment_id, terminate_at_goal=False, max_episode_steps=settings.episode_steps, **options
+        )
+
     def run(self, seed: int) -> dict[str, np.ndarray] | None:
         """Run one episode whose reset has this seed; ``None`` if it fails the set's condition and is to be made anew."""
+        observation = self.begin(seed)
+        rows = defaultdict(list)
+        done = False
+        while not done:
+            action = np.clip(self.act(observation), -1, 1)
+            following, _, terminated, truncated, info = self.env.step(action)
+            done = terminated or truncated
+            self.after_step(info)
+            state = {name: info[key] for name, key in _STATE_BEFORE.items() if key in info}
+            row = {"observations": observation, "actions": action, "terminals": done, **state}
+            for name, value in row.items():
+                rows[name].append(value)
+            observation = following
+        if not self.accepts(np.asarray(rows["qpos"])):
+            return None
+        return {name: np.asarray(values, dtype=_DTYPES.get(name, np.float32)) for name, values in rows.items()}
 
+    @abstractmethod
+    def begin(self, seed: int) -> np.ndarray:
+        """Reset the simulator with this seed and choose the episode's targets; returns the first observation."""
 
-class _Rows:
-    """The rows of one episode, with the types of the published files."""
+    @abstractmethod
+    def act(self, observation: np.ndarray) -> np.ndarray:
+        """Choose an action, noise included; it is clipped afterwards."""
 
-    def __init__(self) -> None:
-        self._rows: dict[str, list[Any]] = {}
+    @abstractmethod
+    def after_step(self, info: dict[str, Any]) -> None:
+        """Set a new target where the step has reached the old one."""
 
-    def add(self, observation: np.ndarray, action: np.ndarray, done: bool, info: Mapping[str, Any]) -> None:
-        state = {name: info[key] for name, key in _STATE_BEFORE.items() if key in info}
-        row = {"observations": observation, "actions": action, "terminals": done, **state}
-        for name, value in row.items():
-            self._rows.setdefault(name, []).append(value)
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        return {name: np.asarray(rows, dtype=_DTYPES.get(name, np.float32)) for name, rows in self._rows.items()}
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return np.asarray(self._rows[name])
+    def accepts(self, qpos: np.ndarray) -> bool:
+        """Whether an episode with these positions ``[T, Q]`` belongs into the set."""
+        return True
 
 
 class ManipulationCollector(EpisodeCollector):
@@ -150,67 +174,55 @@ class ManipulationCollector(EpisodeCollector):
     _CUBE_POSITION = slice(14, 17)  # of the first cube in qpos
 
     def __init__(self, settings: ManipulationSettings) -> None:
+        super().__init__(settings, mode="data_collection")
         self.settings = settings
-        self.env: Any = make_env_by_id(
-            settings.environment_id,
-            terminate_at_goal=False,
-            mode="data_collection",
-            max_episode_steps=settings.episode_steps,
-        )
-        self.oracles = {task: self._make(oracle) for task, oracle in settings.oracles.items()}
+        self.oracles = {}
+        for kind, oracle in settings.oracles.items():
+            module, name = oracle.path.split(":")
+            self.oracles[kind] = getattr(importlib.import_module(module), name)(env=self.env, **oracle.options)
 
-    def _make(self, settings: OracleSettings) -> Any:
-        module, name = settings.path.split(":")
-        return getattr(importlib.import_module(module), name)(env=self.env, **settings.options)
-
-    def run(self, seed: int) -> dict[str, np.ndarray] | None:  # noqa: D102
-        settings, env = self.settings, self.env
-        observation, info = env.reset(seed=seed)
+    def begin(self, seed: int) -> np.ndarray:  # noqa: D102 # described in the base class
+        settings = self.settings
+        observation, self._info = self.env.reset(seed=seed)
         low, high = settings.stacking_probability
-        stacking = np.random.uniform(low, high) if low < high else low
-        noise = np.random.uniform(0, settings.max_noise) * _MARKOV_NOISE_SCALE if settings.markovian else None
-        oracle = self.oracles[info["privileged/target_task"]]
-        oracle.reset(observation, info)
-        rows = _Rows()
-        done = False
-        while not done:
-            if np.random.rand() < settings.random_action_probability:
-                action = env.action_space.sample()
-            else:
-                action = np.array(oracle.select_action(observation, info))
-                if noise is not None:
-                    action = action + np.random.normal(0, noise, action.shape)
-            action = np.clip(action, -1, 1)
-            following, _, terminated, truncated, info = env.step(action)
-            done = terminated or truncated
-            if oracle.done:
-                target_observation, target_info = env.unwrapped.set_new_target(p_stack=stacking)
-                oracle = self.oracles[target_info["privileged/target_task"]]
-                oracle.reset(target_observation, target_info)
-            rows.add(observation, action, done, info)
-            observation = following
-        condition = settings.visible_cube
-        if condition is not None and not condition.holds(rows["qpos"][:, self._CUBE_POSITION]):
-            return None
-        return rows.arrays()
+        self._stacking = np.random.uniform(low, high) if low < high else low
+        self._noise = np.random.uniform(0, settings.max_noise) * _MARKOV_NOISE_SCALE if settings.markovian else None
+        self._pursue(observation, self._info)
+        return observation
+
+    def act(self, observation: np.ndarray) -> np.ndarray:  # noqa: D102
+        if np.random.rand() < self.settings.random_action_probability:
+            return self.env.action_space.sample()
+        action = np.array(self._oracle.select_action(observation, self._info))
+        return action if self._noise is None else action + np.random.normal(0, self._noise, action.shape)
+
+    def after_step(self, info: dict[str, Any]) -> None:  # noqa: D102
+        self._info = info
+        if self._oracle.done:
+            self._pursue(*self.env.unwrapped.set_new_target(p_stack=self._stacking))
+
+    def accepts(self, qpos: np.ndarray) -> bool:  # noqa: D102
+        condition = self.settings.visible_cube
+        return condition is None or condition.holds(qpos[:, self._CUBE_POSITION])
+
+    def _pursue(self, observation: np.ndarray, info: dict[str, Any]) -> None:
+        self._oracle = self.oracles[info["privileged/target_task"]]
+        self._oracle.reset(observation, info)
 
 
 class PointMazeCollector(EpisodeCollector):
     """Follow the shortest path through the maze, with noise."""
 
     def __init__(self, settings: PointMazeSettings) -> None:
+        super().__init__(settings)
         self.settings = settings
-        self.env: Any = make_env_by_id(
-            settings.environment_id, terminate_at_goal=False, max_episode_steps=settings.episode_steps
-        )
         self.maze = cast("Any", self.env.unwrapped)
-        self.walls: np.ndarray = self.maze.maze_map
-        self.free_cells = [(int(i), int(j)) for i, j in np.argwhere(self.walls == 0)]
+        self.free_cells = [(int(i), int(j)) for i, j in np.argwhere(self.maze.maze_map == 0)]
         self.goal_cells = [cell for cell in self.free_cells if not self._in_hallway(cell)]
 
     def _in_hallway(self, cell: tuple[int, int]) -> bool:
-        """Whether the way leads straight on: free on two opposite sides, walls on the others."""
-        (i, j), walls = cell, self.walls
+        """Whether the cell is free on two opposite sides and has walls on the others."""
+        (i, j), walls = cell, self.maze.maze_map
         sides = [int(walls[i - 1, j]), int(walls[i + 1, j]), int(walls[i, j - 1]), int(walls[i, j + 1])]
         return sides in ([0, 0, 1, 1], [1, 1, 0, 0])
 
@@ -220,87 +232,72 @@ class PointMazeCollector(EpisodeCollector):
         _, distances = self.maze.get_oracle_subgoal(position, position)
         return [(int(i), int(j)) for i, j in np.argwhere(distances == distance)]
 
-    def run(self, seed: int) -> dict[str, np.ndarray]:  # noqa: D102
-        settings, env, maze = self.settings, self.env, self.maze
-        start = _draw(self.free_cells)
-        if settings.goal_distance is None:
-            goal = _draw(self.goal_cells)
-        else:
-            goal = _draw(self.cells_at(start, settings.goal_distance) or [start])
-        observation, _ = env.reset(seed=seed, options={"task_info": {"init_ij": start, "goal_ij": goal}})
-        rows = _Rows()
-        done = False
-        while not done:
-            position = maze.get_xy()
-            way = maze.get_oracle_subgoal(position, maze.cur_goal_xy)[0] - position
-            action = way / (np.linalg.norm(way) + 1e-6)
-            action = np.clip(action + np.random.normal(0, settings.noise, action.shape), -1, 1)
-            following, _, terminated, truncated, info = env.step(action)
-            done = terminated or truncated
-            if info["success"] and settings.goal_distance is None:
-                # The environment draws a goal near the cell too, but then marks it at a NaN position in its model.
-                maze.set_goal(goal_xy=maze.add_noise(maze.ij_to_xy(_draw(self.goal_cells))))
-            rows.add(observation, action, done, info)
-            observation = following
-        return rows.arrays()
+    def begin(self, seed: int) -> np.ndarray:  # noqa: D102
+        start, distance = _draw(self.free_cells), self.settings.goal_distance
+        goal = _draw(self.goal_cells if distance is None else self.cells_at(start, distance) or [start])
+        return self.env.reset(seed=seed, options={"task_info": {"init_ij": start, "goal_ij": goal}})[0]
+
+    def act(self, observation: np.ndarray) -> np.ndarray:  # noqa: D102
+        position = self.maze.get_xy()
+        way = self.maze.get_oracle_subgoal(position, self.maze.cur_goal_xy)[0] - position
+        action = way / (np.linalg.norm(way) + 1e-6)
+        return action + np.random.normal(0, self.settings.noise, action.shape)
+
+    def after_step(self, info: dict[str, Any]) -> None:  # noqa: D102
+        if info["success"] and self.settings.goal_distance is None:
+            # The environment draws a goal near the cell too, but then marks it at a NaN position in its model.
+            goal = self.maze.ij_to_xy(_draw(self.goal_cells))
+            self.maze.set_goal(goal_xy=self.maze.add_noise(goal))
 
 
 def _draw(cells: list[tuple[int, int]]) -> tuple[int, int]:
     return cells[np.random.randint(len(cells))]
 
 
-@dataclass(frozen=True)
-class _Manipulation:
-    """What the sets of one manipulation environment differ in; the rest is common to the family."""
-
-    kinds: tuple[str, ...]
-    published_episodes: int = 1000
-    stacking_probability: tuple[float, float] = (0.5, 0.5)
-    random_action_probability: float = 0.1
-    visible_cube: VisibleCube | None = None
-    options: dict[str, float | bool] = field(default_factory=dict)
-
-    def settings(self, environment_id: str, *, markovian: bool) -> ManipulationSettings:
-        style, common = ("markov", {"min_norm": 0.4}) if markovian else ("plan", {"noise": 0.1, "noise_smoothing": 0.5})
-        return ManipulationSettings(
-            environment_id=environment_id,
-            published_episodes=self.published_episodes,
+def _manipulation(
+    environment: str,
+    *kinds: str,
+    random_actions: float = 0.1,
+    options: Mapping[str, float | bool] = MappingProxyType({}),
+    **common: Any,
+) -> dict[str, EpisodeSettings]:
+    """The play set and the noisy set of an environment, whose targets are of these kinds."""
+    play, noisy = {"noise": 0.1, "noise_smoothing": 0.5}, {"min_norm": 0.4}
+    return {
+        f"{environment}-{data}-v0": ManipulationSettings(
+            environment_id=f"{environment}-v0",
             oracles={
                 kind: OracleSettings(
                     f"ogbench.manipspace.oracles.{style}.{kind}_{style}:{kind.capitalize()}{style.capitalize()}Oracle",
-                    {**common, **self.options},
+                    {**own, **options},
                 )
-                for kind in self.kinds
+                for kind in kinds
             },
-            markovian=markovian,
-            random_action_probability=self.random_action_probability if markovian else 0.0,
-            stacking_probability=self.stacking_probability,
-            visible_cube=self.visible_cube,
+            markovian=data == "noisy",
+            random_action_probability=random_actions if data == "noisy" else 0.0,
+            **common,
         )
+        for data, style, own in (("play", "plan", play), ("noisy", "markov", noisy))
+    }
 
 
-_MANIPULATION = {
-    "cube-single": _Manipulation(("cube",), stacking_probability=(0.0, 0.0)),
-    "cube-double": _Manipulation(("cube",), stacking_probability=(0.0, 0.25)),
-    "cube-triple": _Manipulation(("cube",), stacking_probability=(0.05, 0.35), published_episodes=3000),
-    "scene": _Manipulation(("cube", "button", "drawer", "window"), visible_cube=VisibleCube()),
-    "puzzle-3x3": _Manipulation(("button",), random_action_probability=0.2, options={"gripper_always_closed": True}),
-    "puzzle-4x4": _Manipulation(("button",), random_action_probability=0.2, options={"gripper_always_closed": True}),
-}
-_POINT_MAZES = ("pointmaze-medium", "pointmaze-large")
+def _point_maze(environment: str) -> dict[str, EpisodeSettings]:
+    stitch = {"published_episodes": 5000, "episode_steps": 201, "goal_distance": 4}
+    return {
+        f"{environment}-{data}-v0": PointMazeSettings(environment_id=f"{environment}-v0", **settings)
+        for data, settings in (("navigate", {}), ("stitch", stitch))
+    }
 
+
+_BUTTONS: dict[str, Any] = {"random_actions": 0.2, "options": {"gripper_always_closed": True}}
 GENERATED_DATASETS: dict[str, EpisodeSettings] = {
-    **{
-        f"{environment}-{data}-v0": row.settings(f"{environment}-v0", markovian=markovian)
-        for environment, row in _MANIPULATION.items()
-        for data, markovian in (("play", False), ("noisy", True))
-    },
-    **{f"{maze}-navigate-v0": PointMazeSettings(environment_id=f"{maze}-v0") for maze in _POINT_MAZES},
-    **{
-        f"{maze}-stitch-v0": PointMazeSettings(
-            environment_id=f"{maze}-v0", published_episodes=5000, episode_steps=201, goal_distance=4
-        )
-        for maze in _POINT_MAZES
-    },
+    **_manipulation("cube-single", "cube", stacking_probability=(0.0, 0.0)),
+    **_manipulation("cube-double", "cube", stacking_probability=(0.0, 0.25)),
+    **_manipulation("cube-triple", "cube", stacking_probability=(0.05, 0.35), published_episodes=3000),
+    **_manipulation("scene", "cube", "button", "drawer", "window", visible_cube=VisibleCube()),
+    **_manipulation("puzzle-3x3", "button", **_BUTTONS),
+    **_manipulation("puzzle-4x4", "button", **_BUTTONS),
+    **_point_maze("pointmaze-medium"),
+    **_point_maze("pointmaze-large"),
 }
 """Data sets that can be generated here, by the name of their file."""

@@ -1,17 +1,17 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""The Adroit hand: where gymnasium-robotics' environments differ from D4RL's, measured and put right.
+"""The Adroit hand: where gymnasium-robotics' environments differ from D4RL's, and wrappers that remove the differences.
 
-1. **The hand-to-object term.** D4RL's door, hammer and relocate pay -0.1 |palm - object|, so that the hand is drawn to the
-   object; gymnasium-robotics 1.2.1 to 1.4.2 pay +0.1 |palm - object| under the same names (``-v1``), and its newer versions
-   have D4RL's sign again (``-v2``). The sign is therefore measured (:func:`hand_to_object_sign`, :func:`environment_sign`),
-   never concluded from a version, and :class:`D4RLAdroitReward` gives an environment D4RL's.
-2. **The dropped pen.** D4RL's pen ends (``terminated``) when the pen's centre falls below 7.5 cm, gymnasium-robotics' goes on
+1. **The hand-to-object term.** D4RL's door, hammer and relocate pay -0.1 |palm - object|, which draws the hand to the object.
+   gymnasium-robotics pays +0.1 |palm - object| in its ``-v1`` environments (package versions 1.2.1 to 1.4.2) and has D4RL's
+   sign again in ``-v2``: :data:`HAND_SIGNS`. :class:`D4RLAdroitReward` gives an environment D4RL's sign. A data set of the
+   user's own may have either sign, whatever environment it names: :func:`hand_to_object_sign` finds it from the rewards.
+2. **The dropped pen.** D4RL's pen ends (``terminated``) when the pen's centre falls below 7.5 cm. gymnasium-robotics' goes on
    to the time limit: :class:`PenDrop`.
 
-``info["success"]`` is momentary in all four: the door is open beyond 1.35 rad, the nail within 1 cm of its goal, the ball
-within 10 cm of the target, the pen within 7.5 cm and 0.95 in cosine of its target *after this step*. An episode may be
-counted by its last step (what :mod:`deflow_torchrl.trainers.evaluation` does) or by any step, which is the larger number; D4RL
-itself scores the undiscounted return alone.
+``info["success"]`` describes the state *after this step* in all four tasks: the door is open beyond 1.35 rad, the nail within
+1 cm of its goal, the ball within 10 cm of the target, the pen within 7.5 cm and 0.95 in cosine of its target. Episodes may be
+counted by their last step (:mod:`deflow_torchrl.trainers.evaluation`) or by any step, which gives the larger number. D4RL
+itself scores only the undiscounted return.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ import gymnasium
 import numpy as np
 
 from deflow_torchrl.errors import InputError
+
+HAND_SIGNS: Mapping[int, int] = MappingProxyType({1: 1, 2: -1})
+"""Version of gymnasium-robotics' environments -> sign of the hand-to-object term of their dense rewards."""
 
 HAND_WEIGHT = 0.1
 """Weight of |palm - object| (metres) in the dense rewards of door, hammer and relocate."""
@@ -186,27 +189,23 @@ def _least_absolute(inputs: np.ndarray, outputs: np.ndarray) -> np.ndarray:
 
 
 def environment_sign(env: gymnasium.Env) -> int | None:
-    """Measure the sign of the hand-to-object term in an environment by a short, slow, random rollout.
-
-    The environment is reset before and left in need of a reset; no global random generator is used.
+    """Look up the sign of the hand-to-object term in an environment's reward, by its version and wrappers.
 
     Args:
-        env: an Adroit environment with its own observations; any other gives ``None``.
+        env: an environment.
 
     Returns:
-        As :func:`hand_to_object_sign`.
+        -1 for D4RL's sign, also of versions later than those in :data:`HAND_SIGNS`, +1 for the opposite one, ``None`` where the
+        reward has no such term.
     """
     task = adroit_task(env.spec.name if env.spec else None)
-    if task is None or not task.has_hand_term:
+    if env.spec is None or task is None or not task.has_hand_term or getattr(env.unwrapped, "sparse_reward", False):
         return None
-    generator = np.random.default_rng(0)
-    observations, rewards = [env.reset(seed=0)[0]], []
-    for _ in range(3 * _MINIMUM_ROWS):
-        action = generator.uniform(-0.02, 0.02, task.action_dim).astype(np.float32)
-        observation, reward, *_ = env.step(action)  # these tasks never terminate, and a time limit can be passed
-        observations.append(observation)
-        rewards.append(reward)
-    return hand_to_object_sign(task, [(np.stack(observations), np.array(rewards, dtype=np.float64))])
+    return -1 if env.has_wrapper_attr("d4rl_hand_sign") else HAND_SIGNS.get(env.spec.version or 0, -1)
+
+
+def _name(env: gymnasium.Env) -> str:
+    return env.spec.id if env.spec else str(env)
 
 
 class D4RLAdroitReward(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArgs):
@@ -221,17 +220,19 @@ class D4RLAdroitReward(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArgs)
         InputError: for an environment without the term, or one that has D4RL's sign already.
     """
 
+    d4rl_hand_sign = True
+
     def __init__(self, env: gymnasium.Env) -> None:
         gymnasium.utils.RecordConstructorArgs.__init__(self)  # sets recorded with it name it in their metadata
         gymnasium.Wrapper.__init__(self, env)
-        task = adroit_task(env.spec.name if env.spec else None)
-        if task is None or not task.has_hand_term or getattr(env.unwrapped, "sparse_reward", False):
+        task, sign, name = adroit_task(env.spec.name if env.spec else None), environment_sign(env), _name(env)
+        if task is None or sign is None:
             raise InputError(
-                f"{env.spec.id if env.spec else env} has no hand-to-object term; "
+                f"{name} has no hand-to-object term; "
                 "D4RLAdroitReward is for the dense AdroitHandDoor, AdroitHandHammer and AdroitHandRelocate"
             )
-        if environment_sign(env) == -1:
-            raise InputError(f"{env.spec.id if env.spec else env} has D4RL's sign already; use it as it is")
+        if sign == -1:
+            raise InputError(f"{name} has D4RL's sign already; use it as it is")
         self._task = task
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
@@ -259,9 +260,8 @@ class PenDrop(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArgs):
     def __init__(self, env: gymnasium.Env) -> None:
         gymnasium.utils.RecordConstructorArgs.__init__(self)  # sets recorded with it name it in their metadata
         gymnasium.Wrapper.__init__(self, env)
-        name = env.spec.name if env.spec else ""
-        if not name.startswith(ADROIT_TASKS["pen"].environment):
-            raise InputError(f"{env.spec.id if env.spec else env} has no pen; PenDrop is for AdroitHandPen")
+        if not _name(env).startswith(ADROIT_TASKS["pen"].environment):
+            raise InputError(f"{_name(env)} has no pen; PenDrop is for AdroitHandPen")
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """Step the environment; a dropped pen ends the episode."""

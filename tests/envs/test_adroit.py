@@ -7,6 +7,7 @@ import gymnasium
 
 from deflow_torchrl.envs.adroit import (
     ADROIT_TASKS,
+    HAND_SIGNS,
     D4RLAdroitReward,
     PenDrop,
     environment_sign,
@@ -46,11 +47,25 @@ def test_the_facts_are_the_simulators(task):
     assert env.action_space.shape == (task.action_dim,)
 
 
+def measured_sign(task, env):
+    """The sign in the rewards of a short, slow, random rollout."""
+    return hand_to_object_sign(task, [rollout(env, 60, 0.02)])
+
+
+@pytest.mark.parametrize("task", WITH_TERM, ids=lambda task: task.name)
+def test_the_table_of_signs_is_what_the_installed_environments_pay(task):
+    versions = [version for version in HAND_SIGNS if f"{task.environment}-v{version}" in gymnasium.registry]
+    assert versions
+    for version in versions:
+        env = make(task, f"v{version}")
+        assert environment_sign(env) == measured_sign(task, env) == HAND_SIGNS[version]
+
+
 @pytest.mark.parametrize("task", WITH_TERM, ids=lambda task: task.name)
 def test_the_wrapper_pays_minus_a_tenth_of_the_distance_and_changes_nothing_else(task):
     own, wrapped = make(task), D4RLAdroitReward(make(task))
     assert environment_sign(own) == 1, "gymnasium-robotics 1.4.2; newer -v2 environments need no wrapper"
-    assert environment_sign(wrapped) == -1
+    assert environment_sign(wrapped) == measured_sign(task, wrapped) == -1
     observations, rewards = rollout(own, 30, 1.0)
     same, corrected = rollout(wrapped, 30, 1.0)
     np.testing.assert_array_equal(observations, same)
@@ -79,15 +94,19 @@ def test_the_sign_is_not_told_where_it_cannot_be():
     assert hand_to_object_sign(task, [(observations, 10 * rewards + 3)]) is None, "shifted and scaled"
     assert hand_to_object_sign(task, []) is None
     assert hand_to_object_sign(ADROIT_TASKS["pen"], [(np.zeros((61, 45)), rewards)]) is None
+    sparse = gymnasium.make("AdroitHandDoor-v1", reward_type="sparse", disable_env_checker=True)
+    assert environment_sign(sparse) is None
     assert environment_sign(gymnasium.make("AdroitHandDoorSparse-v1", disable_env_checker=True)) is None
 
 
-def test_measuring_leaves_the_global_generators_alone():
+def test_looking_the_sign_up_takes_no_step_and_no_random_number(monkeypatch):
     env = make(ADROIT_TASKS["door"])
+    monkeypatch.setattr(env.unwrapped, "step", None)
+    monkeypatch.setattr(env.unwrapped, "reset", None)
     np.random.seed(0)
     expected = np.random.rand()
     np.random.seed(0)
-    environment_sign(env)
+    assert environment_sign(env) == 1
     assert np.random.rand() == expected
 
 

@@ -38,7 +38,7 @@ from deflow_torchrl.algorithms import DeFlowConfig, get_algorithm
 from deflow_torchrl.algorithms.base import ProblemSpec
 from deflow_torchrl.data import BaseActionBank
 from deflow_torchrl.modules import kernels
-from deflow_torchrl.modules.precision import Precision
+from deflow_torchrl.modules.flow import Precision
 from deflow_torchrl.processes import keep_freed_memory
 from deflow_torchrl.trainers import UpdateStep
 from deflow_torchrl.trainers.graphed import GraphedUpdate

@@ -33,9 +33,9 @@ from torch.export import Dim, ExportedProgram
 from deflow_torchrl.deploy import FORMAT, MANIFEST, Graph, load_policy, open_graph
 from deflow_torchrl.errors import ExportParityError, InputError, MissingExtraError
 from deflow_torchrl.experiment import ACTING, load_run
-from deflow_torchrl.modules import kernels
-from deflow_torchrl.modules.flow import FlowMatchingModel, register_bounds
-from deflow_torchrl.modules.networks import MLP, has_hooks
+from deflow_torchrl.modules.flow import FlowMatchingModel
+from deflow_torchrl.modules.networks import MLP, is_wrapped
+from deflow_torchrl.modules.policies import BoundedModel
 from deflow_torchrl.paths import atomic_write, file_sha256, make_writable_folder
 from deflow_torchrl.sources.base import public_name
 from deflow_torchrl.versions import package_versions
@@ -197,18 +197,16 @@ class _Actor(nn.Module):
         return self.policy(entries)[self.action_key]
 
 
-class _UnrolledFlow(nn.Module):
+class _UnrolledFlow(BoundedModel):
     """:class:`FlowMatchingModel` with the shares of the first layer that are the same for all actions computed once."""
 
     bias: Tensor
-    low: Tensor
-    high: Tensor
     of_observation: Tensor
     of_action: Tensor
     of_times: Tensor
 
     def __init__(self, model: FlowMatchingModel, network: MLP) -> None:
-        super().__init__()
+        super().__init__(model.low, model.high)
         self.num_steps, self.draw_noise = model.num_steps, model.draw_noise
         self.others = nn.Sequential(*network[1:].children())
         first = cast("nn.Linear", network[0])
@@ -220,29 +218,29 @@ class _UnrolledFlow(nn.Module):
         self.register_buffer("of_observation", of_observation.T.contiguous())
         self.register_buffer("of_action", of_action.T.contiguous())
         self.register_buffer("of_times", times * of_time.T)
-        register_bounds(self, model.low, model.high)
 
     def forward(self, observation: Tensor, noise: Tensor | None = None) -> Tensor:
         x = self.draw_noise(observation) if noise is None else noise
         share = torch.addmm(self.bias, observation, self.of_observation)
         for step in range(self.num_steps):
             x = x + self.others(torch.addmm(share + self.of_times[step], x, self.of_action)) / self.num_steps
-        return x.clamp(self.low, self.high)
+        return self.clip(x)
 
 
 def _unroll(policy: nn.Module) -> None:
     """Replace the flow samplers whose network is the paper's MLP as it was built; others are traced as they are."""
     for parent in list(policy.modules()):
         for name, child in parent.named_children():
-            if type(child) is FlowMatchingModel and not has_hooks(child) and _is_plain(child.velocity_network):
-                setattr(parent, name, _UnrolledFlow(child, cast("MLP", child.velocity_network)))
-
-
-def _is_plain(network: nn.Module) -> bool:
-    if type(network) is not MLP or network.layer_norm or has_hooks(network):
-        return False
-    with kernels.use_kernels(True):
-        return network.kernel_parameters(torch.empty(0)) is not None
+            if type(child) is not FlowMatchingModel or is_wrapped(child) or "velocity" in vars(child):
+                continue
+            network = child.velocity_network
+            if (
+                isinstance(network, MLP)
+                and not network.layer_norm
+                and network.is_as_built()
+                and not is_wrapped(network)
+            ):
+                setattr(parent, name, _UnrolledFlow(child, network))
 
 
 def _trace(eager: _Actor, inputs: Mapping[str, Tensor]) -> ExportedProgram:

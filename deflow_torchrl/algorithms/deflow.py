@@ -12,7 +12,7 @@ from deflow_torchrl.algorithms.settings import PRECISIONS, Algorithm, CriticConf
 
 if TYPE_CHECKING:
     from deflow_torchrl.algorithms.base import Learner, ProblemSpec
-    from deflow_torchrl.modules.precision import Precision
+    from deflow_torchrl.modules.flow import Precision
 
 
 @dataclass

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
-from tensordict.utils import NestedKey
-from torch import Tensor, nn
+from tensordict.utils import NestedKey, unravel_key
+from torch import Tensor
 
-from deflow_torchrl.modules.flow import FlowMatchingPolicy, register_bounds
+from deflow_torchrl.modules.policies import BoundedModel, check_encoders, is_flow, last_policy, parts
 from deflow_torchrl.modules.refinement import RefinementPolicy
 
 
@@ -19,6 +19,9 @@ class DeFlowActor(TensorDictSequential):
     The policy is stochastic through the prior's noise only; exploration modes do not change it, unless they change a prior of
     another kind (a :class:`torchrl.modules.DiffusionActor` starts from zeros under the deterministic one).
 
+    An encoder may stand before each part: the part is then ``TensorDictSequential(encoder, policy)``, and the encoder belongs
+    to that part.
+
     Args:
         flow_policy: the prior. A :class:`FlowMatchingPolicy` if it is to learn; any TensorDictModule that writes the
             refinement's base action key if it is frozen (``freeze_prior=True`` of the losses) or only acts.
@@ -26,7 +29,9 @@ class DeFlowActor(TensorDictSequential):
         **kwargs: forwarded to :class:`tensordict.nn.TensorDictSequential`.
 
     Raises:
-        ValueError: if the prior does not write the key the refinement reads as its base action.
+        TypeError: if the refinement is no :class:`RefinementPolicy`.
+        ValueError: if the prior does not write the key the refinement reads as its base action, or if nothing reads what an
+            encoder writes.
 
     Examples:
         >>> import torch
@@ -38,51 +43,63 @@ class DeFlowActor(TensorDictSequential):
         ['action', 'base_action', 'observation', 'refinement']
     """
 
-    def __init__(self, flow_policy: TensorDictModuleBase, refinement_policy: RefinementPolicy, **kwargs: Any) -> None:
-        if refinement_policy.base_action_key not in flow_policy.out_keys:
+    def __init__(
+        self, flow_policy: TensorDictModuleBase, refinement_policy: TensorDictModuleBase, **kwargs: Any
+    ) -> None:
+        refinement = last_policy(refinement_policy)
+        if not hasattr(refinement, "base_action_key"):
+            raise TypeError(f"the refinement must be a RefinementPolicy, got a {type(refinement).__name__}")
+        if unravel_key(refinement.base_action_key) not in [unravel_key(key) for key in flow_policy.out_keys]:
             raise ValueError(
-                f"the prior writes {flow_policy.out_keys} but the refinement reads {refinement_policy.base_action_key!r}: "
+                f"the prior writes {flow_policy.out_keys} but the refinement reads {refinement.base_action_key!r}: "
                 "build the prior with out_keys=(that key,)"
             )
+        check_encoders(refinement_policy)
+        if is_flow(flow_policy):
+            check_encoders(flow_policy)
         super().__init__(flow_policy, refinement_policy, **kwargs)
 
     @property
     def flow_policy(self) -> TensorDictModuleBase:
-        """The prior, writing the base action."""
+        """The prior as it was given, writing the base action."""
         return self.module[0]
 
     @property
-    def refinement_policy(self) -> RefinementPolicy:
-        """The refinement, writing the shift and the action."""
+    def refinement_policy(self) -> TensorDictModuleBase:
+        """The refinement as it was given, writing the shift and the action."""
         return self.module[1]
+
+    @property
+    def base_action_key(self) -> NestedKey:
+        """Key of the prior's action."""
+        return self._refinement.base_action_key
 
     @property
     def action_key(self) -> NestedKey:
         """Key of the action to execute."""
-        return self.refinement_policy.action_key
+        return self._refinement.action_key
+
+    @property
+    def _refinement(self) -> RefinementPolicy:
+        return cast("RefinementPolicy", last_policy(self.refinement_policy))
 
     def prior_policy(self) -> TensorDictModuleBase:
         """The prior alone as an acting policy: shares this actor's weights, writes the base action as ``action_key``.
 
-        The actions of a prior that is no :class:`FlowMatchingPolicy` are clipped to the refinement's bounds.
+        The actions of a prior that is no flow are clipped to the refinement's bounds.
         """
         prior = self.flow_policy
-        if isinstance(prior, FlowMatchingPolicy):
-            return TensorDictModule(prior.module, in_keys=list(prior.in_keys), out_keys=[self.action_key])
-        bounds = self.refinement_policy.module
-        clip = _Clip(bounds.low, bounds.high)
-        return TensorDictSequential(
-            prior, TensorDictModule(clip, in_keys=[self.refinement_policy.base_action_key], out_keys=[self.action_key])
+        if is_flow(prior):
+            *encoders, flow = parts(prior)
+            acting = TensorDictModule(flow.module, in_keys=list(flow.in_keys), out_keys=[self.action_key])
+            return TensorDictSequential(*encoders, acting) if encoders else acting
+        bounds = self._refinement.module
+        clip = TensorDictModule(
+            _Clip(bounds.low, bounds.high), in_keys=[self.base_action_key], out_keys=[self.action_key]
         )
+        return TensorDictSequential(prior, clip)
 
 
-class _Clip(nn.Module):
-    low: Tensor
-    high: Tensor
-
-    def __init__(self, low: Tensor, high: Tensor) -> None:
-        super().__init__()
-        register_bounds(self, low, high)
-
+class _Clip(BoundedModel):
     def forward(self, action: Tensor) -> Tensor:
-        return action.clamp(self.low, self.high)
+        return self.clip(action)

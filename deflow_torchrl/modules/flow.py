@@ -3,48 +3,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal, get_args
 
 import torch
-from tensordict.nn import TensorDictModule
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
 from deflow_torchrl.modules import kernels
-from deflow_torchrl.modules.networks import MLP, has_hooks
+from deflow_torchrl.modules.networks import MLP, is_wrapped
+from deflow_torchrl.modules.policies import NoiseModel, Policy
+
+Precision = Literal["highest", "high", "medium", "bfloat16"]
 
 
-def register_bounds(module: nn.Module, low: float | Tensor, high: float | Tensor) -> None:
-    """Keep the action bounds as buffers ``low`` and ``high``: they move with the module and are saved with it.
-
-    Raises:
-        ValueError: if ``low`` is not strictly less than ``high`` everywhere, or a bound is NaN.
-    """
-    low, high = (torch.as_tensor(bound, dtype=torch.get_default_dtype()) for bound in (low, high))
-    if not bool((low < high).all()):
-        raise ValueError(f"low must be strictly less than high, got low={low.tolist()} and high={high.tolist()}")
-    module.register_buffer("low", low.clone())
-    module.register_buffer("high", high.clone())
-
-
-class FlowMatchingModel(nn.Module):
-    """Tensor-only Euler sampler behind :class:`FlowMatchingPolicy`.
-
-    Args:
-        velocity_network: called with ONE tensor ``cat([observation, x, t], -1)`` of width ``O + A + 1``, returns ``[..., A]``.
-        action_dim: number of action dimensions A.
-        num_steps: Euler steps M.
-
-    Keyword Args:
-        low: lower action bound, broadcast over the action dimensions.
-        high: upper action bound.
-
-    Raises:
-        ValueError: if ``action_dim`` or ``num_steps`` is not positive, or the bounds are not ordered.
-    """
-
-    low: Tensor
-    high: Tensor
+class FlowMatchingModel(NoiseModel):
+    """Tensor-only Euler sampler behind :class:`FlowMatchingPolicy`; arguments as there."""
 
     def __init__(
         self,
@@ -55,18 +30,11 @@ class FlowMatchingModel(nn.Module):
         low: float | Tensor = -1.0,
         high: float | Tensor = 1.0,
     ) -> None:
-        super().__init__()
-        if action_dim < 1 or num_steps < 1:
-            raise ValueError(f"action_dim and num_steps must be positive, got {action_dim} and {num_steps}")
+        if num_steps < 1:
+            raise ValueError(f"num_steps must be positive, got {num_steps}")
+        super().__init__(action_dim, low, high)
         self.velocity_network = velocity_network
-        self.action_dim = action_dim
         self.num_steps = num_steps
-        register_bounds(self, low, high)
-
-    def draw_noise(self, observation: Tensor) -> Tensor:
-        """Draw z ~ N(0, I) of shape ``[..., A]`` from torch's global generator, whatever the exploration mode."""
-        shape = (*observation.shape[:-1], self.action_dim)
-        return torch.randn(shape, device=self.low.device, dtype=self.low.dtype)
 
     def velocity(self, observation: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """v(s, x, t): ``observation [..., O]``, ``x [..., A]``, ``t [..., 1]`` in [0, 1] to ``[..., A]``."""
@@ -77,54 +45,38 @@ class FlowMatchingModel(nn.Module):
         x = self.draw_noise(observation) if noise is None else noise
         parameters = self._kernel_parameters(observation, x)
         if parameters is not None:
-            return kernels.sample_flow(observation, x, parameters, num_steps=self.num_steps).clamp(self.low, self.high)
+            return self.clip(kernels.sample_flow(observation, x, parameters, num_steps=self.num_steps))
         for step in range(self.num_steps):
             t = x.new_full((*x.shape[:-1], 1), step / self.num_steps)
             x = x + self.velocity(observation, x, t) / self.num_steps
         # Clipping inside the loop would bend the flow's paths: the reference clips after the last step only.
-        return x.clamp(self.low, self.high)
+        return self.clip(x)
 
     def _kernel_parameters(self, observation: Tensor, x: Tensor) -> list[Tensor] | None:
+        """The velocity network's parameters, or None where its steps have to be taken one by one."""
         network = self.velocity_network
         if (
-            torch.is_grad_enabled()
-            or type(self).velocity is not FlowMatchingModel.velocity
+            torch.compiler.is_compiling()
+            or torch.is_grad_enabled()
             or not isinstance(network, MLP)
             or network.layer_norm
-            or has_hooks(network)
+            or is_wrapped(network)
+            or type(self).velocity is not _VELOCITY
+            or "velocity" in vars(self)
             or observation.shape[:-1] != x.shape[:-1]
-            or observation.dtype != x.dtype
         ):
             return None
-        return network.kernel_parameters(x)
+        parameters = network.kernel_parameters(observation, x)
+        if parameters is None:
+            return None
+        widths = parameters[0].shape[-1], parameters[-1].shape[-1]
+        return parameters if widths == (observation.shape[-1] + x.shape[-1] + 1, x.shape[-1]) else None
 
 
-class NoisePolicy(TensorDictModule):
-    """Base of the policies that map an observation and, optionally, noise to an action.
-
-    Raises:
-        ValueError: on other numbers of keys.
-    """
-
-    def __init__(self, model: nn.Module, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]) -> None:
-        if len(in_keys) not in (1, 2) or len(out_keys) != 1:
-            raise ValueError(
-                f"in_keys must be (observation,) or (observation, noise) and out_keys (action,), got {in_keys} and {out_keys}"
-            )
-        super().__init__(model, in_keys=list(in_keys), out_keys=list(out_keys))
-
-    @property
-    def observation_key(self) -> NestedKey:
-        """Key of the observation."""
-        return self.in_keys[0]
-
-    @property
-    def noise_key(self) -> NestedKey | None:
-        """Key of the optional noise, None where the policy always draws its own."""
-        return self.in_keys[1] if len(self.in_keys) == 2 else None
+_VELOCITY = FlowMatchingModel.velocity
 
 
-class FlowMatchingPolicy(NoisePolicy):
+class FlowMatchingPolicy(Policy):
     """M-step flow-matching policy: the prior of DeFlow, or a behaviour-cloning policy of its own.
 
     Same constructor and meaning as the class of this name on TorchRL's main branch.
@@ -144,6 +96,7 @@ class FlowMatchingPolicy(NoisePolicy):
 
     Raises:
         ValueError: on wrong sizes, bounds or numbers of keys.
+        TypeError: by calls, if an input's dtype does not fit the network's.
 
     Examples:
         >>> import torch
@@ -168,3 +121,33 @@ class FlowMatchingPolicy(NoisePolicy):
     ) -> None:
         model = FlowMatchingModel(velocity_network, action_dim, num_steps, low=low, high=high)
         super().__init__(model, in_keys, out_keys)
+
+
+def check_precision(name: str) -> None:
+    """Raise ValueError unless it is a :data:`Precision`."""
+    if name not in get_args(Precision):
+        raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, got {name!r}")
+
+
+@contextmanager
+def matmul_precision(name: Precision, device: torch.device) -> Iterator[None]:
+    """Compute float32 matrix products of the block with fewer digits; their inputs and results stay float32.
+
+    Args:
+        name: ``highest`` leaves everything as it is; ``high`` and ``medium`` are those of
+            :func:`torch.set_float32_matmul_precision` (TF32 on a GPU; on a CPU, where it has the instructions, ``medium`` is
+            bfloat16); ``bfloat16`` runs the networks under autocast.
+        device: where they are computed.
+    """
+    if name == "highest":
+        yield
+    elif name == "bfloat16":
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            yield
+    else:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(name)
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)

@@ -11,8 +11,8 @@ Same functions as the layers they stand for, to rounding (the tests hold them ag
 * An ensemble of critics, or seeds stacked by ``torch.vmap``, are one batched product per layer.
 * The sampler computes the observation's share of the first layer once for all its steps, and its steps in two buffers.
 
-They are used by :class:`~deflow_torchrl.modules.networks.MLP` in eager mode on a CPU; :func:`use_kernels` and a run's setting
-``kernels=false`` turn them off. Second derivatives need them off. What they save is in docs/performance.md.
+They are used by :class:`~deflow_torchrl.modules.networks.MLP` in eager mode on a CPU, where :func:`usable` allows it;
+:func:`use_kernels` and a run's setting ``kernels=false`` turn them off. What they save is in docs/performance.md.
 """
 
 from __future__ import annotations
@@ -26,8 +26,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch._C._functorch import TransformType, get_interpreter_stack, is_batchedtensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+from torch.overrides import has_torch_function
 
 LAYER_NORM_EPS = 1e-6
 _SLOPE, _CUBIC = 2 * math.sqrt(2 / math.pi), 0.044715
@@ -52,20 +55,39 @@ def use_kernels(enabled: bool) -> Iterator[None]:
         os.environ[_SWITCH] = before
 
 
-def usable(x: Tensor) -> bool:
-    """Whether an input can go through the kernels.
+def usable(*tensors: Tensor) -> bool:
+    """Whether inputs and parameters can go through the kernels.
 
-    That is: eager, on a CPU, in single or double precision, under no transform of ``torch.func`` but ``vmap``.
+    They can in eager mode on a CPU, in single or double precision, where nothing else takes part in the computation: no
+    autocast, trace, forward-mode derivative, saved-tensor hook, tensor subclass or mode, and of the transforms of
+    ``torch.func`` none but a ``vmap`` over some of them. Everything else goes through the plain layers.
     """
+    transforms = get_interpreter_stack() or ()
     return (
-        os.environ.get(_SWITCH) != "0"
-        and type(x) in (Tensor, torch.nn.Parameter)
-        and x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.float64)
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
+        and os.environ.get(_SWITCH) != "0"
+        and not has_torch_function(tensors)
+        and not torch._C._len_torch_dispatch_stack()
+        and _top_saved_tensors_default_hooks(True) is None
+        and forward_ad._current_level < 0
         and not torch.is_autocast_enabled("cpu")
         and not torch.jit.is_tracing()
-        and all(transform.key() == TransformType.Vmap for transform in get_interpreter_stack() or ())
+        and all(transform.key() == TransformType.Vmap for transform in transforms)
+        and (not transforms or any(is_batchedtensor(tensor) for tensor in tensors))
+        and all(_is_plain(tensor, tensors[0].dtype) for tensor in tensors)
+    )
+
+
+def _is_plain(tensor: Tensor, dtype: torch.dtype) -> bool:
+    return (
+        isinstance(tensor, Tensor)
+        and type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+        and tensor.dtype == dtype
+        and dtype in (torch.float32, torch.float64)
+        and tensor.device.type == "cpu"
+        and tensor.layout == torch.strided
+        and not tensor.is_nested
+        and not (tensor.is_inference() and torch.is_grad_enabled())
     )
 
 
@@ -141,18 +163,27 @@ class _MLP(torch.autograd.Function):
     """Forward and backward of a network or an ensemble as one node."""
 
     @staticmethod
-    def forward(ctx: Any, layer_norm: bool, x: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, layer_norm: bool, *inputs: Tensor) -> Tensor:
+        x, *parameters = inputs
         out, kept = _run(x, parameters, layer_norm=layer_norm, keep=True)
-        ctx.layer_norm = layer_norm
-        ctx.save_for_backward(x, *parameters, *kept)
+        needs = ctx.needs_input_grad[1:]
+        # As with the layers, a tensor that the gradient does not need may be changed before the gradient is computed: x where
+        # the first weight needs none; biases and shifts; weights and gains (at even places) with nothing to train below them.
+        weights = [
+            parameter if number % 2 == 0 and any(needs[: 1 + number]) else None
+            for number, parameter in enumerate(parameters)
+        ]
+        ctx.save_for_backward(x if needs[1] else None, *weights, *kept)
+        ctx.layer_norm, ctx.inputs, ctx.versions = layer_norm, inputs, [tensor._version for tensor in inputs]
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[1:]
         x, *parameters = ctx.saved_tensors[: len(needs)]
         kept = ctx.saved_tensors[len(needs) :]
+        if torch.is_grad_enabled():
+            return None, *_differentiable_gradients(ctx, needs, grad)
         per_layer, per_kept = (4, 6) if ctx.layer_norm else (2, 2)
         grads: list[Tensor | None] = [None] * len(parameters)
         for layer in reversed(range((len(parameters) - 2) // per_layer + 1)):
@@ -176,6 +207,8 @@ class _MLP(torch.autograd.Function):
                     grads[gain] = (grad * normal).sum(-2)
                 if needs[1 + shift]:
                     grads[shift] = grad.sum(-2)
+                if not any(needs[: 1 + gain]):
+                    return (None, None, *grads)
                 grad = torch.ops.aten.native_layer_norm_backward(
                     grad.mul_(parameters[gain].unsqueeze(-2)),
                     activation,
@@ -188,6 +221,28 @@ class _MLP(torch.autograd.Function):
                 )[0]
             grad = grad.mul_(below[0])
         raise AssertionError("the first layer returns")
+
+
+def _differentiable_gradients(ctx: Any, needs: Sequence[bool], grad: Tensor) -> list[Tensor | None]:
+    """The gradients where they are to be differentiated again (``create_graph=True``): those of the plain layers."""
+    if [tensor._version for tensor in ctx.inputs] != ctx.versions:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation: an input or a "
+            "parameter of an MLP was changed between its call and the gradient"
+        )
+    # Aliases, each with a gradient of its own: a tensor may stand in several places.
+    x, *parameters = aliases = [tensor.view_as(tensor) for tensor in ctx.inputs]
+    for weight, bias, *norm in _hidden(parameters, ctx.layer_norm):
+        x = F.gelu(_affine(x, weight, bias), approximate="tanh")
+        if norm and weight.ndim == 2:
+            x = F.layer_norm(x, x.shape[-1:], norm[0], norm[1], LAYER_NORM_EPS)
+        elif norm:  # as torch.vmap does it
+            gain, shift = (part.unsqueeze(-2) for part in norm)
+            x = F.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS) * gain + shift
+    out = _affine(x, *parameters[-2:])
+    asked = [alias for alias, need in zip(aliases, needs, strict=True) if need]
+    found = iter(torch.autograd.grad(out, asked, grad, create_graph=True))
+    return [next(found) if need else None for need in needs]
 
 
 def _flow(num_steps: int, observation: Tensor, noise: Tensor, *parameters: Tensor) -> Tensor:

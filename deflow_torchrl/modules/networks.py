@@ -8,13 +8,16 @@ a plain ``Linear``; weights are Xavier-uniform and biases zero. Width and depth 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
 
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 
 from deflow_torchrl.modules import kernels
 
@@ -24,13 +27,13 @@ PAPER_HIDDEN_DIMS = (512, 512, 512, 512)
 class MLP(nn.Sequential):
     """What :func:`make_mlp` builds: its layers in a row, or in eager mode on a CPU the same function by :mod:`.kernels`.
 
-    Layers that were replaced, parametrised or hooked are called, always.
+    Layers that were replaced, parametrised, hooked or wrapped are always called.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., in]`` to ``[..., out]``."""
         parameters = self.kernel_parameters(x)
-        if parameters is None:
+        if parameters is None or x.shape[-1:] != parameters[0].shape[-1:]:
             return super().forward(x)
         return kernels.mlp(x, parameters, layer_norm=self.layer_norm)
 
@@ -39,39 +42,38 @@ class MLP(nn.Sequential):
         """Whether a LayerNorm follows every activation."""
         return any(isinstance(layer, nn.LayerNorm) for layer in self._modules.values())
 
-    def kernel_parameters(self, x: Tensor, stacked: TensorDictBase | None = None) -> list[Tensor] | None:
-        """The parameters in the order of :func:`.kernels.mlp`, or None where ``x`` has to go through the layers.
-
-        Args:
-            x: the input.
-            stacked: parameters of an ensemble of such MLPs, each with a dimension N in front, in the place of this one's.
-        """
-        if not kernels.usable(x) or not self._is_as_built():
+    def kernel_parameters(self, *inputs: Tensor) -> list[Tensor] | None:
+        """The parameters in the order of :func:`.kernels.mlp`, or None where the inputs have to go through the layers."""
+        if torch.compiler.is_compiling() or not self.is_as_built():
             return None
-        weighted = [(name, kind) for name in self._modules for kind in ("weight", "bias") if not self._is_gelu(name)]
-        if stacked is not None:
-            return [stacked.get(entry) for entry in weighted]
+        layers = [layer for layer in self._modules.values() if not isinstance(layer, nn.GELU)]
         # By attribute: a loss that swaps in plain tensors puts them beside the registered parameters.
-        return [getattr(self._modules[name], kind) for name, kind in weighted]
+        parameters = [getattr(layer, kind) for layer in layers for kind in ("weight", "bias")]
+        return parameters if kernels.usable(*inputs, *parameters) else None
 
-    def _is_gelu(self, name: str) -> bool:
-        return isinstance(self._modules[name], nn.GELU)
-
-    def _is_as_built(self) -> bool:
+    def is_as_built(self) -> bool:
+        """Whether calling this network is calling the layers of :func:`make_mlp` one after another, and nothing else."""
         layers = tuple(self._modules.values())
         kinds = 3 if self.layer_norm else 2
         return (
             type(self) is MLP
             and len(layers) > kinds
             and len(layers) % kinds == 1
-            and all(_LAYERS[number % kinds](layer) and not has_hooks(layer) for number, layer in enumerate(layers))
+            and not _has_any_global_hook()
+            and _calls() == _ORIGINAL_CALLS
+            and all(_LAYERS[number % kinds](layer) and not is_wrapped(layer) for number, layer in enumerate(layers))
         )
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether something wants to see the module's own calls."""
+def is_wrapped(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class's ``forward``: hooks, a replaced or a compiled ``forward``."""
     return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or module._compiled_call_impl
+        or "forward" in vars(module)
     )
 
 
@@ -118,17 +120,17 @@ def make_mlp(
         raise ValueError(f"an MLP needs positive widths and at least one hidden layer, got {widths}")
     layers: list[nn.Module] = []
     for fan_in, fan_out in itertools.pairwise(widths[:-1]):
-        layers += [_linear(fan_in, fan_out), nn.GELU(approximate="tanh")]
+        layers += [_XavierLinear(fan_in, fan_out), nn.GELU(approximate="tanh")]
         if layer_norm:
             layers.append(nn.LayerNorm(fan_out, eps=kernels.LAYER_NORM_EPS))
-    layers.append(_linear(widths[-2], widths[-1], head_gain))
+    layers.append(_XavierLinear(widths[-2], widths[-1], head_gain))
     return MLP(*layers)
 
 
 class _XavierLinear(nn.Linear):
     """``nn.Linear`` whose ``reset_parameters`` is the paper's initialisation, so that resetting a loss restores it."""
 
-    def __init__(self, fan_in: int, fan_out: int, gain: float) -> None:
+    def __init__(self, fan_in: int, fan_out: int, gain: float = 1.0) -> None:
         self.gain = gain  # first: nn.Linear's constructor initialises
         super().__init__(fan_in, fan_out)
 
@@ -137,8 +139,58 @@ class _XavierLinear(nn.Linear):
         nn.init.zeros_(self.bias)
 
 
-def _linear(fan_in: int, fan_out: int, gain: float = 1.0) -> nn.Linear:
-    return _XavierLinear(fan_in, fan_out, gain)
+def _calls() -> tuple[object, ...]:
+    """The functions that a call of an :class:`MLP` goes through, any of which may be replaced for a whole class."""
+    return (
+        nn.Module.__call__,
+        MLP.forward,
+        nn.Sequential.forward,
+        _XavierLinear.forward,
+        nn.GELU.forward,
+        nn.LayerNorm.forward,
+        F.linear,
+        F.gelu,
+        F.layer_norm,
+    )
+
+
+_ORIGINAL_CALLS = _calls()
+
+
+class CheckedModule(TensorDictModule):
+    """A TensorDictModule that says which entry it is where the dtype of an input does not fit its network's.
+
+    Raises:
+        TypeError: by calls, naming the entries, their dtypes and the network's.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As :class:`tensordict.nn.TensorDictModule`."""
+        try:
+            return super().forward(*args, **kwargs)
+        except RuntimeError as error:
+            raise_dtype_error(error, args[0] if args else kwargs, self)
+
+
+def raise_dtype_error(error: RuntimeError, inputs: Any, module: TensorDictModule) -> NoReturn:
+    """Raise TypeError if ``error`` comes from entries whose dtype is not that of the module's tensors, else ``error``.
+
+    Args:
+        error: what a call of the module raised.
+        inputs: the TensorDict or the keyword arguments that it was called with.
+        module: the module.
+    """
+    held = (tensor for part in module.modules() for tensor in (*part._parameters.values(), *vars(part).values()))
+    own = next((t.dtype for t in held if isinstance(t, Tensor) and t.is_floating_point()), None)
+    known = own is not None and "type" in str(error) and isinstance(inputs, TensorDictBase | Mapping)
+    entries = {key: inputs.get(key, None) for key in module.in_keys} if known else {}
+    wrong = [f"{key!r} is {entry.dtype}" for key, entry in entries.items() if entry is not None and entry.dtype != own]
+    if not wrong:
+        raise error
+    raise TypeError(
+        f"{' and '.join(wrong)}, but the network computes in {own}: convert the input, "
+        "for example with torchrl.envs.DoubleToFloat"
+    ) from error
 
 
 class StateActionValue(nn.Module):
@@ -160,20 +212,18 @@ class StateActionValue(nn.Module):
         self, observation: Tensor, action: Tensor, params: TensorDictBase, *, frozen: bool = False
     ) -> Tensor | None:
         """Values ``[N, ..., 1]`` of N critics whose parameters ``params`` stacks; None where there is no kernel for them."""
-        if (
-            type(self) is not StateActionValue
-            or not isinstance(self.mlp, MLP)
-            or has_hooks(self)
-            or has_hooks(self.mlp)
-        ):
+        mlp = self.mlp
+        modules = (self, mlp)
+        if type(self) is not StateActionValue or not isinstance(mlp, MLP) or any(is_wrapped(part) for part in modules):
             return None
-        x = torch.cat([observation, action], -1)
-        parameters = self.mlp.kernel_parameters(x, params.get("mlp"))
-        if parameters is None:
-            return None
+        x, stacked = torch.cat([observation, action], -1), params.get("mlp")
+        layers = [name for name, layer in mlp._modules.items() if not isinstance(layer, nn.GELU)]
+        parameters = [stacked.get((name, kind)) for name in layers for kind in ("weight", "bias")]
         if frozen:
             parameters = [parameter.detach() for parameter in parameters]
-        return kernels.mlp(x, parameters, layer_norm=self.mlp.layer_norm)
+        if not mlp.is_as_built() or not kernels.usable(x, *parameters):
+            return None
+        return kernels.mlp(x, parameters, layer_norm=mlp.layer_norm)
 
 
 def make_velocity_network(
@@ -218,7 +268,7 @@ def make_value_network(
     observation_key: NestedKey = "observation",
 ) -> TensorDictModule:
     """V(s), the critics' MLP without an action: reads ``observation_key`` and writes ``state_value [..., 1]``."""
-    return TensorDictModule(
+    return CheckedModule(
         make_mlp(observation_dim, 1, hidden_dims, layer_norm=True),
         in_keys=[observation_key],
         out_keys=["state_value"],

@@ -6,39 +6,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from tensordict.nn import TensorDictModule
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
-from deflow_torchrl.modules.flow import register_bounds
+from deflow_torchrl.modules.networks import CheckedModule
+from deflow_torchrl.modules.policies import BoundedModel
 
 
-class RefinementModel(nn.Module):
-    """Tensor-only core of :class:`RefinementPolicy`.
-
-    Args:
-        refinement_network: called with ``cat([observation, base_action], -1)``, returns the shift ``[..., A]``.
-
-    Keyword Args:
-        low: lower action bound, broadcast over the action dimensions.
-        high: upper action bound.
-    """
-
-    low: Tensor
-    high: Tensor
+class RefinementModel(BoundedModel):
+    """Tensor-only core of :class:`RefinementPolicy`; arguments as there."""
 
     def __init__(self, refinement_network: nn.Module, *, low: float | Tensor, high: float | Tensor) -> None:
-        super().__init__()
+        super().__init__(low, high)
         self.refinement_network = refinement_network
-        register_bounds(self, low, high)
 
     def forward(self, observation: Tensor, base_action: Tensor) -> tuple[Tensor, Tensor]:
         """Return (shift, action), both ``[..., A]``: the shift is unclipped, the action clip(base_action + shift)."""
         shift = self.refinement_network(torch.cat([observation, base_action], -1))
-        return shift, (base_action + shift).clamp(self.low, self.high)
+        return shift, self.clip(base_action + shift)
 
 
-class RefinementPolicy(TensorDictModule):
+class RefinementPolicy(CheckedModule):
     """Shift a base action towards higher value: ``action = clip(base_action + f(observation, base_action))``.
 
     Args:
@@ -53,6 +41,7 @@ class RefinementPolicy(TensorDictModule):
 
     Raises:
         ValueError: if ``action_dim`` is not positive, the bounds are not ordered or the keys are not two and two.
+        TypeError: by calls, if an input's dtype does not fit the network's.
 
     Examples:
         >>> import torch

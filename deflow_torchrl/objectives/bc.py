@@ -14,7 +14,7 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from deflow_torchrl.modules.gaussian import GaussianPolicy
+from deflow_torchrl.modules.policies import GaussianPolicy
 from deflow_torchrl.objectives.common import OffPolicyLoss, Reduction
 
 

@@ -25,9 +25,8 @@ from torchrl.objectives.common import LossModule
 from torchrl.objectives.utils import _vmap_func
 
 from deflow_torchrl.modules.actor import DeFlowActor
-from deflow_torchrl.modules.flow import FlowMatchingPolicy
-from deflow_torchrl.modules.networks import StateActionValue, has_hooks
-from deflow_torchrl.modules.precision import Precision, matmul_precision
+from deflow_torchrl.modules.flow import FlowMatchingPolicy, Precision, matmul_precision
+from deflow_torchrl.modules.networks import StateActionValue, is_wrapped
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -349,7 +348,7 @@ class OffPolicyLoss(LossModule):
     @property
     def _is_plain(self) -> bool:
         """Whether calling the critics is calling their module, nothing else."""
-        return type(self.qvalue_network) is TensorDictModule and not has_hooks(self.qvalue_network)
+        return type(self.qvalue_network) is TensorDictModule and not is_wrapped(self.qvalue_network)
 
     def _qvalues(
         self, observations: TensorDictBase, action: Tensor, params: TensorDictBase, *, frozen: bool = False

@@ -21,8 +21,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 
 from deflow_torchrl.modules.actor import DeFlowActor
-from deflow_torchrl.modules.flow import FlowMatchingPolicy
-from deflow_torchrl.modules.precision import Precision, check_precision
+from deflow_torchrl.modules.flow import FlowMatchingPolicy, Precision, check_precision
 from deflow_torchrl.objectives.common import OffPolicyLoss, Reduction
 from deflow_torchrl.objectives.flow_matching import FlowMatchingLoss, check_flow_policy
 from deflow_torchrl.objectives.refinement import RefinementLoss
@@ -63,7 +62,7 @@ class DeFlowLoss(FlowMatchingLoss, RefinementLoss, TDCriticLoss):
         deactivate_vmap (bool, optional): evaluate the critics in a loop. Defaults to ``False``.
         sampler_precision (str, optional): of the matrix products that sample base actions, without gradient:
             ``"highest"`` (default), ``"high"``, ``"medium"`` or ``"bfloat16"``, see
-            :func:`~deflow_torchrl.modules.precision.matmul_precision`.
+            :func:`~deflow_torchrl.modules.flow.matmul_precision`.
 
     Raises:
         TypeError: if the actor's prior is to learn and is not a :class:`~deflow_torchrl.modules.FlowMatchingPolicy`.

@@ -21,7 +21,7 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor
 
 from deflow_torchrl.modules.flow import FlowMatchingPolicy
-from deflow_torchrl.modules.one_step import OneStepPolicy
+from deflow_torchrl.modules.policies import OneStepPolicy
 from deflow_torchrl.objectives.common import Reduction
 from deflow_torchrl.objectives.flow_matching import check_flow_policy
 from deflow_torchrl.objectives.noise_policy import NoisePolicyLoss

@@ -26,7 +26,7 @@ from tensordict.nn import TensorDictModule
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from deflow_torchrl.modules.gaussian import GaussianPolicy
+from deflow_torchrl.modules.policies import GaussianPolicy
 from deflow_torchrl.objectives.bc import check_gaussian
 from deflow_torchrl.objectives.common import OffPolicyLoss, Reduction
 from deflow_torchrl.objectives.implicit_q import ImplicitQLoss

@@ -17,7 +17,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 
 from deflow_torchrl.modules.flow import FlowMatchingPolicy
-from deflow_torchrl.modules.one_step import OneStepPolicy
+from deflow_torchrl.modules.policies import OneStepPolicy
 from deflow_torchrl.objectives.common import OffPolicyLoss, Reduction
 from deflow_torchrl.objectives.flow_matching import FlowMatchingLoss, check_flow_policy
 from deflow_torchrl.objectives.td_critic import TDCriticLoss

@@ -24,7 +24,7 @@ from tensordict.nn import TensorDictModule
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from deflow_torchrl.modules.deterministic import DeterministicPolicy
+from deflow_torchrl.modules.policies import DeterministicPolicy
 from deflow_torchrl.objectives.common import OffPolicyLoss, Reduction, next_key, tiny
 from deflow_torchrl.objectives.td_critic import TDCriticLoss
 

@@ -9,7 +9,18 @@ import torch
 from tensordict import TensorDict
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+    register_module_full_backward_hook,
+)
+from torch.nn.utils import parametrize, prune
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from torchrl.objectives import SoftUpdate, ValueEstimators
 
 from deflow_torchrl.modules import (
@@ -239,14 +250,448 @@ def test_compiled_and_half_precision_calls_go_through_the_layers(network, calls)
     assert calls == ["mlp"]
 
 
-def test_second_derivatives_are_refused_not_wrong(network):
+def parameters_of(network):
+    return list(network.parameters())
+
+
+def loss_of(network, x):
+    out = network(x)
+    return (out * torch.linspace(-1, 2, out.numel()).reshape(out.shape) + out.square()).sum()
+
+
+def grads(loss, network, x, **options):
+    inputs = [tensor for tensor in (x, *parameters_of(network)) if tensor.requires_grad]
+    found = torch.autograd.grad(loss, inputs, allow_unused=True, **options)
+    return [torch.zeros(()) if gradient is None else gradient for gradient in found]
+
+
+def gradient_penalty(network, x):
+    (first,) = torch.autograd.grad(loss_of(network, x), x, create_graph=True)
+    return [first, *grads(network(x).mean() + 10 * first.square().sum(), network, x)]
+
+
+def third_derivatives(network, x):
+    loss = loss_of(network, x)
+    for _ in range(2):
+        loss = sum(gradient.square().sum() for gradient in grads(loss, network, x, create_graph=True))
+    return grads(loss, network, x)
+
+
+def meta_gradient(network, x):
+    """Through one step of gradient descent on all parameters, as MAML does."""
+    names = [name for name, _ in network.named_parameters()]
+    steps = torch.autograd.grad(loss_of(network, x), parameters_of(network), create_graph=True)
+    moved = {name: p - 0.1 * g for name, p, g in zip(names, parameters_of(network), steps, strict=True)}
+    return grads(functional_call(network, moved, (x,)).square().sum(), network, x)
+
+
+def penalty_of_a_stack(network, x):
+    params = copies_of(network, 2)
+    torch.manual_seed(5)
+    params = {name: p + 0 for name, p in params.items()}
+    out = torch.vmap(lambda params: functional_call(network, params, (x,)))(params)
+    (first,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    return torch.autograd.grad(first.square().sum(), [x, *params.values()])
+
+
+def dual_numbers(network, x):
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        with torch.no_grad():
+            silent = forward_ad.unpack_dual(network(dual.detach()))
+        return [*forward_ad.unpack_dual(network(dual)), silent.primal, silent.tangent]
+
+
+def dual_parameter(network, x):
+    weight = network[0].weight
+    with forward_ad.dual_level():
+        dual = {"0.weight": forward_ad.make_dual(weight.detach(), torch.ones_like(weight))}
+        return [forward_ad.unpack_dual(functional_call(network, dual, (x,))).tangent]
+
+
+def of_parameters(transform):
+    def usage(network, x):
+        params = {name: p.detach() for name, p in network.named_parameters()}
+        return list(transform(lambda params: functional_call(network, params, (x,)).square().sum())(params).values())
+
+    return usage
+
+
+def per_sample_gradients(network, x):
+    params = {name: p.detach() for name, p in network.named_parameters()}
+    call = lambda params, row: functional_call(network, params, (row,)).square().sum()  # noqa: E731
+    return list(torch.vmap(torch.func.grad(call), (None, 0))(params, x.detach()).values())
+
+
+def beside_vmap(network, x):
+    """Inside vmap, which batches nothing that the network reads."""
+    out = torch.vmap(lambda scale: network(x) * scale)(torch.tensor([1.0, 2.0]))
+    return grads(out.square().sum(), network, x)
+
+
+def batched_gradients(network, x):
+    out = network(x)
+    rows = torch.eye(out.numel()).reshape(-1, *out.shape)
+    return torch.autograd.grad(out, [x, *parameters_of(network)], rows, is_grads_batched=True)
+
+
+def functional(derivative, **options):
+    return lambda network, x: [derivative(lambda x: network(x).square().sum(), x.detach(), **options)]
+
+
+def seen(register):
+    """Values, gradients and what a hook saw."""
+
+    def usage(network, x):
+        calls = []
+        handles = register(network, calls)
+        try:
+            result = grads(loss_of(network, x), network, x)
+        finally:
+            for handle in handles:
+                handle.remove()
+        assert calls
+        return [*result, *calls]
+
+    return usage
+
+
+def note(calls):
+    def hook(module, *tensors):
+        calls.extend(t[0].detach().clone() if isinstance(t, tuple) else t.detach().clone() for t in tensors)
+
+    return hook
+
+
+def forward_hook_that_changes_the_output(network, x):
+    layer = network[1]
+    handle = layer.register_forward_hook(lambda module, inputs, output: 2 * output)
+    result = grads(loss_of(network, x), network, x)
+    handle.remove()
+    return result
+
+
+def wrapped_instance(part):
+    """What accelerate and libraries that offload weights do."""
+
+    def usage(network, x):
+        module = network if part is None else network[part]
+        inner = module.forward
+        module.forward = lambda *inputs: 2 * inner(*inputs)
+        result = [network(x).detach(), *grads(loss_of(network, x), network, x)]
+        del module.forward
+        return result
+
+    return usage
+
+
+def replaced(owner, name, function):
+    def usage(network, x):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(owner, name, function)
+            return [network(x).detach(), *grads(loss_of(network, x), network, x)]
+
+    return usage
+
+
+def changed(change):
+    """On a copy whose layers were changed."""
+
+    def usage(network, x):
+        torch.manual_seed(3)
+        network = copy.deepcopy(network)
+        network = change(network) or network
+        return [network(x).detach(), *grads(loss_of(network, x), network, x)]
+
+    return usage
+
+
+def lora(network):
+    weight = network[0].weight
+
+    class Adapter(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.left, self.right = nn.Parameter(torch.randn(weight.shape[0], 2)), nn.Parameter(torch.ones(2, 7))
+
+        def forward(self, weight):
+            return weight + self.left @ self.right
+
+    parametrize.register_parametrization(network[0], "weight", Adapter())
+
+
+def checkpointed(use_reentrant):
+    def usage(network, x):
+        out = checkpoint(network, x * 1, use_reentrant=use_reentrant)
+        return (
+            [out.detach(), *grads(out.square().sum(), network, x)] if not use_reentrant else by_backward(out, network)
+        )
+
+    return usage
+
+
+def by_backward(out, network):
+    network.zero_grad()
+    out.square().sum().backward()
+    return [out.detach(), *(p.grad.clone() for p in network.parameters())]
+
+
+def hooked_storage(network, x):
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(1) or t.float(), lambda t: t.double()):
+        loss = loss_of(network, x)
+    return [torch.tensor(len(kept)), *grads(loss, network, x)]
+
+
+def in_dtype(dtype, x_dtype=None):
+    def usage(network, x):
+        network = copy.deepcopy(network).to(dtype)
+        return grads(loss_of(network, x.to(x_dtype or dtype)), network, x)
+
+    return usage
+
+
+def autocast(network, x):
+    network = copy.deepcopy(network).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = network(x.float())
+    return [out.detach(), *grads(out.float().square().sum(), network, x)]
+
+
+def on(make):
+    return lambda network, x: [network(make(x)).detach(), *grads(loss_of(network, make(x)), network, x)]
+
+
+def partly_frozen(network, x):
+    for number, parameter in enumerate(network.parameters()):
+        parameter.requires_grad_(number % 3 == 1)
+    return grads(loss_of(network, x), network, x) + grads(loss_of(network, x.detach()), network, x)
+
+
+def used_twice(network, x):
+    out = network(network(x) @ torch.ones(3, 7) + x)
+    first = grads(out.square().sum(), network, x, retain_graph=True)
+    return [*first, *grads(out.sum(), network, x)]
+
+
+def shared_layers(network, x):
+    """One layer in two places."""
+    kinds = 3 if network.layer_norm else 2
+    square = make_mlp(7, 3, (7, 7), layer_norm=network.layer_norm)
+    square[kinds] = square[0]
+    return grads(loss_of(square, x), square, x) + gradient_penalty(square, x)
+
+
+def changed_beside_the_graph(network, x):
+    """Biases, and the first weight where the input has no gradient, are not needed by the gradient."""
+    network = copy.deepcopy(network)
+    loss = loss_of(network, x.detach())
+    with torch.no_grad():
+        network[0].weight.add_(1)
+        for layer in network:
+            if isinstance(layer, nn.Linear):
+                layer.bias.zero_()
+    return grads(loss, network, x)
+
+
+def output_changed_in_place(network, x):
+    out = network(x)
+    out.mul_(2).clamp_(-1, 1)
+    return [out.detach(), *grads(out.square().sum(), network, x)]
+
+
+def traced(network, x):
+    graph = torch.jit.trace(network, (x.detach(),))
+    return [graph(x).detach(), *grads(loss_of(graph, x), network, x)]
+
+
+def exported(strict):
+    def usage(network, x):
+        program = torch.export.export(network, (x.detach(),), strict=strict)
+        return [program.module()(x.detach())]
+
+    return usage
+
+
+def compiled_layer(network, x):
+    network = copy.deepcopy(network)
+    network[0].compile(backend="eager")
+    return grads(loss_of(network, x), network, x)
+
+
+class Doubled(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        return 2 * out if function is torch.nn.functional.gelu else out
+
+
+class Counted(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        return 2 * out if function is torch.ops.aten.gelu.default else out
+
+
+class Logged(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        out = super().__torch_function__(function, types, args, kwargs or {})
+        return 3 * out if function is torch.nn.functional.gelu else out
+
+
+def under(make):
+    def usage(network, x):
+        with make():
+            return [network(x).detach(), *grads(loss_of(network, x), network, x)]
+
+    return usage
+
+
+def from_inference_mode(network, x):
+    with torch.inference_mode():
+        rows = torch.ones(5, 7)
+        inside = network(rows).clone()
+    frozen = copy.deepcopy(network).requires_grad_(False)
+    return [inside * 1, frozen(rows) * 1, *grads(loss_of(network, rows.clone()), network, x)]
+
+
+USAGES = {
+    "gradient penalty": gradient_penalty,
+    "third derivatives": third_derivatives,
+    "meta gradient": meta_gradient,
+    "penalty of a stack": penalty_of_a_stack,
+    "functional.hessian": functional(torch.autograd.functional.hessian),
+    "functional.hessian, vectorized": functional(torch.autograd.functional.hessian, vectorize=True),
+    "functional.hvp": functional(torch.autograd.functional.hvp, v=torch.ones(5, 7, dtype=torch.float64)),
+    "batched gradients": batched_gradients,
+    "dual numbers": dual_numbers,
+    "dual parameter": dual_parameter,
+    "func.jvp": lambda network, x: torch.func.jvp(network, (x,), (torch.ones_like(x),)),
+    "func.jacrev": lambda network, x: [torch.func.jacrev(network)(x)],
+    "func.jacfwd": lambda network, x: [torch.func.jacfwd(network)(x)],
+    "func.hessian": lambda network, x: [torch.func.hessian(lambda row: network(row).square().sum())(x[0].detach())],
+    "func.linearize": lambda network, x: [torch.func.linearize(network, x)[1](torch.ones_like(x))],
+    "func.functionalize": lambda network, x: [torch.func.functionalize(network)(x)],
+    "func.grad of parameters": of_parameters(torch.func.grad),
+    "per-sample gradients": per_sample_gradients,
+    "beside vmap": beside_vmap,
+    "forward hook": seen(lambda n, calls: [n.register_forward_hook(note(calls))]),
+    "forward hook of a layer": seen(lambda n, calls: [n[1].register_forward_hook(note(calls))]),
+    "forward pre-hook of a layer": seen(lambda n, calls: [n[0].register_forward_pre_hook(note(calls))]),
+    "full backward hook": seen(lambda n, calls: [n.register_full_backward_hook(note(calls))]),
+    "full backward hook of a layer": seen(lambda n, calls: [n[2].register_full_backward_hook(note(calls))]),
+    "full backward pre-hook of a layer": seen(lambda n, calls: [n[2].register_full_backward_pre_hook(note(calls))]),
+    "global forward hook": seen(lambda n, calls: [register_module_forward_hook(note(calls))]),
+    "global forward pre-hook": seen(lambda n, calls: [register_module_forward_pre_hook(note(calls))]),
+    "global backward hook": seen(lambda n, calls: [register_module_full_backward_hook(note(calls))]),
+    "hook of a parameter": seen(lambda n, calls: [n[0].weight.register_hook(lambda g: note(calls)(n, g))]),
+    "hook that changes the output": forward_hook_that_changes_the_output,
+    "replaced forward": wrapped_instance(None),
+    "replaced forward of a layer": wrapped_instance(0),
+    "replaced forward of an activation": wrapped_instance(1),
+    "replaced Linear.forward": replaced(nn.Linear, "forward", lambda self, x: 2 * (x @ self.weight.mT)),
+    "replaced GELU.forward": replaced(nn.GELU, "forward", lambda self, x: x.relu()),
+    "replaced F.linear": replaced(torch.nn.functional, "linear", lambda x, w, b: x @ w.mT - b),
+    "replaced F.gelu": replaced(torch.nn.functional, "gelu", lambda x, approximate: x.tanh()),
+    "replaced layer": changed(lambda n: n.__setitem__(1, nn.ReLU())),
+    "parametrized weight_norm": changed(lambda n: nn.utils.parametrizations.weight_norm(n[2]) and None),
+    "parametrized spectral_norm": changed(lambda n: nn.utils.parametrizations.spectral_norm(n[2]).eval() and None),
+    "old spectral_norm": changed(lambda n: nn.utils.spectral_norm(n[2]).eval() and None),
+    "pruned layer": changed(lambda n: prune.random_unstructured(n[2], "weight", 0.5) and None),
+    "LoRA": changed(lora),
+    "no bias": changed(lambda n: setattr(n[0], "bias", None)),
+    "another layer appended": changed(lambda n: n.append(nn.Tanh()) and None),
+    "checkpoint": checkpointed(use_reentrant=False),
+    "reentrant checkpoint": checkpointed(use_reentrant=True),
+    "saved-tensor hooks": hooked_storage,
+    "save_on_cpu": under(torch.autograd.graph.save_on_cpu),
+    "anomaly detection": under(lambda: torch.autograd.detect_anomaly(check_nan=True)),
+    "autocast": autocast,
+    "bfloat16": in_dtype(torch.bfloat16),
+    "float16": in_dtype(torch.float16),
+    "non-contiguous rows": on(lambda x: torch.cat([x, x], -1)[:, ::2]),
+    "transposed": on(lambda x: (x.mT @ torch.ones(5, 5)).mT),
+    "expanded": on(lambda x: x[:1].expand(4, 7)),
+    "sparse": on(lambda x: x.to_sparse()),
+    "no rows": on(lambda x: x[:0]),
+    "no rows of two dimensions": on(lambda x: x[:0].reshape(0, 2, 7)),
+    "four dimensions": on(lambda x: x.reshape(5, 1, 1, 7)),
+    "one row": on(lambda x: x[0]),
+    "nested tensors": lambda network, x: [
+        part.detach() for part in network(torch.nested.nested_tensor([x[:2].detach(), x[2:].detach()])).unbind()
+    ],
+    "partly frozen": partly_frozen,
+    "used twice": used_twice,
+    "shared layers": shared_layers,
+    "changed beside the graph": changed_beside_the_graph,
+    "output changed in place": output_changed_in_place,
+    "jit.trace": traced,
+    "export": exported(strict=True),
+    "non-strict export": exported(strict=False),
+    "make_fx": lambda network, x: [make_fx(network)(x.detach())(x)],
+    "compiled layer": compiled_layer,
+    "torch function mode": under(Doubled),
+    "torch dispatch mode": under(Counted),
+    "default device": under(lambda: torch.device("cpu")),
+    "tensor subclass": lambda network, x: [network(x.detach().as_subclass(Logged)).as_subclass(torch.Tensor)],
+    "subclass of a parameter": changed(
+        lambda n: setattr(n[0], "weight", nn.Parameter(n[0].weight.detach().as_subclass(Logged)))
+    ),
+    "inference mode": from_inference_mode,
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("usage", USAGES)
+def test_every_usage_gives_the_numbers_of_the_layers(usage, network):
     x = torch.randn(5, 7, requires_grad=True)
-    (first,) = torch.autograd.grad(network(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()
-    with kernels.use_kernels(False):
-        (first,) = torch.autograd.grad(network(x).square().sum(), x, create_graph=True)
-        first.sum().backward()
+    trained = [parameter.requires_grad for parameter in network.parameters()]
+
+    def compute():
+        torch.manual_seed(1)
+        for parameter, train in zip(network.parameters(), trained, strict=True):
+            parameter.requires_grad_(train)
+        return USAGES[usage](network, x)
+
+    assert_same(*both(compute))
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("part", [0, -1])
+def test_a_weight_changed_between_call_and_gradient_is_refused(network, part, create_graph):
+    x = torch.randn(5, 7, requires_grad=True)
+    for kernel in (True, False):
+        with kernels.use_kernels(kernel):
+            loss = loss_of(network, x)
+            with torch.no_grad():
+                network[part].weight.add_(1)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                grads(loss, network, x, create_graph=create_graph)
+
+
+def test_a_freed_graph_is_refused(network):
+    x = torch.randn(5, 7, requires_grad=True)
+    loss = loss_of(network, x)
+    grads(loss, network, x)
+    for create_graph in (False, True):
+        with pytest.raises(RuntimeError, match="second time"):
+            grads(loss, network, x, create_graph=create_graph)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_numerical_derivatives_agree(network):
+    x = torch.randn(2, 7, requires_grad=True)
+    options = {"check_batched_grad": True, "fast_mode": True}
+    assert torch.autograd.gradcheck(network, (x,), check_forward_ad=True, **options)
+    assert torch.autograd.gradgradcheck(network, (x,), **options)
+
+
+@pytest.mark.parametrize("x", [torch.ones(5, 6), torch.ones(5, 7).float(), torch.ones(()), torch.ones(5, 7).to("meta")])
+def test_inputs_that_do_not_fit_give_the_error_of_the_layers(network, x):
+    with kernels.use_kernels(False), pytest.raises(RuntimeError) as plain:
+        network(x)
+    with pytest.raises(RuntimeError) as error:
+        network(x)
+    assert str(error.value) == str(plain.value)
 
 
 def test_processes_that_a_run_starts_compute_as_it_does(network, calls):

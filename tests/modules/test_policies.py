@@ -3,11 +3,22 @@ import pickle
 import pytest
 import torch
 from tensordict import TensorDict
-from tensordict.nn import TensorDictModule
+from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from deflow_torchrl.modules import DeFlowActor, FlowMatchingPolicy, RefinementPolicy, make_velocity_network
+from deflow_torchrl.modules import (
+    DeFlowActor,
+    DeterministicPolicy,
+    FlowMatchingPolicy,
+    GaussianPolicy,
+    OneStepPolicy,
+    RefinementPolicy,
+    make_refinement_network,
+    make_value_network,
+    make_velocity_network,
+)
+from deflow_torchrl.modules.policies import check_encoders, is_flow, last_policy
 from tests.support.networks import ACTION_DIM, OBSERVATION_DIM, make_actor
 
 
@@ -167,7 +178,6 @@ def test_an_actor_whose_parts_do_not_fit_is_refused():
 
 
 def test_the_actor_drives_a_torchrl_collector():
-    from tensordict.nn import TensorDictSequential
     from torchrl.collectors import Collector
     from torchrl.envs import PendulumEnv  # pure torch, no simulator needed
 
@@ -188,3 +198,145 @@ def test_the_actor_drives_a_torchrl_collector():
     assert data["action"].shape == (10, 1)
     assert data["action"].abs().max() <= 1
     collector.shutdown()
+
+
+def make_encoder(out_key="encoded", in_key="observation"):
+    return TensorDictModule(nn.Linear(OBSERVATION_DIM, 5), in_keys=[in_key], out_keys=[out_key])
+
+
+def make_flow(*, out_key="base_action", encoded=True):
+    network = make_velocity_network(5 if encoded else OBSERVATION_DIM, ACTION_DIM, (8,))
+    in_keys = ("encoded" if encoded else "observation", "noise")
+    return FlowMatchingPolicy(network, ACTION_DIM, in_keys=in_keys, out_keys=(out_key,))
+
+
+def make_refinement(observation_key="features"):
+    network = make_refinement_network(5, ACTION_DIM, (8,))
+    return RefinementPolicy(network, ACTION_DIM, low=-1.0, high=1.0, in_keys=(observation_key, "base_action"))
+
+
+class UpstreamModel(nn.Module):
+    """The interface of the model in TorchRL's own FlowMatchingPolicy."""
+
+    def __init__(self):
+        super().__init__()
+        self.velocity_network = nn.Linear(5 + ACTION_DIM + 1, ACTION_DIM)
+
+    def velocity(self, observation, action, time):
+        return self.velocity_network(torch.cat((observation, action, time), -1))
+
+    def forward(self, observation, noise):
+        return noise + self.velocity(observation, noise, torch.zeros_like(noise[..., :1]))
+
+
+@pytest.mark.parametrize("noise", [True, False])
+@pytest.mark.parametrize("upstream", [True, False])
+def test_encoders_may_stand_before_both_parts_of_an_actor(noise, upstream):
+    encoder, features, flow, refinement = make_encoder(), make_encoder("features"), make_flow(), make_refinement()
+    if upstream:
+        flow = TensorDictModule(UpstreamModel(), in_keys=["encoded", "noise"], out_keys=["base_action"])
+        noise = True
+    prior, refine = TensorDictSequential(encoder, flow), TensorDictSequential(features, refinement)
+    actor = DeFlowActor(prior, refine)
+    assert actor[0] is actor.flow_policy is prior
+    assert actor[1] is actor.refinement_policy is refine
+    assert (actor.base_action_key, actor.action_key) == ("base_action", "action")
+    td = TensorDict(observation=torch.randn(6, OBSERVATION_DIM), batch_size=[6])
+    z = torch.randn(6, ACTION_DIM)
+    if noise:
+        td["noise"] = z
+    torch.manual_seed(4)
+    out = actor(td.clone())
+    torch.manual_seed(4)
+    base = flow.module(encoder.module(td["observation"]), td.get("noise", None))
+    shift, action = refinement.module(features.module(td["observation"]), base)
+    torch.testing.assert_close((out["base_action"], out["refinement"], out["action"]), (base, shift, action))
+    torch.manual_seed(4)
+    alone = actor.prior_policy()
+    torch.testing.assert_close(alone(td.clone())["action"], base)
+    assert {id(parameter) for parameter in alone.parameters()} == {id(parameter) for parameter in prior.parameters()}
+
+
+def test_the_policy_behind_encoders_is_found_by_what_it_does():
+    flow, refinement = make_flow(), make_refinement()
+    nested = TensorDictSequential(make_encoder("raw"), TensorDictSequential(make_encoder(in_key="raw"), flow))
+    assert last_policy(nested) is last_policy(flow) is flow
+    upstream = TensorDictModule(UpstreamModel(), in_keys=["encoded", "noise"], out_keys=["action"])
+    assert is_flow(nested)
+    assert is_flow(upstream)
+    assert not is_flow(refinement)
+    assert not is_flow(make_encoder())
+
+
+def test_an_encoder_that_nothing_reads_is_refused():
+    unread = TensorDictSequential(make_encoder(), make_flow(encoded=False))
+    with pytest.raises(
+        ValueError, match=r"writes \['encoded'\], but the policy behind it reads \['observation', 'noise'\]"
+    ):
+        check_encoders(unread)
+    for prior, refinement in (
+        (unread, make_refinement("observation")),
+        (make_flow(encoded=False), TensorDictSequential(make_encoder(), make_refinement())),
+    ):
+        with pytest.raises(ValueError, match="the encoder writes"):
+            DeFlowActor(prior, refinement)
+    with pytest.raises(TypeError, match="must be a RefinementPolicy, got a TensorDictModule"):
+        DeFlowActor(make_flow(), make_encoder())
+
+
+ROWS = TensorDict(observation=torch.zeros(4, 5, dtype=torch.float64), noise=torch.zeros(4, 2), batch_size=[4])
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        FlowMatchingPolicy(make_velocity_network(5, 2, (8,)), 2),
+        OneStepPolicy(nn.Linear(7, 2), 2),
+        GaussianPolicy(nn.Linear(5, 2)),
+        DeterministicPolicy(nn.Linear(5, 2), noise_scale=0.1),
+        RefinementPolicy(nn.Linear(7, 2), 2, low=-1.0, high=1.0, in_keys=("observation", "noise")),
+        make_value_network(5, (8,)),
+        TensorDictSequential(OneStepPolicy(nn.Linear(7, 2), 2)),
+    ],
+    ids=lambda policy: type(policy).__name__,
+)
+def test_an_observation_of_another_dtype_is_named(policy):
+    message = (
+        "^'observation' is torch.float64, but the network computes in torch.float32: convert the input.*DoubleToFloat"
+    )
+    with torch.no_grad():
+        with pytest.raises(TypeError, match=message):
+            policy(ROWS.clone())
+        with pytest.raises(TypeError, match=message):
+            policy(**{key: ROWS[key] for key in policy.in_keys})
+        policy.to(torch.float64)(ROWS.double())
+        policy.to(torch.float32)(ROWS.float())
+    with pytest.raises(RuntimeError, match="shapes"):
+        policy(ROWS.float().apply(lambda entry: torch.cat([entry, entry], -1)))
+
+
+def test_a_network_that_converts_its_input_itself_is_called():
+    class Converting(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.float())
+
+    policy = GaussianPolicy(Converting(5, 2))
+    assert policy(ROWS.clone())["action"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("part", ["network", "layer", "velocity"])
+def test_a_forward_replaced_on_the_instance_is_called_by_the_sampler(part):
+    """As accelerate and libraries that offload weights do."""
+    policy = FlowMatchingPolicy(make_velocity_network(OBSERVATION_DIM, ACTION_DIM, (8, 8)), ACTION_DIM)
+    td = TensorDict(observation=torch.randn(6, OBSERVATION_DIM), noise=torch.randn(6, ACTION_DIM), batch_size=[6])
+    owner = {"network": policy.module.velocity_network, "layer": policy.module.velocity_network[0]}.get(
+        part, policy.module
+    )
+    name = "velocity" if part == "velocity" else "forward"
+    original = getattr(owner, name)
+    setattr(owner, name, lambda *inputs: -original(*inputs))
+    expected = policy(td.clone())["action"]
+    with torch.no_grad():
+        torch.testing.assert_close(policy(td.clone())["action"], expected)
+        delattr(owner, name)
+        assert not torch.allclose(policy(td.clone())["action"], expected)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from deflow_torchrl.algorithms.settings import PRECISIONS
-from deflow_torchrl.modules.precision import Precision, matmul_precision
+from deflow_torchrl.modules.flow import Precision, matmul_precision
 from tests.support.networks import make_batch, make_loss
 
 CPU = torch.device("cpu")

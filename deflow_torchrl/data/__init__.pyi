@@ -4,7 +4,7 @@ from .action_variance import ActionVariance as ActionVariance
 from .action_variance import intrinsic_action_variance as intrinsic_action_variance
 from .action_variance import suggest_target_divergence as suggest_target_divergence
 from .base_actions import BaseActionBank as BaseActionBank
-from .builder import TransitionBuilder as TransitionBuilder
+from .dataset import TransitionBuilder as TransitionBuilder
 from .dataset import TransitionDataset as TransitionDataset
 from .dataset import TransitionReplayBuffer as TransitionReplayBuffer
 from .dataset import ValidationReport as ValidationReport
@@ -18,5 +18,5 @@ from .reexports import generate_ogbench_dataset as generate_ogbench_dataset
 from .reexports import import_files as import_files
 from .reexports import load_minari_dataset as load_minari_dataset
 from .reexports import load_ogbench_dataset as load_ogbench_dataset
-from .union_buffer import OfflineOnlineReplayBuffer as OfflineOnlineReplayBuffer
-from .union_storage import TRANSITION_KEYS as TRANSITION_KEYS
+from .schema import TRANSITION_KEYS as TRANSITION_KEYS
+from .union.buffer import OfflineOnlineReplayBuffer as OfflineOnlineReplayBuffer

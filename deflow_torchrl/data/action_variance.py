@@ -23,9 +23,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -36,9 +34,7 @@ import torch
 from deflow_torchrl.errors import InputError
 
 _QUERY_BLOCK = 256
-# The k nearest rows lie in the k groups of rows with the smallest minima; finding those costs half of a topk over rows.
-_GROUP = 16
-# Groups kept beyond k, so that the ranking by coordinates decides and not the rounding of the search.
+# Rows kept beyond k, so that the ranking by coordinates decides and not the rounding of the search.
 _SPARE = 8
 _CONFIDENCE = 0.95
 
@@ -108,8 +104,8 @@ def intrinsic_action_variance(
         unbiased: divide by k - 1 instead of k.
         bootstrap: resamples of the queried states behind the interval.
         seed: seed of the queried states and of the resamples; torch's global generator is not used.
-        chunk_size: transitions that each of torch's threads compares with 256 states at a time, 8 MiB of distances by
-            default; memory beyond that does not grow with N.
+        chunk_size: transitions compared with 256 states at a time, 8 MiB of distances by default; memory beyond that does
+            not grow with N.
         progress: wraps the iterator of finished blocks of states (iterator, total), for a progress bar.
 
     Raises:
@@ -146,7 +142,7 @@ def intrinsic_action_variance(
             )
             return actions[neighbours].double().var(dim=1, correction=int(unbiased)).cpu()
 
-        return _map_on_threads(variance, queried.to(observations.device).split(_QUERY_BLOCK))
+        return map(variance, queried.to(observations.device).split(_QUERY_BLOCK))
 
     total = -(-len(queried) // _QUERY_BLOCK)
     variances = torch.cat(list(blocks() if progress is None else progress(blocks(), total)))
@@ -220,103 +216,41 @@ def _standardisation(observations: torch.Tensor, normalize: bool, chunk_size: in
     return mean, (squares / len(observations)).sqrt().masked_fill(constant, 1.0)
 
 
-@contextmanager
-def _one_thread_an_operation() -> Iterator[int]:
-    """Yield torch's number of threads and set it to one: inside small operations, threads wait for one another on busy cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield threads
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _map_on_threads(
-    function: Callable[[torch.Tensor], torch.Tensor], blocks: Sequence[torch.Tensor]
-) -> Iterator[torch.Tensor]:
-    """Map in order, a block a thread."""
-    with _one_thread_an_operation() as threads:
-        pool = ThreadPoolExecutor(threads)
-        try:
-            yield from pool.map(function, blocks)
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _nearest(observations: torch.Tensor, block: torch.Tensor, **search: Any) -> torch.Tensor:
-    """Rows of the k nearest neighbours of the rows ``block``, nearest first, ``[B, k]``; exact.
-
-    The search is in single precision, twice as fast; states for which its rounding could have hidden a neighbour are searched
-    again in double precision.
-    """
-    neighbours, certain = _search(observations, block, dtype=torch.float32, **search)
-    doubtful = (~certain).nonzero().squeeze(-1)
-    if len(doubtful):
-        neighbours[doubtful], _ = _search(observations, block[doubtful], dtype=torch.float64, **search)
-    return neighbours
-
-
-def _search(
+def _nearest(
     observations: torch.Tensor,
     block: torch.Tensor,
     *,
-    dtype: torch.dtype,
     k: int,
     include_self: bool,
     shift: torch.Tensor,
     scale: torch.Tensor,
     chunk_size: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Neighbours ``[B, k]``, and whether rounding in ``dtype`` cannot have changed them ``[B]``."""
-
-    def standardised(part: torch.Tensor) -> torch.Tensor:
-        return ((part.double() - shift) / scale).to(dtype)
-
+) -> torch.Tensor:
+    """Find the k nearest neighbours of the rows ``block``, nearest first, ``[B, k]``."""
     own = -1.0 if include_self else torch.inf  # a state comes first or never among its own neighbours
-    rows = len(observations)
-    stride = -(-min(chunk_size, rows) // _GROUP)  # a group is the rows first, first + stride, ...
-    width = stride * _GROUP
-    states = standardised(observations[block])
-    nearest = states.new_empty(len(block), 0)  # the smallest distance in each group kept
-    first = block.new_empty(len(block), 0)
-    farthest = states.new_zeros(())  # squared norm of any state
-    for start in range(0, rows, width):
-        part = standardised(observations[start : start + width])
-        farthest = torch.maximum(farthest, part.square().sum(1).max())
+    states = (observations[block].double() - shift) / scale
+    nearest, candidates = states.new_empty(len(block), 0), block.new_empty(len(block), 0)
+    for start in range(0, len(observations), chunk_size):
+        part = (observations[start : start + chunk_size].double() - shift) / scale
         distances = torch.cdist(states, part, compute_mode="use_mm_for_euclid_dist")
-        column = block - start
-        inside = ((column >= 0) & (column < len(part))).nonzero().squeeze(-1)
-        distances[inside, column[inside]] = own
-        if len(part) < width:
-            distances = torch.nn.functional.pad(distances, (0, width - len(part)), value=torch.inf)
-        minima = distances.view(len(block), _GROUP, stride).amin(1)
-        near = minima.topk(min(k + _SPARE, stride), largest=False, sorted=False)
+        inside = ((block >= start) & (block < start + len(part))).nonzero().squeeze(-1)
+        distances[inside, block[inside] - start] = own
+        near = distances.topk(min(k + _SPARE, len(part)), largest=False, sorted=False)
         nearest = torch.cat([nearest, near.values], dim=1)
-        first = torch.cat([first, near.indices + start], dim=1)
+        candidates = torch.cat([candidates, near.indices + start], dim=1)
         if nearest.shape[1] > k + _SPARE:
             nearest, kept = nearest.topk(k + _SPARE, largest=False, sorted=False)
-            first = first.gather(1, kept)
-    candidates = first.unsqueeze(-1) + stride * torch.arange(_GROUP, device=first.device)
-    candidates = candidates.flatten(1).sort(dim=1).values
-    others = observations[candidates.clamp(max=rows - 1)].double()
+            candidates = candidates.gather(1, kept)
+    candidates = candidates.sort(dim=1).values
+    others = observations[candidates].double()
     exact = ((others - observations[block].double().unsqueeze(1)) / scale).square().sum(-1)
-    exact[candidates >= rows] = torch.inf
     exact[candidates == block.unsqueeze(1)] = own
-    order = exact.argsort(dim=1, stable=True)[:, :k]
-    # Every group left out began behind the last one kept. Rounding of |x|^2 + |y|^2 - 2 x.y is bounded by its terms.
-    rounding = 4 * (states.shape[1] + 4) * torch.finfo(dtype).eps * (states.square().sum(1) + farthest).double()
-    certain = nearest.amax(1).double().square() - rounding > exact.gather(1, order[:, -1:]).squeeze(1)
-    if -(-rows // width) * stride <= k + _SPARE:
-        certain = torch.ones_like(certain)  # no group was left out
-    return candidates.gather(1, order), certain
+    return candidates.gather(1, exact.argsort(dim=1, stable=True)[:, :k])
 
 
 def _bootstrap_interval(values: torch.Tensor, resamples: int, generator: torch.Generator) -> tuple[float, float]:
     size = len(values)
-    with _one_thread_an_operation():
-        means = torch.stack(
-            [values[torch.randint(size, (size,), generator=generator)].mean() for _ in range(resamples)]
-        )
+    means = torch.stack([values[torch.randint(size, (size,), generator=generator)].mean() for _ in range(resamples)])
     tail = (1 - _CONFIDENCE) / 2
     low, high = means.quantile(torch.tensor([tail, 1 - tail], dtype=means.dtype)).tolist()
     return low, high

@@ -13,6 +13,7 @@ import os
 import pickle
 import zipfile
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -106,10 +107,16 @@ class BaseActionBank:
         if getattr(buffer.storage, "ndim", 1) != 1:
             raise InputError("a bank needs a buffer of single transitions, this storage has more than one dimension")
         self.prior, self.buffer = prior, buffer
+        noise = getattr(prior, "noise_key", None)
+        self._prior_keys = [key for key in prior.in_keys if noise is None or unravel_key(key) != unravel_key(noise)]
         self.num_actions, self.seed, self.batch_size = num_actions, seed, batch_size
-        self.device = _device_of(prior, buffer) if device is None else torch.device(device)
+        if device is None:
+            weights = next(chain(prior.parameters(), prior.buffers()), None)
+            device = getattr(buffer.storage, "device", None) if weights is None else weights.device
+        self.device = torch.device("cpu" if device in (None, "auto") else device)
         self._num_offline = int(getattr(buffer, "num_offline", len(buffer)))
-        self._capacity = _capacity(buffer)
+        immutable = isinstance(buffer.writer, ImmutableDatasetWriter)
+        self._capacity = len(buffer) if immutable else int(getattr(buffer, "capacity", buffer.storage.max_size))
         dataset = getattr(buffer, "dataset", None)
         # Frames serve where no transform comes between them and the prior, and no row is ever another transition's.
         frames = isinstance(dataset, TransitionDataset) and not len(buffer.transform)
@@ -134,30 +141,27 @@ class BaseActionBank:
             InputError: if the transitions lack what the prior reads, or what it writes is not ``[rows, A]``, floating
                 point, finite and as wide as the data's actions.
         """
-        total = -(-self._offline_states // self._states_per_call)
-        for _ in self._fill() if progress is None else progress(self._fill(), total):
+        size = max(self.batch_size // self.num_actions // 2, 1) * 2  # even: s and s' of a row are drawn together
+        begins = range(0, self._offline_states, size)
+
+        def calls() -> Iterator[int]:
+            for call, begin in enumerate(begins):
+                states = self._read_states(begin, min(begin + size, self._offline_states))
+                drawn = self._draw(states, _OFFLINE, call)
+                self._table(drawn)[begin : begin + len(drawn)] = drawn
+                yield call
+            if self._dataset is not None:
+                self._dataset.release()
+            self._filled = True
+
+        for _ in calls() if progress is None else progress(calls(), len(begins)):
             pass
         if not self._filled:
             raise InputError("progress did not go through the iterator it was given; return an iterator over all of it")
 
     @property
-    def _states_per_call(self) -> int:
-        """States in a call of the prior while filling: even, so that s and s' of a row are not parted."""
-        return max(self.batch_size // self.num_actions // 2, 1) * 2
-
-    @property
     def _offline_states(self) -> int:
         return 2 * self._num_offline if self._dataset is None else len(self._dataset.observation)
-
-    def _fill(self) -> Iterator[int]:
-        for call, begin in enumerate(range(0, self._offline_states, self._states_per_call)):
-            states = self._read_states(begin, min(begin + self._states_per_call, self._offline_states))
-            drawn = self._draw(states, _OFFLINE, call)
-            self._table(drawn)[begin : begin + len(drawn)] = drawn
-            yield call
-        if self._dataset is not None:
-            self._dataset.release()
-        self._filled = True
 
     def _read_states(self, begin: int, end: int) -> TensorDictBase:
         """States by their places in the table: frames, or s and s' of row after row."""
@@ -170,11 +174,6 @@ class BaseActionBank:
         keys = self._prior_keys
         states = [transitions.select(*keys, strict=False), transitions["next"].select(*keys, strict=False)]
         return torch.stack([state.exclude("next").reshape(-1) for state in states], 1).reshape(-1)
-
-    @property
-    def _prior_keys(self) -> list[NestedKey]:
-        noise = getattr(self.prior, "noise_key", None)
-        return [key for key in self.prior.in_keys if noise is None or unravel_key(key) != unravel_key(noise)]
 
     def extend(self, index: torch.Tensor) -> None:
         """Draw the base actions of transitions that were added to the buffer, or written over others.
@@ -195,8 +194,7 @@ class BaseActionBank:
         self._extensions += 1
 
     def _put(self, rows: torch.Tensor, actions: torch.Tensor) -> None:
-        first = self._first_state(rows)
-        self._table(actions)[torch.stack([first, first + 1], 1).reshape(-1)] = actions
+        self._table(actions)[self._states_of(rows)] = actions
         self._extended[rows] = True
 
     def _draw(self, states: TensorDictBase, stream: int, call: int) -> torch.Tensor:
@@ -239,6 +237,10 @@ class BaseActionBank:
             self._actions = torch.zeros(states, *actions.shape[-2:], dtype=actions.dtype, device=self.device)
         return self._actions
 
+    def _states_of(self, rows: torch.Tensor) -> torch.Tensor:
+        first = self._first_state(rows)
+        return torch.stack([first, first + 1], 1).reshape(-1)
+
     # -- sampling -----------------------------------------------------------------------------------------------------
 
     def _first_state(self, rows: torch.Tensor) -> torch.Tensor:
@@ -275,22 +277,16 @@ class BaseActionBank:
         states = torch.stack([first, first + 1])
         chosen = states * self.num_actions + torch.randint(self.num_actions, states.shape, device=self.device)
         actions = self._actions.flatten(0, 1)[chosen]
-        actions = self._refuse_unseen(rows, actions)
-        batch.set(self.base_action_key, actions[0])
-        batch.set(unravel_key(("next", self.base_action_key)), actions[1])
-        return batch
-
-    def _refuse_unseen(self, rows: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
         unseen = ~self._extended[rows]
         if self._filled:
             unseen &= rows >= self._num_offline
         if self.device.type != "cpu":
-            return actions.masked_fill(unseen.unsqueeze(-1), torch.nan)
-        if bool(unseen.any()):
-            raise InputError(
-                f"row {int(rows[unseen].reshape(-1)[0])} has no base actions; call extend() after buffer.extend()"
-            )
-        return actions
+            actions = actions.masked_fill(unseen.unsqueeze(-1), torch.nan)
+        elif bool(unseen.any()):
+            raise InputError(f"row {int(rows[unseen][0])} has no base actions; call extend() after buffer.extend()")
+        batch.set(self.base_action_key, actions[0])
+        batch.set(unravel_key(("next", self.base_action_key)), actions[1])
+        return batch
 
     # -- keeping ------------------------------------------------------------------------------------------------------
 
@@ -362,8 +358,7 @@ class BaseActionBank:
         rows = self._extended.nonzero().squeeze(-1)
         state: dict[str, Any] = {"num_actions": self.num_actions, "extensions": self._extensions, "rows": rows}
         if self._actions is not None:
-            first = self._first_state(rows)
-            state["actions"] = self._actions[torch.stack([first, first + 1], 1).reshape(-1)]
+            state["actions"] = self._actions[self._states_of(rows)]
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -383,19 +378,6 @@ class BaseActionBank:
         if actions is not None:
             self._put(rows, actions.to(self.device))
         self._extensions = state["extensions"]
-
-
-def _device_of(prior: TensorDictModuleBase, buffer: ReplayBuffer) -> torch.device:
-    for tensor in (*prior.parameters(), *prior.buffers()):
-        return tensor.device
-    device = getattr(buffer.storage, "device", "cpu")
-    return torch.device("cpu" if device in (None, "auto") else device)
-
-
-def _capacity(buffer: ReplayBuffer) -> int:
-    if isinstance(buffer.writer, ImmutableDatasetWriter):
-        return len(buffer)
-    return int(getattr(buffer, "capacity", buffer.storage.max_size))
 
 
 def _digest(items: Any) -> str:

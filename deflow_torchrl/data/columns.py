@@ -1,9 +1,10 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""One column of a data set: a tensor in memory or in a memory-mapped file, and arrays of any kind read a chunk at a time."""
+"""Columns of a data set: a tensor in memory or in a memory-mapped file, and arrays that are read some megabytes at a time."""
 
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 import os
 import weakref
@@ -17,15 +18,17 @@ import torch
 from deflow_torchrl.errors import InputError
 
 CHUNK_BYTES = 1 << 24
-_SMALL_BYTES = 1 << 18
+
+POSITIONAL_READS = hasattr(os, "preadv")
+"""Whether the system reads files at a position (Linux, macOS); elsewhere rows are read through the map."""
 
 
 class Column(Protocol):
-    """What can be read as rows: numpy arrays, ``h5py`` data sets, members of an .npz archive (``sources.archive``)."""
+    """An array that gives consecutive rows: numpy arrays, ``h5py`` data sets, members of an .npz archive."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Rows and their shape."""
+        """Number of rows, then the shape of a row."""
 
     @property
     def dtype(self) -> Any:
@@ -44,25 +47,28 @@ def chunks(column: Column, *, rows: int | None = None) -> Iterator[tuple[int, np
 
 
 def rows_a_chunk(column: Column) -> int:
-    """Rows that fill a chunk."""
-    width = int(np.prod(column.shape[1:], dtype=np.int64)) * np.dtype(column.dtype).itemsize
-    return max(1, CHUNK_BYTES // max(width, 1))
+    """Number of rows in a chunk."""
+    return max(1, CHUNK_BYTES // max(1, math.prod(column.shape[1:]) * np.dtype(column.dtype).itemsize))
 
 
 def allocate(name: str, shape: tuple[int, ...], dtype: torch.dtype, folder: Path | None) -> torch.Tensor:
-    """A zeroed column, in memory or in ``folder/NAME.bin``.
+    """Make a zeroed column, in memory or in ``folder/NAME.bin``.
 
     Raises:
         InputError: if the disk is full.
     """
     if folder is None:
         return torch.zeros(shape, dtype=dtype)
-    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    size = max(1, math.prod(shape) * dtype.itemsize)
     path = folder / f"{name}.bin"
     try:
         with path.open("wb") as file:
-            # Reserved now: writing through a map into a sparse file on a full disk would kill the process (SIGBUS).
-            os.posix_fallocate(file.fileno(), 0, max(size, 1))
+            # Reserved now: on a full disk, writing through a map into a sparse file kills the process (SIGBUS).
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:
+                for begin in range(0, size, CHUNK_BYTES):
+                    file.write(bytes(min(CHUNK_BYTES, size - begin)))
     except OSError as error:
         raise InputError(
             f"cannot write {size / 1e6:.0f} MB in {folder} ({error.strerror}); choose another folder"
@@ -71,12 +77,12 @@ def allocate(name: str, shape: tuple[int, ...], dtype: torch.dtype, folder: Path
 
 
 def map_column(path: Path, shape: tuple[int, ...], dtype: torch.dtype, *, writable: bool = True) -> torch.Tensor:
-    """Map a file written by :func:`allocate`; where it is not ``writable``, changes stay in this process.
+    """Map a file written by :func:`allocate`; unless it is ``writable``, changes stay in this process.
 
     Raises:
         InputError: if it is missing or has another size.
     """
-    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    size = math.prod(shape) * dtype.itemsize
     if not path.is_file() or path.stat().st_size != max(size, 1):
         raise InputError(f"{path} is missing or damaged; delete {path.parent} to have it made again")
     if size == 0:
@@ -85,11 +91,11 @@ def map_column(path: Path, shape: tuple[int, ...], dtype: torch.dtype, *, writab
 
 
 class RowFile:
-    """Scattered rows of a column's file, read into memory of their own.
+    """Reads scattered rows of a column's file into memory of their own.
 
-    A map would bring a page cache folio (up to 2 MB on recent kernels) into the process for each row it is asked for: a few
-    batches and the whole set is resident. Positional reads leave nothing behind, and a file cut short is an error
-    instead of a signal.
+    Reading through a map would bring a page cache folio (up to 2 MB on recent kernels) into the process for each row: after
+    a few batches the whole set would be resident. Positional reads leave nothing behind, and a file that was cut short is an
+    error instead of a signal.
 
     Args:
         path: file of :func:`allocate`.
@@ -97,71 +103,50 @@ class RowFile:
         dtype: of the column.
     """
 
-    def __init__(self, path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    def __init__(self, path: Path, shape: Sequence[int], dtype: torch.dtype) -> None:
         self.path = path
         self._shape, self._dtype = shape[1:], dtype
-        self._width = int(np.prod(shape[1:], dtype=np.int64)) * dtype.itemsize
-        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._width = math.prod(shape[1:]) * dtype.itemsize
+        self._descriptor = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._descriptor)
 
-    def read(self, runs: Sequence[tuple[int, int]]) -> torch.Tensor:
-        """Rows of each run (first row, rows) one after another.
+    def read(self, rows: torch.Tensor) -> torch.Tensor:
+        """Read rows, int64 of any shape; each is read once, in the order of the file.
 
         Raises:
             InputError: if the file has been cut short.
         """
-        width = self._width
-        length = sum(rows for _, rows in runs)
-        if length * width <= _SMALL_BYTES:  # a batch of states: here the calls cost, not the copies
-            parts = [os.pread(self._descriptor, rows * width, first * width) for first, rows in runs]
-            content = torch.frombuffer(bytearray().join(parts) or bytearray(1), dtype=torch.uint8)[: length * width]
-        else:
-            content = torch.empty(length * width, dtype=torch.uint8)
-            self._read_into(content.numpy().data, runs)
-        if content.numel() != length * width:
-            raise self._cut_short()
-        return content.view(self._dtype).view(length, *self._shape)
-
-    def _read_into(self, view: memoryview, runs: Sequence[tuple[int, int]]) -> None:
-        begin = 0
-        for first, rows in runs:
-            end, at = begin + rows * self._width, first * self._width
+        own, place = torch.unique(rows, return_inverse=True)
+        content = torch.empty(len(own) * self._width, dtype=torch.uint8)
+        view, begin = content.numpy().data, 0
+        for first, count in runs_of(own):
+            position, end = first * self._width, begin + count * self._width
             while begin < end:  # the system reads 2 GB at once at most
-                count = os.preadv(self._descriptor, [view[begin:end]], at)
-                if count == 0:
-                    raise self._cut_short()
-                begin, at = begin + count, at + count
-
-    def _cut_short(self) -> InputError:
-        return InputError(f"{self.path} was cut short; delete {self.path.parent} to have it made again")
+                size = os.preadv(self._descriptor, [view[begin:end]], position)
+                if size == 0:
+                    raise InputError(f"{self.path} was cut short; delete {self.path.parent} to have it made again")
+                begin, position = begin + size, position + size
+        return content.view(self._dtype).view(len(own), *self._shape)[place]
 
 
 def runs_of(rows: torch.Tensor) -> list[tuple[int, int]]:
-    """Ascending rows as (first row, rows) of each stretch without a gap.
+    """Split ascending rows into stretches without a gap: (first row, number of rows).
 
     Examples:
         >>> runs_of(torch.tensor([3, 4, 5, 9]))
         [(3, 3), (9, 1)]
     """
     values = rows.numpy()
-    if len(values) == 0:
-        return []
-    begins = np.flatnonzero(np.diff(values, prepend=values[0] - 2) != 1)
+    begins = np.flatnonzero(np.diff(values, prepend=-2) != 1)
     lengths = np.diff(begins, append=len(values))
     return list(zip(values[begins].tolist(), lengths.tolist(), strict=True))
 
 
 def release_pages(column: torch.Tensor, folder: Path | None) -> None:
-    """Give a mapped column's pages back to the system's cache, so that reading all of it does not fill this process.
+    """Remove a mapped column's pages from this process, so that reading all of it does not fill its memory.
 
-    Nothing is lost: pages of a shared file map are kept in the page cache and, when written, go to the file.
+    Nothing is lost: pages of a shared file map stay in the page cache and, when written, go to the file.
     """
-    if folder is None or not hasattr(mmap, "MADV_DONTNEED"):
-        return
-    _libc().madvise(
-        ctypes.c_void_p(column.data_ptr()), ctypes.c_size_t(column.nbytes), ctypes.c_int(mmap.MADV_DONTNEED)
-    )
-
-
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None)
+    if folder is not None and hasattr(mmap, "MADV_DONTNEED"):
+        address, size = ctypes.c_void_p(column.data_ptr()), ctypes.c_size_t(column.nbytes)
+        ctypes.CDLL(None).madvise(address, size, ctypes.c_int(mmap.MADV_DONTNEED))

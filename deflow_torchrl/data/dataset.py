@@ -1,9 +1,10 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""Transitions stored once: the next observation is the following row, not a second copy.
+"""Transitions whose observations are stored once: the next observation is the following row, not a second copy.
 
 An episode of T transitions is T + 1 consecutive *frames* (observations, the last one final) and T rows of action, reward and
 ``terminated``. Transition i of episode e therefore has s in frame i + e and s' in frame i + e + 1; ``truncated`` is the last
-transition of an episode that does not terminate. Nothing else is stored but the number of each episode's first transition.
+transition of an episode that does not terminate. Beside these columns only the number of each episode's first transition is
+stored.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,51 +25,25 @@ from torchrl.data.replay_buffers.samplers import RandomSampler, Sampler
 from torchrl.data.replay_buffers.storages import Storage
 from torchrl.data.replay_buffers.writers import ImmutableDatasetWriter
 
-from deflow_torchrl.data.columns import RowFile, map_column, release_pages, runs_of
-from deflow_torchrl.data.continuity import Jump
+from deflow_torchrl.data.assembly import fill_from_arrays
+from deflow_torchrl.data.builder import ColumnBuilder
+from deflow_torchrl.data.checks import Jump, ValidationReport, validate
+from deflow_torchrl.data.columns import POSITIONAL_READS, RowFile, map_column, release_pages
+from deflow_torchrl.data.schema import Rows
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.paths import make_writable_folder, only_one_prepares, write_text
 from deflow_torchrl.progress import patient_bar
 
-_COLUMNS = ("observation", "action", "reward", "terminated", "episode_starts")
+_COLUMNS = ("observation", "action", "reward", "terminated")
 _ABOUT_FILE = "dataset.json"
 _STATE_FILE = "transitions.json"
 _FORMAT = 1
 
 
-@dataclass(frozen=True)
-class ValidationReport:
-    """What the check at load found; what cannot be used is refused, the rest is counted here.
-
-    Attributes:
-        transitions: N.
-        episodes: episodes with at least one transition.
-        shortest_episode: transitions of the shortest episode.
-        longest_episode: transitions of the longest episode.
-        reward_min: smallest reward.
-        reward_max: largest reward.
-        terminated: transitions without a bootstrap behind them.
-        clipped_actions: numbers moved to +-(1 - 1e-5).
-        duplicated_transitions: transitions whose s and a equal an earlier one's.
-        jump: the largest jump of the observation inside an episode, if there is any.
-    """
-
-    transitions: int
-    episodes: int
-    shortest_episode: int
-    longest_episode: int
-    reward_min: float
-    reward_max: float
-    terminated: int
-    clipped_actions: int
-    duplicated_transitions: int
-    jump: Jump | None = None
-
-
 class TransitionDataset:
     """A validated, immutable set of transitions; ``dataset[index]`` is a TensorDict in TED (:mod:`deflow_torchrl.data.schema`).
 
-    Made by :meth:`from_arrays`, :class:`deflow_torchrl.data.builder.TransitionBuilder` or a loader, never by hand.
+    Made by :meth:`from_arrays`, :class:`TransitionBuilder` or a loader, never by hand.
 
     Args:
         observation: frames ``[F, ...]``, float32 or uint8.
@@ -77,9 +52,9 @@ class TransitionDataset:
         terminated: ``[N]`` bool.
         episode_starts: number of each episode's first transition, ascending, int64 ``[E]``; F = N + E.
         folder: where the columns are memory-mapped; ``None`` in memory.
-        source: what the data are, for messages.
-        about: what is known of the source.
-        report: what validation found.
+        source: name of the data, for messages.
+        about: facts about the source.
+        report: findings of the validation.
 
     Examples:
         >>> dataset = TransitionDataset.from_arrays(
@@ -115,56 +90,58 @@ class TransitionDataset:
         self.about = dict(about or {})
         self.report = report
         self._files = (
-            None
-            if folder is None
-            else {
-                name: RowFile(folder / f"{name}.bin", tuple(column.shape), column.dtype)
-                for name, column in zip(_COLUMNS, (observation, action, reward, terminated), strict=False)
-            }
+            {name: RowFile(folder / f"{name}.bin", column.shape, column.dtype) for name, column in self._columns()}
+            if folder is not None and POSITIONAL_READS
+            else {}
         )
         self._bounds = torch.cat([episode_starts, episode_starts.new_tensor([len(action)])])
 
     @classmethod
     def from_arrays(
-        cls,
-        observations: Any,
-        actions: Any,
-        rewards: Any,
-        terminals: Any,
-        timeouts: Any = None,
-        *,
-        next_observations: Any = None,
-        episode_ends: Any = None,
-        **options: Any,
+        cls, observations: Any, actions: Any, rewards: Any, terminals: Any, timeouts: Any = None, **options: Any
     ) -> TransitionDataset:
-        """Build and validate a set from arrays, tensors or lists with one row a step.
+        """Build and validate a set from arrays with one row a step, episodes one after another.
+
+        Arrays may be tensors, lists, or anything with a shape that gives consecutive rows for a slice (numpy, ``h5py``): vector
+        and image columns are read some megabytes at a time.
 
         Args:
-            observations: ``[N, O]``, or ``[N, H, W, C]`` uint8.
-            actions: ``[N, A]`` in [-1, 1].
-            rewards: ``[N]``.
-            terminals: 1 where the task ended, ``[N]``.
-            timeouts: 1 on the last row of an episode that was cut, ``[N]``.
+            observations: s, ``[N, O]`` of any real type (float32 inside) or ``[N, H, W, C]`` uint8.
+            actions: a, ``[N, A]`` floating point inside [-1, 1]; clipped to +-(1 - 1e-5).
+            rewards: r, ``[N]`` or ``[N, 1]``.
+            terminals: nonzero where the task ended (no bootstrap), ``[N]``.
+            timeouts: nonzero on the last row of an episode that was cut without an end of the task, ``[N]``.
 
         Keyword Args:
-            next_observations: like ``observations``; the next row's where ``None``.
-            episode_ends: how ends are known that the flags do not mark; never guessed.
-            **options: ``both``, ``final_observation_rows``, ``allow_jumps``, ``source``, ``about``, ``folder``; these and the
-                others are described at :func:`deflow_torchrl.data.assembly.dataset_from_arrays`.
+            **options: the following.
+            next_observations: s', like ``observations``. Without it s' is the next row's s; an episode's last row then has no
+                successor: it is left out, except where it is terminal: its s' is never used, and s stands in for it.
+            episode_ends: how ends are known that ``terminals`` and ``timeouts`` do not mark: an array ``[N]`` of episode numbers
+                (an end where the number changes), an integer (every episode has that many rows), or ``"discontinuity"`` (an end
+                where s' is not the next row's s; needs ``next_observations``). Never guessed: with ``None`` the flags mark all.
+            both: how a row flagged as terminal and as timeout is read: ``"refuse"`` (default), ``"terminal"`` or ``"timeout"``.
+            final_observation_rows: each episode's last row holds its final observation only, and no action (OGBench's layout).
+                Where ``terminals`` mark the ends, a terminal last row says that the transition into it terminates.
+            allow_jumps: accept observations that jump inside an episode (:mod:`deflow_torchrl.data.checks`: teleporters,
+                wrapped angles, objects put back): all, or those up to a ratio.
+            source: name of the arrays, for messages.
+            about: facts about the source, kept with the set.
+            folder: existing folder for memory-mapped columns; in memory where ``None``.
+
+        Returns:
+            The set; its ``report`` and ``about`` count the rows that were clipped, left out or found twice.
 
         Raises:
-            InputError: on anything that cannot be used.
+            InputError: on fewer than two transitions, wrong shapes, lengths or types, NaN or infinity, actions out of bounds,
+                episodes whose end is not marked, flags that contradict one another, or a jump inside an episode.
         """
-        from deflow_torchrl.data.assembly import dataset_from_arrays
-
-        return dataset_from_arrays(
+        return fill_from_arrays(
+            TransitionBuilder,
             observations=observations,
             actions=actions,
             rewards=rewards,
             terminals=terminals,
             timeouts=timeouts,
-            next_observations=next_observations,
-            episode_ends=episode_ends,
             **options,
         )
 
@@ -178,20 +155,30 @@ class TransitionDataset:
         Args:
             index: an integer, slice, list, range, array or tensor of integers of any shape, or a mask ``[N]``.
         """
-        return self._transitions(self._rows(index))
+        return self.transitions(row_numbers(index, len(self), self.device))
 
     def draw(self, *shape: int, next_action: bool = False) -> TensorDict:
-        """Transitions drawn uniformly with replacement, ``[*shape]``, on the set's device without a word to the host.
+        """Draw transitions uniformly with replacement, ``[*shape]``, without synchronising with the host.
 
         With ``next_action`` they hold ``("next", "action")`` too, see :meth:`next_actions`.
         """
-        return self._delivered(torch.randint(len(self), shape, device=self.device), next_action=next_action)
+        return self.transitions(torch.randint(len(self), shape, device=self.device), next_action=next_action)
 
-    def _delivered(self, rows: torch.Tensor, *, next_action: bool) -> TensorDict:
-        transitions = self._transitions(rows)
-        if next_action:
-            transitions["next", "action"] = self.next_actions(rows)
-        return transitions
+    def transitions(self, rows: torch.Tensor, *, next_action: bool = False) -> TensorDict:
+        """Transitions ``rows`` in TED; int64 of any shape on the set's device, not checked."""
+        flat = rows.reshape(-1)
+        found = self.gather(flat).tensordict(next_action=self.next_actions(flat) if next_action else None)
+        return found if rows.ndim == 1 else found.reshape(rows.shape)
+
+    def gather(self, rows: torch.Tensor) -> Rows:
+        """Copy the transitions ``rows``, int64 ``[n]`` on the set's device."""
+        episode = torch.searchsorted(self.episode_starts, rows, right=True)  # one more than the episode's number
+        frame = rows + episode - 1
+        frames = self._read("observation", torch.stack([frame, frame + 1]))
+        action, reward, terminated = (self._read(name, rows.unsqueeze(0)) for name in _COLUMNS[1:])
+        done = (rows + 1 == self._bounds[episode]) | terminated
+        flags = torch.cat([terminated, done & ~terminated, done])
+        return Rows(frames, action, reward.unsqueeze(-1), flags.unsqueeze(-1))
 
     def next_actions(self, rows: torch.Tensor) -> torch.Tensor:
         """Action of the transition that follows each in its episode; at an episode's end the transition's own.
@@ -202,51 +189,19 @@ class TransitionDataset:
         Returns:
             ``[*rows.shape, A]``.
         """
-        following = rows + 1
         ends = self._bounds[torch.searchsorted(self.episode_starts, rows, right=True)]
-        following = torch.where(following == ends, rows, following)
-        if self._files is None:
-            return self.action[following] if rows.ndim else self.action[following].clone()
-        own, place = torch.unique(following, return_inverse=True)
-        return self._files["action"].read(runs_of(own))[place]
+        return self._read("action", torch.where(rows + 1 == ends, rows, rows + 1))
 
-    def _transitions(self, rows: torch.Tensor) -> TensorDict:
-        episode = torch.searchsorted(self.episode_starts, rows, right=True)  # one more than the episode's number
-        observation, following, action, reward, terminated = self._gather(rows, rows + episode - 1)
-        terminated = terminated.unsqueeze(-1)
-        done = (rows + 1 == self._bounds[episode]).unsqueeze(-1) | terminated
-        return TensorDict(
-            {
-                "observation": observation,
-                "action": action,
-                "next": TensorDict(
-                    {
-                        "observation": following,
-                        "reward": reward.unsqueeze(-1),
-                        "terminated": terminated,
-                        "truncated": done & ~terminated,
-                        "done": done,
-                    },
-                    batch_size=rows.shape,
-                ),
-            },
-            batch_size=rows.shape,
-        )
+    def _read(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        if self._files:
+            return self._files[name].read(rows)
+        column: torch.Tensor = getattr(self, name)
+        return column.index_select(0, rows.reshape(-1)).view(
+            *rows.shape, *column.shape[1:]
+        )  # twice as fast as column[rows]
 
-    def _gather(self, rows: torch.Tensor, frame: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """s, s', a, r and ``terminated`` of transitions whose s is in ``frame``."""
-        if self._files is None:
-            taken = [(self.observation, frame), (self.observation, frame + 1)]
-            taken += [(column, rows) for column in (self.action, self.reward, self.terminated)]
-            # A single number would give a view, through which the set could be written.
-            return tuple(column[at] if at.ndim else column[at].clone() for column, at in taken)
-        # In the order of the file, each row once: s' of one transition is s of the next.
-        frames, place = torch.unique(torch.stack([frame, frame + 1]), return_inverse=True)
-        observations = self._files["observation"].read(runs_of(frames))
-        own, own_place = torch.unique(rows, return_inverse=True)
-        runs = runs_of(own)
-        rest = (self._files[name].read(runs)[own_place] for name in ("action", "reward", "terminated"))
-        return observations[place[0]], observations[place[1]], *rest
+    def _columns(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return ((name, getattr(self, name)) for name in _COLUMNS)
 
     def chunks(self, rows: int, *, doing: str) -> Iterator[tuple[int, TensorDict]]:
         """Yield (number of the first transition, transitions) over the set, with a bar named ``doing`` if it takes long."""
@@ -271,52 +226,47 @@ class TransitionDataset:
     @property
     def nbytes(self) -> int:
         """Bytes of all columns, wherever they are kept."""
-        return sum(getattr(self, name).nbytes for name in _COLUMNS)
+        return self.episode_starts.nbytes + sum(column.nbytes for _, column in self._columns())
 
     def to(self, device: torch.device | str) -> TransitionDataset:
-        """The same set with every column in the memory of ``device``; itself if it is there already."""
+        """Copy every column into the memory of ``device``; the set itself if it is there already."""
         if self.device == torch.device(device) and self.folder is None:
             return self
-        columns = {name: getattr(self, name).to(device, copy=True) for name in _COLUMNS}
-        return TransitionDataset(**columns, source=self.source, about=self.about, report=self.report)
+        moved = {name: getattr(self, name).to(device, copy=True) for name in (*_COLUMNS, "episode_starts")}
+        facts: Any = {"source": self.source, "about": self.about, "report": self.report}
+        return TransitionDataset(**moved, **facts)
 
     def release(self) -> None:
         """Give the pages of memory-mapped columns back to the system's cache."""
-        for name in ("observation", "action", "reward", "terminated"):
-            release_pages(getattr(self, name), self.folder)
+        for _, column in self._columns():
+            release_pages(column, self.folder)
+
+    def states(self) -> torch.Tensor:
+        """Copy s of every transition, ``[N, ...]``; ``dataset[:]`` copies s' as well."""
+        kept = torch.ones(len(self.observation), dtype=torch.bool, device=self.device)
+        kept[self._bounds[1:] + torch.arange(self.num_episodes, device=self.device)] = False  # final observations
+        return self.observation[kept]
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write the set into ``folder``, beside and renamed; :meth:`load` maps it.
 
         Raises:
-            InputError: if the folder exists, cannot be written, or the disk is full.
+            InputError: if the folder holds something, cannot be written, or the disk is full.
         """
         folder = Path(folder).expanduser()
-        if folder.exists():
-            raise InputError(f"{folder} is in the way; choose another folder or delete it")
-        make_writable_folder(folder.parent)
-        with only_one_prepares(folder.name, folder.parent):
-            return self._save(folder)
-
-    def _save(self, folder: Path) -> Path:
-        part = _fresh_part(folder)
-        try:
-            for name in _COLUMNS[:-1]:
-                column = getattr(self, name)
-                with (part / f"{name}.bin").open("wb") as file:
-                    for begin in range(0, len(column), 1 << 16):
-                        file.write(column[begin : begin + (1 << 16)].cpu().numpy().tobytes())
-            self._write_about(part)
-            part.rename(folder)
-        except OSError as error:
-            raise InputError(f"cannot write in {folder.parent} ({error.strerror}); choose another folder") from error
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+        make_folder(folder, self._write_columns)
         return folder
+
+    def _write_columns(self, folder: Path) -> TransitionDataset:
+        for name, column in self._columns():
+            with (folder / f"{name}.bin").open("wb") as file:
+                for part in column.split(1 << 16):
+                    file.write(part.cpu().numpy().tobytes())
+        return self
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> TransitionDataset:
-        """Map a set written by :meth:`save`; it was validated when it was written.
+        """Map a set written by :meth:`save`; it was validated when it was built.
 
         Raises:
             InputError: if the folder holds no such set or a damaged one.
@@ -329,30 +279,25 @@ class TransitionDataset:
             written = json.loads(path.read_text(encoding="utf-8"))
             if written["format"] != _FORMAT:
                 raise InputError(f"{path} has format {written['format']}, this version reads {_FORMAT}; make it again")
-            columns = {
+            parts: dict[str, Any] = {
                 name: map_column(folder / f"{name}.bin", tuple(shape), getattr(torch, dtype), writable=False)
                 for name, (shape, dtype) in written["columns"].items()
             }
-            starts = torch.from_numpy(np.load(folder / "episode_starts.npy", allow_pickle=False))
+            parts["episode_starts"] = torch.from_numpy(np.load(folder / "episode_starts.npy", allow_pickle=False))
             report = written["report"]
-            jump = None if report is None or report["jump"] is None else Jump(**report["jump"])
-            return cls(
-                **columns,
-                episode_starts=starts,
-                folder=folder,
-                source=written["source"],
-                about=written["about"],
-                report=None if report is None else ValidationReport(**{**report, "jump": jump}),
-            )
+            if report is not None:
+                jump = None if report["jump"] is None else Jump(**report["jump"])
+                report = ValidationReport(**{**report, "jump": jump})
+            return cls(**parts, folder=folder, source=written["source"], about=written["about"], report=report)
+        except InputError:
+            raise
         except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
-            if isinstance(error, InputError):
-                raise
             raise InputError(
                 f"{folder} is damaged ({' '.join(str(error).split())}); delete it and make it again"
             ) from error
 
-    def _write_about(self, folder: Path) -> None:
-        """Everything beside the four columns."""
+    def write_about(self, folder: Path) -> None:
+        """Write what :meth:`load` needs beside the four columns."""
         np.save(folder / "episode_starts.npy", self.episode_starts.cpu().numpy())
         written = {
             "format": _FORMAT,
@@ -360,23 +305,13 @@ class TransitionDataset:
             "about": self.about,
             "report": None if self.report is None else asdict(self.report),
             "columns": {
-                name: (list(getattr(self, name).shape), str(getattr(self, name).dtype).removeprefix("torch."))
-                for name in _COLUMNS[:-1]
+                name: (list(column.shape), str(column.dtype).removeprefix("torch.")) for name, column in self._columns()
             },
         }
         write_text(folder / _ABOUT_FILE, json.dumps(written, indent=2) + "\n")
 
-    def _rows(self, index: Any) -> torch.Tensor:
-        return row_numbers(index, len(self), self.device)
-
-    def states(self) -> torch.Tensor:
-        """Copy s of every transition, ``[N, ...]``; ``dataset[:]`` makes a second copy for s'."""
-        kept = torch.ones(len(self.observation), dtype=torch.bool, device=self.device)
-        kept[self._bounds[1:] + torch.arange(self.num_episodes, device=self.device)] = False  # final observations
-        return self.observation[kept]
-
     def __getstate__(self) -> dict[str, Any]:
-        """A mapped set travels to another process as its folder's name."""
+        """Pickle a mapped set as the name of its folder."""
         return {"folder": self.folder, "about": self.about} if self.folder is not None else self.__dict__
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -385,14 +320,12 @@ class TransitionDataset:
         Raises:
             InputError: where the folder holds another set by now.
         """
-        if state.keys() != {"folder", "about"}:
-            self.__dict__.update(state)
-            return
-        found = self.load(state["folder"])
-        if found.about.get("fingerprint") != state["about"].get("fingerprint"):
-            raise InputError(f"{state['folder']} holds another set than it did; start again")
-        self.__dict__.update(found.__dict__)
-        self.about = state["about"]
+        about, folder = state["about"], state["folder"]
+        if folder is not None:
+            state = self.load(folder).__dict__
+            if state["about"].get("fingerprint") != about.get("fingerprint"):
+                raise InputError(f"{folder} holds another set than it did; start again")
+        self.__dict__.update({**state, "about": about})
 
     def __repr__(self) -> str:
         where = f"mapped from {self.folder}" if self.folder else f"on {self.device}"
@@ -401,13 +334,56 @@ class TransitionDataset:
         )
 
 
+class TransitionBuilder(ColumnBuilder):
+    """Builds a :class:`TransitionDataset` of known size from chunks of rows; arguments and ``add_*`` as :class:`ColumnBuilder`.
+
+    Examples:
+        >>> builder = TransitionBuilder(2, frames=3, observation_shape=(4,), action_dim=1, source="example")
+        >>> builder.add_episode(
+        ...     observations=np.zeros((3, 4)), actions=np.zeros((2, 1)), rewards=np.ones(2), terminated=np.array([0, 1])
+        ... )
+        >>> builder.finish()[:]["next", "done"].flatten().tolist()
+        [False, True]
+    """
+
+    def finish(
+        self,
+        *,
+        episode_starts: np.ndarray | None = None,
+        about: dict[str, Any] | None = None,
+        allow_jumps: bool | float = True,
+    ) -> TransitionDataset:
+        """Make the set and validate it as a whole.
+
+        Keyword Args:
+            episode_starts: number of each episode's first transition ``[E]``, where :meth:`add_episode` was not used.
+            about: facts about the source (provenance, versions), kept with the set.
+            allow_jumps: accept observations that jump inside an episode: all, none, or those up to a ratio.
+
+        Raises:
+            InputError: if rows are missing, actions were out of bounds, or on a jump that is not allowed.
+        """
+        columns: dict[str, Any] = self.columns(episode_starts)
+        dataset = TransitionDataset(**columns, folder=self.folder, source=self.source, about=about)
+        dataset.report = validate(dataset, clipped=self.clipped)
+        jump = dataset.report.jump
+        if jump is not None and allow_jumps is not True and jump.ratio > allow_jumps:
+            raise InputError(
+                f"{self.source}: {jump}; mark the episode's end there (timeouts), or, if it belongs there (a teleporter, a "
+                "wrapped angle, an object put back), say allow_jumps=True (--allow-jumps)"
+            )
+        if self.folder is not None:
+            dataset.write_about(self.folder)
+        return dataset
+
+
 def row_numbers(index: Any, length: int, device: torch.device) -> torch.Tensor:
-    """Any index as non-negative row numbers, int64 of the index's shape.
+    """Turn any index into non-negative row numbers, int64 of the index's shape.
 
     Args:
         index: an integer, slice, list, range, array or tensor of integers of any shape, or a mask ``[length]``.
-        length: how many rows there are.
-        device: where the numbers are wanted.
+        length: number of rows.
+        device: device of the result.
 
     Raises:
         IndexError: if it is no index, or out of range (an accelerator notices that when it reads).
@@ -418,8 +394,6 @@ def row_numbers(index: Any, length: int, device: torch.device) -> torch.Tensor:
         index = slice(None)
     if isinstance(index, slice):
         return torch.arange(*index.indices(length), device=device)
-    if isinstance(index, (list, range)) and len(index) == 0:
-        return torch.empty(0, dtype=torch.int64, device=device)
     try:
         rows = torch.as_tensor(index, device=device)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -428,7 +402,7 @@ def row_numbers(index: Any, length: int, device: torch.device) -> torch.Tensor:
         if rows.shape != (length,):
             raise IndexError(f"a mask of shape {tuple(rows.shape)} for {length} transitions")
         return rows.nonzero().squeeze(-1)
-    if rows.dtype.is_floating_point or rows.dtype.is_complex:
+    if rows.numel() and (rows.is_floating_point() or rows.is_complex()):
         raise IndexError(f"an index of type {rows.dtype}; integers are needed")
     rows = rows.to(torch.int64)
     rows = torch.where(rows < 0, rows + length, rows)
@@ -441,11 +415,11 @@ def row_numbers(index: Any, length: int, device: torch.device) -> torch.Tensor:
 def prepared(
     folder: Path, fingerprint: dict[str, Any], build: Callable[[Path], TransitionDataset]
 ) -> TransitionDataset:
-    """Map the set in ``folder`` if it was made from what ``fingerprint`` says, else make it there.
+    """Map the set in ``folder`` if it was made from the same ``fingerprint``, else make it there.
 
     Args:
         folder: the set's own folder; made anew if it holds a set of another fingerprint.
-        fingerprint: what the set depends on (file, size, time, task, versions), as JSON.
+        fingerprint: everything that the set depends on (file, size, time, task, versions), as JSON.
         build: makes the set with its columns in the folder it is given.
 
     Raises:
@@ -460,18 +434,21 @@ def prepared(
         found = TransitionDataset.load(folder)
         return found if found.about.get("fingerprint") == fingerprint else None
 
-    # A set is renamed into its place whole: whoever only opens it needs no lock, and no right to write.
-    found = find()
-    if found is not None:
+    def build_with_fingerprint(part: Path) -> TransitionDataset:
+        dataset = build(part)
+        dataset.about["fingerprint"] = fingerprint
+        return dataset
+
+    # A set gets its name when it is complete: opening one needs no lock and no right to write.
+    if (found := find()) is not None:
         return found
     make_writable_folder(folder.parent)
     with only_one_prepares(folder.name, folder.parent):
-        found = find()
-        if found is not None:
+        if (found := find()) is not None:
             return found
         if (folder / _ABOUT_FILE).is_file():
             shutil.rmtree(folder)
-        return _make(folder, build, fingerprint=fingerprint)
+        return _make(folder, build_with_fingerprint)
 
 
 def make_folder(
@@ -494,24 +471,22 @@ def make_folder(
     """
     make_writable_folder(folder.parent)
     with only_one_prepares(folder.name, folder.parent):
-        return _make(folder, build, describe=describe)
+        return _make(folder, build, describe)
 
 
 def _make(
     folder: Path,
     build: Callable[[Path], TransitionDataset],
-    *,
-    fingerprint: dict[str, Any] | None = None,
     describe: Callable[[TransitionDataset, Path], object] | None = None,
 ) -> TransitionDataset:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} is in the way; choose another folder or delete it")
-    part = _fresh_part(folder)
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
     try:
+        part.mkdir()
         dataset = build(part)
-        if fingerprint is not None:
-            dataset.about["fingerprint"] = fingerprint
-        dataset._write_about(part)
+        dataset.write_about(part)
         if describe is not None:
             describe(dataset, part)
         if folder.exists():
@@ -524,11 +499,31 @@ def _make(
     return TransitionDataset.load(folder)
 
 
-def _fresh_part(folder: Path) -> Path:
-    part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
-    return part
+def to_storage(
+    build: Callable[[Path | None], TransitionDataset],
+    *,
+    fingerprint: dict[str, Any],
+    device: torch.device | str | None,
+    memmap_dir: str | os.PathLike[str] | None,
+) -> TransitionDataset:
+    """Build a set in memory, on a device, or in memory-mapped files that a later call finds again.
+
+    Args:
+        build: makes the set, in memory or with its columns in a folder.
+
+    Keyword Args:
+        fingerprint: as in :func:`prepared`.
+        device: where the transitions are kept; the CPU by default.
+        memmap_dir: folder of the memory-mapped set, instead of a device.
+
+    Raises:
+        InputError: if both are given, and as ``build`` and :func:`prepared`.
+    """
+    if memmap_dir is None:
+        return build(None).to("cpu" if device is None else device)
+    if device is not None and torch.device(device).type != "cpu":
+        raise InputError("give device or memmap_dir, not both: memory-mapped transitions live on the CPU")
+    return prepared(Path(memmap_dir).expanduser(), fingerprint, build)
 
 
 class TransitionStorage(Storage):
@@ -548,12 +543,12 @@ class TransitionStorage(Storage):
 
     @property
     def device(self) -> torch.device:
-        """Where indices are drawn and transitions are read."""
+        """Device of drawn indices and of transitions."""
         return self.dataset.device
 
     def get(self, index: Any) -> TensorDict:
         """Transitions in TED."""
-        return self.dataset._delivered(self.dataset._rows(index), next_action=self.next_action)
+        return self.dataset.transitions(row_numbers(index, len(self), self.device), next_action=self.next_action)
 
     def set(self, cursor: Any, data: Any, *, set_cursor: bool = True) -> None:
         """Refused: the set is immutable."""
@@ -572,7 +567,7 @@ class TransitionStorage(Storage):
         return (rows >= -len(self)) & (rows < len(self))
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing changes, so only the size, to notice another set on loading."""
+        """The size, which tells another set on loading; the transitions never change."""
         return {"transitions": len(self.dataset), "episodes": self.dataset.num_episodes}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -589,13 +584,12 @@ class TransitionStorage(Storage):
             raise InputError(f"the state is of another data set: {theirs} there, {mine} here")
 
     def dumps(self, path: str | os.PathLike[str]) -> None:
-        """Write :meth:`state_dict`; the transitions stay where they are."""
-        folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / _STATE_FILE, json.dumps(self.state_dict()) + "\n")
+        """Write :meth:`state_dict`; the transitions stay in their place."""
+        Path(path).mkdir(parents=True, exist_ok=True)
+        write_text(Path(path) / _STATE_FILE, json.dumps(self.state_dict()) + "\n")
 
     def loads(self, path: str | os.PathLike[str]) -> None:
-        """Check what :meth:`dumps` wrote.
+        """Check a state written by :meth:`dumps`.
 
         Raises:
             InputError: if it is of another set, or of another kind of storage.
@@ -634,38 +628,12 @@ class TransitionReplayBuffer(TensorDictReplayBuffer):
             storage=TransitionStorage(dataset, next_action=next_action),
             sampler=RandomSampler() if sampler is None else sampler,
             writer=ImmutableDatasetWriter(),
-            collate_fn=_as_it_is,
+            collate_fn=as_it_is,
             batch_size=batch_size,
             **kwargs,
         )
 
 
-def _as_it_is(transitions: TensorDict) -> TensorDict:
+def as_it_is(transitions: TensorDict) -> TensorDict:
+    """Collate a batch that a storage delivers whole; unlike a lambda it can be pickled."""
     return transitions
-
-
-def to_storage(
-    build: Callable[[Path | None], TransitionDataset],
-    *,
-    fingerprint: dict[str, Any],
-    device: torch.device | str | None,
-    memmap_dir: str | os.PathLike[str] | None,
-) -> TransitionDataset:
-    """Build a set in memory, on a device, or in memory-mapped files that a later call finds again.
-
-    Args:
-        build: makes the set, in memory or with its columns in a folder.
-
-    Keyword Args:
-        fingerprint: as in :func:`prepared`.
-        device: where the transitions are kept; the CPU by default.
-        memmap_dir: folder of the memory-mapped set, instead of a device.
-
-    Raises:
-        InputError: if both are given, and as ``build`` and :func:`prepared`.
-    """
-    if memmap_dir is None:
-        return build(None).to("cpu" if device is None else device)
-    if device is not None and torch.device(device).type != "cpu":
-        raise InputError("give device or memmap_dir, not both: memory-mapped transitions live on the CPU")
-    return prepared(Path(memmap_dir).expanduser(), fingerprint, build)

@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 
-from deflow_torchrl.data.assembly import _discontinuities, dataset_from_arrays
+from deflow_torchrl.data.assembly import discontinuities
 from deflow_torchrl.data.columns import Column
 from deflow_torchrl.data.dataset import TransitionDataset
 from deflow_torchrl.errors import InputError, MissingExtraError
@@ -117,13 +117,13 @@ def import_files(
         ends: how ends of episodes are known: ``"flags"`` (terminals and timeouts mark them all, a file's last row too),
             ``"file"`` (each file is an episode), ``"discontinuity"``, a number (rows of every episode, each file a multiple),
             or ``"column:NAME"`` (an end where that column's value changes). See
-            :func:`deflow_torchrl.data.assembly.dataset_from_arrays`.
+            :meth:`~deflow_torchrl.data.TransitionDataset.from_arrays`.
         never_terminates: the task has no terminal states; no column ``terminals`` is needed.
-        final_observation_rows: see :func:`~deflow_torchrl.data.assembly.dataset_from_arrays`.
-        both: see :func:`~deflow_torchrl.data.assembly.dataset_from_arrays`.
+        final_observation_rows: see :meth:`~deflow_torchrl.data.TransitionDataset.from_arrays`.
+        both: see :meth:`~deflow_torchrl.data.TransitionDataset.from_arrays`.
         action_bounds: (low, high) of the files' actions, mapped to [-1, 1]; what rounding put beyond them counts as inside.
-        allow_jumps: see :func:`~deflow_torchrl.data.assembly.dataset_from_arrays`.
-        folder: see :func:`~deflow_torchrl.data.assembly.dataset_from_arrays`.
+        allow_jumps: see :meth:`~deflow_torchrl.data.TransitionDataset.from_arrays`.
+        folder: see :meth:`~deflow_torchrl.data.TransitionDataset.from_arrays`.
 
     Raises:
         InputError: on a missing, damaged or unknown file, a column that is not there, or data that fail validation.
@@ -142,10 +142,10 @@ def import_files(
             joined["terminals"] = np.zeros(sum(part.rows for part in parts), bool)
         if action_bounds is not None:
             joined["actions"] = Rescaled(joined["actions"], *action_bounds)
-        return dataset_from_arrays(
+        return TransitionDataset.from_arrays(
             **joined,
             episode_ends=episode_ends,
-            both=both,  # type: ignore[arg-type]
+            both=both,
             final_observation_rows=final_observation_rows,
             allow_jumps=allow_jumps,
             source=source,
@@ -550,7 +550,7 @@ def _joined(columns: Sequence[Column]) -> Column:
 
 
 def _told(ends: str, parts: Sequence[_Part]) -> Any:
-    """What :func:`dataset_from_arrays` is told of the episodes' ends; a file's last row always is one."""
+    """What :meth:`TransitionDataset.from_arrays` is told of the episodes' ends; a file's last row always is one."""
     if ends == "flags":
         if len(parts) > 1:
             _check_last_rows(parts)
@@ -590,7 +590,7 @@ def _ends_by_discontinuity(parts: Sequence[_Part]) -> np.ndarray:
     """Episode numbers ``[N]``, from s' of a row and s of the next one within each file."""
     ends = np.concatenate(
         [
-            _discontinuities(part.fields["observations"], part.fields["next_observations"])
+            discontinuities(part.fields["observations"], part.fields["next_observations"])
             | _flagged(part, slice(0, part.rows))
             for part in parts
         ]

@@ -17,8 +17,7 @@ import numpy as np
 import torch
 from torchrl.data.replay_buffers.samplers import Sampler
 
-from deflow_torchrl.data.builder import TransitionBuilder
-from deflow_torchrl.data.dataset import TransitionDataset, TransitionReplayBuffer, to_storage
+from deflow_torchrl.data.dataset import TransitionBuilder, TransitionDataset, TransitionReplayBuffer, to_storage
 from deflow_torchrl.envs.d4rl import d4rl_task, reference_returns
 from deflow_torchrl.envs.observations import ObservationLayout, flatten_observation
 from deflow_torchrl.errors import InputError

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torchrl.data.replay_buffers.samplers import Sampler
 
-from deflow_torchrl.data.assembly import dataset_from_arrays
 from deflow_torchrl.data.columns import chunks
 from deflow_torchrl.data.dataset import TransitionDataset, TransitionReplayBuffer, to_storage
 from deflow_torchrl.envs.factory import import_ogbench, make_env_by_id
@@ -288,7 +287,7 @@ def _assemble(
     if len(terminals) and terminals.all():
         raise InputError(f"{path} holds no transition: every row ends a trajectory")
     nothing = np.zeros(len(terminals), np.float32)
-    return dataset_from_arrays(
+    return TransitionDataset.from_arrays(
         observations=archive["observations"],
         actions=archive["actions"],
         rewards=nothing if rewards is None else rewards,

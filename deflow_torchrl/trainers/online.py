@@ -14,7 +14,7 @@ import torch
 from tensordict import TensorDictBase
 
 from deflow_torchrl.data.base_actions import BaseActionBank
-from deflow_torchrl.data.union_buffer import OfflineOnlineReplayBuffer
+from deflow_torchrl.data.union.buffer import OfflineOnlineReplayBuffer
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.trainers.collection import OnlineExperience
 from deflow_torchrl.trainers.update import UpdateStep

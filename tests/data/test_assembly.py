@@ -171,6 +171,8 @@ def test_tensors_and_lists_are_arrays_too():
     torch.testing.assert_close(
         TransitionDataset.from_arrays(*(value.tolist() for value in given.values()))[:].to_dict(), expected
     )
+    tensors["actions"] = tensors["actions"].bfloat16()
+    assert len(TransitionDataset.from_arrays(**tensors)) == 11
     with pytest.raises(InputError, match="terminals are missing"):
         build({**given, "terminals": None})
     with pytest.raises(InputError, match="masked array"):

@@ -1,3 +1,4 @@
+import copy
 import multiprocessing
 import os
 import pickle
@@ -9,7 +10,8 @@ import torch
 from torchrl.data import SamplerWithoutReplacement
 from torchrl.envs.transforms import RewardScaling
 
-from deflow_torchrl.data import TransitionBuilder, TransitionDataset, TransitionReplayBuffer, columns
+from deflow_torchrl.data import TransitionBuilder, TransitionDataset, TransitionReplayBuffer
+from deflow_torchrl.data import dataset as dataset_module
 from deflow_torchrl.data.dataset import prepared
 from deflow_torchrl.data.schema import ACTION_LIMIT
 from deflow_torchrl.errors import InputError
@@ -42,14 +44,14 @@ def test_observations_are_stored_once():
     assert dataset.nbytes < 1001 * 9 + 1000 * (2 * 4 + 4 + 1) + 100
 
 
-@pytest.mark.parametrize("stored", ["in memory", "mapped, read by copies", "mapped, read in place"])
+@pytest.mark.parametrize("stored", ["in memory", "mapped, positional reads", "mapped, no positional reads"])
 @pytest.mark.parametrize(
     "index",
     [3, -1, slice(2, 9, 3), [0, 5, 11], range(3), torch.tensor([[0, 1], [11, -2]]), np.array([4, 4]),
      torch.arange(12) % 2 == 0, torch.zeros(12, dtype=torch.bool), (torch.tensor([1, 2]),)],
 )  # fmt: skip
 def test_any_index_gives_the_rows_of_the_whole(index, stored, tmp_path, monkeypatch):
-    monkeypatch.setattr(columns, "_SMALL_BYTES", 0 if stored.endswith("in place") else 1 << 18)
+    monkeypatch.setattr(dataset_module, "POSITIONAL_READS", stored.endswith(", positional reads"))
     dataset = build(episodes(), None if stored == "in memory" else tmp_path)
     whole = build(episodes())[:]
     key = index[0] if isinstance(index, tuple) else torch.tensor(index) if isinstance(index, range) else index
@@ -170,6 +172,22 @@ def test_saved_sets_are_mapped_and_travel_by_name(tmp_path):
         dataset.save(tmp_path / "set")
 
 
+def test_a_set_built_in_files_can_be_pickled_copied_and_loaded(tmp_path):
+    dataset = build(episodes(), tmp_path)
+    expected = build(episodes())[:].to_dict()
+    for other in (pickle.loads(pickle.dumps(dataset)), copy.deepcopy(dataset), TransitionDataset.load(tmp_path)):
+        torch.testing.assert_close(other[:].to_dict(), expected)
+
+
+def test_systems_without_posix_calls_keep_sets_in_files(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "posix_fallocate")
+    monkeypatch.setattr(dataset_module, "POSITIONAL_READS", False)
+    monkeypatch.delattr("mmap.MADV_DONTNEED")
+    dataset = build(episodes(), tmp_path)
+    torch.testing.assert_close(dataset[[11, 0, 4]].to_dict(), build(episodes())[[11, 0, 4]].to_dict())
+    dataset.release()
+
+
 def test_damaged_folders_are_refused(tmp_path):
     with pytest.raises(InputError, match="holds no data set"):
         TransitionDataset.load(tmp_path)
@@ -205,9 +223,7 @@ def test_reading_a_mapped_set_does_not_bring_it_into_memory(tmp_path):
     assert resident() - before < 2e6
 
 
-@pytest.mark.parametrize("small", [0, 1 << 18])
-def test_a_file_cut_short_while_it_is_read_is_one_line(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(columns, "_SMALL_BYTES", small)
+def test_a_file_cut_short_while_it_is_read_is_one_line(tmp_path):
     dataset = build(episodes(), tmp_path)
     os.truncate(tmp_path / "observation.bin", 100)
     with pytest.raises(InputError, match=r"observation.bin was cut short; delete"):

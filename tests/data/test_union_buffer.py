@@ -794,7 +794,7 @@ def test_online_columns_lie_in_files_and_a_second_buffer_does_not_disturb_the_fi
     first = make(online_dir=tmp_path)
     first.extend(online(3))
     assert sorted(file.name for file in tmp_path.iterdir()) == [
-        "online_flags.bin", "online_frames.bin", "online_numbers.bin",
+        "online_action.bin", "online_flags.bin", "online_frames.bin", "online_reward.bin",
     ]  # fmt: skip
     second = make(online_dir=tmp_path)
     second.extend(online(3, start=50))

@@ -1,21 +1,22 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""Which rows of offline and online transitions make up a batch, and samplers' states as plain tensors."""
+"""The sampler of offline and online rows, and samplers' states as plain tensors."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torchrl.data.replay_buffers.samplers import PrioritizedSampler, Sampler
+from torchrl.data.replay_buffers.samplers import PrioritizedSampler, RandomSampler, Sampler
 from torchrl.data.replay_buffers.storages import Storage
 
-from deflow_torchrl.data.union_storage import UnionStorage
+from deflow_torchrl.data.union.storage import UnionStorage
 from deflow_torchrl.errors import InputError
 
 MODES = ("uniform", "balanced", "annealed")
+_TREES = ("_sum_tree", "_min_tree")
 
 
-class UnionSampler(Sampler):
+class UnionSampler(RandomSampler):
     """Draws rows of a :class:`UnionStorage` with replacement; on an accelerator the host does not wait.
 
     Args:
@@ -24,23 +25,25 @@ class UnionSampler(Sampler):
         anneal_transitions: online transitions over which the share goes from the first to the last.
 
     Raises:
-        InputError: if one of them is not as it must be.
+        InputError: if one of them is out of range.
     """
 
     def __init__(
         self,
-        mode: str,
+        mode: str = "uniform",
         offline_fraction: float | tuple[float, float] = 0.5,
         anneal_transitions: int | None = None,
     ) -> None:
         shares = offline_fraction if isinstance(offline_fraction, (tuple, list)) else (offline_fraction,)
         if mode not in MODES:
             raise InputError(f"mode={mode!r} is none of {', '.join(MODES)}")
-        if len(shares) != (2 if mode == "annealed" else 1) or not all(_is_share(share) for share in shares):
+        if len(shares) != (2 if mode == "annealed" else 1) or not all(
+            isinstance(share, (int, float)) and not isinstance(share, bool) and 0 <= share <= 1 for share in shares
+        ):
             needed = "pair of shares" if mode == "annealed" else "share"
             raise InputError(f"offline_fraction={offline_fraction!r} is no {needed} in [0, 1]")
-        if mode == "annealed" and not is_count(anneal_transitions):
-            raise InputError(f"anneal_transitions={anneal_transitions!r} is no positive number of transitions")
+        if mode == "annealed":
+            check_count("anneal_transitions", anneal_transitions)
         self.mode = mode
         self._first, self._last = shares[0], shares[-1]
         self._over = anneal_transitions or 1
@@ -57,7 +60,7 @@ class UnionSampler(Sampler):
     def sample(self, storage: Storage, batch_size: int) -> tuple[torch.Tensor, dict]:
         """Rows ``[batch_size]``; of a fixed share, the offline ones come first."""
         assert isinstance(storage, UnionStorage)
-        if not storage.num_online and storage.overwritten == storage.num_offline:
+        if not self._sampleable_count(storage, batch_size):
             raise RuntimeError("every transition of the buffer was discarded; there is nothing to sample")
         if self.mode == "uniform":
             return self._uniform(storage, batch_size), {}
@@ -84,28 +87,12 @@ class UnionSampler(Sampler):
         assert isinstance(storage, UnionStorage)
         return storage.num_offline - storage.overwritten + storage.num_online
 
-    def _empty(self) -> None:
-        pass
-
-    def dumps(self, path: Any) -> None:
-        """Nothing: every draw comes from the generator."""
-
-    def loads(self, path: Any) -> None:
-        """Nothing: every draw comes from the generator."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing: every draw comes from the generator."""
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing: every draw comes from the generator."""
-
     def __repr__(self) -> str:
         return f"UnionSampler(mode={self.mode!r})"
 
 
 def sampler_state(sampler: Sampler) -> dict[str, Any]:
-    """A sampler's state in tensors, numbers, strings and containers of these.
+    """Get a sampler's state in tensors, numbers, strings and containers of these.
 
     TorchRL's :class:`PrioritizedSampler` gives its two trees, objects that only pickle can write; here they are the
     priorities they hold, ``[max_capacity]``.
@@ -113,40 +100,34 @@ def sampler_state(sampler: Sampler) -> dict[str, Any]:
     Raises:
         InputError: if another sampler's state holds something else.
     """
-    state = sampler.state_dict()
+    state = dict(sampler.state_dict())
     if isinstance(sampler, PrioritizedSampler):
         rows = torch.arange(sampler.max_size, device=sampler.device)
-        for name in ("_sum_tree", "_min_tree"):
-            state[name] = torch.as_tensor(state[name][rows]).cpu()
-        state["_max_priority"] = [None if part is None else float(part) for part in state["_max_priority"]]
+        state |= {name: torch.as_tensor(state[name][rows]).cpu() for name in _TREES}
+        state["_max_priority"] = [_tensor(part, "cpu") for part in state["_max_priority"]]
     _check_plain(state, type(sampler).__name__)
-    return dict(state)
+    return state
 
 
 def native_sampler_state(sampler: Sampler, state: dict[str, Any]) -> dict[str, Any]:
-    """The state as ``sampler.load_state_dict`` takes it, from :func:`sampler_state`.
+    """Turn the result of :func:`sampler_state` into the state that ``sampler.load_state_dict`` takes.
 
     Raises:
         InputError: if it is of a sampler of another size.
     """
     if not isinstance(sampler, PrioritizedSampler):
         return state
-    state = dict(state)
     rows = torch.arange(sampler.max_size, device=sampler.device)
-    for name in ("_sum_tree", "_min_tree"):
-        own = getattr(sampler, name)
-        values = state[name]
-        if len(values) != len(rows):
-            raise InputError(f"the state is of another sampler: {len(values)} priorities there, {len(rows)} here")
-        tree = type(own)(len(rows), sampler.device) if sampler.device.type == "cuda" else type(own)(len(rows))
-        tree[rows] = values.to(sampler.device)
-        state[name] = tree
-    largest, row = state["_max_priority"]
-    state["_max_priority"] = (
-        None if largest is None else torch.tensor(largest, dtype=sampler.dtype, device=sampler.device),
-        None if row is None else torch.tensor(int(row), device=sampler.device),
-    )
-    return state
+    trees = {name: sampler.state_dict()[name] for name in _TREES}  # copies of the sampler's own
+    for name, tree in trees.items():
+        if len(state[name]) != len(rows):
+            raise InputError(f"the state is of another sampler: {len(state[name])} priorities there, {len(rows)} here")
+        tree[rows] = state[name].to(sampler.device)
+    return {**state, **trees, "_max_priority": tuple(_tensor(part, sampler.device) for part in state["_max_priority"])}
+
+
+def _tensor(value: Any, device: torch.device | str) -> torch.Tensor | None:
+    return None if value is None else torch.as_tensor(value, device=device)
 
 
 def _check_plain(value: Any, name: str) -> None:
@@ -159,10 +140,11 @@ def _check_plain(value: Any, name: str) -> None:
         raise InputError(f"the state of {name} holds a {type(value).__name__}, which cannot be saved without pickle")
 
 
-def is_count(value: Any) -> bool:
-    """Whether it is a positive integer."""
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+def check_count(name: str, value: Any) -> None:
+    """Refuse anything but a positive integer.
 
-
-def _is_share(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
+    Raises:
+        InputError: naming the option.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InputError(f"{name}={value!r} is no positive number of transitions")

@@ -2,7 +2,7 @@
 """Offline transitions and online experience in one TorchRL replay buffer.
 
 The paper samples uniformly from the union of both, RLPD a fixed share of each: modes ``"uniform"`` and ``"balanced"``. Which
-row is which, and what is overwritten when, is :mod:`deflow_torchrl.data.union_storage`.
+row is which, and what is overwritten when, is :mod:`deflow_torchrl.data.union.storage`.
 """
 
 from __future__ import annotations
@@ -20,21 +20,14 @@ from torchrl.data.replay_buffers.samplers import PrioritizedSampler, Sampler
 from torchrl.data.replay_buffers.utils import pin_memory_output
 from torchrl.data.replay_buffers.writers import ImmutableDatasetWriter
 
-from deflow_torchrl.data.dataset import TransitionDataset, TransitionReplayBuffer, _as_it_is
-from deflow_torchrl.data.union_sampler import UnionSampler, is_count, native_sampler_state, sampler_state
-from deflow_torchrl.data.union_storage import (
-    FrameRows,
-    Rows,
-    UnionStorage,
-    UnionWriter,
-    check_finite,
-    columns_of,
-    offline_schema,
-)
+from deflow_torchrl.data.dataset import TransitionDataset, TransitionReplayBuffer, as_it_is
+from deflow_torchrl.data.union.sampler import UnionSampler, check_count, native_sampler_state, sampler_state
+from deflow_torchrl.data.union.storage import ColumnRows, UnionStorage, UnionWriter, columns_of
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.paths import atomic_write, make_writable_folder
 
 _STATE_FILE = "buffer.pt"
+_OPTIONS = ("transform", "transform_factory", "prefetch", "pin_memory", "generator", "priority_key")
 
 
 class OfflineOnlineReplayBuffer(TensorDictReplayBuffer):
@@ -42,7 +35,7 @@ class OfflineOnlineReplayBuffer(TensorDictReplayBuffer):
 
     A batch is a TensorDict ``[B]`` in TED (:mod:`deflow_torchrl.data.schema`) with the row numbers in ``index`` ``[B]``. Rows
     0..num_offline-1 are the offline set, the online zone follows; ``buffer[i]`` and ``buffer[:]`` read rows in this order.
-    Of what :meth:`extend` is given, only :data:`~deflow_torchrl.data.union_storage.TRANSITION_KEYS` are kept, and they
+    Of what :meth:`extend` is given, only :data:`~deflow_torchrl.data.schema.TRANSITION_KEYS` are kept, and they
     must have the offline set's shapes and types.
 
     ==============  ===================================================================================================
@@ -130,23 +123,25 @@ class OfflineOnlineReplayBuffer(TensorDictReplayBuffer):
         online_stride: int = 1,
         **kwargs: Any,
     ) -> None:
-        _refuse_unknown(kwargs)
-        if not is_count(online_stride):
-            raise InputError(f"online_stride={online_stride!r} is no positive number of transitions")
+        if unknown := kwargs.keys() - set(_OPTIONS):
+            names, known = ", ".join(sorted(unknown)), ", ".join(_OPTIONS)
+            raise TypeError(f"OfflineOnlineReplayBuffer takes no option {names}; beside its own: {known}")
+        check_count("online_stride", online_stride)
+        check_count("online_capacity", online_capacity)
+        if batch_size is not None:
+            check_count("batch_size", batch_size)
         own_sampler = UnionSampler(mode, offline_fraction, anneal_transitions)
         if overwrite not in ("online", "fifo"):
             raise InputError(f"overwrite={overwrite!r} is neither 'online' nor 'fifo'")
-        if not is_count(online_capacity):
-            raise InputError(f"online_capacity={online_capacity!r} is no positive number of transitions")
-        if batch_size is not None and not is_count(batch_size):
-            raise InputError(f"batch_size={batch_size!r} is no positive number of transitions")
         self.mode, self.overwrite = mode, overwrite
         rows, where = _offline_rows(offline, device)
         folder = None
         if online_dir is not None:
             if where.type != "cpu":
                 raise InputError(f"online_dir={str(online_dir)!r}: files are for the CPU, the data are on {where}")
-            folder = _fresh_folder(Path(online_dir).expanduser())
+            folder = make_writable_folder(Path(online_dir).expanduser())
+            for file in folder.glob("online_*.bin"):  # another buffer that still maps such a file keeps it
+                file.unlink()
         storage = UnionStorage(
             rows,
             where,
@@ -160,19 +155,19 @@ class OfflineOnlineReplayBuffer(TensorDictReplayBuffer):
             storage=storage,
             sampler=own_sampler if sampler is None else self._usable(sampler, storage.max_size),
             writer=UnionWriter(),
-            collate_fn=_as_it_is,
+            collate_fn=as_it_is,
             batch_size=batch_size,
             delayed_init=False,
             **kwargs,
         )
 
-    # Who is where.
+    # Rows.
 
     @property
     def dataset(self) -> TransitionDataset | None:
         """The offline set in use, or ``None`` if the offline data came as something else."""
         offline = self._storage.offline
-        return offline.dataset if isinstance(offline, FrameRows) else None
+        return offline if isinstance(offline, TransitionDataset) else None
 
     @property
     def num_offline(self) -> int:
@@ -207,7 +202,7 @@ class OfflineOnlineReplayBuffer(TensorDictReplayBuffer):
     @property
     def offline_fraction(self) -> float:
         """The expected share of offline transitions in a batch sampled now, by this buffer's own sampler."""
-        sampler = self._sampler if isinstance(self._sampler, UnionSampler) else UnionSampler("uniform", 0.5, None)
+        sampler = self._sampler if isinstance(self._sampler, UnionSampler) else UnionSampler()
         return sampler.offline_fraction(self._storage)
 
     def is_online(self, index: torch.Tensor) -> torch.Tensor:
@@ -299,10 +294,10 @@ class OfflineOnlineReplayBuffer(TensorDictReplayBuffer):
     def sample(
         self, batch_size: int | None = None, return_info: bool = False, include_info: bool | None = None
     ) -> TensorDictBase:
-        """A batch ``[B]`` in TED with ``index`` and whatever else the sampler says of each row; options as in TorchRL."""
+        """Draw a batch ``[B]`` in TED with ``index`` and the sampler's other entries of each row; options as in TorchRL."""
         if return_info or include_info is not None:
             return super().sample(batch_size, return_info, include_info)
-        return ReplayBuffer.sample(self, batch_size)  # it is all in the batch already
+        return ReplayBuffer.sample(self, batch_size)  # the entries are in the batch already
 
     @pin_memory_output
     def _sample(self, batch_size: int) -> tuple[TensorDictBase, dict]:
@@ -446,20 +441,15 @@ class OfflineOnlineReplayBuffer(TensorDictReplayBuffer):
         self.load_state_dict(state)
 
 
-def _refuse_unknown(options: dict[str, Any]) -> None:
-    known = ("transform", "transform_factory", "prefetch", "pin_memory", "generator", "priority_key")
-    for name in options:
-        if name not in known:
-            raise TypeError(f"OfflineOnlineReplayBuffer takes no option {name!r}; beside its own: {', '.join(known)}")
-
-
-def _offline_rows(offline: Any, device: torch.device | str | None) -> tuple[Rows | FrameRows, torch.device]:
+def _offline_rows(
+    offline: Any, device: torch.device | str | None
+) -> tuple[ColumnRows | TransitionDataset, torch.device]:
     if isinstance(offline, TransitionReplayBuffer) and not len(offline.transform):
         offline = offline.dataset
     if isinstance(offline, TransitionDataset):
         if device is not None and not _is_on(offline.device, torch.device(device)):
             offline = offline.to(device)
-        return FrameRows(offline), offline.device
+        return offline, offline.device
     owned = isinstance(offline, ReplayBuffer) and isinstance(offline.writer, ImmutableDatasetWriter)
     source = "offline data"
     transitions = offline[:] if isinstance(offline, ReplayBuffer) else offline
@@ -470,20 +460,11 @@ def _offline_rows(offline: Any, device: torch.device | str | None) -> tuple[Rows
     if transitions.shape.numel() == 0:
         raise InputError(f"{source}: there is no transition")
     columns = columns_of(transitions.reshape(-1), source=source)
-    offline_schema(columns, source=source)
-    check_finite(columns, source=source)
     where = columns[0].device if device is None else torch.device(device)
-    # The caller may go on writing into what is his; an immutable data set stays where it is.
-    columns = tuple(column.as_subclass(torch.Tensor).to(where, copy=not owned) for column in columns)
-    return Rows(columns), columns[0].device
+    # The caller may go on writing into a buffer of his own; an immutable data set stays in its place.
+    columns = [column.as_subclass(torch.Tensor).to(where, copy=not owned) for column in columns]
+    return ColumnRows(columns), columns[0].device
 
 
 def _is_on(device: torch.device, wanted: torch.device) -> bool:
     return device.type == wanted.type and wanted.index in (None, device.index)
-
-
-def _fresh_folder(folder: Path) -> Path:
-    make_writable_folder(folder)
-    for file in folder.glob("online_*.bin"):  # another buffer that still maps such a file keeps it
-        file.unlink()
-    return folder

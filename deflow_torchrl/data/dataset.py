@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,11 +28,12 @@ from torchrl.data.replay_buffers.writers import ImmutableDatasetWriter
 from deflow_torchrl.data.assembly import fill_from_arrays
 from deflow_torchrl.data.builder import ColumnBuilder
 from deflow_torchrl.data.checks import Jump, ValidationReport, validate
+from deflow_torchrl.data.chunks import ChunkedDataset
 from deflow_torchrl.data.columns import POSITIONAL_READS, RowFile, map_column, release_pages
 from deflow_torchrl.data.schema import Rows
+from deflow_torchrl.data.transitions import Transitions, row_numbers
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.paths import make_writable_folder, only_one_prepares, write_text
-from deflow_torchrl.progress import patient_bar
 
 _COLUMNS = ("observation", "action", "reward", "terminated")
 _ABOUT_FILE = "dataset.json"
@@ -40,7 +41,7 @@ _STATE_FILE = "transitions.json"
 _FORMAT = 1
 
 
-class TransitionDataset:
+class TransitionDataset(Transitions):
     """A validated, immutable set of transitions; ``dataset[index]`` is a TensorDict in TED (:mod:`deflow_torchrl.data.schema`).
 
     Made by :meth:`from_arrays`, :class:`TransitionBuilder` or a loader, never by hand.
@@ -149,36 +150,14 @@ class TransitionDataset:
         """N, the number of transitions."""
         return len(self.action)
 
-    def __getitem__(self, index: Any) -> TensorDict:
-        """Transitions in TED.
-
-        Args:
-            index: an integer, slice, list, range, array or tensor of integers of any shape, or a mask ``[N]``.
-        """
-        return self.transitions(row_numbers(index, len(self), self.device))
-
-    def draw(self, *shape: int, next_action: bool = False) -> TensorDict:
-        """Draw transitions uniformly with replacement, ``[*shape]``, without synchronising with the host.
-
-        With ``next_action`` they hold ``("next", "action")`` too, see :meth:`next_actions`.
-        """
-        return self.transitions(torch.randint(len(self), shape, device=self.device), next_action=next_action)
-
-    def transitions(self, rows: torch.Tensor, *, next_action: bool = False) -> TensorDict:
-        """Transitions ``rows`` in TED; int64 of any shape on the set's device, not checked."""
-        flat = rows.reshape(-1)
-        found = self.gather(flat).tensordict(next_action=self.next_actions(flat) if next_action else None)
-        return found if rows.ndim == 1 else found.reshape(rows.shape)
-
     def gather(self, rows: torch.Tensor) -> Rows:
         """Copy the transitions ``rows``, int64 ``[n]`` on the set's device."""
-        episode = torch.searchsorted(self.episode_starts, rows, right=True)  # one more than the episode's number
-        frame = rows + episode - 1
-        frames = self._read("observation", torch.stack([frame, frame + 1]))
-        action, reward, terminated = (self._read(name, rows.unsqueeze(0)) for name in _COLUMNS[1:])
-        done = (rows + 1 == self._bounds[episode]) | terminated
+        frames = self.frames(rows)
+        observations = self.read("observation", torch.stack([frames, frames + 1]))
+        action, reward, terminated = (self.read(name, rows.unsqueeze(0)) for name in _COLUMNS[1:])
+        done = self.is_last(rows) | terminated
         flags = torch.cat([terminated, done & ~terminated, done])
-        return Rows(frames, action, reward.unsqueeze(-1), flags.unsqueeze(-1))
+        return Rows(observations, action, reward.unsqueeze(-1), flags.unsqueeze(-1))
 
     def next_actions(self, rows: torch.Tensor) -> torch.Tensor:
         """Action of the transition that follows each in its episode; at an episode's end the transition's own.
@@ -189,10 +168,23 @@ class TransitionDataset:
         Returns:
             ``[*rows.shape, A]``.
         """
-        ends = self._bounds[torch.searchsorted(self.episode_starts, rows, right=True)]
-        return self._read("action", torch.where(rows + 1 == ends, rows, rows + 1))
+        return self.read("action", torch.where(self.is_last(rows), rows, rows + 1))
 
-    def _read(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+    def frames(self, rows: torch.Tensor) -> torch.Tensor:
+        """Numbers of the frames that hold s; s' is in the next."""
+        return rows + torch.searchsorted(self.episode_starts, rows, right=True) - 1
+
+    def is_last(self, rows: torch.Tensor) -> torch.Tensor:
+        """Whether transitions are the last of their episodes."""
+        return rows + 1 == self._bounds[torch.searchsorted(self.episode_starts, rows, right=True)]
+
+    def read(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """Copy rows of a column, ``[*rows.shape, ...]``.
+
+        Args:
+            name: ``observation``, ``action``, ``reward`` or ``terminated``.
+            rows: int64 of any shape; of ``observation`` the numbers of frames.
+        """
         if self._files:
             return self._files[name].read(rows)
         column: torch.Tensor = getattr(self, name)
@@ -200,13 +192,34 @@ class TransitionDataset:
             *rows.shape, *column.shape[1:]
         )  # twice as fast as column[rows]
 
+    def chunked(self, length: int, *, gamma: float = 0.99, ends: Literal["whole", "valid"] = "whole") -> ChunkedDataset:
+        """Give chunks of ``length`` actions as single transitions, without copying anything: :mod:`deflow_torchrl.data.chunks`.
+
+        Args:
+            length: h, steps of a chunk.
+
+        Keyword Args:
+            gamma: discount of one step; that of the losses, which see gamma^h through ``steps_to_next_obs``.
+            ends: ``"whole"``: a chunk starts wherever its h steps lie inside one trajectory. ``"valid"``: it starts at every
+                row that h - 1 rows follow, also across trajectories' ends, as Q-chunking's authors sample; ``valid`` ``[h]``
+                is then 1 for the first step and until a trajectory has ended, else 0.
+
+        Raises:
+            InputError: on an option out of range, or a chunk longer than every trajectory.
+
+        Examples:
+            >>> dataset = TransitionDataset.from_arrays(
+            ...     observations=np.arange(10.0).reshape(5, 2), actions=np.array([[0.1], [0.2], [0.3], [0.4], [0.5]]),
+            ...     rewards=np.ones(5), terminals=np.zeros(5), timeouts=np.array([0, 0, 0, 0, 1]),
+            ... )
+            >>> chunks = dataset.chunked(3, gamma=0.5)
+            >>> chunks[0]["action"], chunks[0]["next", "reward"], chunks[0]["steps_to_next_obs"]
+            (tensor([0.1000, 0.2000, 0.3000]), tensor([1.7500]), tensor([3]))
+        """
+        return ChunkedDataset(self, length, gamma=gamma, ends=ends)
+
     def _columns(self) -> Iterator[tuple[str, torch.Tensor]]:
         return ((name, getattr(self, name)) for name in _COLUMNS)
-
-    def chunks(self, rows: int, *, doing: str) -> Iterator[tuple[int, TensorDict]]:
-        """Yield (number of the first transition, transitions) over the set, with a bar named ``doing`` if it takes long."""
-        for begin in patient_bar(range(0, len(self), rows), desc=doing, unit="chunk"):
-            yield begin, self[begin : begin + rows]
 
     @property
     def num_episodes(self) -> int:
@@ -377,41 +390,6 @@ class TransitionBuilder(ColumnBuilder):
         return dataset
 
 
-def row_numbers(index: Any, length: int, device: torch.device) -> torch.Tensor:
-    """Turn any index into non-negative row numbers, int64 of the index's shape.
-
-    Args:
-        index: an integer, slice, list, range, array or tensor of integers of any shape, or a mask ``[length]``.
-        length: number of rows.
-        device: device of the result.
-
-    Raises:
-        IndexError: if it is no index, or out of range (an accelerator notices that when it reads).
-    """
-    if isinstance(index, tuple) and len(index) == 1:
-        (index,) = index
-    if index is Ellipsis:
-        index = slice(None)
-    if isinstance(index, slice):
-        return torch.arange(*index.indices(length), device=device)
-    try:
-        rows = torch.as_tensor(index, device=device)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise IndexError(f"{index!r} is no index of transitions") from error
-    if rows.dtype == torch.bool:
-        if rows.shape != (length,):
-            raise IndexError(f"a mask of shape {tuple(rows.shape)} for {length} transitions")
-        return rows.nonzero().squeeze(-1)
-    if rows.numel() and (rows.is_floating_point() or rows.is_complex()):
-        raise IndexError(f"an index of type {rows.dtype}; integers are needed")
-    rows = rows.to(torch.int64)
-    rows = torch.where(rows < 0, rows + length, rows)
-    # An accelerator checks by itself, without making the host wait.
-    if rows.device.type == "cpu" and bool(((rows < 0) | (rows >= length)).any()):
-        raise IndexError(f"an index is out of range for {length} transitions")
-    return rows
-
-
 def prepared(
     folder: Path, fingerprint: dict[str, Any], build: Callable[[Path], TransitionDataset]
 ) -> TransitionDataset:
@@ -527,7 +505,7 @@ def to_storage(
 
 
 class TransitionStorage(Storage):
-    """A :class:`TransitionDataset` as the storage of any TorchRL replay buffer; it cannot be written.
+    """A set of transitions as the storage of any TorchRL replay buffer; it cannot be written.
 
     Args:
         dataset: the transitions.
@@ -536,7 +514,7 @@ class TransitionStorage(Storage):
         next_action: read ``("next", "action")`` too, see :meth:`TransitionDataset.next_actions`.
     """
 
-    def __init__(self, dataset: TransitionDataset, *, next_action: bool = False) -> None:
+    def __init__(self, dataset: Transitions, *, next_action: bool = False) -> None:
         super().__init__(len(dataset))
         self.dataset = dataset
         self.next_action = next_action
@@ -601,10 +579,10 @@ class TransitionStorage(Storage):
 
 
 class TransitionReplayBuffer(TensorDictReplayBuffer):
-    """An immutable TorchRL replay buffer over a :class:`TransitionDataset`; ``buffer[:]`` is the whole set in TED.
+    """An immutable TorchRL replay buffer over a set of transitions; ``buffer[:]`` is the whole set in TED.
 
     Args:
-        dataset: the transitions.
+        dataset: a :class:`TransitionDataset` or its chunks.
 
     Keyword Args:
         batch_size (int, optional): transitions per :meth:`sample`.
@@ -616,7 +594,7 @@ class TransitionReplayBuffer(TensorDictReplayBuffer):
 
     def __init__(
         self,
-        dataset: TransitionDataset,
+        dataset: Transitions,
         *,
         batch_size: int | None = None,
         sampler: Sampler | None = None,

@@ -20,7 +20,9 @@ from torchrl.data.replay_buffers.samplers import PrioritizedSampler, Sampler
 from torchrl.data.replay_buffers.utils import pin_memory_output
 from torchrl.data.replay_buffers.writers import ImmutableDatasetWriter
 
-from deflow_torchrl.data.dataset import TransitionDataset, TransitionReplayBuffer, as_it_is
+from deflow_torchrl.data.chunks import ChunkedDataset
+from deflow_torchrl.data.dataset import TransitionReplayBuffer, as_it_is
+from deflow_torchrl.data.transitions import Transitions
 from deflow_torchrl.data.union.sampler import UnionSampler, check_count, native_sampler_state, sampler_state
 from deflow_torchrl.data.union.storage import ColumnRows, UnionStorage, UnionWriter, columns_of
 from deflow_torchrl.errors import InputError
@@ -55,7 +57,8 @@ class OfflineOnlineReplayBuffer(TensorDictReplayBuffer):
     checked instead of promoted, and both sides are on one device.
 
     Args:
-        offline: a :class:`TransitionDataset` or :class:`TransitionReplayBuffer`, never copied unless ``device`` says so; any
+        offline: a :class:`TransitionDataset`, its whole chunks (online transitions are such chunks then) or a
+            :class:`TransitionReplayBuffer` of these, never copied unless ``device`` says so; any
             TorchRL replay buffer or data set, read once through its transforms; or a TensorDict ``[N]`` or ``[B, T]`` in TED.
 
     Keyword Args:
@@ -108,7 +111,7 @@ class OfflineOnlineReplayBuffer(TensorDictReplayBuffer):
 
     def __init__(
         self,
-        offline: TransitionDataset | ReplayBuffer | TensorDictBase,
+        offline: Transitions | ReplayBuffer | TensorDictBase,
         *,
         online_capacity: int,
         mode: Literal["uniform", "balanced", "annealed"] = "uniform",
@@ -164,10 +167,10 @@ class OfflineOnlineReplayBuffer(TensorDictReplayBuffer):
     # Rows.
 
     @property
-    def dataset(self) -> TransitionDataset | None:
+    def dataset(self) -> Transitions | None:
         """The offline set in use, or ``None`` if the offline data came as something else."""
         offline = self._storage.offline
-        return offline if isinstance(offline, TransitionDataset) else None
+        return offline if isinstance(offline, Transitions) else None
 
     @property
     def num_offline(self) -> int:
@@ -441,12 +444,12 @@ class OfflineOnlineReplayBuffer(TensorDictReplayBuffer):
         self.load_state_dict(state)
 
 
-def _offline_rows(
-    offline: Any, device: torch.device | str | None
-) -> tuple[ColumnRows | TransitionDataset, torch.device]:
+def _offline_rows(offline: Any, device: torch.device | str | None) -> tuple[ColumnRows | Transitions, torch.device]:
     if isinstance(offline, TransitionReplayBuffer) and not len(offline.transform):
         offline = offline.dataset
-    if isinstance(offline, TransitionDataset):
+    if isinstance(offline, ChunkedDataset) and offline.ends != "whole":
+        raise InputError(f"chunks with ends={offline.ends!r} cannot be joined with experience; take ends='whole'")
+    if isinstance(offline, Transitions):
         if device is not None and not _is_on(offline.device, torch.device(device)):
             offline = offline.to(device)
         return offline, offline.device

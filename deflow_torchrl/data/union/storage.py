@@ -22,8 +22,8 @@ from torchrl.data.replay_buffers.storages import Storage
 from torchrl.data.replay_buffers.writers import Writer
 
 from deflow_torchrl.data.columns import allocate
-from deflow_torchrl.data.dataset import TransitionDataset, row_numbers
 from deflow_torchrl.data.schema import TRANSITION_KEYS, Rows
+from deflow_torchrl.data.transitions import Transitions, row_numbers
 from deflow_torchrl.errors import InputError
 
 NAMES = tuple(key if isinstance(key, str) else ".".join(key) for key in TRANSITION_KEYS)
@@ -90,7 +90,7 @@ def _described(shape: tuple[int, ...], dtype: torch.dtype) -> str:
 
 
 class ColumnRows:
-    """Offline transitions that are no :class:`TransitionDataset`: seven columns, read where they lie."""
+    """Offline transitions that are no :class:`Transitions`: seven columns, read where they lie."""
 
     def __init__(self, columns: Columns) -> None:
         self._columns = columns
@@ -107,6 +107,10 @@ class ColumnRows:
         action, done = self._columns[1], self._columns[6].squeeze(1)
         stays = done.index_select(0, rows) | (rows + 1 == len(action))
         return action.index_select(0, torch.where(stays, rows, rows + 1))
+
+    def extras(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        """More entries: none."""
+        return {}
 
 
 class UnionStorage(Storage):
@@ -126,7 +130,7 @@ class UnionStorage(Storage):
 
     def __init__(
         self,
-        offline: ColumnRows | TransitionDataset,
+        offline: ColumnRows | Transitions,
         device: torch.device,
         *,
         online_capacity: int,
@@ -213,7 +217,8 @@ class UnionStorage(Storage):
         """
         found = self._gather(rows)
         next_action = self._next_actions(rows, found) if self.next_action else None
-        return found.tensordict(device=self.device, next_action=next_action, about=about)
+        entries = self.offline.extras(rows.clamp(max=self.num_offline - 1)) | (about or {})
+        return found.tensordict(device=self.device, next_action=next_action, about=entries)
 
     def _next_actions(self, rows: torch.Tensor, found: Rows) -> torch.Tensor:
         """Actions ``[n, A]`` that follow those of ``rows`` [n] in their trajectories; their own where there is none.

@@ -12,7 +12,7 @@ QUICK ?=
 # On Linux the default torch wheel brings CUDA; PIP_ARGS lets a machine without a GPU point pip at CPU wheels.
 PIP_ARGS ?=
 
-# OpenMP threads that spin while they wait slow each other down on a busy machine (see cli.py).
+# OpenMP threads that spin while they wait slow each other down on a busy machine (see deflow_torchrl/cli).
 export GOMP_SPINCOUNT ?= 1000
 
 BIN := $(VENV)/bin

@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from deflow_torchrl.errors import InputError
-from deflow_torchrl.experiment import CONFIG_FILE
 from deflow_torchrl.paths import write_text
 from deflow_torchrl.reports import load_record, without_places
 from deflow_torchrl.reports.check import check_file, write_file
 from deflow_torchrl.reports.page import draw_curves
 from deflow_torchrl.reports.records import RECORD_FILE
 from deflow_torchrl.reports.runs import FinishedRun, find_runs
+from deflow_torchrl.runs.folder import CONFIG_FILE
 
 PAGE = "README.md"
 SHOWN = 5  # names in a message

@@ -25,8 +25,8 @@ from deflow_torchrl.algorithms import DeFlowConfig, get_algorithm
 from deflow_torchrl.algorithms.base import ProblemSpec
 from deflow_torchrl.envs import make_gym_env
 from deflow_torchrl.errors import InputError
-from deflow_torchrl.experiment import load_run
 from deflow_torchrl.processes import available_cores
+from deflow_torchrl.runs.evaluate import load_run
 from deflow_torchrl.trainers import EvaluationResult, Evaluator
 
 

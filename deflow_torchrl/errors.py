@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""The one exception type the command line turns into one line and exit code 2."""
+"""Exceptions that the command line turns into one line: exit code 2 for :class:`InputError`, 1 for :class:`RunError`."""
 
 from __future__ import annotations
 
@@ -31,11 +31,15 @@ class LockHeldError(InputError):
     """Another process holds a lock; it is free when that process ends."""
 
 
-class NonFiniteLossError(RuntimeError):
+class RunError(Exception):
+    """Something failed after its input was accepted."""
+
+
+class NonFiniteLossError(RunError, RuntimeError):
     """A loss became NaN or infinite: the message names the term and the step."""
 
 
-class CheckpointNotWritten(OSError):
+class CheckpointNotWritten(RunError, OSError):
     """A checkpoint could not be written, for example on a full disk; those before it are whole and a run can go on.
 
     Args:
@@ -57,19 +61,19 @@ class CheckpointNotWritten(OSError):
         return type(self), (self.path, self.cause, self.advice)
 
 
-class ExportParityError(RuntimeError):
+class ExportParityError(RunError, RuntimeError):
     """An exported policy computes other actions than the policy: the message says how far apart they are."""
 
 
-class EnvironmentFaultError(RuntimeError):
+class EnvironmentFaultError(RunError, RuntimeError):
     """Too many episodes failed in the environment: the message names the share, the cause and what to set."""
 
 
-class CollectorError(RuntimeError):
+class CollectorError(RunError, RuntimeError):
     """The processes that act died again and again: the message says how."""
 
 
-class RestoreError(RuntimeError):
+class RestoreError(RunError, RuntimeError):
     """An environment did not come back to its recorded state: the message names the episode."""
 
 

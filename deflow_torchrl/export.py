@@ -32,11 +32,11 @@ from torch.export import Dim, ExportedProgram
 
 from deflow_torchrl.deploy import FORMAT, MANIFEST, Graph, load_policy, open_graph
 from deflow_torchrl.errors import ExportParityError, InputError, MissingExtraError
-from deflow_torchrl.experiment import ACTING, load_run
 from deflow_torchrl.modules.flow import FlowMatchingModel
 from deflow_torchrl.modules.networks import MLP, is_wrapped
 from deflow_torchrl.modules.policies import BoundedModel
 from deflow_torchrl.paths import atomic_write, file_sha256, make_writable_folder
+from deflow_torchrl.runs.evaluate import ACTING, load_run
 from deflow_torchrl.sources.base import public_name
 from deflow_torchrl.versions import package_versions
 
@@ -48,7 +48,7 @@ _ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
 def export_run(
-    run: Path, *, format: str | None = None, out: Path | None = None, policy: str = ACTING, force: bool = False
+    run: Path, *, format: str | None = None, out: Path | None = None, policy: str | None = None, force: bool = False
 ) -> dict[str, Any]:
     """Export a policy of a run's last checkpoint.
 
@@ -69,7 +69,7 @@ def export_run(
         ExportParityError: as :func:`export_policy`.
     """
     format = _format(format, out)
-    loaded = load_run(run, policy=policy, device="cpu")
+    loaded = load_run(run, policy=policy or ACTING, device="cpu")
     ((name, chosen),) = loaded.learner.evaluated_policies.items()
     out = out or run / f"{name}.{format}"
     task = loaded.task

@@ -20,9 +20,9 @@ DATASET, TASK = "pointmaze-medium-navigate-v0", "pointmaze-medium-navigate-singl
 def train_and_export(steps: int, episodes: int) -> Path:
     """The part with torch: it would run on another machine."""
     from deflow_torchrl.algorithms import DeFlowConfig
-    from deflow_torchrl.config import TrainConfig
-    from deflow_torchrl.experiment import train
     from deflow_torchrl.export import export_run
+    from deflow_torchrl.runs.run import train
+    from deflow_torchrl.runs.settings import TrainConfig
     from deflow_torchrl.sources.generation import generate_ogbench_dataset, generated_root
 
     root = generated_root(DATASET, episodes=episodes, val_episodes=1, seed=0)

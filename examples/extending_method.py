@@ -24,10 +24,10 @@ from torch import nn
 
 from deflow_torchrl.algorithms import Algorithm, Learner, MethodConfig, ProblemSpec, register_algorithm
 from deflow_torchrl.algorithms.settings import Need
-from deflow_torchrl.config import TrainConfig
 from deflow_torchrl.data.dataset import make_folder
-from deflow_torchrl.experiment import train
 from deflow_torchrl.objectives.common import OffPolicyLoss, next_key
+from deflow_torchrl.runs.run import train
+from deflow_torchrl.runs.settings import TrainConfig
 from deflow_torchrl.sources.card import data_card, write_card
 from deflow_torchrl.sources.files import import_files
 

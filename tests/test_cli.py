@@ -12,10 +12,11 @@ import pytest
 
 from deflow_torchrl.algorithms import ALGORITHMS
 from deflow_torchrl.cli import app
-from deflow_torchrl.config import compose_config, config_from_dict, config_to_dict
 from deflow_torchrl.envs import online
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.reports import load_record
+from deflow_torchrl.runs.overrides import compose_config
+from deflow_torchrl.runs.settings import config_from_dict, config_to_dict
 from deflow_torchrl.sources.oracles import GENERATED_DATASETS
 from tests.support.command_line import assert_one_line, deflow, heed_ctrl_c
 from tests.support.generation import DATASET, TASK

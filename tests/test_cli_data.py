@@ -323,7 +323,7 @@ def test_home_is_expanded_and_a_refused_import_leaves_no_folder(home, monkeypatc
     "out", ["plain/a-b_c.1", "a b", "a,b", "run(1)=x", "it's", "[a]{b}", "a${seed}", "back\\", "ü", "#1", '"q"', "\\'"]
 )
 def test_the_printed_command_reads_the_folder_whatever_its_name(out, home):
-    from deflow_torchrl.config import compose_config
+    from deflow_torchrl.runs.overrides import compose_config
 
     np.savez(home / "set.npz", **arrays())
     result = deflow("data", "import", "set.npz", "--out", out, "--json")

@@ -10,11 +10,12 @@ import yaml
 
 pytest.importorskip("gymnasium", reason="needs gymnasium's pendulum")
 
-from deflow_torchrl import comparison
-from deflow_torchrl.comparison import compare_runs
 from deflow_torchrl.envs import normalized_score, reference_returns
-from deflow_torchrl.experiment import evaluate_run, read_run_settings
 from deflow_torchrl.reports import paired_difference, sign_test
+from deflow_torchrl.runs import comparison
+from deflow_torchrl.runs.comparison import compare_runs
+from deflow_torchrl.runs.evaluate import evaluate_run
+from deflow_torchrl.runs.folder import read_run_settings
 from deflow_torchrl.tasks import get_task
 from tests.support.command_line import assert_one_line, deflow
 from tests.support.pendulum import ENVIRONMENT, record_pendulum
@@ -134,7 +135,7 @@ def test_scores_and_returns_are_compared_in_their_own_unit(monkeypatch):
 
 
 def test_successes_are_said_in_words(capsys):
-    from deflow_torchrl.cli import _print_comparison
+    from deflow_torchrl.cli.train import _print_comparison
 
     outcome = {"success_rate": 0.5, "episodes": 4}
     _print_comparison(

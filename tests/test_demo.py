@@ -7,8 +7,8 @@ import pytest
 
 pytest.importorskip("ogbench", reason="needs the extra ogbench")
 
-from deflow_torchrl.demo import FULL, DemoScale, describe, run_demo
-from deflow_torchrl.experiment import evaluate_run
+from deflow_torchrl.runs.demo import FULL, DemoScale, describe, run_demo
+from deflow_torchrl.runs.evaluate import evaluate_run
 
 TINY = DemoScale(
     episodes=1,
@@ -87,15 +87,15 @@ def test_a_second_run_finds_the_data_and_takes_a_folder_of_its_own(demo, monkeyp
     folder, _ = demo
     monkeypatch.setenv("DEFLOW_HOME", str(folder / "home"))
     monkeypatch.chdir(folder)
-    monkeypatch.setattr("deflow_torchrl.demo.generate_ogbench_dataset", None)  # a call would fail
+    monkeypatch.setattr("deflow_torchrl.runs.demo.generate_ogbench_dataset", None)  # a call would fail
     run_demo(TINY, seed=0, command="deflow demo", show_progress=False)
     assert (folder / "runs" / "demo-seed0-2" / "record.json").exists()
 
 
 def test_training_says_where_generated_data_lies(demo, monkeypatch):
-    from deflow_torchrl.config import compose_config
     from deflow_torchrl.errors import InputError
-    from deflow_torchrl.experiment import train
+    from deflow_torchrl.runs.overrides import compose_config
+    from deflow_torchrl.runs.run import train
 
     folder, _ = demo
     monkeypatch.setenv("DEFLOW_HOME", str(folder / "home"))

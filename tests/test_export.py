@@ -18,7 +18,6 @@ pytest.importorskip("onnxscript", reason="needs the extra export")
 from deflow_torchrl import export
 from deflow_torchrl.deploy import load_policy
 from deflow_torchrl.errors import ExportParityError, InputError
-from deflow_torchrl.experiment import load_run
 from deflow_torchrl.export import export_policy
 from deflow_torchrl.modules import (
     DeFlowActor,
@@ -29,6 +28,7 @@ from deflow_torchrl.modules import (
     make_velocity_network,
 )
 from deflow_torchrl.paths import file_sha256
+from deflow_torchrl.runs.evaluate import load_run
 from tests.support.command_line import assert_one_line, deflow
 from tests.support.networks import ACTION_DIM, OBSERVATION_DIM, make_actor
 from tests.support.pendulum import ENVIRONMENT, record_pendulum

@@ -13,9 +13,11 @@ pytest.importorskip("hydra", reason="needs the extra cli")
 
 from deflow_torchrl import cli
 from deflow_torchrl.algorithms import get_algorithm
-from deflow_torchrl.config import TrainConfig, compose_config
 from deflow_torchrl.errors import InputError
-from deflow_torchrl.experiment import load_run, train
+from deflow_torchrl.runs.evaluate import load_run
+from deflow_torchrl.runs.overrides import compose_config
+from deflow_torchrl.runs.run import train
+from deflow_torchrl.runs.settings import TrainConfig
 from deflow_torchrl.trainers import UpdateStep
 from tests.support.networks import NEEDED, make_batch
 from tests.support.pendulum import ENVIRONMENT, record_pendulum
@@ -37,7 +39,7 @@ def task(tmp_path_factory):
 @pytest.mark.parametrize("name", list(TERMS))
 def test_a_run_trains_offline_and_online_and_evaluates_the_method_alone(name, task, tmp_path, monkeypatch):
     for drawn in ("plot_learning_curve", "write_html_report"):
-        monkeypatch.setattr(f"deflow_torchrl.experiment.{drawn}", lambda *_, **__: None)
+        monkeypatch.setattr(f"deflow_torchrl.runs.run.{drawn}", lambda *_, **__: None)
     algo = get_algorithm(name).config(flow_steps=2, **NEEDED.get(name, {}))
     out = tmp_path / "run"
     record = train(

@@ -12,12 +12,15 @@ pytest.importorskip("gymnasium", reason="needs gymnasium's pendulum")
 pytest.importorskip("hydra", reason="needs the extra cli")
 pytest.importorskip("jsonschema", reason="needs the extra reports")
 
-from deflow_torchrl import cli, experiment
+from deflow_torchrl import cli
 from deflow_torchrl.algorithms import DeFlowConfig
-from deflow_torchrl.config import TrainConfig, compose_config, config_from_dict, config_to_dict, default_out
 from deflow_torchrl.errors import CheckpointNotWritten, InputError, NonFiniteLossError, RunInterrupted
-from deflow_torchrl.group import resume_group, train_group
 from deflow_torchrl.reports import load_record
+from deflow_torchrl.runs import run as runs_of
+from deflow_torchrl.runs.evaluate import evaluate_run
+from deflow_torchrl.runs.overrides import compose_config
+from deflow_torchrl.runs.run import Run
+from deflow_torchrl.runs.settings import TrainConfig, config_from_dict, config_to_dict, default_out
 from deflow_torchrl.trainers import StackedTrainer, StackedUpdate
 from deflow_torchrl.trainers.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint, step_of
 from tests.support.killable import Children
@@ -44,11 +47,11 @@ def settings(task, out, **changes):
 
 
 def train(task, out, **changes):
-    return train_group(settings(task, out, **changes), command="deflow train", show_progress=False)
+    return runs_of.train(settings(task, out, **changes), command="deflow train", show_progress=False)
 
 
 def go_on(out, *overrides, **options):
-    return resume_group(out, command="deflow resume", overrides=overrides, show_progress=False, **options)
+    return runs_of.resume(out, command="deflow resume", overrides=overrides, show_progress=False, **options)
 
 
 def folders(out):
@@ -94,7 +97,7 @@ def test_each_seed_leaves_an_ordinary_run_and_the_group_its_summary(finished):
         assert [row["step"] for row in rows(run)] == list(range(1, 10))
         finals.append(record["evaluations"]["deflow"]["mean_return"])
         assert summary["seeds"][str(seed)]["return"]["deflow"] == finals[-1]
-        evaluated = experiment.evaluate_run(run, episodes=None, show_progress=False)
+        evaluated = evaluate_run(run, episodes=None, show_progress=False)
         assert evaluated["evaluations"] == record["evaluations"], "eval repeats the run's own numbers"
     assert len({json.dumps(rows(run)[-1]) for run in folders(finished)}) == len(SEEDS), "the seeds are different runs"
     assert summary["mean"]["deflow"] == pytest.approx(sum(finals) / 3)
@@ -116,7 +119,7 @@ def test_a_seed_starts_from_the_networks_of_its_separate_run(task, tmp_path, mon
         train(task, tmp_path / "group")
     for seed in SEEDS:
         config = settings(task, tmp_path / "alone", seeds=None, seed=seed)
-        alone = experiment.Run(config, tmp_path / "alone", commands=["x"], final_episodes=1, show_progress=False)
+        alone = Run(config, tmp_path / "alone", commands=["x"], final_episodes=1, show_progress=False)
         assert_bitwise(dict(alone.learner.loss.state_dict()), dict(started[seed]))
 
 
@@ -127,7 +130,7 @@ def test_ctrl_c_saves_every_seed_at_one_step_and_the_resumed_group_is_the_uninte
     moment, at = where.split()[0], int(where.split()[1])
     undrawn(monkeypatch)
     out = tmp_path / "group"
-    kept = {"update": StackedTrainer._train_step, "evaluation": experiment.Run._evaluate}
+    kept = {"update": StackedTrainer._train_step, "evaluation": Run._evaluate}
 
     def interrupted_update(trainer):
         if trainer.step == at:
@@ -145,7 +148,7 @@ def test_ctrl_c_saves_every_seed_at_one_step_and_the_resumed_group_is_the_uninte
         if moment == "update":
             patch.setattr(StackedTrainer, "_train_step", interrupted_update)
         else:
-            patch.setattr(experiment.Run, "_evaluate", interrupted_evaluation)
+            patch.setattr(Run, "_evaluate", interrupted_evaluation)
         with pytest.raises(RunInterrupted, match=r"saved at step \d of 9; go on with: deflow resume .*group"):
             train(task, out)
     assert {steps(run)[-1] for run in folders(out)} == {at}
@@ -314,13 +317,11 @@ def test_what_cannot_change_and_folders_that_are_taken_are_refused(task, group, 
     with pytest.raises(InputError, match="already holds a run"):
         train(task, group)
     with pytest.raises(InputError, match="already holds a run"):
-        experiment.train(settings(task, group, seeds=None), command="x", show_progress=False)
+        runs_of.train(settings(task, group, seeds=None), command="x", show_progress=False)
     with pytest.raises(InputError, match="holds the runs of seeds"):
-        experiment.evaluate_run(group, episodes=1)
+        evaluate_run(group, episodes=1)
     with pytest.raises(InputError, match="is a run of one seed"):
         go_on_alone(folders(group)[0], "seeds=[1]", force=True)
-    with pytest.raises(InputError, match="a run has one seed"):
-        experiment.train(settings(task, tmp_path / "x"), command="x", show_progress=False)
     (group / "group.yaml").write_text("nonsense")
     with pytest.raises(InputError, match="damaged"):
         go_on(group)

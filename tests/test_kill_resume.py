@@ -14,7 +14,7 @@ pytest.importorskip("gymnasium", reason="needs gymnasium's pendulum")
 pytest.importorskip("hydra", reason="needs the extra cli")
 
 from deflow_torchrl.algorithms import DeFlowConfig
-from deflow_torchrl.config import TrainConfig, config_to_dict
+from deflow_torchrl.runs.settings import TrainConfig, config_to_dict
 from deflow_torchrl.trainers.checkpoint import list_checkpoints
 from tests.support.killable import Children
 from tests.support.pendulum import ENVIRONMENT, record_pendulum

@@ -15,8 +15,8 @@ from deflow_torchrl.algorithms import get_algorithm
 from deflow_torchrl.algorithms.base import ProblemSpec
 from deflow_torchrl.data.dataset import make_folder
 from deflow_torchrl.errors import InputError
-from deflow_torchrl.experiment import load_run
-from deflow_torchrl.landscape import (
+from deflow_torchrl.runs.evaluate import load_run
+from deflow_torchrl.runs.landscape import (
     critic_values,
     data_distances,
     dimension_slice,

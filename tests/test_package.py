@@ -105,12 +105,12 @@ ARROWS = {
     "envs": set(),
 }
 SHARED = {"errors", "generators", "paths", "plugins", "processes", "progress", "versions"}
-OUTSIDE = {"", "_lazy", "_register"}  # the package itself, for its version, and what its __init__ files need
+OUTSIDE = {""}  # the package itself, for its version
 # Names that another room has now and these still export.
 REEXPORTS = {"deflow_torchrl.data.reexports", "deflow_torchrl.envs.reexports"}
 CIRCLES: list[set[str]] = []
 NAMING = {
-    "envs.factory", "export", "landscape", "reports.tables", "sweep.costs", "sweep.jobs", "sweep.plan",
+    "envs.factory", "export", "reports.tables", "sweep.costs", "sweep.jobs", "sweep.plan",
 }  # fmt: skip
 
 

@@ -13,9 +13,10 @@ pytest.importorskip("hydra", reason="needs the extra cli")
 
 from deflow_torchrl import cli
 from deflow_torchrl.algorithms import DeFlowConfig
-from deflow_torchrl.config import TrainConfig, apply_overrides, compose_config, config_to_dict
 from deflow_torchrl.errors import CheckpointNotWritten, InputError, RunInterrupted
-from deflow_torchrl.experiment import train
+from deflow_torchrl.runs.overrides import apply_overrides, compose_config
+from deflow_torchrl.runs.run import train
+from deflow_torchrl.runs.settings import TrainConfig, config_to_dict
 from deflow_torchrl.trainers.checkpoint import list_checkpoints, load_checkpoint, read_header, save_checkpoint
 from deflow_torchrl.trainers.resume import RunHistory, check_resumable
 from tests.support.networks import make_batch

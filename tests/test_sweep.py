@@ -16,9 +16,9 @@ import torch
 pytest.importorskip("gymnasium", reason="needs gymnasium's pendulum")
 pytest.importorskip("hydra", reason="needs the extra cli")
 
-from deflow_torchrl.config import compose_config
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.paths import hold_lock
+from deflow_torchrl.runs.overrides import compose_config
 from deflow_torchrl.sweep import estimate_costs, jobs, local, parse_sweep, plan_jobs, run_sweep
 from deflow_torchrl.sweep.costs import _wall, describe_costs, describe_left_out
 from deflow_torchrl.sweep.jobs import run_job

@@ -10,10 +10,10 @@ import pytest
 pytest.importorskip("gymnasium", reason="needs gymnasium's pendulum")
 pytest.importorskip("hydra", reason="needs the extra cli")
 
-from deflow_torchrl import experiment
-from deflow_torchrl.config import config_from_dict
 from deflow_torchrl.errors import InputError, MissingExtraError
-from deflow_torchrl.group import train_group
+from deflow_torchrl.runs.folder import read_settings
+from deflow_torchrl.runs.run import train
+from deflow_torchrl.runs.settings import config_from_dict
 from deflow_torchrl.sweep import on_ray, parse_sweep, plan_jobs, run_sweep
 from deflow_torchrl.trainers.metrics import read_rows
 from tests.support.killable import ROOT
@@ -123,7 +123,7 @@ def test_a_node_killed_in_mid_sweep_loses_nothing_and_doubles_nothing(task, tmp_
             assert not list(folder.rglob("*.part"))
     lost = next(job for job in jobs if summary["jobs"][job.name]["attempts"] == 2)
     undisturbed = tmp_path / "undisturbed"
-    train_group(config_from_dict({**lost.config, "out": str(undisturbed)}), command="deflow train", show_progress=False)
+    train(config_from_dict({**lost.config, "out": str(undisturbed)}), command="deflow train", show_progress=False)
     for folder in lost.folders:
         assert_equal_runs(undisturbed / folder.name, folder)
-    assert experiment.read_settings(jobs[0].folders[0].parent / "group.yaml")["finished"]
+    assert read_settings(jobs[0].folders[0].parent / "group.yaml")["finished"]

@@ -10,15 +10,9 @@ from deflow_torchrl.algorithms import register_algorithm
 from deflow_torchrl.algorithms.deflow import DeFlowConfig
 from deflow_torchrl.algorithms.registry import ALGORITHMS
 from deflow_torchrl.algorithms.settings import Algorithm, CriticConfig
-from deflow_torchrl.config import (
-    TrainConfig,
-    apply_overrides,
-    compose_config,
-    config_from_dict,
-    config_to_dict,
-    with_task_defaults,
-)
 from deflow_torchrl.errors import InputError
+from deflow_torchrl.runs.overrides import apply_overrides, compose_config
+from deflow_torchrl.runs.settings import TrainConfig, config_from_dict, config_to_dict, with_task_defaults
 from deflow_torchrl.tasks import paper_settings, paper_task, paper_tasks
 from deflow_torchrl.tasks.paper import SETTINGS
 from deflow_torchrl.tasks.tables import read_table

@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from tensordict import TensorDict
 
-from deflow_torchrl.config import TrainConfig, config_from_dict
 from deflow_torchrl.envs import make_gym_env
 from deflow_torchrl.envs.d4rl import d4rl_task
 from deflow_torchrl.errors import InputError, MissingExtraError
-from deflow_torchrl.experiment import _build as build_learner
 from deflow_torchrl.generators import generators_set_aside
 from deflow_torchrl.modules.kernels import enable_kernels
 from deflow_torchrl.processes import available_cores
 from deflow_torchrl.progress import progress_bar
 from deflow_torchrl.reports.records import hardware, load_record
+from deflow_torchrl.runs.build import build_learner
+from deflow_torchrl.runs.settings import TrainConfig, config_from_dict
 from deflow_torchrl.sources.base import get_source
 from deflow_torchrl.sweep.jobs import Job, check_devices, is_done, jobs_at_once, plan_jobs
 from deflow_torchrl.sweep.plan import Cell, SweepPlan, is_gpu

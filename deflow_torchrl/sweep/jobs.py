@@ -14,11 +14,14 @@ from typing import Any, Literal
 
 import torch
 
-from deflow_torchrl.config import config_from_dict, config_to_dict
 from deflow_torchrl.errors import InputError, LockHeldError, MissingExtraError
 from deflow_torchrl.paths import hold_lock
 from deflow_torchrl.processes import available_cores
-from deflow_torchrl.reports.records import load_record
+from deflow_torchrl.reports.records import RECORD_FILE, load_record
+from deflow_torchrl.runs.folder import CONFIG_FILE, GROUP_FILE, read_settings, seed_folder
+from deflow_torchrl.runs.overrides import override_value
+from deflow_torchrl.runs.run import resume, train
+from deflow_torchrl.runs.settings import config_from_dict, config_to_dict
 from deflow_torchrl.sources.base import get_source, public_name
 from deflow_torchrl.sweep.plan import LOGS, Cell, SweepPlan, can_stack, is_gpu, uses_gpu
 from deflow_torchrl.tasks import get_task
@@ -41,7 +44,7 @@ class Job:
         seeds: its seeds, in their order.
         stacked: whether they train together.
         out: its folder: a run's or a group's.
-        config: its settings, complete, as :func:`deflow_torchrl.config.config_to_dict` gives them.
+        config: its settings, complete, as :func:`deflow_torchrl.runs.settings.config_to_dict` gives them.
         command: the sweep's command line, for the records.
     """
 
@@ -168,8 +171,6 @@ def check_devices(plan: SweepPlan) -> None:
 
 def check_folder(job: Job) -> None:
     """Raise InputError if the job's folder holds something of other settings."""
-    from deflow_torchrl.experiment import CONFIG_FILE, GROUP_FILE, read_settings
-
     wanted = {Path(job.out) / (GROUP_FILE if job.stacked else CONFIG_FILE): job.config}
     if job.stacked:  # a finished group's runs may have gone on by themselves since
         for seed, folder in zip(job.seeds, job.folders, strict=True):
@@ -208,8 +209,6 @@ def one_line(error: BaseException) -> str:
 
 
 def _run_locked(job: Job, *, show_progress: bool) -> None:
-    from deflow_torchrl import experiment, group
-
     out = Path(job.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with hold_lock(job.lock, busy=f"somebody else works on {job.name}", note=f"{socket.gethostname()} {os.getpid()}"):
@@ -217,15 +216,11 @@ def _run_locked(job: Job, *, show_progress: bool) -> None:
             return
         config = config_from_dict(job.config)
         options: dict[str, Any] = {"command": job.command, "show_progress": show_progress}
-        begun = out / (experiment.GROUP_FILE if job.stacked else experiment.CONFIG_FILE)
-        if not begun.is_file():
-            train = group.train_group if job.stacked else experiment.train
-            train(config, **options)
+        begun = out / (GROUP_FILE if job.stacked else CONFIG_FILE)
+        if begun.is_file():
+            resume(out, overrides=_neutral_changes(read_settings(begun)["config"], job.config), **options)
         else:
-            saved = experiment.read_settings(begun)["config"]
-            options["overrides"] = _neutral_changes(saved, job.config)
-            resume = group.resume_group if job.stacked else experiment.resume
-            resume(out, **options)
+            train(config, **options)
 
 
 def _patiently(job: Job, run: Callable[[], None]) -> None:
@@ -256,7 +251,6 @@ def _signs_of_life(job: Job) -> list[tuple[str, int, int]]:
 
 
 def _jobs_of(plan: SweepPlan, cell: Cell) -> list[Job]:
-    from deflow_torchrl.experiment import CONFIG_FILE, GROUP_FILE, read_settings, seed_folder
 
     assert cell.config is not None
     out = (plan.out / cell.name).absolute()
@@ -305,15 +299,12 @@ def _check_same(path: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any])
 
 
 def _group_finished(out: Path) -> bool:
-    from deflow_torchrl.experiment import GROUP_FILE, read_settings
 
     return (out / GROUP_FILE).is_file() and bool(read_settings(out / GROUP_FILE)["finished"])
 
 
 def _record_of(folder: Path) -> dict[str, Any] | None:
     """A run's record, where it is whole and of the settings that its folder has."""
-    from deflow_torchrl.experiment import CONFIG_FILE, RECORD_FILE, read_settings
-
     if not (folder / RECORD_FILE).is_file() or not (folder / CONFIG_FILE).is_file():
         return None
     try:
@@ -331,11 +322,4 @@ def _record_of(folder: Path) -> dict[str, Any] | None:
 def _neutral_changes(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """Overrides for what may change and has changed since a run was begun."""
     names = sorted(NEUTRAL_SETTINGS - {"out"})
-    return [f"{name}={_hydra_value(wanted[name])}" for name in names if saved.get(name) != wanted.get(name)]
-
-
-def _hydra_value(value: Any) -> str:
-    if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-        return f"'{escaped}'"
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return [f"{name}={override_value(wanted[name])}" for name in names if saved.get(name) != wanted.get(name)]

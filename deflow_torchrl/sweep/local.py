@@ -23,7 +23,7 @@ from deflow_torchrl.processes import available_cores, children_ignore_ctrl_c, di
 from deflow_torchrl.sweep.jobs import Job, Outcome, one_line, run_job
 
 _PRELOADED = [
-    "deflow_torchrl.group",
+    "deflow_torchrl.runs.run",
     "deflow_torchrl.reports.page",
     "yaml",
     "gymnasium",

@@ -3,24 +3,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from deflow_torchrl.algorithms.registry import get_algorithm
-from deflow_torchrl.config import (
+from deflow_torchrl.errors import InputError
+from deflow_torchrl.runs.overrides import put, read_overrides
+from deflow_torchrl.runs.settings import (
     SettledConfig,
     TrainConfig,
-    compose_config,
     config_from_dict,
     config_to_dict,
+    setting_names,
     with_task_defaults,
 )
-from deflow_torchrl.errors import InputError
 from deflow_torchrl.sources.base import settled_name
 from deflow_torchrl.tasks import families, family_groups, get_task, paper_task, paper_tasks
 from deflow_torchrl.tasks.protocols import get_protocol
@@ -228,7 +228,7 @@ def _split(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
         if key in _INSTEAD:
             raise InputError(f"{text}: a sweep has several; write {_INSTEAD[key]}=")
         if key not in OPTIONS:
-            names = [item.name for item in dataclasses.fields(TrainConfig) if item.name not in ("defaults", *_INSTEAD)]
+            names = [name for name in setting_names(TrainConfig) if name not in _INSTEAD]
             if "." not in key and key not in names:
                 near = difflib.get_close_matches(key, [*OPTIONS, *names], n=3)
                 hint = f"did you mean {', '.join(near)}?" if near else f"a sweep's own are {', '.join(OPTIONS)}"
@@ -269,7 +269,7 @@ def _seeds(text: str) -> list[int]:
 
 def _variant(text: str) -> Variant:
     method, *settings = text.split(":")
-    known = [item.name for item in dataclasses.fields(get_algorithm(method).config) if item.name != "name"]
+    known = setting_names(get_algorithm(method).config)
     for setting in settings:
         name, equals, _ = setting.partition("=")
         if not equals:
@@ -336,51 +336,25 @@ def _cells(
 
 def _reader(variant: Variant, settings: Sequence[str], protocol: Any) -> Callable[[str, bool], SettledConfig]:
     """What makes a task's settings of the sweep's: the given ones are read once, by Hydra, for all tasks."""
-    algorithm = get_algorithm(variant.method)
-    method_settings = [item.name for item in dataclasses.fields(algorithm.config) if item.name != "name"]
-    own = [f"algo.{text}" for text in variant.settings]
-    given = {text.partition("=")[0] for text in (*settings, *own)}
-    read = _read_overrides([f"algo={variant.method}", *settings, *own])
-    if read["data_root"] is not None:
-        read["data_root"] = str(Path(read["data_root"]).expanduser().absolute())
+    base = TrainConfig(algo=get_algorithm(variant.method).config())
+    method_settings = setting_names(type(base.algo))
+    given = read_overrides([*settings, *(f"algo.{text}" for text in variant.settings)], base)
+    if given.get("data_root") is not None:
+        given["data_root"] = str(Path(given["data_root"]).expanduser().absolute())
 
     def config_of(task: str, online: bool) -> SettledConfig:
-        values = config_to_dict(TrainConfig(task=task, algo=algorithm.config()))
+        values = config_to_dict(replace(base, task=task))
         fixed = {} if protocol is None else protocol.settings_of(method_settings, online=online)
-        _put(values, fixed)
-        if protocol is not None and not given & fixed.keys():
+        put(values, fixed)
+        if protocol is not None and not given.keys() & fixed.keys():
             values["protocol"] = protocol.name  # what changes a part of it is not it
         known = paper_task(task, "offline_to_online") if online else None
         if known is not None and not values["online_steps"]:
             values["online_steps"] = known.online_steps
-        _put(values, {key: _get(read, key) for key in given})
+        put(values, given)
         return with_task_defaults(config_from_dict(values))
 
     return config_of
-
-
-def _read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """The values of ``key=value`` settings among all of a run's, checked; those of a task stand for any."""
-    # This task has values for every setting of every method; what it gives is not looked at. It has no other environment.
-    environments = [text.partition("=")[2].strip("'\"") for text in overrides if text.startswith("env=")]
-    others = [text for text in overrides if not text.startswith("env=")]
-    read = config_to_dict(compose_config(["task=cube-single-play-singletask-v0", *others]))
-    return {**read, "env": environments[-1] if environments else None}
-
-
-def _put(values: dict[str, Any], settings: Mapping[str, Any]) -> None:
-    for key, value in settings.items():
-        group, dot, name = key.partition(".")
-        if dot:
-            values[group][name] = value
-        else:
-            values[key] = value
-
-
-def _get(values: Mapping[str, Any], key: str) -> Any:
-    for name in key.split("."):
-        values = values[name]
-    return values
 
 
 def _check_engine(plan: SweepPlan, options: Mapping[str, str]) -> None:

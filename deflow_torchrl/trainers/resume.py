@@ -29,7 +29,7 @@ def run_identity(settings: Mapping[str, Any], *, data_sha256: str | None) -> dic
     """Return the identity of a run, which its checkpoints hold.
 
     Args:
-        settings: all settings of the run, as :func:`deflow_torchrl.config.config_to_dict` gives them.
+        settings: all settings of the run, as :func:`deflow_torchrl.runs.settings.config_to_dict` gives them.
 
     Keyword Args:
         data_sha256: digest of the offline data.

@@ -12,11 +12,12 @@ pytest.importorskip("hydra", reason="needs the extra cli")
 
 from deflow_torchrl import export
 from deflow_torchrl.algorithms import BCConfig, IFQLConfig, IQLConfig, ReBRACConfig, get_algorithm
-from deflow_torchrl.config import TrainConfig, compose_config, config_to_dict
 from deflow_torchrl.deploy import load_policy
 from deflow_torchrl.errors import InputError
-from deflow_torchrl.experiment import evaluate_run, load_run, train
-from deflow_torchrl.group import train_group
+from deflow_torchrl.runs.evaluate import evaluate_run, load_run
+from deflow_torchrl.runs.overrides import compose_config
+from deflow_torchrl.runs.run import train
+from deflow_torchrl.runs.settings import TrainConfig, config_to_dict
 from deflow_torchrl.trainers.checkpoint import list_checkpoints, load_checkpoint, step_of
 from tests.support.killable import Children
 from tests.support.pendulum import ENVIRONMENT, record_pendulum
@@ -94,7 +95,7 @@ def test_the_best_of_n_is_evaluated_the_same_by_any_number_of_processes(finished
 def test_seeds_are_trained_together(task, tmp_path, name, monkeypatch):
     undrawn(monkeypatch)
     config = settings(task, tmp_path / "group", name, online_steps=0, seeds=[3, 1], eval_episodes=1)
-    summary = train_group(config, command="t", show_progress=False)
+    summary = train(config, command="t", show_progress=False)
     assert list(summary["mean"]) == [name]
     one, other = (rows(tmp_path / "group" / f"seed{seed}")[-1] for seed in (3, 1))
     assert {key for key in one if "loss" in key} == {f"train/loss_{term}" for term in TERMS[name]}

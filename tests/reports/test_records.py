@@ -156,8 +156,8 @@ def test_the_kept_records_can_be_read_and_are_what_their_schema_3_becomes():
 )
 def test_the_variant_is_what_neither_method_nor_task_nor_preset_gives(overrides, variant):
     pytest.importorskip("hydra", reason="needs the extra cli")
-    from deflow_torchrl.config import compose_config
-    from deflow_torchrl.experiment import method_variant
+    from deflow_torchrl.runs.overrides import compose_config
+    from deflow_torchrl.runs.settings import method_variant
 
     assert method_variant(compose_config([f"task={CUBE2}", *overrides])) == variant
 

@@ -120,21 +120,18 @@ def _die(moment: str, number: int) -> None:
 
 
 def _child(job: dict) -> None:
-    from deflow_torchrl import experiment, group
-    from deflow_torchrl.config import config_from_dict
+    from deflow_torchrl.runs import run
+    from deflow_torchrl.runs.settings import config_from_dict
 
     # The page with its curve takes as long as a tiny run and is drawn from what the tests compare.
-    experiment.plot_learning_curve = experiment.write_html_report = lambda *_, **__: None
+    run.plot_learning_curve = run.write_html_report = lambda *_, **__: None
     if job["die"] is not None:
         _die(*job["die"])
     out = Path(job["out"])
     if job["config"] is None:
-        resume = group.resume_group if group.is_group(out) else experiment.resume
-        resume(out, command="resume", show_progress=False)
+        run.resume(out, command="resume", show_progress=False)
     else:
-        config = config_from_dict(job["config"] | {"out": job["out"]})
-        train = experiment.train if config.seeds is None else group.train_group
-        train(config, command="train", show_progress=False)
+        run.train(config_from_dict(job["config"] | {"out": job["out"]}), command="train", show_progress=False)
 
 
 def _say(what: object) -> None:
@@ -146,7 +143,7 @@ def _serve(log: Path) -> None:
     import yaml  # noqa: F401
 
     import deflow_torchrl.envs.factory
-    import deflow_torchrl.group
+    import deflow_torchrl.runs.run
     import tests.support.pendulum  # noqa: F401 # the environment
 
     deflow_torchrl.envs.factory.register_robotics()

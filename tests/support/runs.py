@@ -6,14 +6,14 @@ import json
 
 import torch
 
-from deflow_torchrl.experiment import resume
+from deflow_torchrl.runs.run import resume
 from deflow_torchrl.trainers.checkpoint import list_checkpoints, load_checkpoint, step_of
 
 
 def undrawn(patch):
     """Leave the page and its curve out of the runs of this process: they take longer than a tiny run."""
     for name in ("plot_learning_curve", "write_html_report"):
-        patch.setattr(f"deflow_torchrl.experiment.{name}", lambda *_, **__: None)
+        patch.setattr(f"deflow_torchrl.runs.run.{name}", lambda *_, **__: None)
 
 
 def go_on(run, *overrides, **options):

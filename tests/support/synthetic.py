@@ -8,8 +8,8 @@ from unittest import mock
 import numpy as np
 
 from deflow_torchrl.algorithms import DeFlowConfig
-from deflow_torchrl.config import TrainConfig, config_to_dict
 from deflow_torchrl.reports import build_record, records
+from deflow_torchrl.runs.settings import TrainConfig, config_to_dict
 
 CUBE = "cube-single-play-singletask-task{}-v0"
 CUBE2 = CUBE.format(2)

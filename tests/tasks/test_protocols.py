@@ -6,9 +6,10 @@ import sys
 
 import pytest
 
-from deflow_torchrl.config import TrainConfig, compose_config
 from deflow_torchrl.envs.names import parse_ogbench_name
 from deflow_torchrl.errors import InputError
+from deflow_torchrl.runs.overrides import compose_config
+from deflow_torchrl.runs.settings import TrainConfig
 from deflow_torchrl.sources.oracles import GENERATED_DATASETS
 from deflow_torchrl.tasks import get_task, paper_task
 from deflow_torchrl.tasks.protocols import get_protocol, protocol_names

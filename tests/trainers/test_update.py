@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from deflow_torchrl.algorithms import ALGORITHMS, DeFlowConfig, get_algorithm
-from deflow_torchrl.config import compose_config
 from deflow_torchrl.errors import InputError, NonFiniteLossError
+from deflow_torchrl.runs.overrides import compose_config
 from tests.support.networks import make_batch, total
 from tests.support.updates import PROBLEM, make_update
 

@@ -30,10 +30,10 @@ from torch import Tensor
 
 from deflow_torchrl.algorithms import Learner
 from deflow_torchrl.errors import InputError
-from deflow_torchrl.experiment import LoadedRun, load_run
 from deflow_torchrl.generators import generators_set_aside
 from deflow_torchrl.paths import make_writable_folder
 from deflow_torchrl.reports.figures import FORMATS, Points, check_report_extra, plot_landscape
+from deflow_torchrl.runs.evaluate import LoadedRun, load_run
 from deflow_torchrl.tasks.data import load_task_data
 
 LOW, HIGH = -1.0, 1.0

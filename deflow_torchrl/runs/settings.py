@@ -1,26 +1,34 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""The settings of a run: dataclasses as schema, composed with Hydra from ``key=value`` overrides."""
+"""The settings of a run: a dataclass as schema, their checks, and the values that a task fills in."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from deflow_torchrl.algorithms.registry import ALGORITHMS, get_algorithm
+from deflow_torchrl.algorithms.registry import get_algorithm
 from deflow_torchrl.algorithms.settings import PRESETS, needed
-from deflow_torchrl.errors import InputError, MissingExtraError
+from deflow_torchrl.errors import InputError
 from deflow_torchrl.tasks import get_task, paper_settings, paper_task, usual_protocol
 
-MIXINGS = ("uniform", "balanced", "annealed")
-OVERWRITES = ("online", "fifo")
-STORAGES = ("device", "memmap")
-LOGGERS = ("none", "wandb", "tensorboard", "mlflow")
+_CHOICES: dict[str, tuple[str | None, ...]] = {
+    "preset": (None, *PRESETS),
+    "mixing": ("uniform", "balanced", "annealed"),
+    "overwrite": (None, "online", "fifo"),
+    "storage": ("device", "memmap"),
+    "logger": ("none", "wandb", "tensorboard", "mlflow"),
+}
+_AT_LEAST_ONE = (
+    "batch_size", "eval_episodes", "log_interval", "base_actions", "steps_per_collection", "updates_per_replay",
+    "anneal_steps", "online_capacity", "threads", "eval_workers",
+)  # fmt: skip
+_AT_LEAST_ZERO = (
+    "offline_steps", "online_steps", "warmup_steps", "collector_workers", "eval_interval", "save_interval", "seed",
+)  # fmt: skip
 _OF_THE_TASK = ("offline_steps", "overwrite", "hidden_dims", "eval_interval", "eval_episodes")
 
 
@@ -85,7 +93,6 @@ class TrainConfig:
         algo: the method's settings, ``algo=NAME`` and ``algo.<name>=...``.
     """
 
-    defaults: list[Any] = field(default_factory=lambda: [{"algo": "deflow"}, "_self_"])
     task: str = "???"
     env: str | None = None
     preset: str | None = None
@@ -127,9 +134,6 @@ class TrainConfig:
     logger: str = "none"
     algo: Any = "???"
 
-    def __post_init__(self) -> None:
-        self.defaults = [*self.defaults]
-
 
 if TYPE_CHECKING:
 
@@ -146,51 +150,6 @@ else:
     SettledConfig = TrainConfig
 
 
-def compose_config(overrides: Sequence[str]) -> SettledConfig:
-    """Compose and check the settings of a run, with the task's for those that are not given.
-
-    Args:
-        overrides: ``key=value`` as in Hydra.
-
-    Raises:
-        InputError: on an unknown setting (with the nearest name), a value of the wrong type or out of range, an unknown task,
-            or a setting of the method that neither the task nor an override gives.
-        MissingExtraError: without the ``cli`` extra.
-    """
-    try:
-        from hydra import compose, initialize
-        from hydra.core.config_store import ConfigStore
-        from hydra.core.global_hydra import GlobalHydra
-        from hydra.core.override_parser.overrides_parser import OverridesParser
-        from hydra.errors import HydraException
-        from omegaconf import OmegaConf
-        from omegaconf.errors import OmegaConfBaseException
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(error.name or "hydra", "cli") from error
-    store = ConfigStore.instance()
-    store.store(name="deflow_torchrl_train", node=TrainConfig, provider="deflow_torchrl")
-    for name, algorithm in ALGORITHMS.items():
-        store.store(group="algo", name=name, node=algorithm.config, provider="deflow_torchrl")
-    _check_keys(overrides)
-    for override in overrides:
-        try:
-            OverridesParser.create().parse_override(override)
-        except HydraException as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"cannot read {override!r}: {reason}; write key=value as in Hydra") from error
-    GlobalHydra.instance().clear()
-    try:
-        with initialize(config_path=None, version_base="1.3"):
-            node = compose("deflow_torchrl_train", overrides=list(overrides))
-        values = cast("dict[str, Any]", OmegaConf.to_container(node, resolve=True, throw_on_missing=False))
-    except (HydraException, OmegaConfBaseException) as error:
-        # Hydra's message names the override, its cause says what is wrong with it.
-        cause = f": {error.__cause__}".splitlines()[0] if error.__cause__ else ""
-        message = " ".join(str(error).split()).split(" See https", 1)[0]
-        raise InputError(f"{message}{cause}") from error
-    return with_task_defaults(config_from_dict(values))
-
-
 def with_task_defaults(config: TrainConfig) -> SettledConfig:
     """The settings with every one that is None and the task's, the preset's or the protocol's filled in.
 
@@ -202,7 +161,7 @@ def with_task_defaults(config: TrainConfig) -> SettledConfig:
         InputError: on an unknown task, or where a setting of the method is the paper's of each task, and neither the paper
             has one for this task nor the settings do.
     """
-    settled = _with_run_defaults(config)
+    settled = with_run_defaults(config)
     algo = config.algo
     values = method_values(config)
     filled = {
@@ -210,14 +169,14 @@ def with_task_defaults(config: TrainConfig) -> SettledConfig:
         for item in dataclasses.fields(algo)
         if getattr(algo, item.name) is None and item.name in values
     }
-    algo = dataclasses.replace(algo, **filled)
+    algo = replace(algo, **filled)
     for name in paper_settings(algo.name):
         if hasattr(algo, name):
             needed(getattr(algo, name), name)
-    return dataclasses.replace(settled, algo=algo)
+    return replace(settled, algo=algo)
 
 
-def _with_run_defaults(config: TrainConfig) -> SettledConfig:
+def with_run_defaults(config: TrainConfig) -> SettledConfig:
     """The settings with those of the run that are None filled in, and the method's as they are."""
     missing = [name for name in _OF_THE_TASK if getattr(config, name) is None]
     if not missing:
@@ -238,7 +197,7 @@ def _with_run_defaults(config: TrainConfig) -> SettledConfig:
         }
     values["hidden_dims"] = list(values["hidden_dims"])
     values["overwrite"] = "fifo" if config.preset == "released" else "online"
-    return cast("SettledConfig", dataclasses.replace(config, **{name: values[name] for name in missing}))
+    return cast("SettledConfig", replace(config, **{name: values[name] for name in missing}))
 
 
 def method_values(config: TrainConfig) -> dict[str, Any]:
@@ -261,72 +220,36 @@ def _as_annotated(item: dataclasses.Field[Any], value: Any) -> Any:
     return float(value) if "float" in str(item.type) else value
 
 
-def apply_overrides(config: TrainConfig, overrides: Sequence[str]) -> SettledConfig:
-    """The settings of a run with ``key=value`` overrides on top, checked as :func:`compose_config` does.
-
-    Raises:
-        InputError: on what ``compose_config`` refuses, on another method, whose settings are others, and on another preset,
-            which would change nothing: every setting has a value by now.
-        MissingExtraError: without the ``cli`` extra.
-    """
-    if not overrides:
-        return _with_run_defaults(config)
-    try:
-        from hydra.core.override_parser.overrides_parser import OverridesParser
-        from hydra.errors import HydraException
-        from omegaconf import OmegaConf
-        from omegaconf.errors import OmegaConfBaseException
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(error.name or "hydra", "cli") from error
-    _check_keys([f"algo={config.algo.name}", *overrides])
-    node = OmegaConf.structured(TrainConfig)
-    node.algo = OmegaConf.structured(type(config.algo))
-    values = OmegaConf.merge(node, config_to_dict(config))
-    for text in overrides:
-        try:
-            override = OverridesParser.create().parse_override(text)
-            if override.is_sweep_override():
-                raise InputError(f"{text!r} names several values; a run has one")
-            if override.key_or_group == "algo":
-                if override.value() != config.algo.name:
-                    raise InputError(
-                        f"{text}: this run's method is {config.algo.name}; train another run with another one"
-                    )
-                continue
-            if override.key_or_group == "preset" and override.value() != config.preset:
-                raise InputError(f"{text}: a preset is for a new run; of this one change the settings themselves")
-            OmegaConf.update(values, override.key_or_group, override.value())
-        except (HydraException, OmegaConfBaseException) as error:
-            raise InputError(
-                f"cannot read {text!r}: {str(error).splitlines()[0]}; write key=value as in Hydra"
-            ) from error
-    return config_from_dict(cast("dict[str, Any]", OmegaConf.to_container(values, resolve=True)))
-
-
 def config_from_dict(values: dict[str, Any]) -> SettledConfig:
     """Build and check the settings from a plain dictionary, as a run folder keeps them.
 
-    Those of the run that are missing or None are the task's (:func:`with_task_defaults`); the method's stay None: an earlier
-    version left them so where they were the task's.
+    Settings of the run that are missing or None are the task's (:func:`with_task_defaults`). Those of the method stay None, as
+    earlier versions left them where they were the task's.
 
     Raises:
         InputError: on unknown names or values out of range, and on an unknown task.
     """
     try:
-        values = {key: value for key, value in values.items() if key != "defaults"}
-        algo = dict(values.pop("algo"))
-        config = TrainConfig(**values, algo=get_algorithm(algo["name"]).config(**algo))
-        _check_values(config)
+        algo = dict(values["algo"])
+        config = TrainConfig(**{**values, "algo": get_algorithm(algo["name"]).config(**algo)})
+        _check(config)
     except InputError:
         raise
     except (AttributeError, TypeError, KeyError, ValueError) as error:
         raise InputError(f"settings do not fit this version: {type(error).__name__} {error}") from error
-    return _with_run_defaults(config)
+    return with_run_defaults(config)
 
 
 def config_to_dict(config: TrainConfig) -> dict[str, Any]:
     """The settings as a plain dictionary."""
-    return {key: value for key, value in dataclasses.asdict(config).items() if key != "defaults"}
+    return asdict(config)
+
+
+def method_variant(config: TrainConfig) -> dict[str, Any]:
+    """The method's settings that are neither its defaults, nor the task's or the preset's: a table shows them with its name."""
+    usual = asdict(get_algorithm(config.algo.name).config())
+    usual |= {name: value for name, value in method_values(config).items() if usual.get(name, "") is None}
+    return {name: value for name, value in asdict(config.algo).items() if value != usual[name]}
 
 
 def default_out(config: TrainConfig) -> Path:
@@ -336,88 +259,67 @@ def default_out(config: TrainConfig) -> Path:
     return Path("runs") / f"{name}-{config.algo.name}-{seed}"
 
 
-def _check_keys(overrides: Sequence[str]) -> None:
-    known = [item.name for item in dataclasses.fields(TrainConfig) if item.name not in ("defaults", "protocol")]
-    given = {override.partition("=")[0] for override in overrides}
-    if {"seed", "seeds"} <= given:
-        raise InputError("give seed= or seeds=, not both")
-    for override in overrides:
-        key, equals, _ = override.partition("=")
-        if not equals:
-            raise InputError(f"{override!r} is not a setting; write key=value, for example seed=1")
-        if key.startswith(("+", "~")) or "@" in key:
-            raise InputError(f"{override!r}: settings cannot be added or removed, only set")
-        names, prefix = (known, "") if not key.startswith("algo.") else (_algo_names(overrides), "algo.")
-        if key == "protocol":
-            raise InputError(
-                f"{override}: a protocol is a sweep's; deflow sweep {override} sets it, of any number of runs"
-            )
-        if key.removeprefix(prefix) not in names:
-            near = difflib.get_close_matches(key.removeprefix(prefix), names, n=3)
-            hint = (
-                f"did you mean {', '.join(prefix + name for name in near)}?"
-                if near
-                else f"there are {', '.join(prefix + name for name in names)}"
-            )
-            raise InputError(f"unknown setting {key!r}; {hint}")
-        if key == "algo":
-            get_algorithm(override.partition("=")[2])
+def setting_names(config: type[Any]) -> list[str]:
+    """Names of the settings a user can set, of :class:`TrainConfig` or of a method's settings."""
+    return [item.name for item in dataclasses.fields(config) if item.name not in ("name", "protocol")]
 
 
-def _algo_names(overrides: Sequence[str]) -> list[str]:
-    chosen = [override.partition("=")[2] for override in overrides if override.startswith("algo=")]
-    node = get_algorithm(chosen[-1] if chosen else "deflow").config
-    return [item.name for item in dataclasses.fields(node) if item.name != "name"]
+def _need(condition: bool, name: str, value: Any, expected: str) -> None:
+    if not condition:
+        raise InputError(f"{name}={value} is out of range; expected {expected}")
 
 
-def _check_values(config: TrainConfig) -> None:
-    algo = config.algo
-
-    def need(condition: bool, name: str, value: Any, expected: str) -> None:
-        if not condition:
-            raise InputError(f"{name}={value} is out of range; expected {expected}")
-
+def _check(config: TrainConfig) -> None:
     if config.task == "???":
         raise InputError("no task given; name one, for example task=cube-single-play-singletask-task2-v0")
-    for name in (
-        "batch_size", "eval_episodes", "log_interval", "base_actions", "steps_per_collection", "updates_per_replay",
-    ):  # fmt: skip
-        value = getattr(config, name)
-        need(value is None or value >= 1, name, value, "at least 1")
-    for name in (
-        "offline_steps", "online_steps", "warmup_steps", "collector_workers", "eval_interval", "save_interval", "seed",
-    ):  # fmt: skip
-        value = getattr(config, name)
-        need(value is None or value >= 0, name, value, "at least 0")
-    need(config.offline_steps != 0 or config.online_steps >= 1, "offline_steps", 0, "at least 1, or online_steps")
-    need(config.preset in (None, *PRESETS), "preset", config.preset, f"one of {', '.join(PRESETS)}")
-    _check_online(config, need)
-    if config.seeds is not None:
-        _check_seeds(config, need)
-    widths = config.hidden_dims
-    need(widths is None or (bool(widths) and min(widths) >= 1), "hidden_dims", widths, "positive widths")
-    need(config.seed < 2**63, "seed", config.seed, "a number below 2**63")
+    for least, names in ((1, _AT_LEAST_ONE), (0, _AT_LEAST_ZERO)):
+        for name in names:
+            value = getattr(config, name)
+            _need(value is None or value >= least, name, value, f"at least {least}")
+    for name, choices in _CHOICES.items():
+        _need(
+            getattr(config, name) in choices, name, getattr(config, name), f"one of {', '.join(filter(None, choices))}"
+        )
     for name, what in (("out", "a folder"), ("data_root", "a folder"), ("env", "a name")):
-        need(getattr(config, name) != "", name, "''", what)
-    for item in dataclasses.fields(algo):
-        value = getattr(algo, item.name)
-        need(not isinstance(value, float) or math.isfinite(value), f"algo.{item.name}", value, "a finite number")
-    for name in ("threads", "eval_workers"):
-        value = getattr(config, name)
-        need(value is None or value >= 1, name, value, "at least 1")
-    need(config.storage in STORAGES, "storage", config.storage, f"one of {', '.join(STORAGES)}")
-    need(config.logger in LOGGERS, "logger", config.logger, f"one of {', '.join(LOGGERS)}")
-    algo.check(need)
-    precision = getattr(algo, "sampler_precision", "highest")
+        _need(getattr(config, name) != "", name, "''", what)
+    _need(config.offline_steps != 0 or config.online_steps >= 1, "offline_steps", 0, "at least 1, or online_steps")
+    _need(config.seed < 2**63, "seed", config.seed, "a number below 2**63")
+    widths = config.hidden_dims
+    _need(widths is None or (bool(widths) and min(widths) >= 1), "hidden_dims", widths, "positive widths")
+    _check_online(config)
+    if config.seeds is not None:
+        _check_seeds(config, config.seeds)
+    for name, value in vars(config.algo).items():
+        _need(not isinstance(value, float) or math.isfinite(value), f"algo.{name}", value, "a finite number")
+    config.algo.check(_need)
+    precision = getattr(config.algo, "sampler_precision", "highest")
     if config.compile and precision in ("high", "medium"):
         raise InputError(f"algo.sampler_precision={precision} cannot be compiled; choose bfloat16, or compile=false")
 
 
-def _check_seeds(config: TrainConfig, need: Callable[[bool, str, Any, str], None]) -> None:
-    seeds = config.seeds or []
-    need(len(seeds) > 0, "seeds", seeds, "at least one, for example seeds=[0,1,2]")
-    need(len(set(seeds)) == len(seeds), "seeds", seeds, "each seed once")
-    need(all(0 <= seed < 2**63 for seed in seeds), "seeds", seeds, "numbers from 0 to below 2**63")
+def _check_online(config: TrainConfig) -> None:
+    _need(config.utd > 0 and math.isfinite(config.utd), "utd", config.utd, "a positive number")
+    _need(0 <= config.max_fault_share <= 1, "max_fault_share", config.max_fault_share, "a share between 0 and 1")
+    share = config.offline_fraction
+    shares = list(share) if isinstance(share, (list, tuple)) else [share]
+    fits = all(isinstance(value, (int, float)) and 0 <= value <= 1 for value in shares)
+    if config.mixing == "annealed":
+        _need(fits and len(shares) == 2, "offline_fraction", share, "two shares, for example [1.0,0.5], with annealed")
+    else:
+        _need(fits and shares == [share], "offline_fraction", share, "a share between 0 and 1")
+    workers, steps = config.collector_workers, config.steps_per_collection
+    expected = f"a multiple of collector_workers={workers}"
+    _need(workers == 0 or steps % workers == 0, "steps_per_collection", steps, expected)
+    if config.online_steps == 0 and config.freeze_prior:
+        raise InputError("freeze_prior=true freezes the prior in the online phase; set online_steps too")
+    if config.online_steps and config.env == "none":
+        raise InputError(f"online_steps={config.online_steps} needs an environment, and env=none asks for none")
+
+
+def _check_seeds(config: TrainConfig, seeds: list[int]) -> None:
+    _need(len(seeds) > 0, "seeds", seeds, "at least one, for example seeds=[0,1,2]")
+    _need(len(set(seeds)) == len(seeds), "seeds", seeds, "each seed once")
+    _need(all(0 <= seed < 2**63 for seed in seeds), "seeds", seeds, "numbers from 0 to below 2**63")
     if config.seed != 0:
         raise InputError(f"seed={config.seed} beside seeds={seeds}: give one of the two")
     if config.online_steps:
@@ -429,31 +331,3 @@ def _check_seeds(config: TrainConfig, need: Callable[[bool, str, Any, str], None
         raise InputError("compile=true: the stacked losses of seeds cannot be compiled; leave it off")
     if config.logger in ("wandb", "mlflow"):
         raise InputError(f"logger={config.logger} follows one run in a process; with seeds take tensorboard or none")
-
-
-def _check_online(config: TrainConfig, need: Callable[[bool, str, Any, str], None]) -> None:
-    need(config.mixing in MIXINGS, "mixing", config.mixing, f"one of {', '.join(MIXINGS)}")
-    need(config.overwrite in (None, *OVERWRITES), "overwrite", config.overwrite, f"one of {', '.join(OVERWRITES)}")
-    need(config.utd > 0 and math.isfinite(config.utd), "utd", config.utd, "a positive number")
-    need(0 <= config.max_fault_share <= 1, "max_fault_share", config.max_fault_share, "a share between 0 and 1")
-    for name in ("anneal_steps", "online_capacity"):
-        value = getattr(config, name)
-        need(value is None or value >= 1, name, value, "at least 1")
-    share = config.offline_fraction
-    shares = list(share) if isinstance(share, (list, tuple)) else [share]
-    fits = all(isinstance(value, (int, float)) and 0 <= value <= 1 for value in shares)
-    if config.mixing == "annealed":
-        need(fits and len(shares) == 2, "offline_fraction", share, "two shares, for example [1.0,0.5], with annealed")
-    else:
-        need(fits and not isinstance(share, (list, tuple)), "offline_fraction", share, "a share between 0 and 1")
-    workers = config.collector_workers
-    need(
-        workers == 0 or config.steps_per_collection % workers == 0,
-        "steps_per_collection",
-        config.steps_per_collection,
-        f"a multiple of collector_workers={workers}",
-    )
-    if config.online_steps == 0 and config.freeze_prior:
-        raise InputError("freeze_prior=true freezes the prior in the online phase; set online_steps too")
-    if config.online_steps and config.env == "none":
-        raise InputError(f"online_steps={config.online_steps} needs an environment, and env=none asks for none")

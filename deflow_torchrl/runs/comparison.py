@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from deflow_torchrl.config import config_from_dict
 from deflow_torchrl.envs.d4rl import normalized_score
 from deflow_torchrl.errors import InputError
-from deflow_torchrl.experiment import ACTING, evaluate_run, read_run_settings
 from deflow_torchrl.reports.figures import check_report_extra
 from deflow_torchrl.reports.statistics import paired_difference, sign_test
+from deflow_torchrl.runs.evaluate import ACTING, evaluate_run
+from deflow_torchrl.runs.folder import read_run_settings
+from deflow_torchrl.runs.settings import config_from_dict
 from deflow_torchrl.tasks import Task, get_task
 from deflow_torchrl.tasks.data import reference_returns
 from deflow_torchrl.trainers.evaluation import DEFAULT_EVALUATION_SEED

@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 
 from deflow_torchrl.algorithms import DeFlowConfig
-from deflow_torchrl.config import TrainConfig
 from deflow_torchrl.envs.names import parse_ogbench_name
 from deflow_torchrl.errors import InputError
-from deflow_torchrl.experiment import CONFIG_FILE, check_free, train
 from deflow_torchrl.paths import cache_home, dataset_path
 from deflow_torchrl.progress import progress_bar
 from deflow_torchrl.reports import check_report_extra
+from deflow_torchrl.runs.folder import CONFIG_FILE, check_free
+from deflow_torchrl.runs.run import train
+from deflow_torchrl.runs.settings import TrainConfig
 from deflow_torchrl.sources.generation import generate_ogbench_dataset
 
 TASK = "cube-single-noisy-singletask-task2-v0"

@@ -1,0 +1,202 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
+"""Verbs that show finished runs: ``report``, ``landscape``, ``export``."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from deflow_torchrl.cli.shared import EXIT_FAILED, JSON, app, verb
+from deflow_torchrl.cli.train import POLICY_HELP
+from deflow_torchrl.errors import InputError
+
+
+@verb(app)
+def report(
+    paths: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="DIR...", help="Run folders, or folders of them; with --check and --write Markdown files."
+        ),
+    ] = None,
+    *,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write one self-contained page.")] = None,
+    md: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the tables as Markdown.")] = None,
+    label: Annotated[str | None, typer.Option(metavar="TEXT", help="The first note of page and tables.")] = None,
+    last: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Average each run's last evaluations [default: of offline runs on OGBench as long as the paper's its three, of "
+            "others 1].",
+        ),
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Compare the marked numbers of Markdown files with their records.")
+    ] = False,
+    write: Annotated[bool, typer.Option("--write", help="Put what the records say into the marked places.")] = False,
+    json_: JSON = False,
+) -> dict[str, Any] | None:
+    """Tables of finished runs in the paper's layout, with errors and intervals, beside the paper's own numbers.
+
+    Every record.json below the folders is read; runs alike but for the seed make a cell. Without --html and --md the tables are
+    printed. Where the data are not the published ones the report says so.
+
+    --check recomputes the numbers that stand between markers (docs/reports.md) in the given files, or in README.md and
+    benchmarks/results/**/*.md of this folder, prints one line for each that differs and then exits with 1; --write corrects them.
+
+    Example: deflow report runs/lite --html report.html --md report.md --label "regenerated data, lite protocol"
+    """
+    if check or write:
+        if html or md or label or last is not None:
+            raise InputError(
+                "--check and --write take Markdown files; --html, --md, --label and --last are for a report"
+            )
+        return _check_reports(paths or [], write=write, as_json=json_)
+    if not paths:
+        raise InputError("name a folder of finished runs: deflow report runs/NAME --html report.html")
+    from deflow_torchrl.reports import page
+
+    summary = page.summarize_runs(paths, label=label, last=last)
+    title = f"Results: {', '.join(path.name or str(path.absolute().name) for path in paths)}"
+    if html:
+        page.write_summary_page(summary, html, title=title)
+    if md:
+        page.write_summary_markdown(summary, md, title=title)
+    if html or md:
+        print(f"{len(summary.runs)} runs: {', '.join(str(path) for path in (html, md) if path)}")
+    else:
+        print("\n".join(page.summary_markdown(summary, title=title)))
+    return page.summary_json(summary) if json_ else None
+
+
+@verb(app)
+def landscape(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder of a method with critics.")],
+    second: Annotated[
+        Path | None, typer.Argument(metavar="RUN2", help="Run of the same task whose samples are shown too.")
+    ] = None,
+    *,
+    state: Annotated[int, typer.Option("--state", metavar="INDEX", help="Which transition of the training data.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help=".png or .svg, overwritten. [default: RUN/landscape-stateINDEX.png]"),
+    ] = None,
+    dims: Annotated[
+        str | None, typer.Option(metavar="I,J", help="Two action dimensions, the others at the base samples' mean.")
+    ] = None,
+    principal: Annotated[
+        bool, typer.Option("--principal", help="The base samples' two leading principal directions; the default.")
+    ] = False,
+    samples: Annotated[int, typer.Option(min=2, max=4096, help="Actions of each policy.")] = 256,
+    neighbours: Annotated[
+        int, typer.Option(min=2, max=4096, help="Nearest states of the data whose actions are shown.")
+    ] = 64,
+    seed: Annotated[int, typer.Option(min=0, max=2**31, help="Seed of the noise.")] = 0,
+    json_: JSON = False,
+) -> dict[str, Any]:
+    """Draw Q over a slice of actions at one state of the data, with where the data's and the policies' actions lie in it.
+
+    As Figure 2 of the paper: base samples, arrows to the refined ones, and with RUN2 a second method's. What the picture
+    suggests is printed in numbers (docs/landscape.md): mean Q by RUN's critics; root-mean-square distance per dimension to the
+    5 nearest of the data's actions, and the share of actions further away than 95% of those are from each other; the effective
+    number of modes.
+
+    Example: deflow landscape runs/cube-deflow runs/cube-fql --state 1000 --out landscape.svg
+    """
+    from deflow_torchrl.runs import draw_landscape
+
+    if dims is not None and principal:
+        raise InputError("give --dims or --principal, not both")
+    if dims is not None and not re.fullmatch(r"\d+,\d+", dims):
+        raise InputError(f"--dims {dims}: write two action dimensions, for example 0,1")
+    first, _, other = (dims or "").partition(",")
+    result = draw_landscape(
+        run,
+        second,
+        state=state,
+        out=out,
+        dims=None if dims is None else (int(first), int(other)),
+        samples=samples,
+        neighbours=neighbours,
+        seed=seed,
+    )
+    print(f"{result['task']}, state {result['state']} of the data; {result['method']} at step {result['step']}")
+    width = max(len(group["label"]) for group in result["samples"].values())
+    print(f"{'':{width}}  number   mean Q  distance to data (max)  outside  effective modes")
+    for group in result["samples"].values():
+        far = group["distance_to_data"]
+        print(
+            f"{group['label']:{width}}  {group['number']:6}  {group['mean_q']:7.4g}  {far['mean']:16.3f} ({far['max']:.2f})"
+            f"  {group['outside_data']:7.0%}  {group['effective_modes']:15.1f}"
+        )
+    if result["refinement_rms"] is not None:
+        print(f"the refinement shifts an action dimension by {result['refinement_rms']:.3f} (root mean square)")
+    print(f"{result['file']}")
+    return result
+
+
+@verb(app)
+def export(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    *,
+    format: Annotated[
+        str | None, typer.Option(metavar="onnx|pt2", help="Format of the file. [default: what FILE ends in; onnx]")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="The file. [default: RUN/POLICY.FORMAT]")] = None,
+    policy: Annotated[
+        str | None, typer.Option(metavar="NAME", help=POLICY_HELP % ("Which policy", "the method's own"))
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
+    json_: JSON = False,
+) -> dict[str, Any]:
+    """Write a policy of a run's last checkpoint as one self-contained file that runs without torchrl (docs/deploy.md).
+
+    The file maps observation [B, O] and, unless the method acts without, noise [B, A] to action [B, A], for any B. onnx needs
+    onnxruntime where it runs, pt2 needs torch. Its actions are held against the policy's before it gets its name: 1e-5 apart at
+    most, else exit code 1. A policy that chooses among candidates by its critics (ifql) cannot be exported.
+
+    Example: deflow export runs/cube --format onnx --out cube.onnx
+    """
+    from deflow_torchrl.export import export_run
+
+    result = export_run(run, format=format, out=out, policy=policy, force=force)
+    parity = result["parity"]["max_abs_difference"]
+    print(
+        f"{result['file']}: {result['policy']} at step {result['step']}; its actions are within {parity:.1g} of the run's"
+    )
+    code = (
+        f"from deflow_torchrl.deploy import load_policy; policy = load_policy({result['file']!r}); policy(observation)"
+    )
+    print(f"run it with: {code}")
+    return result
+
+
+def _check_reports(files: list[Path], *, write: bool, as_json: bool) -> dict[str, Any]:
+    from deflow_torchrl.reports.check import check_file, default_files, write_file
+
+    outcomes = [check_file(path) for path in files or default_files(Path())]
+    differences = [difference for outcome in outcomes for difference in outcome.differences]
+    for outcome in outcomes:
+        if write and outcome.differences:
+            write_file(outcome)
+        if not (outcome.blocks or outcome.values or outcome.differences):
+            print(f"{outcome.file}: no marker, nothing was checked")
+    left = [it for path in outcomes for it in check_file(path.file).differences] if write else differences
+    for difference in left:
+        print(difference)
+    blocks, values = (sum(getattr(outcome, name) for outcome in outcomes) for name in ("blocks", "values"))
+    outcome_of_lines = "were corrected" if write else "differ"
+    print(
+        f"{blocks} blocks and {values} values in {len(outcomes)} files checked; {len(differences)} lines {outcome_of_lines}"
+    )
+    result = {"files": len(outcomes), "blocks": blocks, "values": values, "differences": list(map(str, left))}
+    if not left:
+        return result
+    if as_json:
+        print(json.dumps(result))
+    raise SystemExit(EXIT_FAILED)

@@ -1,0 +1,240 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
+"""Verbs that train runs and evaluate them: ``demo``, ``train``, ``resume``, ``eval``."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from deflow_torchrl.algorithms.registry import ALGORITHMS
+from deflow_torchrl.cli.shared import JSON, app, command_line, verb
+from deflow_torchrl.errors import InputError
+from deflow_torchrl.runs.overrides import override_value
+from deflow_torchrl.runs.settings import TrainConfig, setting_names
+
+POLICY_HELP = "%s: the method's name, as fql, or of deflow also prior, its flow alone. [default: %s]"
+
+
+def _settings_help() -> str:
+    """Every setting with its default and description, and the names of every method's own settings."""
+    documented = dict(re.findall(r"^ {8}(\w+): (.*?)(?=\n {8}\w|\Z)", TrainConfig.__doc__ or "", re.M | re.S))
+    defaults = {item.name: item.default for item in fields(TrainConfig)}
+    settings = [
+        f"{name}={'deflow' if name == 'algo' else override_value(defaults[name])}: "
+        + " ".join(documented.get(name, "").replace("``", "").split())
+        for name in setting_names(TrainConfig)
+        if name != "task"
+    ]
+    methods = [f"{name} ({', '.join(setting_names(method.config))})" for name, method in ALGORITHMS.items()]
+    listed = [
+        "Settings and their defaults:",
+        *settings,
+        f"Methods, algo=NAME (settings, algo.SETTING=): {', '.join(methods)}.",
+    ]
+    return "\n\n".join(listed)
+
+
+@verb(app)
+def demo(
+    seed: Annotated[int, typer.Option(help="Seed of networks, batches and noise.")] = 0,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Every phase on less data, under three minutes, no success target.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="Run folder. [default: runs/demo-seedN]")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print nothing but the JSON object.")] = False,
+) -> None:
+    """Generate cube-single data, train DeFlow on it, compare it with its prior and write a report.
+
+    About a quarter of an hour on two CPU cores. The data is generated once, into $DEFLOW_HOME (default
+    ~/.cache/deflow_torchrl), and found there by later runs. The last line of output is one JSON object.
+    """
+    from deflow_torchrl.runs.demo import FULL, QUICK, describe, run_demo
+
+    result = run_demo(QUICK if quick else FULL, seed=seed, command=command_line(), out=out)
+    if not json_:
+        print(describe(result))
+    print(json.dumps(result))
+
+
+@verb(app, epilog=_settings_help())
+def train(
+    settings: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="Settings, as in Hydra.")] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            metavar="paper|released",
+            help="Where paper and authors' code disagree: what is printed, or what the code does. [default: docs/tasks.md]",
+        ),
+    ] = None,
+    json_: JSON = False,
+) -> dict[str, Any]:
+    """Train a method on a data set, then online: deflow train task=NAME [online_steps=N] [KEY=VALUE...]
+
+    NAME: an OGBench single-task name; one of the paper's D4RL names (door-human-v1); minari:ID, any Minari set; file:FOLDER, a
+    set made by deflow data import. env=GYMNASIUM_ID says where own data is evaluated; env=none does without for a Minari set.
+
+    seeds=[0,1,2] trains a run for each of these seeds, all at once in this process and offline, into OUT/seed0, OUT/seed1...;
+    deflow resume OUT goes on with all of them, deflow eval OUT/seed0 evaluates one.
+
+    Settings are given as in Hydra (hidden_dims=[256,256]) and listed below; a default of null is the task's (deflow tasks lists
+    the paper's) or none. Of the method, algo.lr and so on, the defaults are the paper's; gamma, q_aggregation, target_divergence
+    and what Table 6 has for other methods are the task's. preset=paper or preset=released, as --preset, decides where the paper
+    and its authors' code disagree; settings that are given are as given (docs/tasks.md).
+
+    Example: deflow train task=cube-single-play-singletask-task2-v0 seed=1 offline_steps=200000 online_steps=50000 out=runs/cube
+    """
+    from deflow_torchrl.runs import compose_config, default_out
+    from deflow_torchrl.runs import train as train_run
+
+    settings = settings or []
+    if preset is not None:
+        if any(setting.startswith("preset=") for setting in settings):
+            raise InputError("give --preset or preset=, not both")
+        settings = [*settings, f"preset={preset}"]
+    config = compose_config(settings)
+    return _print_trained(train_run(config, command=command_line()), Path(config.out or default_out(config)))
+
+
+@verb(app)
+def resume(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="Settings to change, as in Hydra.")
+    ] = None,
+    *,
+    force: Annotated[bool, typer.Option("--force", help="Go on although settings differ.")] = False,
+    step: Annotated[
+        int | None,
+        typer.Option(min=0, help="Go on from this kept checkpoint; later ones are removed. [default: the last]"),
+    ] = None,
+    json_: JSON = False,
+) -> dict[str, Any]:
+    """Go on with an interrupted run from its last checkpoint; on a CPU the result is that of a run never interrupted.
+
+    Settings, given here or edited in RUN/config.yaml, are compared with those the checkpoint was trained with. Where any that
+    can change a result differs (more steps too), the command lists them and stops; --force goes on with the new ones and
+    writes them to RUN/config.yaml. Another task or method is another run. Versions of torch and the simulators count as
+    settings; out, data_root, download, eval_workers, logger and save_interval may change freely.
+
+    Example: deflow resume runs/cube online_steps=200000 --force
+    """
+    from deflow_torchrl.runs import resume as resume_run
+
+    result = resume_run(run, command=command_line(), overrides=settings or [], force=force, step=step)
+    return _print_trained(result, run)
+
+
+@verb(app, "eval")
+def evaluate(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
+    *,
+    paired: Annotated[
+        bool, typer.Option("--paired", help="Compare two runs of one task episode by episode: B - A with an interval.")
+    ] = False,
+    episodes: Annotated[int | None, typer.Option(min=1, help="Episodes of each policy. [default: the run's]")] = None,
+    policy: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help=POLICY_HELP % ("This policy alone", "all; with --paired the method's own")),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes that step environments; they change no number. [default: the run's]"),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, max=2**31, help="Seed of starts and noise. [default: that of training's evaluations]"),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="Device of the policies. [default: the run's]")] = None,
+    json_: JSON = False,
+) -> dict[str, Any]:
+    """Evaluate the policies of a run's last checkpoint on common starts; the same run gives the same numbers twice.
+
+    Several runs are evaluated one after the other. With --paired two runs of one task meet the same starts and the same noise,
+    and the difference B - A is reported with its 95% interval (bootstrap over the episodes); where the task is judged by
+    success also how often both, only one or neither succeeded, with the exact p-value of that.
+
+    Example: deflow eval runs/offline runs/online --paired --episodes 200
+    """
+    if paired and len(runs) != 2:
+        raise InputError(f"--paired compares two runs, {len(runs)} given: deflow eval RUN_A RUN_B --paired")
+    from deflow_torchrl.reports.records import summarize
+    from deflow_torchrl.runs import compare_runs, evaluate_run
+
+    options: dict[str, Any] = {"episodes": episodes, "policy": policy, "workers": workers, "device": device}
+    if seed is not None:
+        options["seed"] = seed
+    if paired:
+        compared = compare_runs(*runs, **options)
+        _print_comparison(compared)
+        return compared
+    results = []
+    for run in runs:
+        result = evaluate_run(run, **options)
+        if len(runs) > 1:
+            print(f"{run}, step {result['step']}:")
+        _print_evaluations(result["evaluations"], result["metric"])
+        results.append({"run": str(run), **summarize(result), **result})
+    if len(runs) == 1:
+        return results[0]
+    print("each run by itself; for the difference of two with its interval add --paired")
+    return {"runs": results}
+
+
+def _print_trained(result: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Print a run's record or the summary of several seeds; what ``--json`` prints."""
+    from deflow_torchrl.reports.records import summarize
+
+    if "std" in result:
+        _print_group(result)
+        return result
+    _print_evaluations(result["evaluations"], result["metric"])
+    print(f"Report: {out / 'report.html'}")
+    about = {"transitions": result["data"]["transitions"], "time": result["time"]}
+    return {"out": str(out), **summarize(result), **about}
+
+
+def _print_group(summary: dict[str, Any]) -> None:
+    digits = ".2f" if summary["metric"] == "success" else ".1f"
+    for seed, own in summary["seeds"].items():
+        finals = own.get(summary["metric"], {}).items()
+        print(f"seed {seed}: " + (", ".join(f"{name} {value:{digits}}" for name, value in finals) or "not evaluated"))
+    for name, mean in summary["mean"].items():
+        std = summary["std"][name]
+        spread = "" if std is None else f", standard deviation over seeds {std:{digits}}"
+        print(f"{name}: {summary['metric']} {mean:{digits}}{spread}")
+    print(f"Reports: {Path(summary['out']) / 'seed*' / 'report.html'}")
+
+
+def _print_evaluations(evaluations: dict[str, Any], metric: str) -> None:
+    if not evaluations:
+        print("not evaluated: there is no environment (env=)")
+    for name, outcome in evaluations.items():
+        parts = [] if metric == "return" else [f"success {outcome['success_rate']:.2f}"]
+        parts += [f"normalised score {outcome['mean_score']:.1f}"] if "mean_score" in outcome else []
+        parts += [f"return {outcome['mean_return']:.1f}"] if metric == "return" else []
+        print(f"{name}: {', '.join(parts)} over {outcome['episodes']} episodes")
+
+
+def _print_comparison(compared: dict[str, Any]) -> None:
+    for label, run in compared["runs"].items():
+        print(f"{label}: {run['run']}, step {run['step']}")
+        _print_evaluations({run["policy"]: run["outcome"]}, compared["metric"])
+    name = {"success": "success", "score": "normalised score", "return": "return"}[compared["metric"]]
+    digits = ".3f" if compared["metric"] == "success" else ".1f"
+    difference = compared["difference"]
+    mean, low, high = (format(difference[key], f"+{digits}") for key in ("mean", "low", "high"))
+    print(
+        f"B - A: {name} {mean}, 95% interval {low} to {high} "
+        f"(paired bootstrap over {difference['pairs']} episodes, seed {compared['seed']})"
+    )
+    if "counts" in compared:
+        counts = compared["counts"]
+        print(
+            f"both succeed {counts['both']}, only A {counts['only_a']}, only B {counts['only_b']}, neither {counts['neither']}; "
+            f"exact two-sided p-value of only A against only B: {compared['p_value']:.3g}"
+        )

@@ -1,0 +1,235 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
+"""What a run is put together from: its task, device, data, networks, buffers and online phase."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torchrl.envs import DeviceCastTransform
+
+from deflow_torchrl.algorithms import Learner, get_algorithm
+from deflow_torchrl.algorithms.base import ProblemSpec
+from deflow_torchrl.data import OfflineOnlineReplayBuffer, TransitionDataset, TransitionReplayBuffer
+from deflow_torchrl.data.base_actions import BaseActionBank
+from deflow_torchrl.envs.factory import make_gym_env
+from deflow_torchrl.errors import InputError
+from deflow_torchrl.modules.kernels import enable_kernels
+from deflow_torchrl.progress import progress_bar
+from deflow_torchrl.runs.settings import SettledConfig, TrainConfig
+from deflow_torchrl.sources.base import get_source
+from deflow_torchrl.tasks import Task, get_task
+from deflow_torchrl.tasks.data import load_task_data
+from deflow_torchrl.trainers.collection import OnlineExperience
+from deflow_torchrl.trainers.graphed import GraphedUpdate
+from deflow_torchrl.trainers.online import OnlinePhase
+from deflow_torchrl.trainers.update import Update, soft_pairs
+
+_REFERENCE_CAPACITY = 2_000_000
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """A task's data, shared by the runs of several seeds.
+
+    Attributes:
+        train: the offline set.
+        validation: the validation set, where the task has one.
+        about: its description, for the record.
+    """
+
+    train: TransitionDataset
+    validation: TransitionDataset | None
+    about: dict[str, Any]
+
+
+def find_task(config: TrainConfig) -> Task:
+    """The task of a run."""
+    return get_task(config.task, environment=config.env)
+
+
+def use_device(config: TrainConfig, device: str | None = None) -> torch.device:
+    """Set kernels and threads of this process as the run has them; the run's device, or ``device`` in its place.
+
+    Raises:
+        InputError: if the device cannot be used.
+    """
+    name = device or config.device
+    try:
+        found = torch.device(name)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device={name} cannot be used here: {str(error).splitlines()[0]}") from error
+    enable_kernels(config.kernels)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)  # the number of threads can move the last digits of a matrix product
+    return found
+
+
+def build_learner(config: SettledConfig, observation_dim: int, action_dim: int, device: torch.device) -> Learner:
+    """Build the run's method for observations and actions of these widths."""
+    task = find_task(config)
+    problem = ProblemSpec(
+        observation_dim=observation_dim,
+        action_dim=action_dim,
+        hidden_dims=config.hidden_dims,
+        gamma=task.gamma,
+        q_aggregation=task.q_aggregation,
+        target_divergence=task.target_divergence,
+        device=device,
+    )
+    return get_algorithm(config.algo.name).build(config.algo, problem)
+
+
+def load_data(config: TrainConfig, task: Task, device: torch.device) -> TaskData:
+    """Load a task's data and compare them with its environment.
+
+    Raises:
+        InputError: if the data cannot be had or used, or belong to another environment.
+    """
+    load = functools.partial(
+        load_task_data,
+        task,
+        root=config.data_root,
+        download=config.download,
+        device=device,
+        memmap=config.storage == "memmap",
+    )
+    train = load(split="train")
+    assert train is not None
+    if train.observation.ndim != 2:
+        raise images_refused(config.task)
+    validation = load(split="val")
+    _check_environment(task, train)
+    about = {key: value for key, value in train.about.items() if key not in ("fingerprint", "sha256")}
+    described = {
+        **get_source(task.source).describe(task.dataset, root=config.data_root),
+        "transitions": len(train),
+        "provenance": about.pop("provenance", None),
+        **about,
+    }
+    return TaskData(train, validation, described)
+
+
+def images_refused(task: str) -> InputError:
+    """The error about a task whose observations are images."""
+    return InputError(
+        f"{task} has images for observations, and networks that read images are not part of this version; its data can be "
+        "loaded and sampled in Python (docs/data.md)"
+    )
+
+
+def _check_environment(task: Task, dataset: TransitionDataset) -> None:
+    """Make the environment once, before anything is written or trained, and compare its widths with the data's."""
+    if task.environment is None or get_source(task.source).fixed_environment:
+        return  # of the latter the loader has done so
+    try:
+        env = make_gym_env(task.environment)
+    except InputError as error:
+        raise InputError(f"{error} (env=none trains without evaluating)") from error
+    spaces = {"observations": env.observation_space.shape, "actions": env.action_space.shape}
+    env.close()
+    for name, shape in (("observations", dataset.observation.shape[1:]), ("actions", dataset.action.shape[1:])):
+        if tuple(shape) != spaces[name]:
+            raise InputError(
+                f"{task.dataset}: {name} have shape {tuple(shape)}, those of {task.environment} {spaces[name]}; "
+                "the data belong to another environment"
+            )
+
+
+def make_buffer(
+    dataset: TransitionDataset, config: TrainConfig, learner: Learner, device: torch.device, *, batches: int = 1
+) -> TransitionReplayBuffer:
+    """A buffer of a data set that samples so many batches' transitions at once, on the learner's device."""
+    buffer = TransitionReplayBuffer(dataset, batch_size=batches * config.batch_size, next_action=learner.next_action)
+    if dataset.device != device:
+        buffer.append_transform(DeviceCastTransform(device))
+    return buffer
+
+
+def make_union_buffer(
+    dataset: TransitionDataset, config: TrainConfig, learner: Learner, device: torch.device
+) -> OfflineOnlineReplayBuffer:
+    """The data set, and room for what the online phase brings."""
+    capacity = config.online_capacity
+    if capacity is None and config.overwrite == "fifo":
+        capacity = max(_REFERENCE_CAPACITY - len(dataset), 1)  # the authors': max(2M, N + 1) in all
+    share = config.offline_fraction
+    return OfflineOnlineReplayBuffer(
+        dataset,
+        online_capacity=config.online_steps if capacity is None else capacity,
+        mode=cast("Any", config.mixing),
+        offline_fraction=tuple(share) if isinstance(share, list) else share,
+        anneal_transitions=(config.anneal_steps or config.online_steps) if config.mixing == "annealed" else None,
+        overwrite=cast("Any", config.overwrite),
+        batch_size=config.batch_size,
+        device=device,
+        next_action=learner.next_action,
+        online_stride=max(config.collector_workers, 1),
+    )
+
+
+def make_online_phase(
+    config: TrainConfig,
+    environment: str,
+    learner: Learner,
+    buffer: OfflineOnlineReplayBuffer,
+    *,
+    bank_file: Path,
+    device: torch.device,
+    reward_shift: float,
+    show_progress: bool,
+) -> OnlinePhase:
+    """What acts and samples in the online phase, with a bank of base actions where the prior is frozen.
+
+    Raises:
+        InputError: if the method has no prior to freeze.
+    """
+    bank = None
+    if config.freeze_prior:
+        if learner.prior is None:
+            raise InputError(f"freeze_prior=true: {config.algo.name} has no prior to freeze")
+        bank = BaseActionBank(learner.prior, buffer, num_actions=config.base_actions, seed=config.seed)
+
+    def make_experience(add: Any, discard: Any) -> OnlineExperience:
+        return OnlineExperience(
+            environment,
+            learner.online_policy,
+            seed=config.seed,
+            add=add,
+            discard=discard,
+            device=device,
+            workers=config.collector_workers,
+            steps_per_collection=config.steps_per_collection,
+            max_fault_share=config.max_fault_share,
+        )
+
+    return OnlinePhase(
+        buffer,
+        make_experience,
+        bank=bank,
+        bank_file=bank_file,
+        bank_progress=lambda batches, total: progress_bar(
+            batches, total=total, desc="base actions", unit="batch", leave=False, disable=not show_progress
+        ),
+        reward_shift=reward_shift,
+    )
+
+
+def make_graphed(
+    update: Update, config: TrainConfig, learner: Learner, data: TransitionDataset, *shape: int
+) -> GraphedUpdate | None:
+    """``update`` in CUDA graphs, on batches ``[*shape, B]`` of ``data``; None where the device or the settings have none."""
+    if data.device.type != "cuda" or not config.cuda_graph:
+        return None
+    if soft_pairs(learner.target_updater) is None:
+        return None  # an updater that counts its steps in Python would be recorded at one of them
+    return GraphedUpdate(
+        update,
+        functools.partial(data.draw, *shape, config.batch_size, next_action=learner.next_action),
+        updates_per_replay=config.updates_per_replay,
+        self_check=config.self_check,
+    )

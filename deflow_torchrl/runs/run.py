@@ -1,0 +1,567 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
+"""Runs from settings to report: trained and resumed, one by itself or those of several seeds at once in one process.
+
+The folder of several seeds holds their settings and, for each seed, the folder of an ordinary run. Together they go on from the
+newest step of which every seed has a whole checkpoint; once all are finished each may go on by itself.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from deflow_torchrl.algorithms import get_algorithm
+from deflow_torchrl.data import OfflineOnlineReplayBuffer
+from deflow_torchrl.envs.factory import success_timing
+from deflow_torchrl.errors import (
+    CheckpointNotWritten,
+    EnvironmentFaultError,
+    InputError,
+    NonFiniteLossError,
+    RunInterrupted,
+)
+from deflow_torchrl.generators import seed_generators
+from deflow_torchrl.paths import make_writable_folder, write_text
+from deflow_torchrl.reports import build_record, check_report_extra, plot_learning_curve, write_html_report
+from deflow_torchrl.reports.records import RECORD_FILE
+from deflow_torchrl.runs.build import (
+    TaskData,
+    build_learner,
+    find_task,
+    images_refused,
+    load_data,
+    make_buffer,
+    make_graphed,
+    make_online_phase,
+    make_union_buffer,
+    use_device,
+)
+from deflow_torchrl.runs.evaluate import evaluate_policies, final_numbers, metrics_row, open_evaluator, outcomes
+from deflow_torchrl.runs.folder import (
+    BANK_FILE,
+    CHECKPOINTS,
+    CONFIG_FILE,
+    GROUP_FILE,
+    SUMMARY_FILE,
+    check_free,
+    check_free_of_group,
+    is_group,
+    read_run_settings,
+    read_settings,
+    seed_configs,
+    write_settings,
+)
+from deflow_torchrl.runs.group import check_not_gone_on, common_checkpoints, summarize_group
+from deflow_torchrl.runs.overrides import apply_overrides
+from deflow_torchrl.runs.settings import (
+    SettledConfig,
+    TrainConfig,
+    config_from_dict,
+    config_to_dict,
+    default_out,
+    method_variant,
+    with_task_defaults,
+)
+from deflow_torchrl.sources.base import settled_name
+from deflow_torchrl.tasks.data import reference_returns
+from deflow_torchrl.trainers import (
+    EvaluationResult,
+    Evaluator,
+    MetricsLog,
+    StackedTrainer,
+    StackedUpdate,
+    Trainer,
+    TrainerSchedule,
+    UpdateStep,
+)
+from deflow_torchrl.trainers.alarms import Alarms
+from deflow_torchrl.trainers.checkpoint import list_checkpoints, step_of
+from deflow_torchrl.trainers.evaluation import DEFAULT_EVALUATION_SEED
+from deflow_torchrl.trainers.graphed import GraphedUpdate
+from deflow_torchrl.trainers.metrics import check_logger, logger_state, make_logger
+from deflow_torchrl.trainers.resume import (
+    RunHistory,
+    check_resumable,
+    drop_later_checkpoints,
+    find_checkpoint,
+    run_identity,
+)
+from deflow_torchrl.trainers.update import Update
+
+_DIAGNOSED_TRANSITIONS = 10_000
+
+
+class Run:
+    """One run's parts, put together before anything is written.
+
+    Args:
+        config: the settings.
+        out: run folder.
+
+    Keyword Args:
+        commands: command lines that worked on it so far, this one last.
+        extra_seconds: wall time of phases before this one.
+        final_episodes: episodes of the evaluation at the end; ``config.eval_episodes`` by default.
+        data: the task's data, where it is loaded already.
+        stacked: seeds of all runs that it is trained with in one process; None for a run by itself.
+        show_progress: show progress bars on standard error.
+
+    Raises:
+        InputError: on data, a device, an environment or settings that cannot be used.
+    """
+
+    def __init__(
+        self,
+        config: SettledConfig,
+        out: Path,
+        *,
+        commands: Sequence[str],
+        extra_seconds: Mapping[str, float] | None = None,
+        final_episodes: int | None = None,
+        data: TaskData | None = None,
+        stacked: Sequence[int] | None = None,
+        show_progress: bool = True,
+    ) -> None:
+        self.config = config
+        self.out = out
+        self.stacked = stacked
+        self.history = RunHistory(commands, seconds=extra_seconds)
+        self.final_episodes = final_episodes or config.eval_episodes
+        self.show_progress = show_progress
+        self.outcomes: dict[str, EvaluationResult] = {}
+        self.task = find_task(config)
+        if self.task.images:
+            raise images_refused(config.task)
+        if config.online_steps and self.task.environment is None:
+            raise InputError(f"online_steps={config.online_steps} needs an environment; name one with env=")
+        check_logger(config.logger)
+        check_report_extra()
+        self.device = use_device(config)
+        if config.online_steps and config.storage == "memmap" and self.device.type != "cpu":
+            raise InputError(
+                f"storage=memmap keeps the data on the CPU, and online batches are put together on device={config.device}; set "
+                "storage=device, or device=cpu"
+            )
+        with self.history.timed("load_data"):
+            self.data = load_data(config, self.task, self.device) if data is None else data
+            dataset, validation = self.data.train, self.data.validation
+            reward_bound = float(dataset.reward.abs().max())
+            self.references = reference_returns(self.task)
+        self.sizes = {"observation_dim": dataset.observation.shape[-1], "action_dim": dataset.action.shape[-1]}
+        seed_generators(config.seed)
+        learner = self.learner = build_learner(config, **self.sizes, device=self.device)
+        with self.history.timed("load_data"):
+            make = make_union_buffer if config.online_steps else make_buffer
+            self.buffer = make(dataset, config, learner, self.device)
+            self.validation = None if validation is None else make_buffer(validation, config, learner, self.device)
+        if learner.diagnostics is not None:  # a few thousand rows of a set that may not fit into memory
+            rows = torch.linspace(0, len(dataset) - 1, min(len(dataset), _DIAGNOSED_TRANSITIONS)).round().long()
+            learner.diagnostics.use_data(dataset[rows])
+        gamma = getattr(config.algo, "gamma", None)
+        self.alarms = Alarms(
+            gamma=self.task.gamma if gamma is None else gamma,
+            reward_bound=reward_bound,
+            rules=get_algorithm(config.algo.name).alarms,
+        )
+        self.update = UpdateStep(learner, compile_loss=config.compile)
+
+    def write_config(self) -> None:
+        """Write the settings into the run folder."""
+        settings = {
+            "config": config_to_dict(self.config),
+            "final_episodes": self.final_episodes,
+            "command": self.history.commands[0],
+        }
+        if self.stacked is not None:
+            settings["stacked"] = list(self.stacked)
+        write_settings(self.out / CONFIG_FILE, settings)
+
+    def open(self, evaluator: Evaluator | None, *, resume: bool, checkpoint: Path | None, keep_settings: bool) -> None:
+        """Make the trainer, at the checkpoint where there is one, and the files it writes.
+
+        Args:
+            evaluator: of the run's task; None where it has no environment.
+
+        Keyword Args:
+            resume: whether the run was begun before.
+            checkpoint: what it goes on from.
+            keep_settings: the checkpoint is of other settings, which this run's replace.
+        """
+        config = self.config
+        self.evaluator = evaluator
+        metrics = MetricsLog(self.out, resume_step=0 if resume and checkpoint is None else None)
+        online = None
+        if isinstance(self.buffer, OfflineOnlineReplayBuffer):
+            online = make_online_phase(
+                config,
+                self.task.environment or "",
+                self.learner,
+                self.buffer,
+                bank_file=self.out / BANK_FILE,
+                device=self.device,
+                reward_shift=float(self.data.train.about.get("reward_shift", 0.0)),
+                show_progress=self.show_progress,
+            )
+        trainer = self.trainer = Trainer(
+            self.update,
+            self.buffer,
+            schedule=TrainerSchedule(
+                offline_steps=config.offline_steps,
+                online_steps=config.online_steps,
+                log_interval=config.log_interval,
+                eval_interval=config.eval_interval,
+                save_interval=config.save_interval,
+                utd=config.utd,
+                warmup_steps=config.warmup_steps,
+            ),
+            checkpoints=self.out / CHECKPOINTS,
+            online=online,
+            metrics=metrics,
+            evaluate=None if evaluator is None else self._evaluate,
+            score=f"eval/{self.task.metric}",
+            identity=run_identity(config_to_dict(config), data_sha256=self.data.about["sha256"]),
+            history=self.history,
+            alarms=self.alarms,
+            extra_state=self.sizes,  # enough to build the networks without the data
+            validation=self.validation,
+            show_progress=self.show_progress,
+            label="" if self.stacked is None else f"seed {config.seed}, ",
+            graphed=None if self.stacked is not None else self.graphed(self.update),
+        )
+        if checkpoint is not None:
+            trainer.resume(checkpoint, keep_settings=keep_settings)
+        if resume:
+            self.write_config()
+        written = trainer.written_step if resume else None
+        logger = make_logger(config.logger, self.out, state=trainer.notes.get("logger"), step=written)
+        trainer.notes["logger"] = logger_state(config.logger, logger)
+        metrics.send_to(logger)
+
+    def graphed(self, update: Update, *shape: int) -> GraphedUpdate | None:
+        """:func:`make_graphed` on the run's data."""
+        return make_graphed(update, self.config, self.learner, self.data.train, *shape)
+
+    def evaluate_if_missing(self) -> None:
+        """Make the last evaluation, if the run was killed between its last checkpoint and its record."""
+        if self.evaluator is not None and not self.outcomes:
+            self._evaluate()
+
+    def report(self) -> dict[str, Any]:
+        """Write record, curve and page; the record."""
+        trainer, metric = self.trainer, self.task.metric
+        rows = [] if trainer.metrics is None else trainer.metrics.rows
+        delta = getattr(self.learner.loss, "target_divergence", None)
+        record = build_record(
+            commands=self.history.commands,
+            config=config_to_dict(self.config),
+            data=self.data.about,
+            metric=metric,
+            acting=self.learner.acting_policy,
+            variant=method_variant(self.config),
+            success_timing=None if self.task.environment is None else success_timing(self.task.environment),
+            evaluation_seed=DEFAULT_EVALUATION_SEED,
+            evaluations=outcomes(self.outcomes, self.references),
+            history=trainer.notes.get("evaluations", []),
+            online=None if trainer.online is None else trainer.online.counters,
+            alarms=None if self.learner.diagnostics is None else [asdict(alarm) for alarm in self.alarms.raised],
+            stacked=self.stacked,
+            seconds={**self.history.seconds, "updates": trainer.trained_seconds},
+        )
+        write_text(self.out / RECORD_FILE, json.dumps(record, indent=2) + "\n")
+        title = f"{self.config.algo.name} on {self.config.task}, seed {self.config.seed}"
+        figure = plot_learning_curve(
+            rows,
+            self.out / "learning_curve.png",
+            title=title,
+            metric=metric,
+            final=final_numbers(record["evaluations"], metric),
+            target_divergence=None if delta is None else float(delta),
+        )
+        write_html_report(
+            self.out / "report.html",
+            title=title,
+            record=record,
+            rows=rows,
+            figure=figure,
+            target_divergence=None if delta is None else round(float(delta), 8),
+        )
+        return record
+
+    def _evaluate(self) -> dict[str, float]:
+        """Evaluate the acting policy, or at the last step all policies; the entries of the row of metrics."""
+        trainer, learner = self.trainer, self.learner
+        last = trainer.step >= trainer.schedule.steps
+        results = evaluate_policies(
+            cast("Evaluator", self.evaluator),
+            learner.evaluated_policies if last else {learner.acting_policy: learner.policy},
+            self.final_episodes if last else self.config.eval_episodes,
+            show_progress=self.show_progress,
+        )
+        if last:
+            self.outcomes = results
+        earlier = [item for item in trainer.notes.get("evaluations", []) if item["step"] < trainer.step]
+        phase = trainer.schedule.phase(trainer.step)
+        note = {"step": trainer.step, "phase": phase, "policies": outcomes(results, self.references)}
+        trainer.notes["evaluations"] = [*earlier, note]
+        row: dict[str, float] = {}
+        for name, result in results.items():
+            prefix = "eval" if name == learner.acting_policy else f"eval/{name}"
+            row |= metrics_row(prefix, result, self.task, self.references)
+        return row
+
+
+def train(
+    config: TrainConfig,
+    *,
+    command: str,
+    final_episodes: int | None = None,
+    extra_seconds: Mapping[str, float] | None = None,
+    show_progress: bool = True,
+) -> dict[str, Any]:
+    """Train and evaluate a new run, or with ``config.seeds`` a run of each seed, all at once, and leave its folder.
+
+    Args:
+        config: the settings; those that are None and the task's are filled in.
+
+    Keyword Args:
+        command: the command line, for the record.
+        final_episodes: episodes of the evaluation at the end; ``config.eval_episodes`` by default.
+        extra_seconds: wall time of phases before this one, for the record.
+        show_progress: show progress bars on standard error.
+
+    Returns:
+        The record, as written to ``record.json``. Of several seeds the summary, as written to ``summary.json``: ``out``,
+        ``metric``, ``seeds`` (seed -> folder and final numbers by policy), and by policy ``mean`` and ``std`` of the metric
+        over seeds (std by n - 1; None of a single seed).
+
+    Raises:
+        InputError: on data, device, settings or folder that cannot be used; nothing is left behind then.
+        NonFiniteLossError: if a loss became NaN or infinite.
+        RunInterrupted: on Ctrl-C, after checkpoints were saved.
+    """
+    out = Path(config.out or default_out(config))
+    config = with_absolute_paths(replace(with_task_defaults(config), out=str(out)))
+    check_free(out)
+    for own in seed_configs(config):
+        check_free(Path(own.out or ""))
+    runs = _make_runs(
+        config,
+        [command],
+        final_episodes=final_episodes,
+        extra_seconds=extra_seconds,
+        show_progress=show_progress,
+    )
+    return _go(config, runs, [None] * len(runs))
+
+
+def resume(
+    out: Path,
+    *,
+    command: str,
+    overrides: Sequence[str] = (),
+    force: bool = False,
+    step: int | None = None,
+    show_progress: bool = True,
+) -> dict[str, Any]:
+    """Go on with an interrupted run from its last checkpoint (from the start, if it has none); see also :func:`train`.
+
+    Several seeds go on from the newest step of which each has a checkpoint.
+
+    Args:
+        out: run folder, or the folder of several seeds.
+
+    Keyword Args:
+        command: the command line, for the record.
+        overrides: ``key=value`` settings to change.
+        force: go on although settings differ from the checkpoint's.
+        step: go on from this kept checkpoint; the later ones are removed.
+        show_progress: show progress bars on standard error.
+
+    Raises:
+        InputError: if ``out`` is no run folder, a checkpoint is damaged or of another run, settings differ, or a seed has gone
+            on by itself since.
+    """
+    grouped = is_group(out)
+    settings_file = out / (GROUP_FILE if grouped else CONFIG_FILE)
+    settings = read_settings(settings_file) if grouped else read_run_settings(out)
+    if not grouped:
+        check_free_of_group(out)
+    saved = config_from_dict(settings["config"])
+    if grouped and not saved.seeds:
+        raise InputError(f"{settings_file} is damaged: it names no seeds")
+    _check_fixed(out, saved, overrides)
+    config = replace(with_absolute_paths(apply_overrides(saved, overrides)), out=str(out))
+    before, after = seed_configs(replace(saved, out=str(out))), seed_configs(config)
+    if settings["finished"]:
+        for own in before:
+            check_not_gone_on(own)
+    if grouped:
+        checkpoints = common_checkpoints([Path(own.out or "") for own in before], out=out, step=step)
+    else:
+        checkpoints = [find_checkpoint(out / CHECKPOINTS, step)]
+    changes = [
+        check_resumable(
+            config_to_dict(new),
+            saved=config_to_dict(old),
+            checkpoint=checkpoint,
+            config_file=settings_file,
+            force=force,
+        )
+        for new, old, checkpoint in zip(after, before, checkpoints, strict=True)
+    ]
+    commands = [*filter(None, [settings["command"]]), command]
+    runs = _make_runs(
+        config,
+        commands,
+        final_episodes=settings["final_episodes"],
+        stacked=settings["stacked"],
+        show_progress=show_progress,
+    )
+    return _go(config, runs, checkpoints, resume=True, keep_settings=any(changes), saved=saved)
+
+
+def with_absolute_paths(config: SettledConfig) -> SettledConfig:
+    """The settings with absolute paths of data, so that a run can be resumed from any folder."""
+    config = replace(config, task=settled_name(config.task))
+    if config.data_root is not None:
+        config = replace(config, data_root=str(Path(config.data_root).expanduser().absolute()))
+    return config
+
+
+def _check_fixed(out: Path, saved: TrainConfig, overrides: Sequence[str]) -> None:
+    names = [override.partition("=")[0] for override in overrides]
+    if saved.seeds is not None:
+        fixed = [override for override, name in zip(overrides, names, strict=True) if name in ("out", "seed", "seeds")]
+        if fixed:
+            raise InputError(f"{fixed[0]}: cannot be changed; {out} holds the runs of seeds {saved.seeds}")
+    elif "out" in names:
+        raise InputError(f"out= cannot be changed; move {out} to where you want it")
+    elif "seeds" in names:
+        raise InputError(f"seeds= cannot be changed: {out} is a run of one seed")
+
+
+def _make_runs(
+    config: SettledConfig, commands: Sequence[str], *, stacked: Sequence[int] | None = None, **options: Any
+) -> list[Run]:
+    """The run of each seed; all share the data of the first."""
+    runs: list[Run] = []
+    for own in seed_configs(config):
+        runs.append(
+            Run(
+                own,
+                Path(own.out or ""),
+                commands=commands,
+                data=runs[0].data if runs else None,
+                stacked=config.seeds or stacked,
+                **options,
+            )
+        )
+    return runs
+
+
+def _go(
+    config: SettledConfig,
+    runs: Sequence[Run],
+    checkpoints: Sequence[Path | None],
+    *,
+    resume: bool = False,
+    keep_settings: bool = False,
+    saved: TrainConfig | None = None,
+) -> dict[str, Any]:
+    """Train, evaluate and report; the record, or the summary of several seeds."""
+    out, first = Path(config.out or ""), runs[0]
+    make_writable_folder(out)
+
+    def write_group(config: TrainConfig, *, finished: bool) -> None:
+        if config.seeds is not None:
+            about = {"final_episodes": first.final_episodes, "command": first.history.commands[0], "finished": finished}
+            write_settings(out / GROUP_FILE, {"config": config_to_dict(config), **about})
+
+    with with_resume_hint(out, config.offline_steps + config.online_steps, [run.out / CHECKPOINTS for run in runs]):
+        # The new settings only when every seed has a checkpoint with them: a kill before that changes nothing.
+        write_group(saved or config, finished=False)
+        with open_evaluator(first.task, config, first.device) as evaluator:
+            for run, checkpoint in zip(runs, checkpoints, strict=True):
+                make_writable_folder(run.out)
+                if not resume:
+                    run.write_config()
+                if checkpoint is None:
+                    drop_later_checkpoints(run.out / CHECKPOINTS, -1)  # those that other seeds lack
+                run.open(evaluator, resume=resume, checkpoint=checkpoint, keep_settings=keep_settings)
+            write_group(config, finished=False)
+            trainer = (
+                first.trainer if config.seeds is None else _stacked(config.seeds, runs, new=checkpoints[0] is None)
+            )
+            with ExitStack() as timed:
+                for run in runs:
+                    timed.enter_context(run.history.timed("train_and_evaluate"))
+                trainer.run()
+            for run in runs:
+                run.evaluate_if_missing()
+        records = [run.report() for run in runs]
+        if config.seeds is None:
+            return records[0]
+        summary = summarize_group(out, config.seeds, records)
+        write_text(out / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
+        write_group(config, finished=True)
+    return summary
+
+
+def _stacked(seeds: Sequence[int], runs: Sequence[Run], *, new: bool) -> StackedTrainer:
+    """The trainer of all seeds' runs at once."""
+    if new:
+        # A stream of the seeds' own: a separate run's would be that of the last seed's networks.
+        seed_generators(int(np.random.SeedSequence(list(seeds)).generate_state(1, np.uint64)[0] >> 1))
+    first = runs[0]
+    update = StackedUpdate([run.update for run in runs], seeds=seeds)
+    return StackedTrainer(
+        update,
+        make_buffer(first.data.train, first.config, first.learner, first.device, batches=len(runs)),
+        [run.trainer for run in runs],
+        show_progress=first.show_progress,
+        graphed=first.graphed(update, len(runs)),
+    )
+
+
+@contextmanager
+def with_resume_hint(out: Path, steps: int, folders: Sequence[Path]) -> Iterator[None]:
+    """Add to what ends the training in the block how to go on.
+
+    Args:
+        out: what ``deflow resume`` is given.
+        steps: how many there are to be.
+        folders: the runs' folders of checkpoints.
+    """
+    go_on = f"deflow resume {shlex.quote(str(out))}"
+
+    def newest() -> Path | None:
+        """A checkpoint of the newest step of which every run has one."""
+        kept = [{step_of(path): path for path in list_checkpoints(folder)} for folder in folders]
+        common = set.intersection(*map(set, kept))
+        return kept[0][max(common)] if common else None
+
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        found = newest()
+        state = f"saved at step {step_of(found)}" if found else "before anything was trained"
+        raise RunInterrupted(f"interrupted, {state} of {steps}; go on with: {go_on}") from error
+    except NonFiniteLossError as error:
+        found = newest()
+        where = "there was no checkpoint yet"
+        if found is not None:
+            where = f"checkpoint is {found}" if len(folders) == 1 else f"checkpoints are of step {step_of(found)}"
+            where = f"the last good {where}"
+        raise NonFiniteLossError(f"{error}; {where}") from error
+    except CheckpointNotWritten as error:
+        raise CheckpointNotWritten(error.path, error.cause, f"make room and go on with: {go_on}") from error
+    except EnvironmentFaultError as error:
+        raise EnvironmentFaultError(f"{error}; when it is mended go on with: {go_on}") from error

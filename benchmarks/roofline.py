@@ -103,30 +103,31 @@ def update_products(
 def update_parts(update: UpdateStep, batch: TensorDictBase) -> dict[str, Callable[[], object]]:
     """The parts of an update as it runs, each with its share of the backward pass."""
     loss = update.learner.loss
-    with loss._acting():
-        base, following = loss._base_actions(batch)
+    with loss._functional_policies():
+        following = loss._next(batch)
+        base, next_base = loss._base_actions(batch, following)
 
     def flow_sampling() -> None:
-        with loss._acting():
-            loss._base_actions(batch)
+        with loss._functional_policies():
+            loss._base_actions(batch, following)
 
     zero_grad = update.optimizer.zero_grad
 
     def flow_loss() -> None:
         zero_grad()
-        with loss._acting():
-            loss._flow_loss(batch).backward()
+        with loss._functional_policies():
+            loss._flow_term(batch).backward()
 
     def actor() -> None:
         zero_grad()
-        with loss._acting():
-            terms = loss._refinement_terms(batch, base)
-        (terms["loss_actor"] + terms["loss_alpha"]).backward()
+        with loss._functional_policies():
+            loss_actor, divergence = loss._actor_term(batch, base)
+            (loss_actor + loss._alpha_term(batch, divergence)).backward()
 
     def critic() -> None:
         zero_grad()
-        with loss._acting():
-            loss._critic_terms(batch, following)["loss_qvalue"].backward()
+        with loss._functional_policies():
+            loss._td_terms(batch, lambda: loss._refined(following, next_base))["loss_qvalue"].backward()
 
     def optimiser() -> None:
         update._move_targets()

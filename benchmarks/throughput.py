@@ -347,8 +347,8 @@ def run_precision(arguments: argparse.Namespace) -> dict[str, object]:
 
     def seen(name: str) -> dict[str, torch.Tensor]:
         loss.sampler_precision = name
-        with torch.no_grad(), loss._acting():
-            return {**loss(batch).to_dict(), "actions": torch.cat(loss._base_actions(batch))}
+        with torch.no_grad(), loss._functional_policies():
+            return {**loss(batch).to_dict(), "actions": torch.cat(loss._base_actions(batch, loss._next(batch)))}
 
     def once(name: str) -> float:
         loss.sampler_precision = name

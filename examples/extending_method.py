@@ -25,7 +25,7 @@ from torch import nn
 from deflow_torchrl.algorithms import Algorithm, Learner, MethodConfig, ProblemSpec, register_algorithm
 from deflow_torchrl.algorithms.settings import Need
 from deflow_torchrl.data.dataset import make_folder
-from deflow_torchrl.objectives.common import OffPolicyLoss, next_key
+from deflow_torchrl.objectives.base import OffPolicyLoss, next_key
 from deflow_torchrl.runs.run import train
 from deflow_torchrl.runs.settings import TrainConfig
 from deflow_torchrl.sources.card import data_card, write_card
@@ -39,7 +39,7 @@ class RewardBCLoss(OffPolicyLoss):
 
     def __init__(self, actor_network: TensorDictModule, *, temperature: float = 1.0) -> None:
         super().__init__()
-        self.convert_to_functional(actor_network, "actor_network")
+        self._add_policy(actor_network, "actor_network")
         self.temperature = temperature
 
     def _required_keys(self, tensordict: TensorDictBase | None = None) -> list[NestedKey]:
@@ -54,7 +54,7 @@ class RewardBCLoss(OffPolicyLoss):
         action = self.actor_network(tensordict.select("observation"))["action"]
         error = (action - tensordict["action"]).square().mean(-1)
         return {
-            "loss_actor": self._reduce_term(weight * error, tensordict),
+            "loss_actor": self._reduce(weight * error, tensordict),
             "weight": self._statistic(weight, tensordict),
         }
 

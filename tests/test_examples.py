@@ -57,7 +57,7 @@ def test_a_frozen_diffusion_policy_is_refined_without_being_called(run, capsys):
 def test_a_method_of_ones_own_is_trained_and_evaluated(run, monkeypatch, capsys):
     from deflow_torchrl.algorithms import registry
 
-    monkeypatch.setattr(registry, "ALGORITHMS", dict(registry.ALGORITHMS))
+    monkeypatch.setattr(registry.ALGORITHMS, "_loaded", dict(registry.ALGORITHMS))  # forgotten afterwards
     assert len((EXAMPLES / "extending_method.py").read_text().splitlines()) < 130
     learned = run("extending_method.py", "--steps", "5", "--episodes", "1")
     assert f"reward_bc: mean return {learned:.0f} after 5 steps" in capsys.readouterr().out

@@ -5,40 +5,133 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModuleBase
+from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
+from tensordict.utils import NestedKey
 from torch import Tensor, nn
+from torchrl.data import Bounded, Composite, Unbounded
 from torchrl.objectives import SoftUpdate, ValueEstimators
 from torchrl.objectives.common import LossModule
 from torchrl.objectives.utils import TargetNetUpdater
 
 from deflow_torchrl.algorithms.settings import BootstrapConfig, given
+from deflow_torchrl.errors import InputError
+from deflow_torchrl.modules.flow import FlowMatchingPolicy
+from deflow_torchrl.modules.networks import make_qvalue_networks, make_value_network, make_velocity_network
+from deflow_torchrl.modules.policies import parts
+
+_STATE = "state"
+"""Key of the one vector that stands for several observations."""
 
 
 @dataclass(frozen=True)
 class ProblemSpec:
-    """Sizes and task-given settings a method builds its networks from.
+    """What a method builds its networks for: specs of the data, and the settings that the task gives.
 
     Attributes:
-        observation_dim: O.
-        action_dim: A.
+        observation_dim: O, the width of all observations together; from ``observation_spec`` where that is given.
+        action_dim: A; from ``action_spec`` where that is given.
         hidden_dims: widths of the hidden layers of every network.
         gamma: the task's discount.
         q_aggregation: the task's aggregation of target critics.
         target_divergence: the task's delta.
         device: where the parameters live.
+        observation_spec: entries of the state, each a vector ``[n]``; ``observation [O]`` where it is not given.
+        action_spec: the action, a bounded vector ``[A]``; inside [-1, 1] where it is not given.
+
+    Raises:
+        InputError: if an observation is no vector, or neither widths nor specs are given.
     """
 
-    observation_dim: int
-    action_dim: int
-    hidden_dims: Sequence[int]
-    gamma: float
-    q_aggregation: str
-    target_divergence: float
-    device: torch.device
+    observation_dim: int | None = None
+    action_dim: int | None = None
+    hidden_dims: Sequence[int] = (512, 512, 512, 512)
+    gamma: float = 0.99
+    q_aggregation: str = "mean"
+    target_divergence: float = 1e-3
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    observation_spec: Composite | None = None
+    action_spec: Bounded | None = None
+
+    def __post_init__(self) -> None:
+        observation, action = self.observation_spec, self.action_spec
+        if observation is None and self.observation_dim is not None:
+            observation = Composite(observation=Unbounded((self.observation_dim,)))
+        if action is None and self.action_dim is not None:
+            action = Bounded(-1.0, 1.0, (self.action_dim,))
+        if observation is None or action is None:
+            raise InputError("a problem needs observation_spec and action_spec, or observation_dim and action_dim")
+        shapes = {key: spec.shape for key, spec in observation.items(True, True)}
+        for key, shape in shapes.items():
+            if len(shape) != 1:
+                raise InputError(
+                    f"observation {key!r} has shape {list(shape)}; only vectors can be read without an encoder"
+                )
+        for name, value in (
+            ("observation_spec", observation),
+            ("action_spec", action),
+            ("observation_dim", sum(shape[0] for shape in shapes.values())),
+            ("action_dim", action.shape[-1]),
+        ):
+            object.__setattr__(self, name, value)
+
+    @property
+    def sizes(self) -> tuple[int, int, Sequence[int]]:
+        """(O, A, hidden_dims), as the ``make_..._network`` functions take them."""
+        return cast("int", self.observation_dim), cast("int", self.action_dim), self.hidden_dims
+
+    @property
+    def state_key(self) -> NestedKey:
+        """Where policies and critics read the state."""
+        keys = self._keys
+        return keys[0] if len(keys) == 1 else _STATE
+
+    @property
+    def bounds(self) -> dict[str, Any]:
+        """``low`` and ``high`` of the actions: numbers where they are the same in every dimension."""
+        space = cast("Bounded", self.action_spec).space
+        named = {"low": space.low, "high": space.high}
+        return {name: bound[0].item() if bool((bound == bound[0]).all()) else bound for name, bound in named.items()}
+
+    def encoded(self, module: TensorDictModule) -> TensorDictModule:
+        """A policy or critic that reads ``state_key``, on the device, behind what joins several observations to one vector."""
+        if len(self._keys) > 1:
+            module = TensorDictSequential(TensorDictModule(_Join(), in_keys=self._keys, out_keys=[_STATE]), module)
+        return module.to(self.device)
+
+    def flow_policy(self, num_steps: int, out_keys: Sequence[NestedKey] = ("action",)) -> TensorDictModule:
+        """A flow over the paper's velocity network."""
+        flow = FlowMatchingPolicy(
+            make_velocity_network(*self.sizes),
+            self.sizes[1],
+            num_steps,
+            in_keys=(self.state_key, "noise"),
+            out_keys=out_keys,
+            **self.bounds,
+        )
+        return self.encoded(flow)
+
+    def value_network(self) -> TensorDictModule:
+        """The critics' network without an action: V(s)."""
+        return self.encoded(make_value_network(self.sizes[0], self.hidden_dims, observation_key=self.state_key))
+
+    def critics(self) -> list[TensorDictModule]:
+        """The paper's twin critics."""
+        return [self.encoded(critic) for critic in make_qvalue_networks(*self.sizes, observation_key=self.state_key)]
+
+    @property
+    def _keys(self) -> list[NestedKey]:
+        return list(cast("Composite", self.observation_spec).keys(True, True))
+
+
+class _Join(nn.Module):
+    """Concatenate vectors."""
+
+    def forward(self, *observations: Tensor) -> Tensor:
+        return torch.cat(observations, -1)
 
 
 class Diagnostics(Protocol):
@@ -131,6 +224,13 @@ def learner_with_critics(
         target_updater=SoftUpdate(loss, tau=config.tau),
         **more,
     )
+
+
+def exploring(policy: TensorDictModule, *args: float) -> TensorDictModule:
+    """The policy whose last module explores; encoders before it stay."""
+    *encoders, head = parts(policy)
+    explorer = head.exploring(*args)
+    return TensorDictSequential(*encoders, explorer) if encoders else explorer
 
 
 def trainable(module: nn.Module) -> list[Tensor]:

@@ -21,12 +21,12 @@ class BCConfig(MethodConfig):
 
 def build_bc(config: BCConfig, problem: ProblemSpec) -> Learner:
     """Build behavioural cloning for a problem. Online it acts by the samples of its Gaussian."""
-    from deflow_torchrl.algorithms.base import Learner, trainable
+    from deflow_torchrl.algorithms.base import Learner, exploring, trainable
     from deflow_torchrl.modules import GaussianPolicy, make_policy_network
     from deflow_torchrl.objectives import BCLoss
 
-    network = make_policy_network(problem.observation_dim, problem.action_dim, problem.hidden_dims)
-    policy = GaussianPolicy(network).to(problem.device)
+    network = make_policy_network(*problem.sizes)
+    policy = problem.encoded(GaussianPolicy(network, in_keys=(problem.state_key,), **problem.bounds))
     loss = BCLoss(policy)
     return Learner(
         loss=loss,
@@ -34,8 +34,8 @@ def build_bc(config: BCConfig, problem: ProblemSpec) -> Learner:
         evaluated_policies={"bc": policy},
         param_groups=[{"params": trainable(loss), "lr": config.lr}],
         target_updater=None,
-        exploration_policy=policy.exploring(),
+        exploration_policy=exploring(policy),
     )
 
 
-ALGORITHM = Algorithm(name="bc", config=BCConfig, build=build_bc)
+ALGORITHM = Algorithm(name="bc", title="BC", config=BCConfig, build=build_bc)

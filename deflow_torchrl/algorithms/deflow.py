@@ -86,28 +86,21 @@ def build_deflow(config: DeFlowConfig, problem: ProblemSpec) -> Learner:
     """
     from deflow_torchrl.algorithms.base import learner_with_critics
     from deflow_torchrl.algorithms.diagnostics import DeFlowDiagnostics
-    from deflow_torchrl.modules import (
-        DeFlowActor,
-        FlowMatchingPolicy,
-        RefinementPolicy,
-        make_qvalue_networks,
-        make_refinement_network,
-        make_velocity_network,
-    )
+    from deflow_torchrl.modules import DeFlowActor, RefinementPolicy, make_refinement_network
     from deflow_torchrl.objectives import DeFlowLoss
 
     fixed_alpha = config.fixed_alpha
     if fixed_alpha is not None and given(config.square_fixed_alpha, False):
         fixed_alpha = fixed_alpha**2
-    sizes = (problem.observation_dim, problem.action_dim, problem.hidden_dims)
-    flow = FlowMatchingPolicy(
-        make_velocity_network(*sizes), problem.action_dim, config.flow_steps, out_keys=("base_action",)
+    flow = problem.flow_policy(config.flow_steps, out_keys=("base_action",))
+    network = make_refinement_network(*problem.sizes)
+    keys = (problem.state_key, "base_action")
+    actor = DeFlowActor(
+        flow, problem.encoded(RefinementPolicy(network, problem.sizes[1], in_keys=keys, **problem.bounds))
     )
-    actor = DeFlowActor(flow, RefinementPolicy(make_refinement_network(*sizes), problem.action_dim, low=-1.0, high=1.0))
-    critics = [critic.to(problem.device) for critic in make_qvalue_networks(*sizes)]
     loss = DeFlowLoss(
-        actor.to(problem.device),
-        critics,
+        actor,
+        problem.critics(),
         target_divergence=given(config.target_divergence, problem.target_divergence),
         q_aggregation=given(config.q_aggregation, problem.q_aggregation),
         normalize_q_loss=config.normalize_q_loss,
@@ -129,4 +122,4 @@ def build_deflow(config: DeFlowConfig, problem: ProblemSpec) -> Learner:
     )
 
 
-ALGORITHM = Algorithm(name="deflow", config=DeFlowConfig, build=build_deflow, alarms=DEFLOW_ALARMS)
+ALGORITHM = Algorithm(name="deflow", title="DeFlow", config=DeFlowConfig, build=build_deflow, alarms=DEFLOW_ALARMS)

@@ -11,7 +11,8 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from deflow_torchrl.generators import generators_set_aside
-from deflow_torchrl.objectives import DeFlowLoss
+from deflow_torchrl.modules.policies import last_policy
+from deflow_torchrl.objectives import DeFlowLoss, terms
 
 _NEIGHBOURS = 10
 _REFERENCE_TRANSITIONS = 10_000
@@ -36,7 +37,7 @@ class DeFlowDiagnostics:
 
     def __init__(self, loss: DeFlowLoss) -> None:
         self.loss = loss
-        self._observation_key = loss.actor_network.refinement_policy.observation_key
+        self._observation_key = last_policy(loss.actor_network.refinement_policy).observation_key
         self._states: Tensor | None = None
         self._actions = torch.empty(0)
         self._scale = torch.empty(0)
@@ -48,7 +49,7 @@ class DeFlowDiagnostics:
             transitions: observation and action of data ``[N]``; of more than 10,000 as many are taken, evenly spread.
         """
         rows = torch.linspace(0, len(transitions) - 1, min(len(transitions), _REFERENCE_TRANSITIONS)).round().long()
-        device = self.loss.log_alpha.device
+        device = self.loss.target_divergence.device
         states = transitions[self._observation_key][rows].to(device)
         # A dimension that never changes has no unit: it adds nothing to a distance.
         spread = states.std(0, correction=0)
@@ -79,18 +80,21 @@ class DeFlowDiagnostics:
         """
         loss = self.loss
         keys = loss.tensor_keys
-        with loss._acting():
+        with loss._functional_policies():
             with generators_set_aside(seed=0):
-                base = loss._current_base_action(batch)
+                base = loss._base_action(batch)
             shift, action = loss._refine(batch, base)
-        critics = loss.qvalue_network_params
-        bounds = loss.actor_network.refinement_policy.module
+
+        def qvalue(action: Tensor) -> Tensor:
+            return loss.critics.values(loss._with_action(batch, action)).mean()
+
+        bounds = last_policy(loss.actor_network.refinement_policy).module
         out = {
-            "divergence_ratio": loss._divergence(shift).mean() / loss.target_divergence,
+            "divergence_ratio": terms.divergence(shift, loss.divergence_reduction).mean() / loss.target_divergence,
             "saturation": _share_at_bounds(action, bounds.low, bounds.high),
             "saturation_data": _share_at_bounds(batch[keys.action], bounds.low, bounds.high),
-            "q_base": loss._qvalues(batch, base, critics).mean(),
-            "q_refined": loss._qvalues(batch, action, critics).mean(),
+            "q_base": qvalue(base),
+            "q_refined": qvalue(action),
             "td_error": batch[keys.priority].mean(),
         }
         if self._states is not None:

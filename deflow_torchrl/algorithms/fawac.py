@@ -43,16 +43,13 @@ def build_fawac(config: FAWACConfig, problem: ProblemSpec) -> Learner:
         ValueError: on a setting out of range.
     """
     from deflow_torchrl.algorithms.base import learner_with_critics
-    from deflow_torchrl.modules import FlowMatchingPolicy, make_qvalue_networks, make_velocity_network
     from deflow_torchrl.objectives import FAWACLoss
 
     temperature = needed(config.temperature, "temperature")
-    sizes = (problem.observation_dim, problem.action_dim, problem.hidden_dims)
-    policy = FlowMatchingPolicy(make_velocity_network(*sizes), problem.action_dim, config.flow_steps)
-    critics = [critic.to(problem.device) for critic in make_qvalue_networks(*sizes)]
+    policy = problem.flow_policy(config.flow_steps)
     loss = FAWACLoss(
-        policy.to(problem.device),
-        critics,
+        policy,
+        problem.critics(),
         temperature=temperature,
         max_weight=config.max_weight,
         q_aggregation=given(config.q_aggregation, problem.q_aggregation),
@@ -60,4 +57,4 @@ def build_fawac(config: FAWACConfig, problem: ProblemSpec) -> Learner:
     return learner_with_critics(config, problem, loss, policy)
 
 
-ALGORITHM = Algorithm(name="fawac", config=FAWACConfig, build=build_fawac)
+ALGORITHM = Algorithm(name="fawac", title="FAWAC", config=FAWACConfig, build=build_fawac)

@@ -42,16 +42,13 @@ def build_fbrac(config: FBRACConfig, problem: ProblemSpec) -> Learner:
         ValueError: on a setting out of range.
     """
     from deflow_torchrl.algorithms.base import learner_with_critics
-    from deflow_torchrl.modules import FlowMatchingPolicy, make_qvalue_networks, make_velocity_network
     from deflow_torchrl.objectives import FBRACLoss
 
     alpha = needed(config.alpha, "alpha")
-    sizes = (problem.observation_dim, problem.action_dim, problem.hidden_dims)
-    policy = FlowMatchingPolicy(make_velocity_network(*sizes), problem.action_dim, config.flow_steps)
-    critics = [critic.to(problem.device) for critic in make_qvalue_networks(*sizes)]
+    policy = problem.flow_policy(config.flow_steps)
     loss = FBRACLoss(
-        policy.to(problem.device),
-        critics,
+        policy,
+        problem.critics(),
         alpha=alpha,
         q_aggregation=given(config.q_aggregation, problem.q_aggregation),
         normalize_q_loss=config.normalize_q_loss,
@@ -59,4 +56,4 @@ def build_fbrac(config: FBRACConfig, problem: ProblemSpec) -> Learner:
     return learner_with_critics(config, problem, loss, policy)
 
 
-ALGORITHM = Algorithm(name="fbrac", config=FBRACConfig, build=build_fbrac)
+ALGORITHM = Algorithm(name="fbrac", title="FBRAC", config=FBRACConfig, build=build_fbrac)

@@ -36,11 +36,9 @@ def build_flow_bc(config: FlowBCConfig, problem: ProblemSpec) -> Learner:
         ValueError: on a setting out of range.
     """
     from deflow_torchrl.algorithms.base import Learner, trainable
-    from deflow_torchrl.modules import FlowMatchingPolicy, make_velocity_network
     from deflow_torchrl.objectives import FlowMatchingLoss
 
-    network = make_velocity_network(problem.observation_dim, problem.action_dim, problem.hidden_dims)
-    policy = FlowMatchingPolicy(network, problem.action_dim, config.flow_steps).to(problem.device)
+    policy = problem.flow_policy(config.flow_steps)
     loss = FlowMatchingLoss(policy)
     return Learner(
         loss=loss,
@@ -51,4 +49,4 @@ def build_flow_bc(config: FlowBCConfig, problem: ProblemSpec) -> Learner:
     )
 
 
-ALGORITHM = Algorithm(name="flow_bc", config=FlowBCConfig, build=build_flow_bc)
+ALGORITHM = Algorithm(name="flow_bc", title="flow BC", config=FlowBCConfig, build=build_flow_bc)

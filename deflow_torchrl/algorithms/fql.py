@@ -42,24 +42,19 @@ def build_fql(config: FQLConfig, problem: ProblemSpec) -> Learner:
         ValueError: on a setting out of range.
     """
     from deflow_torchrl.algorithms.base import learner_with_critics
-    from deflow_torchrl.modules import (
-        FlowMatchingPolicy,
-        OneStepPolicy,
-        make_one_step_network,
-        make_qvalue_networks,
-        make_velocity_network,
-    )
+    from deflow_torchrl.modules import OneStepPolicy, make_one_step_network
     from deflow_torchrl.objectives import FQLLoss
 
     alpha = needed(config.alpha, "alpha")
-    sizes = (problem.observation_dim, problem.action_dim, problem.hidden_dims)
-    flow = FlowMatchingPolicy(make_velocity_network(*sizes), problem.action_dim, config.flow_steps)
-    actor = OneStepPolicy(make_one_step_network(*sizes), problem.action_dim)
-    critics = [critic.to(problem.device) for critic in make_qvalue_networks(*sizes)]
+    flow = problem.flow_policy(config.flow_steps)
+    network = make_one_step_network(*problem.sizes)
+    actor = problem.encoded(
+        OneStepPolicy(network, problem.sizes[1], in_keys=(problem.state_key, "noise"), **problem.bounds)
+    )
     loss = FQLLoss(
-        flow.to(problem.device),
-        actor.to(problem.device),
-        critics,
+        flow,
+        actor,
+        problem.critics(),
         alpha=alpha,
         q_aggregation=given(config.q_aggregation, problem.q_aggregation),
         normalize_q_loss=config.normalize_q_loss,
@@ -67,4 +62,4 @@ def build_fql(config: FQLConfig, problem: ProblemSpec) -> Learner:
     return learner_with_critics(config, problem, loss, actor)
 
 
-ALGORITHM = Algorithm(name="fql", config=FQLConfig, build=build_fql)
+ALGORITHM = Algorithm(name="fql", title="FQL", config=FQLConfig, build=build_fql)

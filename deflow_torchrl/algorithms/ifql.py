@@ -42,34 +42,28 @@ def build_ifql(config: IFQLConfig, problem: ProblemSpec) -> Learner:
         InputError: where neither the settings nor the task have a number of samples.
     """
     from deflow_torchrl.algorithms.base import learner_with_critics
-    from deflow_torchrl.modules import (
-        BestOfNPolicy,
-        FlowMatchingPolicy,
-        make_qvalue_networks,
-        make_value_network,
-        make_velocity_network,
-    )
+    from deflow_torchrl.modules import BestOfNPolicy
     from deflow_torchrl.objectives import IFQLLoss
 
     num_samples = needed(config.num_samples, "num_samples")
-    sizes = (problem.observation_dim, problem.action_dim, problem.hidden_dims)
-    flow = FlowMatchingPolicy(make_velocity_network(*sizes), problem.action_dim, config.flow_steps).to(problem.device)
+    flow = problem.flow_policy(config.flow_steps)
     loss = IFQLLoss(
         flow,
-        [critic.to(problem.device) for critic in make_qvalue_networks(*sizes)],
-        make_value_network(problem.observation_dim, problem.hidden_dims).to(problem.device),
+        problem.critics(),
+        problem.value_network(),
         expectile=config.expectile,
+        num_samples=num_samples,
     )
-    parts = (flow, loss.qvalue_network, loss.qvalue_network_params, num_samples)
-    policy = BestOfNPolicy(*parts)
     return learner_with_critics(
         config,
         problem,
         loss,
-        policy,
+        loss.actor_network,
         # The collector's noise is one row a state: this form draws its N rows itself, from a seed made of that row.
-        exploration_policy=BestOfNPolicy(*parts, in_keys=("observation",)),
+        exploration_policy=BestOfNPolicy(
+            flow, loss.qvalue_network, loss.qvalue_network_params, num_samples, in_keys=(problem.state_key,)
+        ),
     )
 
 
-ALGORITHM = Algorithm(name="ifql", config=IFQLConfig, build=build_ifql)
+ALGORITHM = Algorithm(name="ifql", title="IFQL", config=IFQLConfig, build=build_ifql)

@@ -38,17 +38,18 @@ def build_iql(config: IQLConfig, problem: ProblemSpec) -> Learner:
     Raises:
         InputError: where neither the settings nor the task have a temperature.
     """
-    from deflow_torchrl.algorithms.base import learner_with_critics
-    from deflow_torchrl.modules import GaussianPolicy, make_policy_network, make_qvalue_networks, make_value_network
+    from deflow_torchrl.algorithms.base import exploring, learner_with_critics
+    from deflow_torchrl.modules import GaussianPolicy, make_policy_network
     from deflow_torchrl.objectives import IQLLoss
 
     temperature = needed(config.temperature, "temperature")
-    sizes = (problem.observation_dim, problem.action_dim, problem.hidden_dims)
-    policy = GaussianPolicy(make_policy_network(*sizes)).to(problem.device)
+    policy = problem.encoded(
+        GaussianPolicy(make_policy_network(*problem.sizes), in_keys=(problem.state_key,), **problem.bounds)
+    )
     loss = IQLLoss(
         policy,
-        [critic.to(problem.device) for critic in make_qvalue_networks(*sizes)],
-        make_value_network(problem.observation_dim, problem.hidden_dims).to(problem.device),
+        problem.critics(),
+        problem.value_network(),
         temperature=temperature,
         expectile=config.expectile,
     )
@@ -57,8 +58,8 @@ def build_iql(config: IQLConfig, problem: ProblemSpec) -> Learner:
         problem,
         loss,
         policy,
-        exploration_policy=policy.exploring(),
+        exploration_policy=exploring(policy),
     )
 
 
-ALGORITHM = Algorithm(name="iql", config=IQLConfig, build=build_iql)
+ALGORITHM = Algorithm(name="iql", title="IQL", config=IQLConfig, build=build_iql)

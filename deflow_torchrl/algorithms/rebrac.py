@@ -46,17 +46,18 @@ def build_rebrac(config: ReBRACConfig, problem: ProblemSpec) -> Learner:
     Raises:
         InputError: where neither the settings nor the task have a penalty's weight.
     """
-    from deflow_torchrl.algorithms.base import learner_with_critics
-    from deflow_torchrl.modules import DeterministicPolicy, make_policy_network, make_qvalue_networks
+    from deflow_torchrl.algorithms.base import exploring, learner_with_critics
+    from deflow_torchrl.modules import DeterministicPolicy, make_policy_network
     from deflow_torchrl.objectives import ReBRACLoss
 
     actor_bc_coef = needed(config.actor_bc_coef, "actor_bc_coef")
     critic_bc_coef = needed(config.critic_bc_coef, "critic_bc_coef")
-    sizes = (problem.observation_dim, problem.action_dim, problem.hidden_dims)
-    policy = DeterministicPolicy(make_policy_network(*sizes)).to(problem.device)
+    policy = problem.encoded(
+        DeterministicPolicy(make_policy_network(*problem.sizes), in_keys=(problem.state_key,), **problem.bounds)
+    )
     loss = ReBRACLoss(
         policy,
-        [critic.to(problem.device) for critic in make_qvalue_networks(*sizes)],
+        problem.critics(),
         actor_bc_coef=actor_bc_coef,
         critic_bc_coef=critic_bc_coef,
         policy_noise=config.policy_noise,
@@ -67,11 +68,11 @@ def build_rebrac(config: ReBRACConfig, problem: ProblemSpec) -> Learner:
         problem,
         loss,
         policy,
-        exploration_policy=policy.exploring(config.policy_noise, config.noise_clip),
+        exploration_policy=exploring(policy, config.policy_noise, config.noise_clip),
         term_periods={"loss_actor": config.period},
         target_period=config.period,
         next_action=True,
     )
 
 
-ALGORITHM = Algorithm(name="rebrac", config=ReBRACConfig, build=build_rebrac)
+ALGORITHM = Algorithm(name="rebrac", title="ReBRAC", config=ReBRACConfig, build=build_rebrac)

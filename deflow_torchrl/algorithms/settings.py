@@ -79,21 +79,35 @@ class CriticConfig(BootstrapConfig):
         need(self.q_aggregation in (None, "mean", "min"), "algo.q_aggregation", self.q_aggregation, "mean or min")
 
 
+def _no_build(config: Any, problem: ProblemSpec) -> Learner:
+    raise InputError(f"the method {config.name!r} was registered without a function that builds it")
+
+
 @dataclass(frozen=True)
 class Algorithm:
-    """A method's name, its settings and how to build it.
+    """A method's names, its settings and how to build it.
 
     Attributes:
         name: as in ``algo=NAME``.
+        title: as in tables and figures; the name where it is empty.
         config: dataclass of its settings, each with a default; a :class:`MethodConfig`.
         build: settings and problem to :class:`~deflow_torchrl.algorithms.base.Learner`.
         alarms: what in its rows of metrics says that a run is going wrong.
     """
 
     name: str
-    config: type[Any]
-    build: Callable[[Any, ProblemSpec], Learner]
+    title: str = ""
+    config: type[Any] = MethodConfig
+    build: Callable[[Any, ProblemSpec], Learner] = _no_build
     alarms: tuple[AlarmRule, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.title, str):  # (name, config, build), as in 0.1
+            moved: Any = (self.name, self.title, self.config)
+            for attribute, value in zip(("title", "config", "build"), moved, strict=True):
+                object.__setattr__(self, attribute, value)
+        elif not self.title:
+            object.__setattr__(self, "title", self.name)
 
 
 def given(setting: _T | None, task_value: _T) -> _T:

@@ -3,6 +3,9 @@
 from .actor import DeFlowActor as DeFlowActor
 from .best_of_n import BestOfNModel as BestOfNModel
 from .best_of_n import BestOfNPolicy as BestOfNPolicy
+from .critics import CriticEnsemble as CriticEnsemble
+from .critics import EncodedCritics as EncodedCritics
+from .critics import TwinCritic as TwinCritic
 from .flow import FlowMatchingModel as FlowMatchingModel
 from .flow import FlowMatchingPolicy as FlowMatchingPolicy
 from .networks import make_one_step_network as make_one_step_network

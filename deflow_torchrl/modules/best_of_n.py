@@ -4,27 +4,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-import torch
-from tensordict import TensorDict, TensorDictParams
-from tensordict.nn import TensorDictModule
-from tensordict.utils import NestedKey, unravel_key
+from tensordict import TensorDict, TensorDictBase, TensorDictParams
+from tensordict.nn import TensorDictModule, TensorDictModuleBase
+from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
-from deflow_torchrl.modules.flow import FlowMatchingModel, FlowMatchingPolicy
-from deflow_torchrl.modules.networks import StateActionValue
+from deflow_torchrl.modules.critics import CriticEnsemble, TwinCritic
+from deflow_torchrl.modules.flow import FlowMatchingModel
+from deflow_torchrl.modules.policies import encode, last_policy, parts
 
 
 class BestOfNModel(nn.Module):
     """Tensor-only core of :class:`BestOfNPolicy`; arguments as there."""
 
-    qvalue_network: TensorDictModule
+    qvalue_network: nn.Module
     qvalue_network_params: TensorDictParams
 
     def __init__(
         self,
         flow: FlowMatchingModel,
-        qvalue_network: TensorDictModule,
+        qvalue_network: nn.Module,
         qvalue_network_params: TensorDictParams,
         num_samples: int,
         *,
@@ -34,48 +35,42 @@ class BestOfNModel(nn.Module):
         super().__init__()
         if num_samples < 1:
             raise ValueError(f"num_samples must be positive, got {num_samples}")
-        others = [key for key in qvalue_network.in_keys if unravel_key(key) != unravel_key(action_key)]
-        if len(others) != 1:
-            raise ValueError(f"the critics must read one observation and {action_key!r}, got {qvalue_network.in_keys}")
         self.flow = flow
         # Of the network the layout alone is wanted, not parameters: those are qvalue_network_params.
         self.__dict__["qvalue_network"] = qvalue_network
         self.qvalue_network_params = qvalue_network_params
         self.num_samples = num_samples
-        self._keys = (others[0], action_key, value_key)
+        self._keys = {"action_key": action_key, "value_key": value_key}
 
     def forward(self, observation: Tensor, noise: Tensor | None = None) -> Tensor:
         """``observation [..., O]`` and ``noise [..., N, A]`` (drawn if None) to the best action ``[..., A]``."""
+        state_keys = self.critics.state_keys
+        if len(state_keys) != 1:
+            raise ValueError(f"the critics must read one observation beside the action, got {state_keys}")
+        state = TensorDict({state_keys[0]: observation}, batch_size=observation.shape[:-1])
+        return self.choose(state, observation, noise)
+
+    def choose(self, state: TensorDictBase, observation: Tensor, noise: Tensor | None = None) -> Tensor:
+        """The best action, where the critics read ``state [...]`` and the flow ``observation [..., O]``."""
         candidates = (*observation.shape[:-1], self.num_samples)
-        observations = observation.unsqueeze(-2).expand(*candidates, observation.shape[-1])
-        noise = self.flow.draw_noise(observations) if noise is None else noise
+        # One batch of all candidates: rows are what the samplers and critics are fast in.
+        observations = observation.unsqueeze(-2).expand(*candidates, observation.shape[-1]).flatten(0, -2)
+        noise = self.flow.draw_noise(observations).unflatten(0, candidates) if noise is None else noise
         if noise.shape != (*candidates, self.flow.action_dim):
             raise ValueError(
                 f"noise of shape {[*candidates, self.flow.action_dim]} is needed, one row for each candidate, "
                 f"got {list(noise.shape)}"
             )
-        # One batch of all candidates: rows are what the samplers and critics are fast in.
-        rows, starts = observations.flatten(0, -2), noise.flatten(0, -2)
-        actions = self.flow(rows, starts)
-        best = self.qvalues(rows, actions).amin(0).reshape(candidates).argmax(-1)
+        actions = self.flow(observations, noise.flatten(0, -2))
+        rows = state.unsqueeze(-1).expand(*candidates).reshape(-1).set(self.critics.action_key, actions)
+        best = self.critics.values(rows).amin(0).reshape(candidates).argmax(-1)
         chosen = best[..., None, None].expand(*best.shape, 1, actions.shape[-1])
         return actions.reshape(noise.shape).gather(-2, chosen).squeeze(-2)
 
-    def qvalues(self, observation: Tensor, action: Tensor) -> Tensor:
-        """Q_j(s, a) of the ensemble ``[J, B]`` from ``observation [B, O]`` and ``action [B, A]``."""
-        network, params = self.qvalue_network, self.qvalue_network_params
-        if isinstance(network.module, StateActionValue) and params.batch_size[0] > 1:
-            together = network.module.ensemble(observation, action, params.get("module"))
-            if together is not None:
-                return together.squeeze(-1)
-        observation_key, action_key, value_key = self._keys
-        values: list[Tensor] = []
-        for number in range(params.batch_size[0]):
-            inputs = TensorDict(batch_size=observation.shape[:-1])
-            inputs[observation_key], inputs[action_key] = observation, action
-            with params[number].to_module(network, preserve_module_state=False):
-                values.append(network(inputs)[value_key].squeeze(-1))
-        return torch.stack(values)
+    @property
+    def critics(self) -> CriticEnsemble:
+        """The critics, with the parameters of now."""
+        return TwinCritic.of(self.qvalue_network, self.qvalue_network_params, **self._keys)
 
 
 class BestOfNPolicy(TensorDictModule):
@@ -117,8 +112,8 @@ class BestOfNPolicy(TensorDictModule):
 
     def __init__(
         self,
-        flow_policy: FlowMatchingPolicy,
-        qvalue_network: TensorDictModule,
+        flow_policy: TensorDictModuleBase,
+        qvalue_network: nn.Module,
         qvalue_network_params: TensorDictParams,
         num_samples: int,
         *,
@@ -132,7 +127,7 @@ class BestOfNPolicy(TensorDictModule):
                 f"in_keys must be (observation,) or (observation, noise) and out_keys (action,), got {in_keys} and {out_keys}"
             )
         model = BestOfNModel(
-            flow_policy.module,
+            last_policy(flow_policy).module,
             qvalue_network,
             qvalue_network_params,
             num_samples,
@@ -140,6 +135,18 @@ class BestOfNPolicy(TensorDictModule):
             value_key=value_key,
         )
         super().__init__(model, in_keys=list(in_keys), out_keys=list(out_keys))
+        # Encoders of the flow run once per state, not per candidate.
+        self.__dict__["_flow_policy"] = flow_policy if len(parts(flow_policy)) > 1 else None
+
+    def forward(self, tensordict: TensorDictBase, *args: Any, **kwargs: Any) -> TensorDictBase:
+        """Write the best action of each state into ``tensordict``."""
+        policy = self.__dict__["_flow_policy"]
+        if policy is None:
+            return super().forward(tensordict, *args, **kwargs)
+        observation = encode(policy, tensordict)[last_policy(policy).in_keys[0]]
+        noise = tensordict.get(self.in_keys[1], None) if len(self.in_keys) == 2 else None
+        state = tensordict.select(*self.module.critics.state_keys)
+        return tensordict.set(self.out_keys[0], self.module.choose(state, observation, noise))
 
     @property
     def noise_shape(self) -> tuple[int, int]:

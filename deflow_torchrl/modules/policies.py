@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
@@ -126,9 +127,20 @@ def last_policy(policy: TensorDictModuleBase) -> TensorDictModuleBase:
     return parts(policy)[-1]
 
 
+def encode(policy: TensorDictModuleBase, tensordict: TensorDictBase) -> TensorDictBase:
+    """Run a policy's encoders, once, and return what the policy behind them reads; ``tensordict`` is left as it is."""
+    *encoders, _ = parts(policy)
+    if not encoders:
+        return tensordict
+    encoded = tensordict.select(*policy.in_keys, strict=False)
+    for encoder in encoders:
+        encoded = encoder(encoded)
+    return encoded
+
+
 def is_flow(policy: TensorDictModuleBase) -> bool:
-    """Whether a policy, behind its encoders, is a flow: its model has a method ``velocity``, as TorchRL's own has."""
-    return callable(getattr(getattr(last_policy(policy), "module", None), "velocity", None))
+    """Whether a policy, behind its encoders, is a flow: its model has a ``velocity_network``, as that of TorchRL's own has."""
+    return hasattr(getattr(last_policy(policy), "module", None), "velocity_network")
 
 
 def check_encoders(policy: TensorDictModuleBase) -> None:

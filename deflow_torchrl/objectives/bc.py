@@ -8,14 +8,13 @@ Where the released code and the textbook differ:
 
 from __future__ import annotations
 
-from typing import Any
-
 from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from deflow_torchrl.modules.policies import GaussianPolicy
-from deflow_torchrl.objectives.common import OffPolicyLoss, Reduction
+from deflow_torchrl.objectives import acting
+from deflow_torchrl.objectives.base import OffPolicyLoss, Reduction, Terms, term
 
 
 class BCLoss(OffPolicyLoss):
@@ -27,7 +26,7 @@ class BCLoss(OffPolicyLoss):
         actor_network (GaussianPolicy): the policy to train.
 
     Keyword Args:
-        reduction (str, optional): ``"mean"`` (default), ``"sum"`` over the batch, or ``"none"`` (shape ``td.shape``).
+        reduction: see :class:`~deflow_torchrl.objectives.base.OffPolicyLoss`.
 
     Raises:
         TypeError: if ``actor_network`` is no :class:`~deflow_torchrl.modules.GaussianPolicy`.
@@ -46,25 +45,23 @@ class BCLoss(OffPolicyLoss):
 
     out_keys = ["loss_actor"]
 
-    actor_network: GaussianPolicy
-
-    def __init__(self, actor_network: GaussianPolicy, *, reduction: Reduction | None = None) -> None:
+    def __init__(self, actor_network: TensorDictModuleBase, *, reduction: Reduction | None = None) -> None:
+        acting.check_gaussian_policy(actor_network)
         super().__init__(reduction=reduction)
-        check_gaussian(actor_network)
-        self.convert_to_functional(actor_network, "actor_network")
+        self._add_policy(actor_network, "actor_network")
 
     def _required_keys(self, tensordict: TensorDictBase | None = None) -> list[NestedKey]:
-        return [self.actor_network.observation_key, self.tensor_keys.action]
+        return [*self.actor_network.in_keys, self.tensor_keys.action]
 
     def _optional_keys(self) -> list[NestedKey]:
         return []
 
     def _compute(self, tensordict: TensorDictBase) -> dict[str, Tensor]:
-        policy = self.actor_network
-        log_prob = policy.module.log_prob(tensordict[policy.observation_key], tensordict[self.tensor_keys.action])
-        return {"loss_actor": self._reduce_term(-log_prob, tensordict)}
+        log_prob = acting.log_prob(self.actor_network, tensordict, tensordict[self.tensor_keys.action])
+        return {"loss_actor": self._reduce(-log_prob, tensordict)}
 
-    def actor_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Any]]:
+    @term
+    def actor_loss(self, tensordict: TensorDictBase) -> Terms:
         """Compute ``loss_actor``.
 
         Args:
@@ -73,11 +70,4 @@ class BCLoss(OffPolicyLoss):
         Returns:
             The loss and an empty metadata dictionary.
         """
-        with self._acting():
-            return self._compute(self._blank_masked_rows(tensordict))["loss_actor"], {}
-
-
-def check_gaussian(policy: object) -> None:
-    """Raise TypeError unless ``policy`` has the likelihood that BC and IQL maximise."""
-    if not isinstance(policy, GaussianPolicy):
-        raise TypeError(f"a GaussianPolicy is needed, got {type(policy).__name__}")
+        return self._compute(tensordict)["loss_actor"], {}

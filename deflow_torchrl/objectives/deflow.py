@@ -1,68 +1,71 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
 """DeFlow: flow prior, trust-region refinement and twin critic, trained side by side (Algorithm 1).
 
-The three parts are the three losses of :mod:`flow_matching`, :mod:`refinement` and :mod:`td_critic`, whose files list where
-the authors' released code and the paper differ. Differences of the whole:
-  1. The paper says Q-normalisation as in FQL; FQL's runs do not normalise, DeFlow's released commands do. Default: do.
-  2. The released "frozen" prior stays in the optimiser, whose momentum moves it. Here a part is frozen by leaving its
-     parameters out of the optimiser.
+Where the authors' released code and the paper differ:
+  1. Eq. 5 and Eq. 10-12 are written with squared norms, sums over action dimensions; the code averages over them, so that delta
+     is per dimension. Default here: the average (``divergence_reduction="sum"`` is Eq. 10 as printed).
+  2. Eq. 12 descends in alpha >= 0, the code in log alpha, which starts at 1.0 (alpha = e). Default here: the code.
+  3. The code multiplies a fixed alpha twice. Here it multiplies once.
+  4. The code has no bound on alpha. Here there is none by default (``min_alpha``, ``max_alpha``).
+  5. The paper says Q-normalisation as in FQL; FQL's runs do not normalise, DeFlow's released commands do. Default here: do.
+  6. The critics' loss is averaged over them, where TorchRL and others sum. Default here: the average.
+  7. The released "frozen" prior stays in the optimiser, whose momentum moves it. Here a frozen prior does not move.
+  8. The code moves the targets towards the critics of *before* the optimiser's step. That order is the caller's:
+     ``SoftUpdate.step()`` before ``optimizer.step()``, as in :class:`deflow_torchrl.trainers.UpdateStep`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from typing import Any, Self
-
 import torch
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModule
 from tensordict.utils import NestedKey
 from torch import Tensor
 
 from deflow_torchrl.modules.actor import DeFlowActor
-from deflow_torchrl.modules.flow import FlowMatchingPolicy, Precision, check_precision
-from deflow_torchrl.objectives.common import OffPolicyLoss, Reduction
-from deflow_torchrl.objectives.flow_matching import FlowMatchingLoss, check_flow_policy
-from deflow_torchrl.objectives.refinement import RefinementLoss
-from deflow_torchrl.objectives.td_critic import TDCriticLoss
+from deflow_torchrl.modules.critics import check_aggregation
+from deflow_torchrl.modules.flow import Precision, check_precision
+from deflow_torchrl.objectives import acting, terms
+from deflow_torchrl.objectives.base import Critics, Reduction, Terms, next_key, term
+from deflow_torchrl.objectives.refined_actor import RefinedActorLoss
 
 
-class DeFlowLoss(FlowMatchingLoss, RefinementLoss, TDCriticLoss):
+class DeFlowLoss(RefinedActorLoss):
     """The four losses of DeFlow (https://muzhancun.github.io/preprints/deflow), each with gradients to its own part only.
 
-    ``loss_flow`` trains the prior (:class:`FlowMatchingLoss`), ``loss_actor`` the refinement and ``loss_alpha`` the
-    multiplier (:class:`RefinementLoss`), ``loss_qvalue`` the critics (:class:`TDCriticLoss`). Each is also a method:
-    ``flow_loss``, ``actor_loss``, ``alpha_loss``, ``qvalue_loss``. Sum them, go back, step ``SoftUpdate`` and one optimiser
-    (in this order, if the numbers are to be those of the authors' code to the last digits).
+    With b = sg(flow(s, z)), d = f(s, b), D = mean over batch and action dims of d^2:
+
+    * ``loss_flow = mean |v(s, x_t, t) - (a - z)|^2``, ``x_t = (1 - t) z + t a``, trains the prior;
+    * ``loss_actor = -lambda mean_{j,batch} Q_j(s, clip(b + d)) + sg(alpha) D`` trains the refinement, critics fixed;
+      ``lambda = sg(1 / mean|mean_j Q_j|)`` if ``normalize_q_loss``, else 1;
+    * ``loss_alpha = -log_alpha (sg(D) - delta)``, ``alpha = exp(log_alpha)``: alpha rises iff D exceeds delta;
+    * ``loss_qvalue = mean_{j,batch} (Q_j(s, a) - y)^2`` trains the critics on
+      ``y = r + gamma (1 - terminated) agg_j Qbar_j(s', clip(b' + f(s', b')))``. Truncated transitions bootstrap.
+
+    Each is also a method: ``flow_loss``, ``actor_loss``, ``alpha_loss``, ``qvalue_loss``. Metadata: ``alpha``, ``divergence``.
+    Sum them, go back, step ``SoftUpdate`` and one optimiser.
 
     Args:
-        actor_network (DeFlowActor): the acting policy, prior and refinement.
-        qvalue_network (list of TensorDictModule, or TensorDictModule): critics reading the observation and ``action`` and
-            writing ``state_action_value [..., 1]``. A list keeps its initialisation; one module is copied
-            ``num_qvalue_nets`` times, all but the first copy re-initialised by their own layers.
+        actor_network (DeFlowActor): the acting policy, prior and refinement; encoders may stand before either.
+        qvalue_network: see :class:`~deflow_torchrl.objectives.base.OffPolicyLoss`.
 
     Keyword Args:
-        target_divergence (float, optional): delta, the mean-square shift per action dimension. Defaults to ``1e-3``
-            (the paper's value for cube and scene).
-        q_aggregation (str, optional): ``"mean"`` (default) or ``"min"`` over the target critics.
-        normalize_q_loss (bool, optional): scale the Q term by 1 / mean|Q|. Defaults to ``True``.
+        target_divergence (float, optional): delta, the mean-square shift per action dimension, in squared action units.
+            Defaults to ``1e-3`` (the paper's value for cube and scene).
+        normalize_q_loss (bool, optional): scale the Q term by lambda. Defaults to ``True``.
         divergence_reduction (str, optional): ``"mean"`` (default) or ``"sum"`` over action dimensions.
         log_alpha_init (float, optional): start of log alpha. Defaults to ``1.0``.
-        min_alpha (float, optional): lower bound of alpha. Defaults to none.
+        min_alpha (float, optional): lower bound of alpha, > 0. Defaults to none.
         max_alpha (float, optional): upper bound of alpha. Defaults to none.
-        fixed_alpha (float, optional): a constant multiplier. Defaults to none.
+        fixed_alpha (float, optional): a constant multiplier; ``loss_alpha`` is then zero. Defaults to none.
         freeze_prior (bool, optional): the prior does not learn and there is no ``loss_flow``: see :meth:`freeze_prior_`,
             which does the same in mid-training. The prior may then be any TensorDictModule that writes the refinement's base
             action, and it is not called where the input holds base actions of s and s' already
             (:class:`~deflow_torchrl.data.BaseActionBank`). Defaults to ``False``.
-        delay_qvalue (bool, optional): bootstrap from target critics, moved by ``SoftUpdate``. Defaults to ``True``.
-        num_qvalue_nets (int, optional): copies of a single critic. Ignored for a list. Defaults to ``2``.
-        reduction (str, optional): ``"mean"`` (default), ``"sum"`` over the batch, or ``"none"`` (shape ``td.shape``).
-        deactivate_vmap (bool, optional): evaluate the critics in a loop. Defaults to ``False``.
         sampler_precision (str, optional): of the matrix products that sample base actions, without gradient:
             ``"highest"`` (default), ``"high"``, ``"medium"`` or ``"bfloat16"``, see
             :func:`~deflow_torchrl.modules.flow.matmul_precision`.
+        q_aggregation, delay_qvalue, num_qvalue_nets, reduction, deactivate_vmap: see
+            :class:`~deflow_torchrl.objectives.base.OffPolicyLoss`.
 
     Raises:
         TypeError: if the actor's prior is to learn and is not a :class:`~deflow_torchrl.modules.FlowMatchingPolicy`.
@@ -110,10 +113,10 @@ class DeFlowLoss(FlowMatchingLoss, RefinementLoss, TDCriticLoss):
     def __init__(
         self,
         actor_network: DeFlowActor,
-        qvalue_network: TensorDictModule | Sequence[TensorDictModule],
+        qvalue_network: Critics,
         *,
         target_divergence: float = 1e-3,
-        q_aggregation: str = "mean",
+        q_aggregation: str | float = "mean",
         normalize_q_loss: bool = True,
         divergence_reduction: str = "mean",
         log_alpha_init: float = 1.0,
@@ -128,75 +131,123 @@ class DeFlowLoss(FlowMatchingLoss, RefinementLoss, TDCriticLoss):
         sampler_precision: Precision = "highest",
     ) -> None:
         check_precision(sampler_precision)
-        # The parents' constructors would each convert the networks again: the parts are set once, here.
-        OffPolicyLoss.__init__(self, reduction=reduction)
+        check_aggregation(q_aggregation)
+        super().__init__(actor_network, freeze_prior=freeze_prior, reduction=reduction)
         if not freeze_prior:
-            check_flow_policy(actor_network.flow_policy)
-        self._set_actor(actor_network, freeze_prior=freeze_prior)
-        self._set_critic(
+            acting.check_flow_policy(actor_network.flow_policy)
+        self._add_critics(
             qvalue_network,
             num_qvalue_nets=num_qvalue_nets,
-            create_target_params=delay_qvalue,
             deactivate_vmap=deactivate_vmap,
+            create_target_params=delay_qvalue,
         )
-        self._set_aggregation(q_aggregation)
-        self.sampler_precision = sampler_precision
-        self._set_trust_region(
+        self._add_trust_region(
             target_divergence=target_divergence,
-            normalize_q_loss=normalize_q_loss,
             divergence_reduction=divergence_reduction,
             log_alpha_init=log_alpha_init,
             min_alpha=min_alpha,
             max_alpha=max_alpha,
             fixed_alpha=fixed_alpha,
         )
+        self.q_aggregation = q_aggregation
+        self.normalize_q_loss = normalize_q_loss
+        self.sampler_precision = sampler_precision
 
-    def freeze_prior_(self) -> Self:
-        """Fix the prior for good and drop ``loss_flow`` from the outputs; see :meth:`RefinementLoss.freeze_prior_`."""
-        self.out_keys = [key for key in self.out_keys if key != "loss_flow"]
-        return super().freeze_prior_()
+    def _required_keys(self, tensordict: TensorDictBase | None = None) -> list[NestedKey]:
+        following = None if tensordict is None else tensordict.get("next", None)
+        critic = self.critics.state_keys
+        return [
+            *self._actor_keys(tensordict),
+            *critic,
+            self.tensor_keys.action,
+            *self._next_keys(*self._actor_keys(following), *critic),
+        ]
 
-    def flow_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
-        """Compute ``loss_flow``: see :meth:`FlowMatchingLoss.flow_loss`.
+    def _optional_keys(self) -> list[NestedKey]:
+        keys, draws = self.tensor_keys, self._draw_keys()
+        flow = [] if self.prior_frozen else [keys.flow_noise, keys.flow_time]
+        return [*draws, *map(next_key, draws), *self.critics.draw_keys, *flow, keys.valid]
+
+    def _compute(self, tensordict: TensorDictBase) -> dict[str, Tensor]:
+        following = self._next(tensordict)
+        base_action, next_base_action = self._base_actions(tensordict, following)
+        flow = {} if self.prior_frozen else {"loss_flow": self._flow_term(tensordict)}
+        loss_actor, divergence = self._actor_term(tensordict, base_action)
+        return {
+            **flow,
+            "loss_actor": loss_actor,
+            "loss_alpha": self._alpha_term(tensordict, divergence),
+            **self._multiplier_metadata(tensordict, divergence),
+            **self._td_terms(tensordict, lambda: self._refined(following, next_base_action)),
+        }
+
+    def _flow_term(self, tensordict: TensorDictBase) -> Tensor:
+        """Eq. 5: the prior follows the data, whatever the critics say."""
+        return self._reduce(self._flow_error(self.actor_network.flow_policy, tensordict), tensordict)
+
+    def _actor_term(self, tensordict: TensorDictBase, base_action: Tensor) -> tuple[Tensor, Tensor]:
+        """Eq. 11: (loss_actor, D of every sample). sg: the base action, the critics, lambda and alpha."""
+        shift, action = self._refine(tensordict, base_action)
+        divergence = terms.divergence(shift, self.divergence_reduction)
+        qvalue = self.critics.values(self._with_action(tensordict, action), frozen=True).mean(0)
+        loss = terms.trust_region(qvalue, divergence, alpha=self.alpha, scale=self._q_scale(qvalue, tensordict))
+        return self._reduce(loss, tensordict), divergence.detach()
+
+    def _alpha_term(self, tensordict: TensorDictBase, divergence: Tensor) -> Tensor:
+        """Eq. 12 in log alpha. sg: D; the constraint moves the multiplier, never the refinement."""
+        if self.fixed_alpha is not None:
+            return self._reduce(torch.zeros_like(divergence), tensordict)
+        excess = divergence - self.target_divergence
+        return self._reduce(terms.multiplier(self._project_log_alpha(), excess), tensordict)
+
+    def _multiplier_metadata(self, tensordict: TensorDictBase, divergence: Tensor) -> dict[str, Tensor]:
+        return {"alpha": self.alpha, "divergence": self._statistic(divergence, tensordict)}
+
+    @term
+    def flow_loss(self, tensordict: TensorDictBase) -> Terms:
+        """Compute ``loss_flow``; inputs as in :meth:`FlowMatchingLoss.flow_loss`.
 
         Raises:
             RuntimeError: if the prior is frozen.
         """
         if self.prior_frozen:
             raise RuntimeError("the prior is frozen: it has no flow loss")
-        return super().flow_loss(tensordict)
+        return self._flow_term(tensordict), {}
 
-    def _required_keys(self, tensordict: TensorDictBase | None = None) -> list[NestedKey]:
-        return [*RefinementLoss._required_keys(self, tensordict), *TDCriticLoss._required_keys(self, tensordict)]
+    @term
+    def actor_loss(self, tensordict: TensorDictBase) -> Terms:
+        """Compute ``loss_actor``.
 
-    def _optional_keys(self) -> list[NestedKey]:
-        parts = (RefinementLoss, TDCriticLoss, *(() if self.prior_frozen else (FlowMatchingLoss,)))
-        return [key for part in parts for key in part._optional_keys(self)]
+        Args:
+            tensordict: the actor's and critics' observations and ``action [..., A]`` (for its shape and type);
+                optionally ``noise [..., A]``.
 
-    @property
-    def _flow_policy(self) -> FlowMatchingPolicy:
-        return self.actor_network.flow_policy
+        Returns:
+            The loss and metadata ``alpha`` and ``divergence``, detached.
+        """
+        loss, divergence = self._actor_term(tensordict, self._base_action(tensordict))
+        return loss, self._multiplier_metadata(tensordict, divergence)
 
-    def _acting(self) -> AbstractContextManager[Any]:
-        return OffPolicyLoss._acting(self)
+    @term
+    def alpha_loss(self, tensordict: TensorDictBase) -> Terms:
+        """Compute ``loss_alpha``; inputs and metadata as in :meth:`actor_loss`."""
+        with torch.no_grad():
+            shift, _ = self._refine(tensordict, self._base_action(tensordict))
+            divergence = terms.divergence(shift, self.divergence_reduction)
+        return self._alpha_term(tensordict, divergence), self._multiplier_metadata(tensordict, divergence)
 
-    def _base_actions(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor]:
-        """(b, b') of s and s', independent of each other."""
-        states = (tensordict, tensordict["next"])
-        if tensordict.ndim == 0 or any(self._given_base_action(state) is not None for state in states):
-            return self._current_base_action(tensordict), self._next_base_action(tensordict)
-        # One integration of [s; s'] in 2B rows instead of two: the largest cost of an update, at half the calls.
-        noise = torch.cat([self._noise(tensordict, self.tensor_keys.noise), self._next_noise(tensordict)], 0)
-        keys = self._actor_keys()
-        base_action, next_base_action = self._base_action(
-            torch.cat([state.select(*keys) for state in states], 0), noise
-        ).chunk(2, 0)
-        return base_action, next_base_action
+    @term
+    def qvalue_loss(self, tensordict: TensorDictBase) -> Terms:
+        """Compute ``loss_qvalue``.
 
-    def _compute(self, tensordict: TensorDictBase) -> dict[str, Tensor]:
-        base_action, next_base_action = self._base_actions(tensordict)
-        return {
-            **({} if self.prior_frozen else {"loss_flow": self._flow_loss(tensordict)}),
-            **self._refinement_terms(tensordict, base_action),
-            **self._critic_terms(tensordict, self._refined_next_action(tensordict, next_base_action)),
-        }
+        Args:
+            tensordict: observation, ``action [..., A]`` and, under ``"next"``, observation, reward, done and terminated
+                ``[..., 1]``; optionally ``("next", "noise") [..., A]``.
+
+        Returns:
+            The loss and metadata ``td_error [...]``, detached.
+        """
+        following = self._next(tensordict)
+        base_action = self._next_base_action(tensordict, following)
+        critic_terms = self._td_terms(tensordict, lambda: self._refined(following, base_action))
+        return critic_terms.pop("loss_qvalue"), critic_terms

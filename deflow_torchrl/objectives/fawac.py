@@ -12,19 +12,18 @@ published no code. What the paper leaves open, and what is chosen here:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModule
+from tensordict.nn import TensorDictModuleBase
+from tensordict.utils import NestedKey
 from torch import Tensor
 
-from deflow_torchrl.modules.flow import FlowMatchingPolicy
-from deflow_torchrl.objectives.common import Reduction
-from deflow_torchrl.objectives.noise_policy import FlowPolicyLoss
+from deflow_torchrl.modules.critics import check_aggregation
+from deflow_torchrl.objectives import acting, terms
+from deflow_torchrl.objectives.base import Critics, OffPolicyLoss, Reduction, Terms, next_key, term
 
 
-class FAWACLoss(FlowPolicyLoss):
+class FAWACLoss(OffPolicyLoss):
     """The two losses of FAWAC, each with gradients to its own part only.
 
     * ``loss_flow = mean over batch and dims of w |v(s, x_t, t) - (a - z)|^2`` with
@@ -35,17 +34,14 @@ class FAWACLoss(FlowPolicyLoss):
     Each is also a method: ``flow_loss``, ``qvalue_loss``. Metadata ``weight`` is the mean of w.
 
     Args:
-        actor_network (FlowMatchingPolicy): the acting policy.
-        qvalue_network (list of TensorDictModule, or TensorDictModule): see :class:`RefinementLoss`.
+        actor_network (FlowMatchingPolicy): the acting policy; encoders may stand before it.
+        qvalue_network: see :class:`~deflow_torchrl.objectives.base.OffPolicyLoss`.
 
     Keyword Args:
         temperature (float, optional): inverse temperature of the weights; 0 is behaviour cloning. Defaults to ``1.0``.
         max_weight (float, optional): upper bound of the weights. Defaults to ``100.0``.
-        q_aggregation (str, optional): ``"mean"`` (default) or ``"min"`` over the target critics.
-        delay_qvalue (bool, optional): bootstrap from target critics, moved by ``SoftUpdate``. Defaults to ``True``.
-        num_qvalue_nets (int, optional): copies of a single critic. Ignored for a list. Defaults to ``2``.
-        reduction (str, optional): ``"mean"`` (default), ``"sum"`` over the batch, or ``"none"`` (shape ``td.shape``).
-        deactivate_vmap (bool, optional): evaluate the critics in a loop. Defaults to ``False``.
+        q_aggregation, delay_qvalue, num_qvalue_nets, reduction, deactivate_vmap: see
+            :class:`~deflow_torchrl.objectives.base.OffPolicyLoss`.
 
     Raises:
         TypeError: if the policy is of another kind.
@@ -65,65 +61,76 @@ class FAWACLoss(FlowPolicyLoss):
     """
 
     out_keys = ["loss_flow", "loss_qvalue", "weight"]
-    _schedulable_buffers = frozenset({"temperature"})
+    _schedulable_buffers = frozenset({"temperature", "max_weight"})
 
     temperature: Tensor
+    max_weight: Tensor
 
     def __init__(
         self,
-        actor_network: FlowMatchingPolicy,
-        qvalue_network: TensorDictModule | Sequence[TensorDictModule],
+        actor_network: TensorDictModuleBase,
+        qvalue_network: Critics,
         *,
         temperature: float = 1.0,
         max_weight: float = 100.0,
-        q_aggregation: str = "mean",
+        q_aggregation: str | float = "mean",
         delay_qvalue: bool = True,
         num_qvalue_nets: int = 2,
         reduction: Reduction | None = None,
         deactivate_vmap: bool = False,
     ) -> None:
+        acting.check_flow_policy(actor_network)
+        check_aggregation(q_aggregation)
         if not max_weight > 0:
             raise ValueError(f"max_weight must be positive, got {max_weight}")
-        super().__init__(
-            actor_network,
+        super().__init__(reduction=reduction)
+        self._add_policy(actor_network, "actor_network")
+        self._add_critics(
             qvalue_network,
-            q_aggregation=q_aggregation,
-            delay_qvalue=delay_qvalue,
             num_qvalue_nets=num_qvalue_nets,
-            reduction=reduction,
             deactivate_vmap=deactivate_vmap,
+            create_target_params=delay_qvalue,
         )
-        self._set_coefficient("temperature", temperature)
-        self.max_weight = max_weight
+        self._add_coefficient("temperature", temperature, exact=False)
+        self._add_coefficient("max_weight", max_weight)
+        self.q_aggregation = q_aggregation
 
-    def _actions(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor]:
-        """Actions of the policy at s and s', without gradient: one integration of [s; s'], the largest cost of an update."""
-        key = self.actor_network.observation_key
-        noise = torch.stack([self._current_noise(tensordict), self._next_noise(tensordict)])
-        observation = torch.stack([tensordict[key], tensordict["next"][key]])
-        with torch.no_grad():
-            action, next_action = self.actor_network.module(observation, noise).unbind(0)
-        return action, next_action
+    def _required_keys(self, tensordict: TensorDictBase | None = None) -> list[NestedKey]:
+        states = [*acting.state_keys(self.actor_network), *self.critics.state_keys]
+        return [*states, self.tensor_keys.action, *self._next_keys(*states)]
 
-    @torch.no_grad()
-    def _weights(self, tensordict: TensorDictBase, action: Tensor) -> Tensor:
-        """Weight w of each sample, sg(.); ``action`` is the policy's."""
-        params = self.qvalue_network_params
-        qvalue = self._qvalues(tensordict, tensordict[self.tensor_keys.action], params, frozen=True).mean(0)
-        value = self._qvalues(tensordict, action, params, frozen=True).mean(0)
-        return (self.temperature * (qvalue - value)).exp().clamp_max(self.max_weight)
-
-    def _weighted_flow_loss(self, tensordict: TensorDictBase, action: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        weights = self._weights(tensordict, action)
-        loss = self._reduce_term(weights * self._flow_error(tensordict), tensordict)
-        return loss, {"weight": self._statistic(weights, tensordict)}
+    def _optional_keys(self) -> list[NestedKey]:
+        keys = self.tensor_keys
+        draws = [keys.noise, next_key(keys.noise), keys.flow_noise, keys.flow_time]
+        return [*draws, *self.critics.draw_keys, keys.valid]
 
     def _compute(self, tensordict: TensorDictBase) -> dict[str, Tensor]:
-        action, next_action = self._actions(tensordict)
-        loss_flow, metadata = self._weighted_flow_loss(tensordict, action)
-        return {"loss_flow": loss_flow, **metadata, **self._critic_terms(tensordict, next_action)}
+        following = self._next(tensordict)
+        action, next_action = self._actions(tensordict, following)
+        loss_flow, metadata = self._flow_term(tensordict, action)
+        critic_terms = self._td_terms(tensordict, lambda: self._with_action(following, next_action))
+        return {"loss_flow": loss_flow, **metadata, **critic_terms}
 
-    def flow_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
+    @torch.no_grad()
+    def _actions(self, tensordict: TensorDictBase, following: TensorDictBase) -> tuple[Tensor, Tensor]:
+        """Actions of the policy at s and s': one integration of [s; s'], the largest cost of an update."""
+        noise_key = self.tensor_keys.noise
+        noise = [self._draw(tensordict, key) for key in (noise_key, next_key(noise_key))]
+        keys = acting.state_keys(self.actor_network)
+        both = torch.stack([state.select(*keys) for state in (tensordict, following)])
+        return acting.act(self.actor_network, both, torch.stack(noise)).unbind(0)  # type: ignore[return-value]
+
+    def _flow_term(self, tensordict: TensorDictBase, action: Tensor) -> Terms:
+        """``action`` is the policy's, at which V is taken."""
+        with torch.no_grad():  # sg: the weights
+            qvalue = self.critics.values(tensordict).mean(0)
+            value = self.critics.values(self._with_action(tensordict, action)).mean(0)
+        weight = terms.advantage_weight(qvalue - value, self.temperature, self.max_weight)
+        loss = self._reduce(weight * self._flow_error(self.actor_network, tensordict), tensordict)
+        return loss, {"weight": self._statistic(weight, tensordict)}
+
+    @term
+    def flow_loss(self, tensordict: TensorDictBase) -> Terms:
         """Compute ``loss_flow``, weighted.
 
         Args:
@@ -133,8 +140,16 @@ class FAWACLoss(FlowPolicyLoss):
         Returns:
             The loss and metadata ``weight``, detached.
         """
-        tensordict = self._blank_masked_rows(tensordict)
-        with self._acting():
-            with torch.no_grad():
-                action = self._act(tensordict, self._current_noise(tensordict))
-            return self._weighted_flow_loss(tensordict, action)
+        with torch.no_grad():
+            action = acting.act(self.actor_network, tensordict, self._draw(tensordict, self.tensor_keys.noise))
+        return self._flow_term(tensordict, action)
+
+    @term
+    def qvalue_loss(self, tensordict: TensorDictBase) -> Terms:
+        """Compute ``loss_qvalue``; inputs and metadata as in :meth:`DeFlowLoss.qvalue_loss`."""
+        following = self._next(tensordict)
+        noise = self._draw(tensordict, next_key(self.tensor_keys.noise))
+        out = self._td_terms(
+            tensordict, lambda: self._with_action(following, acting.act(self.actor_network, following, noise))
+        )
+        return out.pop("loss_qvalue"), out

@@ -8,18 +8,17 @@ the gradient goes through every Euler step and stops where the final clip holds 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModule
+from tensordict.nn import TensorDictModuleBase
+from tensordict.utils import NestedKey
 from torch import Tensor
 
-from deflow_torchrl.modules.flow import FlowMatchingPolicy
-from deflow_torchrl.objectives.common import Reduction
-from deflow_torchrl.objectives.noise_policy import FlowPolicyLoss
+from deflow_torchrl.modules.critics import check_aggregation
+from deflow_torchrl.objectives import acting
+from deflow_torchrl.objectives.base import Critics, OffPolicyLoss, Reduction, Terms, next_key, term
 
 
-class FBRACLoss(FlowPolicyLoss):
+class FBRACLoss(OffPolicyLoss):
     """The losses of FBRAC. ``loss_flow`` and ``loss_actor`` train the same flow, ``loss_qvalue`` the critics.
 
     * ``loss_flow = alpha mean |v(s, x_t, t) - (a - z)|^2``: :class:`FlowMatchingLoss` times alpha;
@@ -31,17 +30,14 @@ class FBRACLoss(FlowPolicyLoss):
     ``flow_matching`` and ``q`` are the two parts before their coefficients.
 
     Args:
-        actor_network (FlowMatchingPolicy): the acting policy.
-        qvalue_network (list of TensorDictModule, or TensorDictModule): see :class:`RefinementLoss`.
+        actor_network (FlowMatchingPolicy): the acting policy; encoders may stand before it.
+        qvalue_network: see :class:`~deflow_torchrl.objectives.base.OffPolicyLoss`.
 
     Keyword Args:
         alpha (float, optional): weight of the behaviour cloning. Defaults to ``10.0``.
-        q_aggregation (str, optional): ``"mean"`` (default) or ``"min"`` over the target critics.
         normalize_q_loss (bool, optional): scale the Q term by lambda. Defaults to ``False``.
-        delay_qvalue (bool, optional): bootstrap from target critics, moved by ``SoftUpdate``. Defaults to ``True``.
-        num_qvalue_nets (int, optional): copies of a single critic. Ignored for a list. Defaults to ``2``.
-        reduction (str, optional): ``"mean"`` (default), ``"sum"`` over the batch, or ``"none"`` (shape ``td.shape``).
-        deactivate_vmap (bool, optional): evaluate the critics in a loop. Defaults to ``False``.
+        q_aggregation, delay_qvalue, num_qvalue_nets, reduction, deactivate_vmap: see
+            :class:`~deflow_torchrl.objectives.base.OffPolicyLoss`.
 
     Raises:
         TypeError: if the policy is of another kind.
@@ -68,63 +64,74 @@ class FBRACLoss(FlowPolicyLoss):
 
     def __init__(
         self,
-        actor_network: FlowMatchingPolicy,
-        qvalue_network: TensorDictModule | Sequence[TensorDictModule],
+        actor_network: TensorDictModuleBase,
+        qvalue_network: Critics,
         *,
         alpha: float = 10.0,
-        q_aggregation: str = "mean",
+        q_aggregation: str | float = "mean",
         normalize_q_loss: bool = False,
         delay_qvalue: bool = True,
         num_qvalue_nets: int = 2,
         reduction: Reduction | None = None,
         deactivate_vmap: bool = False,
     ) -> None:
-        super().__init__(
-            actor_network,
+        acting.check_flow_policy(actor_network)
+        check_aggregation(q_aggregation)
+        super().__init__(reduction=reduction)
+        self._add_policy(actor_network, "actor_network")
+        self._add_critics(
             qvalue_network,
-            q_aggregation=q_aggregation,
-            delay_qvalue=delay_qvalue,
             num_qvalue_nets=num_qvalue_nets,
-            reduction=reduction,
             deactivate_vmap=deactivate_vmap,
+            create_target_params=delay_qvalue,
         )
-        self._set_coefficient("alpha", alpha)
+        self._add_coefficient("alpha", alpha, exact=False)
+        self.q_aggregation = q_aggregation
         self.normalize_q_loss = normalize_q_loss
 
-    def _weighted_flow_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
-        error = self._flow_error(tensordict)
-        metadata = {"flow_matching": self._statistic(error.detach(), tensordict)}
-        return self._reduce_term(self.alpha * error, tensordict), metadata
+    def _required_keys(self, tensordict: TensorDictBase | None = None) -> list[NestedKey]:
+        states = [*acting.state_keys(self.actor_network), *self.critics.state_keys]
+        return [*states, self.tensor_keys.action, *self._next_keys(*states)]
 
-    def _actor_loss(self, tensordict: TensorDictBase, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        action = self._act(tensordict, noise)
-        # Critics fixed: their gradients would be thrown away, so their parameters enter detached.
-        qvalue = self._qvalues(tensordict, action, self.qvalue_network_params, frozen=True).mean(0)
-        loss = -self._q_scale(qvalue, tensordict) * qvalue
-        return self._reduce_term(loss, tensordict), {"q": self._statistic(qvalue.detach(), tensordict)}
+    def _optional_keys(self) -> list[NestedKey]:
+        keys = self.tensor_keys
+        draws = [keys.noise, next_key(keys.noise), keys.flow_noise, keys.flow_time]
+        return [*draws, *self.critics.draw_keys, keys.valid]
 
     def _compute(self, tensordict: TensorDictBase) -> dict[str, Tensor]:
-        noise, next_action = self._current_noise(tensordict), self._next_action(tensordict)
-        loss_flow, flow_metadata = self._weighted_flow_loss(tensordict)
-        loss_actor, actor_metadata = self._actor_loss(tensordict, noise)
-        return {
-            "loss_flow": loss_flow,
-            "loss_actor": loss_actor,
-            **flow_metadata,
-            **actor_metadata,
-            **self._critic_terms(tensordict, next_action),
-        }
+        # In this order: draws that the input lacks are taken from one generator.
+        noise = self._draw(tensordict, self.tensor_keys.noise)
+        next_noise = self._draw(tensordict, next_key(self.tensor_keys.noise))
+        loss_flow, flow_metadata = self._flow_term(tensordict)
+        loss_actor, actor_metadata = self._actor_term(tensordict, noise)
+        following = self._next(tensordict)
+        critic_terms = self._td_terms(
+            tensordict, lambda: self._with_action(following, acting.act(self.actor_network, following, next_noise))
+        )
+        return {"loss_flow": loss_flow, "loss_actor": loss_actor, **flow_metadata, **actor_metadata, **critic_terms}
 
-    def flow_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
+    def _flow_term(self, tensordict: TensorDictBase) -> Terms:
+        error = self._flow_error(self.actor_network, tensordict)
+        return self._reduce(self.alpha * error, tensordict), {"flow_matching": self._statistic(error, tensordict)}
+
+    def _actor_term(self, tensordict: TensorDictBase, noise: Tensor) -> Terms:
+        # The gradient goes through every Euler step. sg: the critics and lambda.
+        action = acting.act(self.actor_network, tensordict, noise)
+        qvalue = self.critics.values(self._with_action(tensordict, action), frozen=True).mean(0)
+        loss = -self._q_scale(qvalue, tensordict) * qvalue
+        return self._reduce(loss, tensordict), {"q": self._statistic(qvalue, tensordict)}
+
+    @term
+    def flow_loss(self, tensordict: TensorDictBase) -> Terms:
         """Compute ``loss_flow``, weighted by alpha; inputs as in :meth:`FlowMatchingLoss.flow_loss`.
 
         Returns:
             The loss and metadata ``flow_matching``, detached.
         """
-        with self._acting():
-            return self._weighted_flow_loss(self._blank_masked_rows(tensordict))
+        return self._flow_term(tensordict)
 
-    def actor_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
+    @term
+    def actor_loss(self, tensordict: TensorDictBase) -> Terms:
         """Compute ``loss_actor``.
 
         Args:
@@ -134,6 +141,14 @@ class FBRACLoss(FlowPolicyLoss):
         Returns:
             The loss and metadata ``q``, detached.
         """
-        tensordict = self._blank_masked_rows(tensordict)
-        with self._acting():
-            return self._actor_loss(tensordict, self._current_noise(tensordict))
+        return self._actor_term(tensordict, self._draw(tensordict, self.tensor_keys.noise))
+
+    @term
+    def qvalue_loss(self, tensordict: TensorDictBase) -> Terms:
+        """Compute ``loss_qvalue``; inputs and metadata as in :meth:`DeFlowLoss.qvalue_loss`."""
+        following = self._next(tensordict)
+        noise = self._draw(tensordict, next_key(self.tensor_keys.noise))
+        out = self._td_terms(
+            tensordict, lambda: self._with_action(following, acting.act(self.actor_network, following, noise))
+        )
+        return out.pop("loss_qvalue"), out

@@ -11,23 +11,18 @@ Where the authors' released code and the paper differ:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any
-
 import torch
-from tensordict import TensorDictBase, TensorDictParams
-from tensordict.nn import TensorDictModule
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from tensordict.utils import NestedKey
 from torch import Tensor
 
-from deflow_torchrl.modules.flow import FlowMatchingPolicy
-from deflow_torchrl.modules.policies import OneStepPolicy
-from deflow_torchrl.objectives.common import Reduction
-from deflow_torchrl.objectives.flow_matching import check_flow_policy
-from deflow_torchrl.objectives.noise_policy import NoisePolicyLoss
+from deflow_torchrl.modules.critics import check_aggregation
+from deflow_torchrl.objectives import acting, terms
+from deflow_torchrl.objectives.base import Critics, OffPolicyLoss, Reduction, Terms, next_key, term
 
 
-class FQLLoss(NoisePolicyLoss):
+class FQLLoss(OffPolicyLoss):
     """The three losses of flow Q-learning (https://arxiv.org/abs/2502.02538), each with gradients to its own part only.
 
     With mu the one-step policy's unclipped output and b = clip(flow(s, z)) of the same noise z:
@@ -41,23 +36,19 @@ class FQLLoss(NoisePolicyLoss):
     Each is also a method: ``flow_loss``, ``actor_loss``, ``qvalue_loss``. Metadata ``distillation`` (squared action units) and
     ``q`` are the two parts of ``loss_actor`` before their coefficients.
 
-    Arguments, terms and their values are those of the class of this name on TorchRL's main branch. Differences, which are those
-    of every loss here: the priority is |TD error|, not its square; all draws can be given; ``set_keys`` calls the critics'
-    entry ``state_action_value``, not ``value``; other names of metadata; policies behind an encoder are not taken.
+    Arguments, terms and their values are those of the class of this name on TorchRL's main branch, whose policies and key names
+    are taken too. Differences: the priority is |TD error|, not its square; all draws can be given; other names of metadata.
 
     Args:
         flow_policy (FlowMatchingPolicy): the behaviour-cloning flow.
-        actor_network (OneStepPolicy): the acting policy.
-        qvalue_network (list of TensorDictModule, or TensorDictModule): see :class:`RefinementLoss`.
+        actor_network (OneStepPolicy): the acting policy. Encoders may stand before either in a ``TensorDictSequential``.
+        qvalue_network: see :class:`~deflow_torchrl.objectives.base.OffPolicyLoss`.
 
     Keyword Args:
         alpha (float, optional): weight of the distillation. Defaults to ``10.0``.
-        q_aggregation (str, optional): ``"mean"`` (default) or ``"min"`` over the target critics.
         normalize_q_loss (bool, optional): scale the Q term by lambda. Defaults to ``False``, as in the published runs.
-        delay_qvalue (bool, optional): bootstrap from target critics, moved by ``SoftUpdate``. Defaults to ``True``.
-        num_qvalue_nets (int, optional): copies of a single critic. Ignored for a list. Defaults to ``2``.
-        reduction (str, optional): ``"mean"`` (default), ``"sum"`` over the batch, or ``"none"`` (shape ``td.shape``).
-        deactivate_vmap (bool, optional): evaluate the critics in a loop. Defaults to ``False``.
+        q_aggregation, delay_qvalue, num_qvalue_nets, reduction, deactivate_vmap: see
+            :class:`~deflow_torchrl.objectives.base.OffPolicyLoss`.
 
     Raises:
         TypeError: if a policy is of another kind.
@@ -92,80 +83,89 @@ class FQLLoss(NoisePolicyLoss):
     out_keys = ["loss_flow", "loss_actor", "loss_qvalue", "distillation", "q"]
     _schedulable_buffers = frozenset({"alpha"})
 
-    flow_policy: FlowMatchingPolicy
-    flow_policy_params: TensorDictParams
-    target_flow_policy_params: TensorDictParams
     alpha: Tensor
 
     def __init__(
         self,
-        flow_policy: FlowMatchingPolicy,
-        actor_network: OneStepPolicy,
-        qvalue_network: TensorDictModule | Sequence[TensorDictModule],
+        flow_policy: TensorDictModuleBase,
+        actor_network: TensorDictModuleBase,
+        qvalue_network: Critics,
         *,
         alpha: float = 10.0,
-        q_aggregation: str = "mean",
+        q_aggregation: str | float = "mean",
         normalize_q_loss: bool = False,
         delay_qvalue: bool = True,
         num_qvalue_nets: int = 2,
         reduction: Reduction | None = None,
         deactivate_vmap: bool = False,
     ) -> None:
-        check_flow_policy(flow_policy)
-        if not isinstance(actor_network, OneStepPolicy):
-            raise TypeError(f"actor_network must be a OneStepPolicy, got {type(actor_network).__name__}")
-        super().__init__(
-            actor_network,
+        acting.check_flow_policy(flow_policy)
+        acting.check_one_step_policy(actor_network)
+        check_aggregation(q_aggregation)
+        super().__init__(reduction=reduction)
+        self._add_policy(actor_network, "actor_network")
+        self._add_critics(
             qvalue_network,
-            q_aggregation=q_aggregation,
-            delay_qvalue=delay_qvalue,
             num_qvalue_nets=num_qvalue_nets,
-            reduction=reduction,
             deactivate_vmap=deactivate_vmap,
+            create_target_params=delay_qvalue,
         )
-        self.convert_to_functional(flow_policy, "flow_policy")
-        self._set_coefficient("alpha", alpha)
+        self._add_policy(flow_policy, "flow_policy")
+        self._add_coefficient("alpha", alpha, exact=False)
+        self.q_aggregation = q_aggregation
         self.normalize_q_loss = normalize_q_loss
 
-    @contextmanager
-    def _both_acting(self) -> Iterator[None]:
-        with (
-            self.flow_policy_params.to_module(self.flow_policy, preserve_module_state=False),
-            self.actor_network_params.to_module(self.actor_network, preserve_module_state=False),
-        ):
-            yield
+    def _required_keys(self, tensordict: TensorDictBase | None = None) -> list[NestedKey]:
+        actor, critic = acting.state_keys(self.actor_network), self.critics.state_keys
+        states = [*actor, *acting.state_keys(self.flow_policy), *critic]
+        return [*states, self.tensor_keys.action, *self._next_keys(*actor, *critic)]
 
-    def _acting(self) -> AbstractContextManager[Any]:
-        return self._both_acting()
-
-    def _actor_loss(self, tensordict: TensorDictBase, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return (loss_actor, detached parts of it)."""
-        flow, actor = self.flow_policy, self.actor_network.module
-        with torch.no_grad():  # the teacher is fixed: sg(b)
-            taught = flow.module(tensordict[flow.observation_key], noise)
-        output = actor(tensordict[self.actor_network.observation_key], noise, clamp=False)
-        # Unclipped: a policy beyond the bounds is drawn back by the distillation, where the Q term's gradient is zero.
-        distillation = (output - taught).square().mean(-1)
-        action = output.clamp(actor.low, actor.high)
-        # Critics fixed: their gradients would be thrown away, so their parameters enter detached.
-        qvalue = self._qvalues(tensordict, action, self.qvalue_network_params, frozen=True).mean(0)
-        loss = self.alpha * distillation - self._q_scale(qvalue, tensordict) * qvalue
-        parts = {"distillation": distillation, "q": qvalue}
-        metadata = {name: self._statistic(part.detach(), tensordict) for name, part in parts.items()}
-        return self._reduce_term(loss, tensordict), metadata
+    def _optional_keys(self) -> list[NestedKey]:
+        keys = self.tensor_keys
+        draws = [keys.noise, next_key(keys.noise), keys.flow_noise, keys.flow_time]
+        return [*draws, *self.critics.draw_keys, keys.valid]
 
     def _compute(self, tensordict: TensorDictBase) -> dict[str, Tensor]:
-        noise, next_action = self._current_noise(tensordict), self._next_action(tensordict)
-        loss_flow = self._flow_loss(tensordict)
-        loss_actor, metadata = self._actor_loss(tensordict, noise)
-        return {
-            "loss_flow": loss_flow,
-            "loss_actor": loss_actor,
-            **metadata,
-            **self._critic_terms(tensordict, next_action),
-        }
+        # In this order: draws that the input lacks are taken from one generator.
+        noise = self._draw(tensordict, self.tensor_keys.noise)
+        next_noise = self._draw(tensordict, next_key(self.tensor_keys.noise))
+        loss_flow = self._flow_term(tensordict)
+        loss_actor, metadata = self._actor_term(tensordict, noise)
+        critic_terms = self._critic_terms(tensordict, next_noise)
+        return {"loss_flow": loss_flow, "loss_actor": loss_actor, **metadata, **critic_terms}
 
-    def actor_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
+    def _flow_term(self, tensordict: TensorDictBase) -> Tensor:
+        return self._reduce(self._flow_error(self.flow_policy, tensordict), tensordict)
+
+    def _actor_term(self, tensordict: TensorDictBase, noise: Tensor) -> Terms:
+        with torch.no_grad():  # sg: the flow teaches and does not learn here
+            taught = acting.act(self.flow_policy, tensordict, noise)
+        output = acting.unclipped(self.actor_network, tensordict, noise)
+        # Unclipped: a policy beyond the bounds is drawn back by the distillation, where the Q term's gradient is zero.
+        distillation = terms.distillation(output, taught)
+        action = acting.clip(self.actor_network, output)
+        # sg: the critics and lambda.
+        qvalue = self.critics.values(self._with_action(tensordict, action), frozen=True).mean(0)
+        loss = self.alpha * distillation - self._q_scale(qvalue, tensordict) * qvalue
+        parts = {"distillation": distillation, "q": qvalue}
+        metadata = {name: self._statistic(part, tensordict) for name, part in parts.items()}
+        return self._reduce(loss, tensordict), metadata
+
+    def _critic_terms(self, tensordict: TensorDictBase, next_noise: Tensor) -> dict[str, Tensor]:
+        """Targets at a' = clip(mu(s', z')), without gradient."""
+        following = self._next(tensordict)
+        return self._td_terms(
+            tensordict,
+            lambda: self._with_action(following, acting.act(self.actor_network, following, next_noise)),
+        )
+
+    @term
+    def flow_loss(self, tensordict: TensorDictBase) -> Terms:
+        """Compute ``loss_flow``; inputs as in :meth:`FlowMatchingLoss.flow_loss`."""
+        return self._flow_term(tensordict), {}
+
+    @term
+    def actor_loss(self, tensordict: TensorDictBase) -> Terms:
         """Compute ``loss_actor``.
 
         Args:
@@ -175,6 +175,10 @@ class FQLLoss(NoisePolicyLoss):
         Returns:
             The loss and metadata ``distillation`` and ``q``, detached.
         """
-        tensordict = self._blank_masked_rows(tensordict)
-        with self._acting():
-            return self._actor_loss(tensordict, self._current_noise(tensordict))
+        return self._actor_term(tensordict, self._draw(tensordict, self.tensor_keys.noise))
+
+    @term
+    def qvalue_loss(self, tensordict: TensorDictBase) -> Terms:
+        """Compute ``loss_qvalue``; inputs and metadata as in :meth:`DeFlowLoss.qvalue_loss`."""
+        out = self._critic_terms(tensordict, self._draw(tensordict, next_key(self.tensor_keys.noise)))
+        return out.pop("loss_qvalue"), out

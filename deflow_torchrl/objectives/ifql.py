@@ -10,34 +10,29 @@ Evaluation and exploration act alike, and online all losses go on.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from typing import Any
-
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModule
+from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from deflow_torchrl.modules.flow import FlowMatchingPolicy
-from deflow_torchrl.objectives.common import OffPolicyLoss, Reduction
-from deflow_torchrl.objectives.flow_matching import FlowMatchingLoss, check_flow_policy
+from deflow_torchrl.modules.best_of_n import BestOfNPolicy
+from deflow_torchrl.objectives import acting
+from deflow_torchrl.objectives.base import Critics, Reduction, Terms, term
 from deflow_torchrl.objectives.implicit_q import ImplicitQLoss
 
 
-class IFQLLoss(ImplicitQLoss, FlowMatchingLoss):
+class IFQLLoss(ImplicitQLoss):
     """:class:`ImplicitQLoss` and :class:`FlowMatchingLoss` side by side, with disjoint gradients.
 
     Args:
-        flow_policy (FlowMatchingPolicy): proposes actions; trained by ``loss_flow`` alone.
-        qvalue_network (list of TensorDictModule, or TensorDictModule): see :class:`RefinementLoss`.
+        flow_policy (FlowMatchingPolicy): proposes actions; trained by ``loss_flow`` alone. Encoders may stand before it.
+        qvalue_network: see :class:`~deflow_torchrl.objectives.base.OffPolicyLoss`.
         value_network (TensorDictModule): reads an observation and writes ``state_value [..., 1]``.
 
     Keyword Args:
         expectile (float, optional): in (0, 1). Defaults to ``0.9``.
-        num_qvalue_nets (int, optional): copies of a single critic. Ignored for a list. Defaults to ``2``.
-        reduction (str, optional): ``"mean"`` (default), ``"sum"`` over the batch, or ``"none"`` (shape ``td.shape``).
-        deactivate_vmap (bool, optional): evaluate the critics in a loop. Defaults to ``False``.
+        num_qvalue_nets, reduction, deactivate_vmap: see :class:`~deflow_torchrl.objectives.base.OffPolicyLoss`.
+        num_samples (int, optional): candidates N of :attr:`actor_network`. Defaults to ``32``.
 
     Raises:
         TypeError: if ``flow_policy`` is no :class:`~deflow_torchrl.modules.FlowMatchingPolicy`.
@@ -66,34 +61,46 @@ class IFQLLoss(ImplicitQLoss, FlowMatchingLoss):
 
     def __init__(
         self,
-        flow_policy: FlowMatchingPolicy,
-        qvalue_network: TensorDictModule | Sequence[TensorDictModule],
-        value_network: TensorDictModule,
+        flow_policy: TensorDictModuleBase,
+        qvalue_network: Critics,
+        value_network: TensorDictModuleBase,
         *,
         expectile: float = 0.9,
+        num_samples: int = 32,
         num_qvalue_nets: int = 2,
         reduction: Reduction | None = None,
         deactivate_vmap: bool = False,
     ) -> None:
-        OffPolicyLoss.__init__(self, reduction=reduction)
-        check_flow_policy(flow_policy)
-        self.convert_to_functional(flow_policy, "flow_policy")
-        self._set_values(
+        acting.check_flow_policy(flow_policy)
+        super().__init__(
             qvalue_network,
             value_network,
             expectile=expectile,
             num_qvalue_nets=num_qvalue_nets,
+            reduction=reduction,
             deactivate_vmap=deactivate_vmap,
+            policies={"flow_policy": flow_policy},
         )
+        self.num_samples = num_samples
 
-    def _acting(self) -> AbstractContextManager[Any]:
-        return FlowMatchingLoss._acting(self)
+    @property
+    def actor_network(self) -> BestOfNPolicy:
+        """The policy that acts, the best of ``num_samples`` actions of the flow; its parameters are the loss's."""
+        return BestOfNPolicy(self.flow_policy, self.qvalue_network, self.qvalue_network_params, self.num_samples)
 
     def _required_keys(self, tensordict: TensorDictBase | None = None) -> list[NestedKey]:
-        return [*ImplicitQLoss._required_keys(self, tensordict), *FlowMatchingLoss._required_keys(self, tensordict)]
+        return [*super()._required_keys(tensordict), *acting.state_keys(self.flow_policy)]
 
     def _optional_keys(self) -> list[NestedKey]:
-        return FlowMatchingLoss._optional_keys(self)
+        return [*super()._optional_keys(), self.tensor_keys.flow_noise, self.tensor_keys.flow_time]
 
     def _compute(self, tensordict: TensorDictBase) -> dict[str, Tensor]:
-        return {**self._value_terms(tensordict)[0], "loss_flow": self._flow_loss(tensordict)}
+        return {**self._value_terms(tensordict)[0], "loss_flow": self._flow_term(tensordict)}
+
+    def _flow_term(self, tensordict: TensorDictBase) -> Tensor:
+        return self._reduce(self._flow_error(self.flow_policy, tensordict), tensordict)
+
+    @term
+    def flow_loss(self, tensordict: TensorDictBase) -> Terms:
+        """Compute ``loss_flow``; see :meth:`FlowMatchingLoss.flow_loss`."""
+        return self._flow_term(tensordict), {}

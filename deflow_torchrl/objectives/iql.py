@@ -16,19 +16,14 @@ those of here, and so is its ``loss_actor`` as long as targets and critics are e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from typing import Any
-
 import torch
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModule
+from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from deflow_torchrl.modules.policies import GaussianPolicy
-from deflow_torchrl.objectives.bc import check_gaussian
-from deflow_torchrl.objectives.common import OffPolicyLoss, Reduction
+from deflow_torchrl.objectives import acting, terms
+from deflow_torchrl.objectives.base import Critics, Reduction, Terms, term
 from deflow_torchrl.objectives.implicit_q import ImplicitQLoss
 
 MAX_WEIGHT = 100.0
@@ -44,15 +39,13 @@ class IQLLoss(ImplicitQLoss):
 
     Args:
         actor_network (GaussianPolicy): the policy to train.
-        qvalue_network (list of TensorDictModule, or TensorDictModule): see :class:`RefinementLoss`.
+        qvalue_network: see :class:`~deflow_torchrl.objectives.base.OffPolicyLoss`.
         value_network (TensorDictModule): reads an observation and writes ``state_value [..., 1]``.
 
     Keyword Args:
         temperature (float): the *inverse* temperature alpha of advantage-weighted regression, >= 0 (0 is behavioural cloning).
         expectile (float, optional): in (0, 1). Defaults to ``0.9``.
-        num_qvalue_nets (int, optional): copies of a single critic. Ignored for a list. Defaults to ``2``.
-        reduction (str, optional): ``"mean"`` (default), ``"sum"`` over the batch, or ``"none"`` (shape ``td.shape``).
-        deactivate_vmap (bool, optional): evaluate the critics in a loop. Defaults to ``False``.
+        num_qvalue_nets, reduction, deactivate_vmap: see :class:`~deflow_torchrl.objectives.base.OffPolicyLoss`.
 
     Raises:
         TypeError: if ``actor_network`` is no :class:`~deflow_torchrl.modules.GaussianPolicy`.
@@ -78,14 +71,15 @@ class IQLLoss(ImplicitQLoss):
     """
 
     out_keys = ["loss_value", "loss_qvalue", "loss_actor"]
+    _schedulable_buffers = frozenset({"temperature"})
 
-    actor_network: GaussianPolicy
+    temperature: Tensor
 
     def __init__(
         self,
-        actor_network: GaussianPolicy,
-        qvalue_network: TensorDictModule | Sequence[TensorDictModule],
-        value_network: TensorDictModule,
+        actor_network: TensorDictModuleBase,
+        qvalue_network: Critics,
+        value_network: TensorDictModuleBase,
         *,
         temperature: float,
         expectile: float = 0.9,
@@ -93,38 +87,33 @@ class IQLLoss(ImplicitQLoss):
         reduction: Reduction | None = None,
         deactivate_vmap: bool = False,
     ) -> None:
-        OffPolicyLoss.__init__(self, reduction=reduction)
-        check_gaussian(actor_network)
-        if not temperature >= 0:
-            raise ValueError(f"temperature must not be negative, got {temperature}")
-        self.convert_to_functional(actor_network, "actor_network")
-        self._set_values(
+        acting.check_gaussian_policy(actor_network)
+        super().__init__(
             qvalue_network,
             value_network,
             expectile=expectile,
             num_qvalue_nets=num_qvalue_nets,
+            reduction=reduction,
             deactivate_vmap=deactivate_vmap,
+            policies={"actor_network": actor_network},
         )
-        self.temperature = float(temperature)
-
-    def _acting(self) -> AbstractContextManager[Any]:
-        return OffPolicyLoss._acting(self)
+        self._add_coefficient("temperature", temperature)
 
     def _required_keys(self, tensordict: TensorDictBase | None = None) -> list[NestedKey]:
-        return [self.actor_network.observation_key, *super()._required_keys(tensordict)]
-
-    def _actor_loss(self, tensordict: TensorDictBase, advantage: Tensor) -> Tensor:
-        """``advantage`` is detached: the policy's loss moves neither critics nor values."""
-        policy = self.actor_network
-        log_prob = policy.module.log_prob(tensordict[policy.observation_key], tensordict[self.tensor_keys.action])
-        weight = (self.temperature * advantage).exp().clamp(max=MAX_WEIGHT)
-        return self._reduce_term(-weight * log_prob, tensordict)
+        return [*self.actor_network.in_keys, *super()._required_keys(tensordict)]
 
     def _compute(self, tensordict: TensorDictBase) -> dict[str, Tensor]:
-        terms, advantage = self._value_terms(tensordict)
-        return {**terms, "loss_actor": self._actor_loss(tensordict, advantage)}
+        value_terms, advantage = self._value_terms(tensordict)
+        return {**value_terms, "loss_actor": self._actor_term(tensordict, advantage)}
 
-    def actor_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
+    def _actor_term(self, tensordict: TensorDictBase, advantage: Tensor) -> Tensor:
+        """IQL Eq. 7. sg: the weights; the policy's loss moves neither critics nor values."""
+        log_prob = acting.log_prob(self.actor_network, tensordict, tensordict[self.tensor_keys.action])
+        weight = terms.advantage_weight(advantage, self.temperature, MAX_WEIGHT)
+        return self._reduce(-weight * log_prob, tensordict)
+
+    @term
+    def actor_loss(self, tensordict: TensorDictBase) -> Terms:
         """Compute ``loss_actor``.
 
         Args:
@@ -133,9 +122,6 @@ class IQLLoss(ImplicitQLoss):
         Returns:
             The loss and an empty metadata dictionary.
         """
-        tensordict = self._blank_masked_rows(tensordict)
         with torch.no_grad():
-            qvalues = self._qvalues(tensordict, tensordict[self.tensor_keys.action], self.qvalue_network_params)
-            advantage = qvalues.amin(0) - self._value(tensordict)
-        with self._acting():
-            return self._actor_loss(tensordict, advantage), {}
+            advantage = self.critics.values(tensordict).amin(0) - self._value(tensordict)
+        return self._actor_term(tensordict, advantage), {}

@@ -14,22 +14,18 @@ Online the policy explores by the noise that smooths the targets: clip(pi(s) + c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from typing import Any
-
 import torch
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModule
+from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from deflow_torchrl.modules.policies import DeterministicPolicy
-from deflow_torchrl.objectives.common import OffPolicyLoss, Reduction, next_key, tiny
-from deflow_torchrl.objectives.td_critic import TDCriticLoss
+from deflow_torchrl.modules.policies import last_policy
+from deflow_torchrl.objectives import acting, terms
+from deflow_torchrl.objectives.base import Critics, OffPolicyLoss, Reduction, Terms, next_key, term
 
 
-class ReBRACLoss(TDCriticLoss):
+class ReBRACLoss(OffPolicyLoss):
     """TD3 with behaviour-regularised actor and critic.
 
     With the target actor pibar, z ~ N(0, I) and the data's next action a'_data:
@@ -43,16 +39,14 @@ class ReBRACLoss(TDCriticLoss):
 
     Args:
         actor_network (DeterministicPolicy): the policy to train; it gets a target of its own.
-        qvalue_network (list of TensorDictModule, or TensorDictModule): see :class:`RefinementLoss`.
+        qvalue_network: see :class:`~deflow_torchrl.objectives.base.OffPolicyLoss`.
 
     Keyword Args:
         actor_bc_coef (float): weight of the actor's penalty, >= 0 (alpha_1 of the paper's tables).
         critic_bc_coef (float): weight of the penalty in the target, >= 0 (alpha_2).
         policy_noise (float, optional): standard deviation of the target's smoothing noise. Defaults to ``0.2``.
         noise_clip (float, optional): bound of that noise. Defaults to ``0.5``.
-        num_qvalue_nets (int, optional): copies of a single critic. Ignored for a list. Defaults to ``2``.
-        reduction (str, optional): ``"mean"`` (default), ``"sum"`` over the batch, or ``"none"`` (shape ``td.shape``).
-        deactivate_vmap (bool, optional): evaluate the critics in a loop. Defaults to ``False``.
+        num_qvalue_nets, reduction, deactivate_vmap: see :class:`~deflow_torchrl.objectives.base.OffPolicyLoss`.
 
     Raises:
         TypeError: if ``actor_network`` is no :class:`~deflow_torchrl.modules.DeterministicPolicy`.
@@ -78,13 +72,18 @@ class ReBRACLoss(TDCriticLoss):
     """
 
     out_keys = ["loss_qvalue", "loss_actor"]
+    normalize_q_loss = True
+    _schedulable_buffers = frozenset({"actor_bc_coef", "critic_bc_coef", "policy_noise", "noise_clip"})
 
-    actor_network: DeterministicPolicy
+    actor_bc_coef: Tensor
+    critic_bc_coef: Tensor
+    policy_noise: Tensor
+    noise_clip: Tensor
 
     def __init__(
         self,
-        actor_network: DeterministicPolicy,
-        qvalue_network: TensorDictModule | Sequence[TensorDictModule],
+        actor_network: TensorDictModuleBase,
+        qvalue_network: Critics,
         *,
         actor_bc_coef: float,
         critic_bc_coef: float,
@@ -94,81 +93,57 @@ class ReBRACLoss(TDCriticLoss):
         reduction: Reduction | None = None,
         deactivate_vmap: bool = False,
     ) -> None:
-        OffPolicyLoss.__init__(self, reduction=reduction)
-        if not isinstance(actor_network, DeterministicPolicy):
-            raise TypeError(f"a DeterministicPolicy is needed, got {type(actor_network).__name__}")
-        numbers = {
-            "actor_bc_coef": actor_bc_coef,
-            "critic_bc_coef": critic_bc_coef,
-            "policy_noise": policy_noise,
-            "noise_clip": noise_clip,
-        }
-        for name, value in numbers.items():
-            if not value >= 0:
-                raise ValueError(f"{name} must not be negative, got {value}")
-            setattr(self, name, float(value))
-        self.convert_to_functional(actor_network, "actor_network", create_target_params=True)
-        self._set_critic(
-            qvalue_network,
-            num_qvalue_nets=num_qvalue_nets,
-            create_target_params=True,
-            deactivate_vmap=deactivate_vmap,
-        )
-
-    actor_bc_coef: float
-    critic_bc_coef: float
-    policy_noise: float
-    noise_clip: float
+        acting.check_deterministic_policy(actor_network)
+        super().__init__(reduction=reduction)
+        self._add_policy(actor_network, "actor_network", create_target_params=True)
+        self._add_critics(qvalue_network, num_qvalue_nets=num_qvalue_nets, deactivate_vmap=deactivate_vmap)
+        self._add_coefficient("actor_bc_coef", actor_bc_coef)
+        self._add_coefficient("critic_bc_coef", critic_bc_coef)
+        self._add_coefficient("policy_noise", policy_noise)
+        self._add_coefficient("noise_clip", noise_clip)
 
     def _required_keys(self, tensordict: TensorDictBase | None = None) -> list[NestedKey]:
-        keys = self.tensor_keys
-        states = [self.actor_network.observation_key, *self._critic_keys()]
-        following = (*states, keys.action, keys.reward, keys.done, keys.terminated)
-        return [*states, keys.action, *map(next_key, following)]
+        states, action = [*self.actor_network.in_keys, *self.critics.state_keys], self.tensor_keys.action
+        return [*states, action, *self._next_keys(*states, action)]
 
     def _optional_keys(self) -> list[NestedKey]:
-        return [next_key(self.tensor_keys.noise)]
-
-    def _target_acting(self) -> AbstractContextManager[Any]:
-        return self.target_actor_network_params.to_module(self.actor_network, preserve_module_state=False)
-
-    def _q_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor]:
-        """Return (loss_qvalue, |TD error| of each sample, the largest of the ensemble)."""
-        keys, policy = self.tensor_keys, self.actor_network
-        with torch.no_grad():
-            following = tensordict["next"]
-            with self._target_acting():
-                action = policy.module(following[policy.observation_key])
-            noise = self._noise(tensordict, next_key(keys.noise))
-            action = policy.module.perturb(action, noise, self.policy_noise, self.noise_clip)
-            penalty = (action - following[keys.action]).square().sum(-1)
-            qvalue = self._qvalues(following, action, self.target_qvalue_network_params).amin(0)
-            bootstrap = (qvalue - self.critic_bc_coef * penalty).unsqueeze(-1)
-            target = self.value_estimator.value_estimate(tensordict, next_value=bootstrap).squeeze(-1)
-        error = self._qvalues(tensordict, tensordict[keys.action], self.qvalue_network_params) - target
-        td_error = error.detach().abs().amax(0)
-        mask = self._mask(tensordict)
-        loss = self._reduce_term(error.square().mean(0), tensordict)
-        return loss, td_error if mask is None else torch.where(mask, td_error, 0.0)
-
-    def _actor_loss(self, tensordict: TensorDictBase) -> Tensor:
-        policy = self.actor_network
-        action = policy.module(tensordict[policy.observation_key])
-        # Critics fixed: their gradients would be thrown away, so their parameters enter detached.
-        qvalue = self._qvalues(tensordict, action, self.qvalue_network_params, frozen=True).amin(0)
-        scale = 1 / self._batch_mean(qvalue.detach().abs(), tensordict).clamp_min(tiny(qvalue))
-        penalty = (action - tensordict[self.tensor_keys.action]).square().sum(-1)
-        return self._reduce_term(-scale * qvalue + self.actor_bc_coef * penalty, tensordict)
+        return [next_key(self.tensor_keys.noise), *self.critics.draw_keys, self.tensor_keys.valid]
 
     def _compute(self, tensordict: TensorDictBase) -> dict[str, Tensor]:
-        loss_qvalue, td_error = self._q_loss(tensordict)
-        return {
-            "loss_qvalue": loss_qvalue,
-            "loss_actor": self._actor_loss(tensordict),
-            self.tensor_keys.priority: td_error,
-        }
+        return {**self._critic_terms(tensordict), "loss_actor": self._actor_term(tensordict)}
 
-    def qvalue_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
+    def _critic_terms(self, tensordict: TensorDictBase) -> dict[str, Tensor]:
+        """Targets at the smoothed action of the target policy, less a penalty; all of them without gradient."""
+        following = self._next(tensordict)
+        with torch.no_grad():
+            action = self._smoothed_action(following, self._draw(tensordict, next_key(self.tensor_keys.noise)))
+            penalty = terms.squared_distance(action, following[self.tensor_keys.action], self.critic_bc_coef)
+        return self._td_terms(
+            tensordict,
+            lambda: self._with_action(following, action),
+            lambda qvalues: qvalues.amin(0) - penalty,
+        )
+
+    def _smoothed_action(self, state: TensorDictBase, noise: Tensor) -> Tensor:
+        """A' = clip(pibar(s') + clip(policy_noise z, +-noise_clip))."""
+        policy = self.actor_network
+        with self.target_actor_network_params.to_module(policy, preserve_module_state=False):
+            action = self._action(state)
+        return last_policy(policy).module.perturb(action, noise, self.policy_noise, self.noise_clip)
+
+    def _action(self, state: TensorDictBase) -> Tensor:
+        policy = self.actor_network
+        return policy(state.select(*policy.in_keys))[policy.out_keys[-1]]
+
+    def _actor_term(self, tensordict: TensorDictBase) -> Tensor:
+        action = self._action(tensordict)
+        # sg: the critics and the normalisation.
+        qvalue = self.critics.values(self._with_action(tensordict, action), frozen=True).amin(0)
+        penalty = terms.squared_distance(action, tensordict[self.tensor_keys.action], self.actor_bc_coef)
+        return self._reduce(-self._q_scale(qvalue, tensordict) * qvalue + penalty, tensordict)
+
+    @term
+    def qvalue_loss(self, tensordict: TensorDictBase) -> Terms:
         """Compute ``loss_qvalue``.
 
         Args:
@@ -178,10 +153,11 @@ class ReBRACLoss(TDCriticLoss):
         Returns:
             The loss and metadata ``td_error [...]``, detached.
         """
-        loss, td_error = self._q_loss(self._blank_masked_rows(tensordict))
-        return loss, {"td_error": td_error}
+        out = self._critic_terms(tensordict)
+        return out.pop("loss_qvalue"), out
 
-    def actor_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
+    @term
+    def actor_loss(self, tensordict: TensorDictBase) -> Terms:
         """Compute ``loss_actor``.
 
         Args:
@@ -190,5 +166,4 @@ class ReBRACLoss(TDCriticLoss):
         Returns:
             The loss and an empty metadata dictionary.
         """
-        with self._acting():
-            return self._actor_loss(self._blank_masked_rows(tensordict)), {}
+        return self._actor_term(tensordict), {}

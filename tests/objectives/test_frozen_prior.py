@@ -309,7 +309,7 @@ def test_any_prior_is_taken_if_it_does_not_learn():
 def test_the_base_actions_of_s_and_its_successor_are_independent_draws():
     loss, batch = build(DeFlowLoss, freeze_prior=True), make_batch(32, noise=False)
     batch["next", "observation"] = batch["observation"]
-    base, following = loss._base_actions(batch)
+    base, following = loss._base_actions(batch, batch["next"])
     assert not torch.isclose(base, following).all(-1).any()
 
 

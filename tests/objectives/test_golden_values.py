@@ -196,8 +196,8 @@ def torchrls(ours):
         make_critics(),
         value_network=make_value_network(OBSERVATION_DIM, HIDDEN),
         loss_function="l2",
-        temperature=ours.temperature,
-        expectile=ours.expectile,
+        temperature=float(ours.temperature),
+        expectile=float(ours.expectile),
     )
     theirs.make_value_estimator(ValueEstimators.TD0, gamma=0.9)
     SoftUpdate(theirs, tau=0.005)

@@ -190,7 +190,7 @@ def test_terminated_cuts_the_bootstrap_and_truncated_does_not():
     assert results["terminated"] != results["neither"]
     torch.manual_seed(0)
     critics = make_loss()
-    q = critics._qvalues(batch, batch["action"], critics.qvalue_network_params)
+    q = critics.critics.values(batch)
     expected = ((q - batch["next", "reward"].squeeze(-1)) ** 2).mean()
     assert results["terminated"] == pytest.approx(expected.item(), rel=1e-5)
 
@@ -211,7 +211,7 @@ def test_the_priority_is_the_largest_td_error_of_the_ensemble():
     batch = make_batch(8)
     batch["next", "terminated"].fill_(True)
     loss(batch)
-    q = loss._qvalues(batch, batch["action"], loss.qvalue_network_params)
+    q = loss.critics.values(batch)
     torch.testing.assert_close(batch["td_error"], (q - batch["next", "reward"].squeeze(-1)).abs().amax(0).detach())
 
 

@@ -125,7 +125,7 @@ def test_a_frozen_update_is_the_full_ones_other_parts_bit_for_bit():
             update.freeze_prior()
         for batch in batches:
             update(batch.clone())
-        results.append(snapshot(update))
+        results.append({name: value for name, value in snapshot(update).items() if name != "_extra_state"})
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
 
 

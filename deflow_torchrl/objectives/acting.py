@@ -1,0 +1,103 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
+"""How losses call policies: through their TensorDict interface, so that encoders may stand before them.
+
+Policies are known by what they can do, not by their class: those of TorchRL's main branch are taken too.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from tensordict.utils import NestedKey
+from torch import Tensor
+
+from deflow_torchrl.modules.policies import check_encoders, encode, is_flow, last_policy
+
+
+def check_flow_policy(policy: TensorDictModuleBase) -> None:
+    """Raise TypeError unless the policy ends in a velocity field that flow matching can train."""
+    _check(policy, is_flow(policy), "FlowMatchingPolicy")
+
+
+def check_one_step_policy(policy: TensorDictModuleBase) -> None:
+    """Raise TypeError unless the policy maps an observation and noise to an action in one pass."""
+    core = _core(policy)
+    _check(policy, all(hasattr(core, name) for name in ("network", "action_dim", "low")), "OneStepPolicy")
+
+
+def check_gaussian_policy(policy: TensorDictModuleBase) -> None:
+    """Raise TypeError unless the policy has a likelihood of actions."""
+    _check(policy, hasattr(_core(policy), "log_prob"), "GaussianPolicy")
+
+
+def check_deterministic_policy(policy: TensorDictModuleBase) -> None:
+    """Raise TypeError unless the policy can perturb its actions."""
+    _check(policy, hasattr(_core(policy), "perturb"), "DeterministicPolicy")
+
+
+def noise_key(policy: TensorDictModuleBase) -> NestedKey | None:
+    """Key under which a flow or one-step policy reads its noise; None where it always draws its own."""
+    head = last_policy(policy)
+    is_noise_policy = hasattr(_core(policy), "action_dim")
+    return head.in_keys[1] if is_noise_policy and len(head.in_keys) == 2 else None
+
+
+def state_keys(policy: TensorDictModuleBase) -> list[NestedKey]:
+    """Entries of the state that a policy reads: its ``in_keys`` without the noise."""
+    return [key for key in policy.in_keys if key != noise_key(policy)]
+
+
+def act(policy: TensorDictModuleBase, state: TensorDictBase, noise: Tensor) -> Tensor:
+    """Action ``[*B, A]`` of a flow or one-step policy for this state and noise ``[*B, A]``."""
+    key = noise_key(policy)
+    if key is None:
+        head = last_policy(policy)
+        return head.module(encode(policy, state)[head.in_keys[0]], noise)
+    return policy(state.select(*state_keys(policy)).set(key, noise))[policy.out_keys[-1]]
+
+
+def velocity(policy: TensorDictModuleBase, state: TensorDictBase) -> Callable[[Tensor, Tensor], Tensor]:
+    """The flow's velocity field v(x, t) at this state; the encoders run once, here."""
+    observation, core = _observation(policy, state), _core(policy)
+    if hasattr(core, "velocity"):
+        return lambda x, t: core.velocity(observation, x, t)
+    return lambda x, t: core.velocity_network(torch.cat([observation, x, t], -1))
+
+
+def unclipped(policy: TensorDictModuleBase, state: TensorDictBase, noise: Tensor) -> Tensor:
+    """Output ``[*B, A]`` of a one-step policy's network, before it is clipped to the bounds."""
+    observation, core = _observation(policy, state), _core(policy)
+    if "clamp" in inspect.signature(type(core).forward).parameters:
+        return core(observation, noise, clamp=False)
+    return core.network(torch.cat([observation, noise], -1))
+
+
+def clip(policy: TensorDictModuleBase, action: Tensor) -> Tensor:
+    """Clip an action to the policy's bounds."""
+    core = _core(policy)
+    return action.clamp(core.low, core.high)
+
+
+def log_prob(policy: TensorDictModuleBase, state: TensorDictBase, action: Tensor) -> Tensor:
+    """Log likelihood ``[*B]`` of actions ``[*B, A]`` under a Gaussian policy."""
+    return _core(policy).log_prob(_observation(policy, state), action)
+
+
+def _core(policy: TensorDictModuleBase) -> Any:
+    return getattr(last_policy(policy), "module", None)
+
+
+def _observation(policy: TensorDictModuleBase, state: TensorDictBase) -> Tensor:
+    return encode(policy, state)[last_policy(policy).in_keys[0]]
+
+
+def _check(policy: TensorDictModuleBase, condition: bool, kind: str) -> None:
+    if condition:
+        check_encoders(policy)
+    else:
+        raise TypeError(f"the policy must be a {kind}, got {type(policy).__name__}; encoders may stand before it")

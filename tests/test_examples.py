@@ -65,6 +65,18 @@ def test_a_method_of_ones_own_is_trained_and_evaluated(run, monkeypatch, capsys)
     assert registry.get_algorithm("reward_bc").config().temperature == 1.0
 
 
+def test_a_source_of_ones_own_is_trained_on_and_named_in_the_record(run, tmp_path, capsys):
+    from deflow_torchrl.errors import InputError
+    from deflow_torchrl.sources import get_source
+
+    record = run("extending_source.py", "--steps", "5", "--episodes", "2")
+    assert "night-shift: 398 transitions" in capsys.readouterr().out
+    assert record["config"]["task"] == "logbook:night-shift", "not where it lay"
+    assert len(record["data"]["sha256"]) == 64
+    with pytest.raises(InputError, match=r"has no .txt file"):
+        get_source("logbook").load(str(tmp_path))
+
+
 # minari's DataCollector removes its folder behind tempfile's back, which then says so.
 @pytest.mark.filterwarnings("ignore:Implicitly cleaning up:ResourceWarning")
 @pytest.mark.filterwarnings("ignore:Exception ignored:pytest.PytestUnraisableExceptionWarning")

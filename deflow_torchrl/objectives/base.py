@@ -192,6 +192,8 @@ class OffPolicyLoss(LossModule):
     @property
     def critics(self) -> CriticEnsemble:
         """The critics, to be evaluated: ``loss.critics.values(td) -> [J, *B]``."""
+        if "_critics" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__} has no critics")
         return self.__dict__["_critics"][0]
 
     def _add_coefficient(self, name: str, value: float | None, *, exact: bool = True) -> None:

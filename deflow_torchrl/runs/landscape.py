@@ -161,7 +161,7 @@ def critic_values(learner: Learner, observation: Tensor, actions: Tensor) -> Ten
     """Q(s, a), the mean of a method's critics.
 
     Args:
-        learner: a method whose loss keeps its critics as TorchRL's do: ``qvalue_network`` and ``qvalue_network_params``.
+        learner: a method whose loss has ``critics``.
         observation: s, ``[O]``.
         actions: ``[n, A]``.
 
@@ -171,19 +171,14 @@ def critic_values(learner: Learner, observation: Tensor, actions: Tensor) -> Ten
     Raises:
         InputError: if the method has no critics.
     """
-    loss = learner.loss
-    params = getattr(loss, "qvalue_network_params", None)
-    if params is None:
+    critics = getattr(learner.loss, "critics", None)
+    if critics is None:
         raise InputError(
             f"{learner.acting_policy} has no critics, so there is no landscape of Q to draw its actions in"
         )
     inputs = TensorDict(observation=observation.expand(len(actions), -1), action=actions, batch_size=[len(actions)])
-    members = [params[member] for member in range(params.batch_size[0])] if params.batch_size else [params]
-    values = []
-    for member in members:
-        with torch.no_grad(), member.to_module(loss.qvalue_network):
-            values.append(loss.qvalue_network(inputs.clone(False))["state_action_value"].squeeze(-1))
-    return torch.stack(values).mean(0)
+    with torch.no_grad():
+        return critics.values(inputs).mean(0)
 
 
 def sample_actions(

@@ -248,6 +248,31 @@ def test_the_best_of_n_acts_behind_an_encoder():
     assert encoders["flow"].calls == [6]
 
 
+@pytest.mark.filterwarnings("ignore")  # of torch's exporter
+def test_an_actor_behind_encoders_is_exported_with_them(tmp_path):
+    from deflow_torchrl.deploy import load_policy
+    from deflow_torchrl.export import export_policy
+
+    def own(key):
+        return TensorDictModule(nn.Linear(OBSERVATION_DIM, ENCODED), in_keys=["observation"], out_keys=[key])
+
+    sizes = (ENCODED, ACTION_DIM, HIDDEN)
+    flow = FlowMatchingPolicy(
+        make_velocity_network(*sizes), ACTION_DIM, 3, in_keys=("prior", "noise"), out_keys=("base_action",)
+    )
+    refinement = RefinementPolicy(
+        make_refinement_network(*sizes), ACTION_DIM, low=-1.0, high=1.0, in_keys=("refined", "base_action")
+    )
+    actor = DeFlowActor(TensorDictSequential(own("prior"), flow), TensorDictSequential(own("refined"), refinement))
+    export_policy(actor, tmp_path / "actor.pt2", observation_dim=OBSERVATION_DIM, action_dim=ACTION_DIM)
+    state = torch.randn(4, OBSERVATION_DIM)
+    noise = torch.randn(4, ACTION_DIM)
+    exported = load_policy(tmp_path / "actor.pt2", trusted=True)
+    with torch.no_grad():
+        expected = actor(TensorDict(observation=state, noise=noise, batch_size=[4]))["action"]
+    torch.testing.assert_close(torch.as_tensor(exported(state.numpy(), noise=noise.numpy())), expected, rtol=1e-5, atol=1e-5)
+
+
 # -- critics ----------------------------------------------------------------------------------------------------------
 
 

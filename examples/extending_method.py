@@ -1,12 +1,13 @@
-"""Add a method of one's file: a loss, its settings and how to build it; the trainer, checkpoints and records are the package's.
+"""Add a method of one's own: a loss, its settings and how to build it; the trainer, checkpoints and records are the package's.
 
 The method is weighted behaviour cloning: a deterministic policy regresses on the logged actions, those with a high reward
-counting more. Its data are the pendulum's, written as files of one's own (see docs/data.md).
+counting more. Its data are random actions in gymnasium's pendulum.
 
     python examples/extending_method.py
 
 Inside the package the same two pieces would be `objectives/reward_bc.py` and `algorithms/reward_bc.py`, whose ALGORITHM is
-found by its file; outside, `register_algorithm` makes the method known to this process.
+found by its file. Outside, `register_algorithm` makes the method known to this process, and an entry point in the group
+`deflow_torchrl.algorithms` to every process on a machine where your package is installed.
 """
 
 import argparse
@@ -20,16 +21,13 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule
 from tensordict.utils import NestedKey
-from torch import nn
 
 from deflow_torchrl.algorithms import Algorithm, Learner, MethodConfig, ProblemSpec, register_algorithm
 from deflow_torchrl.algorithms.settings import Need
-from deflow_torchrl.data.dataset import make_folder
-from deflow_torchrl.objectives.base import OffPolicyLoss, next_key
-from deflow_torchrl.runs.run import train
-from deflow_torchrl.runs.settings import TrainConfig
-from deflow_torchrl.sources.card import data_card, write_card
-from deflow_torchrl.sources.files import import_files
+from deflow_torchrl.data import TransitionDataset
+from deflow_torchrl.modules import DeterministicPolicy, make_policy_network
+from deflow_torchrl.objectives.base import OffPolicyLoss
+from deflow_torchrl.runs import TrainConfig, train
 
 
 class RewardBCLoss(OffPolicyLoss):
@@ -40,10 +38,10 @@ class RewardBCLoss(OffPolicyLoss):
     def __init__(self, actor_network: TensorDictModule, *, temperature: float = 1.0) -> None:
         super().__init__()
         self._add_policy(actor_network, "actor_network")
-        self.temperature = temperature
+        self._add_coefficient("temperature", temperature)
 
     def _required_keys(self, tensordict: TensorDictBase | None = None) -> list[NestedKey]:
-        return ["observation", self.tensor_keys.action, next_key(self.tensor_keys.reward)]
+        return ["observation", "action", ("next", "reward")]
 
     def _optional_keys(self) -> list[NestedKey]:
         return []  # this loss draws nothing
@@ -53,10 +51,7 @@ class RewardBCLoss(OffPolicyLoss):
         weight = (self.temperature * (reward - self._batch_mean(reward, tensordict))).exp().clamp_max(100.0)
         action = self.actor_network(tensordict.select("observation"))["action"]
         error = (action - tensordict["action"]).square().mean(-1)
-        return {
-            "loss_actor": self._reduce(weight * error, tensordict),
-            "weight": self._statistic(weight, tensordict),
-        }
+        return {"loss_actor": self._reduce(weight * error, tensordict), "weight": self._statistic(weight, tensordict)}
 
 
 @dataclass
@@ -72,36 +67,25 @@ class RewardBCConfig(MethodConfig):
 
 
 def build(config: RewardBCConfig, problem: ProblemSpec) -> Learner:
-    width = problem.hidden_dims[0]
-    layers = (nn.Linear(problem.observation_dim, width), nn.GELU(), nn.Linear(width, problem.action_dim), nn.Tanh())
-    network = nn.Sequential(*layers).to(problem.device)
-    policy = TensorDictModule(network, in_keys=["observation"], out_keys=["action"])
+    policy = DeterministicPolicy(make_policy_network(*problem.sizes)).to(problem.device)
     loss = RewardBCLoss(policy, temperature=config.temperature)
     groups = [{"params": list(loss.parameters()), "lr": config.lr}]
-    return Learner(
-        loss=loss, policy=policy, evaluated_policies={"reward_bc": policy}, param_groups=groups, target_updater=None
-    )
+    return Learner(loss, policy, evaluated_policies={config.name: policy}, param_groups=groups, target_updater=None)
 
 
 def log_pendulum(folder: Path, episodes: int) -> str:
-    """Transitions of random torques, imported as `deflow data import` does it; the task's name."""
-    names = ("observations", "actions", "rewards", "next_observations", "timeouts")
-    env, rng, columns = gymnasium.make("Pendulum-v1"), np.random.default_rng(0), {name: [] for name in names}
+    """Transitions of random torques, as a set in a folder; the task's name."""
+    env, rng, rows = gymnasium.make("Pendulum-v1"), np.random.default_rng(0), []
     for episode in range(episodes):
         observation, _ = env.reset(seed=episode)
         end = False
         while not end:
-            action = rng.uniform(-2, 2, 1).astype(np.float32)
-            after, reward, _, end, _ = env.step(action)
-            for name, value in zip(names, (observation, action, np.float32(reward), after, end), strict=True):
-                columns[name].append(value)
+            action = rng.uniform(-1, 1, 1).astype(np.float32)
+            after, reward, _, end, _ = env.step(2 * action)
+            rows.append((observation, action, reward, False, end, after))
             observation = after
-    np.savez(folder / "rows.npz", **{name: np.stack(values) for name, values in columns.items()})
-    make_folder(
-        folder / "pendulum",
-        lambda into: import_files(folder / "rows.npz", never_terminates=True, action_bounds=(-2.0, 2.0), folder=into),
-        describe=lambda dataset, into: write_card(data_card(dataset, name="pendulum"), into),
-    )
+    *columns, after = map(np.stack, zip(*rows, strict=True))
+    TransitionDataset.from_arrays(*columns, next_observations=after, source="random torques").save(folder / "pendulum")
     return f"file:{folder / 'pendulum'}"
 
 
@@ -111,7 +95,7 @@ def main() -> float:
     parser.add_argument("--episodes", type=int, default=20, help="logged episodes")
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    register_algorithm(Algorithm(name="reward_bc", config=RewardBCConfig, build=build))
+    register_algorithm(Algorithm("reward_bc", "Reward-weighted BC", RewardBCConfig, build))
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(
             task=log_pendulum(Path(folder), arguments.episodes), env="Pendulum-v1", offline_steps=arguments.steps,

@@ -58,11 +58,21 @@ def test_a_method_of_ones_own_is_trained_and_evaluated(run, monkeypatch, capsys)
     from deflow_torchrl.algorithms import registry
 
     monkeypatch.setattr(registry.ALGORITHMS, "_loaded", dict(registry.ALGORITHMS))  # forgotten afterwards
-    assert len((EXAMPLES / "extending_method.py").read_text().splitlines()) < 130
+    assert len((EXAMPLES / "extending_method.py").read_text().splitlines()) < 115
     learned = run("extending_method.py", "--steps", "5", "--episodes", "1")
     assert f"reward_bc: mean return {learned:.0f} after 5 steps" in capsys.readouterr().out
     assert -2000 < learned < 0, "five episodes of the pendulum"
     assert registry.get_algorithm("reward_bc").config().temperature == 1.0
+
+
+def test_a_critic_of_ones_own_sees_which_returns_are_noisy(run, monkeypatch, capsys):
+    from deflow_torchrl.algorithms import registry
+
+    monkeypatch.setattr(registry.ALGORITHMS, "_loaded", dict(registry.ALGORITHMS))  # forgotten afterwards
+    found = run("extending_critic.py", "--steps", "150")
+    assert f"{found['calm']:.2f} apart in a calm state" in capsys.readouterr().out
+    assert found["noisy"] > 2 * found["calm"] > 0
+    assert registry.get_algorithm("deflow_quantile").title == "DeFlow, quantile critic"
 
 
 def test_a_source_of_ones_own_is_trained_on_and_named_in_the_record(run, tmp_path, capsys):

@@ -270,7 +270,9 @@ def test_an_actor_behind_encoders_is_exported_with_them(tmp_path):
     exported = load_policy(tmp_path / "actor.pt2", trusted=True)
     with torch.no_grad():
         expected = actor(TensorDict(observation=state, noise=noise, batch_size=[4]))["action"]
-    torch.testing.assert_close(torch.as_tensor(exported(state.numpy(), noise=noise.numpy())), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        torch.as_tensor(exported(state.numpy(), noise=noise.numpy())), expected, rtol=1e-5, atol=1e-5
+    )
 
 
 # -- critics ----------------------------------------------------------------------------------------------------------

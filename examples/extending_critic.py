@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from deflow_torchrl.algorithms import Algorithm, DeFlowConfig, Learner, ProblemSpec, get_algorithm, register_algorithm
 from deflow_torchrl.algorithms.base import learner_with_critics
-from deflow_torchrl.modules import DeFlowActor, RefinementPolicy, make_refinement_network
-from deflow_torchrl.modules.critics import CriticEnsemble
+from deflow_torchrl.modules import CriticEnsemble, DeFlowActor, RefinementPolicy, make_refinement_network
 from deflow_torchrl.objectives import DeFlowLoss
 from deflow_torchrl.trainers import UpdateStep
 

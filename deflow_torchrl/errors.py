@@ -3,7 +3,26 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from pathlib import Path
+
+
+def did_you_mean(name: str, known: Iterable[str], *, otherwise: str | None = None, n: int = 3) -> str:
+    """A hint for a name that is unknown: the nearest of those known, else all of them or what ``otherwise`` says.
+
+    Examples:
+        >>> did_you_mean("litte", ["paper", "lite"]), did_you_mean("x", ["paper", "lite"])
+        ('did you mean lite?', 'there are paper, lite')
+    """
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=n)
+    return f"did you mean {', '.join(near)}?" if near else otherwise or f"there are {', '.join(names)}"
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error in one line, or its type where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 class InputError(ValueError):

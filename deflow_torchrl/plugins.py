@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import pkgutil
 from collections.abc import Iterator, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Generic, TypeVar
 
-from deflow_torchrl.errors import InputError
+from deflow_torchrl.errors import InputError, did_you_mean, one_line
 
 T = TypeVar("T")
 
@@ -60,9 +59,7 @@ class Registry(Mapping[str, T], Generic[T]):
             InputError: on an unknown name, with the nearest ones, and as :meth:`__getitem__`.
         """
         if name not in self:
-            near = difflib.get_close_matches(name, list(self), n=3)
-            hint = f"did you mean {', '.join(near)}?" if near else f"there are {', '.join(self)}"
-            raise InputError(f"unknown {self._noun} {name!r}; {hint}")
+            raise InputError(f"unknown {self._noun} {name!r}; {did_you_mean(name, self)}")
         return self[name]
 
     def register(self, name: str, thing: T) -> None:
@@ -94,8 +91,9 @@ class Registry(Mapping[str, T], Generic[T]):
         except InputError:
             raise
         except Exception as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise InputError(f"the {self._noun} {name!r} of {packages[0]} cannot be loaded ({reason})") from error
+            raise InputError(
+                f"the {self._noun} {name!r} of {packages[0]} cannot be loaded ({type(error).__name__}: {one_line(error)})"
+            ) from error
         return self._checked(thing, f"the {self._noun} {name!r} of {packages[0]}")
 
     def _checked(self, thing: T, named: str) -> T:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from deflow_torchrl.envs.names import parse_ogbench_name
-from deflow_torchrl.errors import InputError, MissingExtraError
+from deflow_torchrl.errors import InputError, MissingExtraError, one_line
 
 if TYPE_CHECKING:
     import gymnasium
@@ -101,11 +101,9 @@ def make_registered_env(environment_id: str, **kwargs: Any) -> gymnasium.Env:
 
     register_robotics()
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="glfw")
-            env = gymnasium.make(environment_id, disable_env_checker=True, **kwargs)
+        env = _make(environment_id, **kwargs)
     except (gymnasium.error.Error, ImportError, TypeError, ValueError) as error:
-        raise InputError(f"env={environment_id} cannot be made: {' '.join(str(error).split())}") from error
+        raise InputError(f"env={environment_id} cannot be made: {one_line(error)}") from error
     space, wrong = env.action_space, None
     if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1 or not space.is_bounded("both"):
         wrong = f" takes actions in {space}; a bounded vector of real numbers is needed"
@@ -135,10 +133,16 @@ def make_env_by_id(environment_id: str, **kwargs: Any) -> gymnasium.Env:
         raise InputError(f"ogbench has no environment {environment_id!r}; the nearest are {', '.join(near) or 'none'}")
     if environment_id.startswith("visual-"):
         _check_renderer(environment_id)
+    return SeededReset(_make(environment_id, **kwargs))
+
+
+def _make(environment_id: str, **kwargs: Any) -> gymnasium.Env:
+    import gymnasium
+
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="glfw")  # a missing display, once more: the simulator is imported here
+        warnings.filterwarnings("ignore", module="glfw")  # a missing display: the simulator is imported here
         # The checker would look at the simulator's spaces before SeededReset has put them right.
-        return SeededReset(gymnasium.make(environment_id, disable_env_checker=True, **kwargs))
+        return gymnasium.make(environment_id, disable_env_checker=True, **kwargs)
 
 
 def success_timing(task: str) -> Literal["pre", "post"] | None:

@@ -38,22 +38,22 @@ class ReportSuccess(gymnasium.Wrapper):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Reset the environment."""
         observation, info = self.env.reset(seed=seed, options=options)
-        return observation, _with_success(info)
+        return observation, {**info, "success": _success(info)}
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """Step the environment."""
         observation, reward, terminated, truncated, info = self.env.step(action)
-        return observation, float(reward), bool(terminated), bool(truncated), _with_success(info)
+        return observation, float(reward), bool(terminated), bool(truncated), {**info, "success": _success(info)}
 
 
 class EndAtSuccess(gymnasium.Wrapper):
-    """End an episode (``terminated``) with the step whose ``info["success"]`` is true."""
+    """End an episode (``terminated``) with the step that succeeds, as :class:`ReportSuccess` has it."""
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """Step the environment."""
         observation, reward, terminated, truncated, info = self.env.step(action)
-        return observation, float(reward), bool(terminated or info["success"]), truncated, info
+        return observation, float(reward), bool(terminated or _success(info)), truncated, info
 
 
-def _with_success(info: dict[str, Any]) -> dict[str, Any]:
-    return {**info, "success": bool(np.asarray(info.get("success", info.get("is_success", False))).all())}
+def _success(info: dict[str, Any]) -> bool:
+    return bool(np.asarray(info.get("success", info.get("is_success", False))).all())

@@ -8,7 +8,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from deflow_torchrl.plugins import Registry
 
@@ -40,7 +40,7 @@ class Source(ABC):
         self,
         name: str,
         *,
-        split: Literal["train", "val"] = "train",
+        split: str = "train",
         root: str | Path | None = None,
         download: bool = True,
         device: torch.device | str | None = None,

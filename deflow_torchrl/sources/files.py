@@ -1,21 +1,21 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""Anybody's own files as transitions: npz, HDF5, CSV and Parquet through a small mapping of columns."""
+"""Files of the user's own as transitions: npz, HDF5, CSV and Parquet, with a small mapping of columns."""
 
 from __future__ import annotations
 
 import fnmatch
+import importlib
 import math
 import os
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
-import torch
 
 from deflow_torchrl.data.assembly import discontinuities
 from deflow_torchrl.data.columns import Column
@@ -27,6 +27,8 @@ from deflow_torchrl.sources.base import Source
 
 FIELDS = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
 """What a mapping may name; the first four are needed."""
+FILE_ENDINGS = (".npz", ".h5", ".hdf5", ".csv", ".parquet")
+"""Endings of the files that can be imported."""
 _VECTORS = ("observations", "actions", "next_observations")
 _MOST_OPEN = 8  # files at once; a system may allow a hundred in all
 # What h5py and zipfile raise for damaged content besides what every reader raises.
@@ -47,49 +49,27 @@ _ALIASES = {
 class FileSource(Source):
     """Folders made by ``deflow data import`` or :meth:`deflow_torchrl.data.TransitionDataset.save`, by their paths."""
 
-    def load(
-        self,
-        name: str,
-        *,
-        split: Literal["train", "val"] = "train",
-        root: str | Path | None = None,
-        download: bool = True,
-        device: torch.device | str | None = None,
-        memmap_dir: Path | None = None,
-    ) -> TransitionDataset | None:
-        """Load a folder, whose files stay mapped where ``memmap_dir`` is given; there are no validation splits."""
+    def load(self, name: str, *, split: str = "train", device: Any = None, **_: Any) -> TransitionDataset | None:
+        """Load a folder, whose files stay mapped where no ``device`` is given; there are no validation splits."""
         if split == "val":
             return None
         dataset = TransitionDataset.load(name)
-        return dataset if memmap_dir is not None else dataset.to(device or "cpu")
+        return dataset if device is None else dataset.to(device)
 
-    def ensure(
-        self, name: str, *, root: str | Path | None = None, download: bool = True, show_progress: bool = True
-    ) -> None:
+    def ensure(self, name: str, **_: Any) -> None:
         """Map the folder's files, without reading them."""
         TransitionDataset.load(name)
 
-    def digest(self, name: str, *, root: str | Path | None = None) -> str:
+    def digest(self, name: str, **_: Any) -> str:
         """SHA-256 over all columns."""
         return folder_sha256(Path(name), "*.bin")
 
-    def location(self, name: str, *, root: str | Path | None = None) -> Path:
+    def location(self, name: str, **_: Any) -> Path:
         """The folder itself."""
         return Path(name)
 
 
 SOURCE = FileSource()
-
-
-class Table(Protocol):
-    """A file's columns by name."""
-
-    @property
-    def names(self) -> list[str]:
-        """Names of all columns."""
-
-    def __getitem__(self, name: str) -> Column:
-        """One column."""
 
 
 def import_files(
@@ -131,24 +111,23 @@ def import_files(
     """
     given = [paths] if isinstance(paths, (str, os.PathLike)) else paths
     files = [Path(path).expanduser() for path in given]
-    _check_options(files, columns or {}, ends, action_bounds)
-    source = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
+    mapping = columns or {}
+    _check_options(files, mapping, ends, action_bounds)
     with _OpenFiles() as opened:
-        parts = [_examine(path, opened, columns or {}, ends, never_terminates) for path in files]
+        parts = [_examine(path, opened, mapping, ends, never_terminates) for path in files]
         _check_alike(parts)
         episode_ends = _told(ends, parts)
         joined = {name: _joined([part.fields[name] for part in parts]) for name in parts[0].fields}
-        if "terminals" not in joined:
-            joined["terminals"] = np.zeros(sum(part.rows for part in parts), bool)
+        joined.setdefault("terminals", np.zeros(sum(part.rows for part in parts), bool))
         if action_bounds is not None:
-            joined["actions"] = Rescaled(joined["actions"], *action_bounds)
+            joined["actions"] = _rescaled(joined["actions"], *action_bounds)
         return TransitionDataset.from_arrays(
             **joined,
             episode_ends=episode_ends,
             both=both,
             final_observation_rows=final_observation_rows,
             allow_jumps=allow_jumps,
-            source=source,
+            source=str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more",
             folder=folder,
             about={
                 "provenance": "own",
@@ -159,63 +138,96 @@ def import_files(
         )
 
 
-class Rescaled:
-    """A column of floating point actions mapped from [low, high] to [-1, 1], in double precision.
+def _check_options(
+    files: Sequence[Path], columns: Mapping[str, str], ends: str, action_bounds: tuple[float, float] | None
+) -> None:
+    if not files:
+        raise InputError("no file to import")
+    if unknown := sorted(set(columns) - set(FIELDS)):
+        raise InputError(f"unknown field {unknown[0]!r} in the mapping (--column); there are {', '.join(FIELDS)}")
+    if action_bounds is not None:
+        low, high = action_bounds
+        if not (low < high and math.isfinite(high - low)):
+            raise InputError(
+                f"action bounds {low:g} and {high:g} (--action-bounds): both must be finite, and the first must be the smaller"
+            )
+    if ends not in ("flags", "file", "discontinuity") and not ends.isdecimal() and not ends.startswith("column:"):
+        raise InputError(
+            f"ends={ends!r} is unknown; there are flags, file, discontinuity, a number of rows and column:NAME (--ends)"
+        )
+
+
+# -- columns that are read when their rows are asked for -------------------------------------------------------------
+
+
+@dataclass
+class _Rows:
+    """A column whose rows are computed when they are asked for."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    read: Callable[[slice], np.ndarray]
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        return self.read(rows)
+
+
+def _rescaled(column: Column, low: float, high: float) -> Column:
+    """Map a column of floating point actions from [low, high] to [-1, 1], in double precision.
 
     A bound that is no binary number (20.3) lies beside its nearest float32: actions up to one such step beyond it are at it.
-
-    Attributes:
-        shape: of the column.
-        dtype: float64.
     """
+    scale = 2 / (high - low)
+    # Numbers in double precision have often been single ones before, and are again when they are stored.
+    kept = np.float16 if np.dtype(column.dtype) == np.float16 else np.float32
+    limit = 1 + float(np.spacing(kept(max(abs(low), abs(high))))) * scale
 
-    def __init__(self, column: Column, low: float, high: float) -> None:
-        self._column, self._low, self._scale = column, low, 2 / (high - low)
-        self.shape, self.dtype = column.shape, np.dtype(np.float64)
-        # Numbers in double precision have often been single ones before, and are again when they are stored.
-        kept = np.float16 if np.dtype(column.dtype) == np.float16 else np.float32
-        self._limit = 1 + float(np.spacing(kept(max(abs(low), abs(high))))) * self._scale
+    def read(rows: slice) -> np.ndarray:
+        values = (np.asarray(column[rows], np.float64) - low) * scale - 1
+        return np.where(np.abs(values) <= limit, values.clip(-1, 1), values)
 
-    def __getitem__(self, rows: slice) -> np.ndarray:
-        """Rows of the mapped column."""
-        values = (np.asarray(self._column[rows], np.float64) - self._low) * self._scale - 1
-        return np.where(np.abs(values) <= self._limit, values.clip(-1, 1), values)
+    return _Rows(column.shape, np.dtype(np.float64), read)
 
 
-class Joined:
-    """Columns of several files, one after another.
+def _joined(columns: Sequence[Column]) -> Column:
+    """Columns of several files, one after another."""
+    if len(columns) == 1:
+        return columns[0]
+    begins = np.cumsum([0, *(column.shape[0] for column in columns)]).tolist()
 
-    Attributes:
-        shape: of the whole.
-        dtype: that holds the values of all.
-    """
-
-    def __init__(self, columns: Sequence[Column]) -> None:
-        self._columns = columns
-        self._begins = np.cumsum([0, *(column.shape[0] for column in columns)])
-        self.shape = (int(self._begins[-1]), *columns[0].shape[1:])
-        self.dtype = np.result_type(*(column.dtype for column in columns))
-
-    def __getitem__(self, rows: slice) -> np.ndarray:
-        """Consecutive rows."""
-        begin, end, _ = rows.indices(self.shape[0])
-        parts = []
-        for column, first in zip(self._columns, self._begins, strict=False):
+    def read(rows: slice) -> np.ndarray:
+        begin, end, _ = rows.indices(begins[-1])
+        parts = [np.asarray(columns[0][0:0])]
+        for column, first in zip(columns, begins, strict=False):
             low, high = max(begin - first, 0), min(end - first, column.shape[0])
             if low < high:
                 parts.append(np.asarray(column[low:high]))
-        return np.concatenate(parts) if parts else np.asarray(self._columns[0][0:0])
+        return np.concatenate(parts[1:] or parts)
+
+    return _Rows((begins[-1], *columns[0].shape[1:]), np.result_type(*(column.dtype for column in columns)), read)
+
+
+# -- the formats -----------------------------------------------------------------------------------------------------
+
+
+class Table(Protocol):
+    """A file's columns by name."""
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all columns."""
+
+    def __getitem__(self, name: str) -> Column:
+        """One column."""
 
 
 class _Hdf5:
     """Data sets of an HDF5 file by their path."""
 
-    def __init__(self, file: Any) -> None:
-        import h5py
-
+    def __init__(self, file: Any, dataset_type: type) -> None:
         self._file = file
         self.names: list[str] = []
-        file.visititems(lambda name, item: self.names.append(name) if isinstance(item, h5py.Dataset) else None)
+        file.visititems(lambda name, item: self.names.append(name) if isinstance(item, dataset_type) else None)
 
     def __getitem__(self, name: str) -> Any:
         return self._file[name]
@@ -278,59 +290,31 @@ def _reading(path: Path) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _open(path: Path) -> Iterator[Table]:
+def _open(path: Path, stack: ExitStack) -> Table:
+    """Open a file; ``stack`` closes it."""
     if not path.is_file():
         raise InputError(f"no data file {path}")
-    opener = _OPENERS.get(path.suffix.lower())
-    if opener is None:
-        raise InputError(f"{path}: files end in {', '.join(_OPENERS)}; {path.suffix or 'no ending'} is unknown")
-    with ExitStack() as stack:
-        with _reading(path):
-            table = opener(path, stack)
-        yield table
+    ending = path.suffix.lower()
+    if ending not in FILE_ENDINGS:
+        raise InputError(f"{path}: files end in {', '.join(FILE_ENDINGS)}; {path.suffix or 'no ending'} is unknown")
+    with _reading(path):
+        if ending == ".npz":
+            return stack.enter_context(NpzArchive(path))
+        if ending == ".csv":
+            table = _module("pyarrow.csv").read_csv(path)
+            return _Arrow(table.column_names, table.column, text=True)
+        if ending == ".parquet":
+            file = stack.enter_context(_module("pyarrow.parquet").ParquetFile(path))
+            return _Arrow(file.schema_arrow.names, lambda name: file.read(columns=[name]).column(name), text=False)
+        h5py = _module("h5py")
+        return _Hdf5(stack.enter_context(h5py.File(path)), h5py.Dataset)
 
 
-def _open_npz(path: Path, stack: ExitStack) -> Table:
-    return stack.enter_context(NpzArchive(path))
-
-
-def _open_hdf5(path: Path, stack: ExitStack) -> Table:
+def _module(name: str) -> Any:
     try:
-        import h5py
+        return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise MissingExtraError("h5py", "files") from error
-    return _Hdf5(stack.enter_context(h5py.File(path)))
-
-
-def _open_csv(path: Path, stack: ExitStack) -> Table:
-    try:
-        from pyarrow import csv
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("pyarrow", "files") from error
-    table = csv.read_csv(path)
-    return _Arrow(table.column_names, table.column, text=True)
-
-
-def _open_parquet(path: Path, stack: ExitStack) -> Table:
-    try:
-        from pyarrow import parquet
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("pyarrow", "files") from error
-    file = stack.enter_context(parquet.ParquetFile(path))
-    return _Arrow(file.schema_arrow.names, lambda name: file.read(columns=[name]).column(name), text=False)
-
-
-_OPENERS: dict[str, Callable[[Path, ExitStack], Table]] = {
-    ".npz": _open_npz,
-    ".h5": _open_hdf5,
-    ".hdf5": _open_hdf5,
-    ".csv": _open_csv,
-    ".parquet": _open_parquet,
-}
-
-FILE_ENDINGS = tuple(_OPENERS)
-"""Endings of the files that can be imported."""
+        raise MissingExtraError(name.partition(".")[0], "files") from error
 
 
 class _OpenFiles:
@@ -344,39 +328,34 @@ class _OpenFiles:
 
     def __exit__(self, *exception: object) -> None:
         while self._tables:
-            self._tables.popitem()[1][1].close()
+            self._close_oldest()
 
     def __getitem__(self, path: Path) -> Table:
         if path not in self._tables:
             if len(self._tables) >= _MOST_OPEN:
-                self._tables.popitem(last=False)[1][1].close()
-            stack = ExitStack()
-            self._tables[path] = stack.enter_context(_open(path)), stack
+                self._close_oldest()
+            with ExitStack() as stack:
+                table = _open(path, stack)
+                self._tables[path] = table, stack.pop_all()
         self._tables.move_to_end(path)
         return self._tables[path][0]
 
+    def column(self, path: Path, name: str) -> Column:
+        """A column of a file that need not stay open; damage is told under the file's name."""
+        with _reading(path):
+            column = self[path][name]
 
-class _InFile:
-    """A column of a file that need not be open; damage is told under the file's name."""
+        def read(rows: slice) -> np.ndarray:
+            with _reading(path):
+                return np.asarray(self[path][name][rows])
 
-    def __init__(self, opened: _OpenFiles, path: Path, name: str, shape: tuple[int, ...], dtype: Any) -> None:
-        self._opened, self._path, self._name = opened, path, name
-        self.shape, self.dtype = shape, np.dtype(dtype)
+        return _Rows(tuple(column.shape or ()), np.dtype(column.dtype), read)
 
-    def __getitem__(self, rows: slice) -> np.ndarray:
-        with _reading(self._path):
-            return np.asarray(self._opened[self._path][self._name][rows])
+    def _close_oldest(self) -> None:
+        self._tables.popitem(last=False)[1][1].close()
 
 
-class _OneWide:
-    """One number a row as a vector of one."""
-
-    def __init__(self, column: Column) -> None:
-        self._column = column
-        self.shape, self.dtype = (*column.shape, 1), column.dtype
-
-    def __getitem__(self, rows: slice) -> np.ndarray:
-        return np.asarray(self._column[rows])[:, None]
+# -- the fields of a file --------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -391,8 +370,8 @@ class _Part:
     """
 
     path: Path
-    fields: dict[str, Column]
-    names: dict[str, list[str]]
+    fields: dict[str, Column] = field(default_factory=dict)
+    names: dict[str, list[str]] = field(default_factory=dict)
     numbers: np.ndarray | None = None
 
     @property
@@ -400,56 +379,30 @@ class _Part:
         return self.fields["actions"].shape[0]
 
 
-def _check_options(
-    files: Sequence[Path], columns: Mapping[str, str], ends: str, action_bounds: tuple[float, float] | None
-) -> None:
-    if not files:
-        raise InputError("no file to import")
-    unknown = sorted(set(columns) - set(FIELDS))
-    if unknown:
-        raise InputError(f"unknown field {unknown[0]!r} in the mapping (--column); there are {', '.join(FIELDS)}")
-    if action_bounds is not None:
-        low, high = action_bounds
-        if not (low < high and math.isfinite(high - low)):
-            raise InputError(
-                f"action bounds {low:g} and {high:g} (--action-bounds): both must be finite, and the first must be the smaller"
-            )
-    if ends not in ("flags", "file", "discontinuity") and not ends.isdecimal() and not ends.startswith("column:"):
-        raise InputError(
-            f"ends={ends!r} is unknown; there are flags, file, discontinuity, a number of rows and column:NAME (--ends)"
-        )
-
-
 def _examine(path: Path, opened: _OpenFiles, columns: Mapping[str, str], ends: str, never_terminates: bool) -> _Part:
     """Find the fields of a file, and check what can be checked without reading rows of arrays."""
-    with _open(path) as table:
-        part = _Part(path, {}, {})
-        for name in FIELDS:
-            wanted = columns.get(name)
-            if wanted is None:
-                wanted = next((alias for alias in _ALIASES[name] if alias in table.names), None)
-            if wanted is not None:
-                part.names[name] = _matching(table, wanted, name, path)
-                column = _column(table, part.names[name], name, path, opened)
-                part.fields[name] = _OneWide(column) if name in _VECTORS and len(column.shape) == 1 else column
-        for name in FIELDS[:4]:
-            if name not in part.fields and not (name == "terminals" and never_terminates):
-                hint = ", or say that the task never terminates (--never-terminates)" if name == "terminals" else ""
-                raise InputError(
-                    f"{path} has no {name}; name the column with --column {name}=NAME{hint}; there are "
-                    f"{_listed(table.names)}"
-                )
-        _check_part(part)
-        if ends.startswith("column:"):
-            name = "the episode's number"
-            column = _column(table, _matching(table, ends.removeprefix("column:"), name, path), name, path, opened)
-            if column.shape[:1] != (part.rows,):
-                raise InputError(
-                    f"{path}: {ends} has shape {tuple(column.shape)}, expected one for each of {part.rows} rows"
-                )
-            values = np.asarray(column[0 : part.rows]).reshape(part.rows, -1)
-            part.numbers = np.concatenate([[0], np.cumsum((values[1:] != values[:-1]).any(1))])
-        return part
+    table, part = opened[path], _Part(path)
+    for name in FIELDS:
+        wanted = columns.get(name) or next((alias for alias in _ALIASES[name] if alias in table.names), None)
+        if wanted is not None:
+            part.names[name] = _matching(table, wanted, name, path)
+            part.fields[name] = _column(table, part.names[name], name, path, opened)
+        elif name in FIELDS[:4] and not (name == "terminals" and never_terminates):
+            hint = ", or say that the task never terminates (--never-terminates)" if name == "terminals" else ""
+            raise InputError(
+                f"{path} has no {name}; name the column with --column {name}=NAME{hint}; there are {_listed(table.names)}"
+            )
+    _check_part(part)
+    if ends.startswith("column:"):
+        name = "the episode's number"
+        column = _column(table, _matching(table, ends.removeprefix("column:"), name, path), name, path, opened)
+        if column.shape[:1] != (part.rows,):
+            raise InputError(
+                f"{path}: {ends} has shape {tuple(column.shape)}, expected one for each of {part.rows} rows"
+            )
+        values = np.asarray(column[0 : part.rows]).reshape(part.rows, -1)
+        part.numbers = np.concatenate([[0], np.cumsum((values[1:] != values[:-1]).any(1))])
+    return part
 
 
 def _matching(table: Table, wanted: str, name: str, path: Path) -> list[str]:
@@ -472,24 +425,27 @@ def _by_number(name: str) -> list[Any]:
 
 
 def _column(table: Table, names: Sequence[str], name: str, path: Path, opened: _OpenFiles) -> Column:
-    """A column, or several side by side."""
+    """A column, or several side by side; of a vector with a second dimension."""
     parts = [_single(table, part, name, path, opened) for part in names]
-    if len(parts) == 1:
-        return parts[0]
-    if any(len(part.shape) != 1 for part in parts):
-        raise InputError(f"{path}: {','.join(names)!r} are not columns of one number a row; name one array for {name}")
-    if len({part.shape for part in parts}) > 1:
-        raise InputError(f"{path}: {','.join(names)!r} differ in length; name columns of one length for {name}")
-    return np.stack([np.asarray(part[0 : part.shape[0]]) for part in parts], axis=1)
+    if len(parts) > 1:
+        if any(len(part.shape) != 1 for part in parts):
+            raise InputError(
+                f"{path}: {','.join(names)!r} are not columns of one number a row; name one array for {name}"
+            )
+        if len({part.shape for part in parts}) > 1:
+            raise InputError(f"{path}: {','.join(names)!r} differ in length; name columns of one length for {name}")
+        return np.stack([np.asarray(part[0 : part.shape[0]]) for part in parts], axis=1)
+    column = parts[0]
+    if name in _VECTORS and len(column.shape) == 1:
+        return _Rows((*column.shape, 1), column.dtype, lambda rows: np.asarray(column[rows])[:, None])
+    return column
 
 
 def _single(table: Table, column_name: str, name: str, path: Path, opened: _OpenFiles) -> Column:
     if not isinstance(table, _Arrow):
-        with _reading(path):
-            column = table[column_name]
-        return _InFile(opened, path, column_name, tuple(column.shape or ()), column.dtype)
-    # A successor may be missing where nobody looks at it.
+        return opened.column(path, column_name)
     with _reading(path):
+        # A successor may be missing where nobody looks at it.
         missing = None if name == "next_observations" else table.first_missing(column_name)
         if missing is not None:
             raise InputError(
@@ -508,14 +464,13 @@ def _check_part(part: _Part) -> None:
     for name, column in part.fields.items():
         if column.shape[0] != part.rows:
             raise InputError(f"{part.path}: {name} has {column.shape[0]} rows, actions {part.rows}")
-    if part.rows == 0:
-        raise InputError(f"{part.path} holds no transition")
-    for name, column in part.fields.items():
         kind = np.dtype(column.dtype).kind
-        if kind not in "fiub" or (name == "actions" and kind != "f"):
+        if part.rows and kind not in ("f" if name == "actions" else "fiub"):
             expected = "floating point in [-1, 1]" if name == "actions" else "real numbers"
             held = "text or objects" if kind in "OUS" else f"type {np.dtype(column.dtype)}"
             raise InputError(f"{part.path}: {name} has {held} ({','.join(part.names[name])}), expected {expected}")
+    if part.rows == 0:
+        raise InputError(f"{part.path} holds no transition")
 
 
 def _check_alike(parts: Sequence[_Part]) -> None:
@@ -534,29 +489,39 @@ def _check_alike(parts: Sequence[_Part]) -> None:
                     f"{part.path}: {name} would be {','.join(part.names[name])}, in {first.path} "
                     f"{','.join(first.names[name])}; name columns that all files have (--column {name}=NAME)"
                 )
-            if tuple(column.shape[1:]) != tuple(expected.shape[1:]):
-                raise InputError(
-                    f"{part.path}: {name} has rows of shape {tuple(column.shape[1:])}, in {first.path} "
-                    f"{tuple(expected.shape[1:])}"
-                )
+            shape, usual = tuple(column.shape[1:]), tuple(expected.shape[1:])
+            if shape != usual:
+                raise InputError(f"{part.path}: {name} has rows of shape {shape}, in {first.path} {usual}")
             one, other = np.dtype(column.dtype), np.dtype(expected.dtype)
             # Pixels of 0 to 255 beside pixels of 0 to 1; flags and rewards are numbers in any type.
             if name in _VECTORS and (one.kind != other.kind or (len(column.shape) > 2 and one != other)):
                 raise InputError(f"{part.path}: {name} has type {one}, in {first.path} {other}; store them as one type")
 
 
-def _joined(columns: Sequence[Column]) -> Column:
-    return columns[0] if len(columns) == 1 else Joined(columns)
+# -- where episodes end ----------------------------------------------------------------------------------------------
 
 
 def _told(ends: str, parts: Sequence[_Part]) -> Any:
     """What :meth:`TransitionDataset.from_arrays` is told of the episodes' ends; a file's last row always is one."""
+    several = len(parts) > 1
     if ends == "flags":
-        if len(parts) > 1:
-            _check_last_rows(parts)
+        for part in parts if several else ():
+            if not _flagged(part, slice(part.rows - 1, part.rows)).any():
+                raise InputError(
+                    f"{part.path}: its last row ends no episode (neither terminal nor timeout), and no episode goes on in "
+                    "another file: mark it (timeouts), or say how ends are known (ends='file', --ends file: each file is an "
+                    "episode)"
+                )
         return None
     if ends == "discontinuity":
-        return _ends_by_discontinuity(parts) if len(parts) > 1 and "next_observations" in parts[0].fields else ends
+        if not several or "next_observations" not in parts[0].fields:
+            return ends
+        last = [
+            discontinuities(part.fields["observations"], part.fields["next_observations"])
+            | _flagged(part, slice(0, part.rows))
+            for part in parts
+        ]
+        return np.cumsum(np.concatenate(last)) - np.concatenate(last)
     if ends.isdecimal():
         for part in parts:
             if int(ends) < 2 or part.rows % int(ends):
@@ -570,32 +535,12 @@ def _told(ends: str, parts: Sequence[_Part]) -> Any:
 
 
 def _flagged(part: _Part, rows: slice) -> np.ndarray:
-    columns = [part.fields[name] for name in ("terminals", "timeouts") if name in part.fields]
-    length = len(range(*rows.indices(part.rows)))
-    return sum(
-        ((np.asarray(column[rows]) != 0).reshape(length, -1).any(1) for column in columns), np.zeros(length, bool)
-    )
-
-
-def _check_last_rows(parts: Sequence[_Part]) -> None:
-    for part in parts:
-        if not _flagged(part, slice(part.rows - 1, part.rows)).any():
-            raise InputError(
-                f"{part.path}: its last row ends no episode (neither terminal nor timeout), and no episode goes on in another "
-                "file: mark it (timeouts), or say how ends are known (ends='file', --ends file: each file is an episode)"
-            )
-
-
-def _ends_by_discontinuity(parts: Sequence[_Part]) -> np.ndarray:
-    """Episode numbers ``[N]``, from s' of a row and s of the next one within each file."""
-    ends = np.concatenate(
-        [
-            discontinuities(part.fields["observations"], part.fields["next_observations"])
-            | _flagged(part, slice(0, part.rows))
-            for part in parts
-        ]
-    )
-    return np.cumsum(ends) - ends
+    """Rows that are terminal or a timeout, bool ``[rows]``."""
+    flags = [np.asarray(part.fields[name][rows]) for name in ("terminals", "timeouts") if name in part.fields]
+    ends = np.zeros(rows.stop - rows.start, bool)
+    for flag in flags:
+        ends |= (flag != 0).reshape(len(ends), -1).any(1)
+    return ends
 
 
 def _listed(names: Sequence[str]) -> str:

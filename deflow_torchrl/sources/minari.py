@@ -11,7 +11,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -82,7 +82,12 @@ def load_minari_dataset(
         reward_shift = 0.0 if task is None else task.reward_shift
     if not np.isfinite(reward_shift):
         raise InputError(f"reward_shift must be a finite number, got {reward_shift}")
-    _compare_with_environment(dataset, observation_keys, rescale_actions=rescale_actions)
+    try:
+        env = recover_environment(dataset)
+    except InputError as error:
+        _LOG.warning(f"{error}; data and environment are not compared")
+    else:
+        adapt_environment(dataset, env, observation_keys=observation_keys, rescale_actions=rescale_actions).close()
     path = Path(dataset.spec.data_path)
     files = sorted(file for file in path.rglob("*") if file.is_file())
     fingerprint = {
@@ -104,24 +109,11 @@ def load_minari_dataset(
 class MinariSource(Source):
     """Minari's sets by their ids. Actions with other bounds are rescaled, as :func:`make_gym_env` rescales them."""
 
-    def load(
-        self,
-        name: str,
-        *,
-        split: Literal["train", "val"] = "train",
-        root: str | Path | None = None,
-        download: bool = True,
-        device: torch.device | str | None = None,
-        memmap_dir: Path | None = None,
-    ) -> TransitionDataset | None:
+    def load(self, name: str, *, split: str = "train", root: Any = None, **options: Any) -> TransitionDataset | None:
         """Load a set; there are no validation splits."""
-        if split == "val":
-            return None
-        return load_minari_dataset(name, download=download, device=device, memmap_dir=memmap_dir, rescale_actions=True)
+        return None if split == "val" else load_minari_dataset(name, rescale_actions=True, **options)
 
-    def ensure(
-        self, name: str, *, root: str | Path | None = None, download: bool = True, show_progress: bool = True
-    ) -> None:
+    def ensure(self, name: str, *, download: bool = True, **_: Any) -> None:
         """Open the set, downloaded first where it is missing."""
         open_minari_dataset(name, download=download)
 
@@ -129,7 +121,7 @@ class MinariSource(Source):
         """Check the extra ``minari``."""
         import_minari()
 
-    def digest(self, name: str, *, root: str | Path | None = None) -> str:
+    def digest(self, name: str, **_: Any) -> str:
         """SHA-256 over all files of the set."""
         return folder_sha256(Path(open_minari_dataset(name).spec.data_path), "*")
 
@@ -208,18 +200,6 @@ class MinariExperienceReplay(TransitionReplayBuffer):
         super().__init__(dataset, batch_size=batch_size, sampler=sampler, **kwargs)
 
 
-def _compare_with_environment(
-    dataset: MinariDataset, observation_keys: Sequence[str] | None, *, rescale_actions: bool
-) -> None:
-    """Make the set's environment once, for its sizes and conventions."""
-    try:
-        env = recover_environment(dataset)
-    except InputError as error:
-        _LOG.warning(f"{error}; data and environment are not compared")
-        return
-    adapt_environment(dataset, env, observation_keys=observation_keys, rescale_actions=rescale_actions).close()
-
-
 def _read(
     dataset: MinariDataset,
     layout: ObservationLayout,
@@ -228,10 +208,9 @@ def _read(
     folder: Path | None,
 ) -> TransitionDataset:
     source = f"Minari set {dataset.id}"
-    transitions, episodes = dataset.total_steps, dataset.total_episodes
     builder = TransitionBuilder(
-        transitions,
-        frames=transitions + episodes,
+        dataset.total_steps,
+        frames=dataset.total_steps + dataset.total_episodes,
         observation_shape=layout.shape,
         observation_dtype=torch.uint8 if layout.dtype == np.uint8 else torch.float32,
         action_dim=dataset.action_space.shape[0],
@@ -240,24 +219,21 @@ def _read(
     )
     at_goal = 0
     for episode in minari_episodes(dataset):
+        where = f"{source}, episode {episode.id}"
         try:
             observations = flatten_observation(episode.observations, layout)
         except InputError as error:
-            raise InputError(f"{source}, episode {episode.id}: {error}") from error
-        actions, rewards = np.asarray(episode.actions), np.asarray(episode.rewards)
+            raise InputError(f"{where}: {error}") from error
+        actions, rewards = np.asarray(episode.actions), np.asarray(episode.rewards).reshape(-1)
+        terminated = np.asarray(episode.terminations, dtype=bool)
         if actions.dtype.kind != "f":
-            raise InputError(
-                f"{source}, episode {episode.id}: actions have type {actions.dtype}, expected real numbers"
-            )
+            raise InputError(f"{where}: actions have type {actions.dtype}, expected real numbers")
         if bounds is not None:
             low, high = bounds
             actions = 2.0 * (actions - low) / (high - low) - 1.0
-        at_goal += int(((rewards.reshape(-1) > 0) & ~np.asarray(episode.terminations, dtype=bool)).sum())
+        at_goal += int(((rewards > 0) & ~terminated).sum())
         builder.add_episode(
-            observations=observations,
-            actions=actions,
-            rewards=rewards.reshape(-1) + reward_shift,
-            terminated=np.asarray(episode.terminations, dtype=bool),
+            observations=observations, actions=actions, rewards=rewards + reward_shift, terminated=terminated
         )
     task = d4rl_task(dataset.id)
     if at_goal and task is not None and task.ends_early == "success":
@@ -265,10 +241,11 @@ def _read(
             f"{dataset.id}: {at_goal} steps at the goal are not terminated in the set, so that values are bootstrapped "
             "behind them; D4RL's own files terminate there"
         )
+    metadata = dataset.storage.metadata
     loaded = builder.finish(
         about={
             "provenance": f"Minari set {dataset.id}",
-            **{key: metadata[key] for key in _SAID_BY_THE_SET if (metadata := dataset.storage.metadata).get(key)},
+            **{key: metadata[key] for key in _SAID_BY_THE_SET if metadata.get(key)},
             "reward_shift": reward_shift,
             "actions_rescaled": bounds is not None,
         }

@@ -9,7 +9,6 @@ import json
 import logging
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +16,8 @@ import numpy as np
 
 from deflow_torchrl.envs.d4rl import d4rl_task, scoring_task
 from deflow_torchrl.envs.observations import ObservationLayout, observation_layout
-from deflow_torchrl.errors import InputError
-from deflow_torchrl.sources.minari_sets import check_spec, minari_episodes, one_line, open_minari_dataset, quiet
+from deflow_torchrl.errors import InputError, one_line
+from deflow_torchrl.sources.minari_sets import check_spec, minari_episodes, open_minari_dataset, quiet
 
 if TYPE_CHECKING:
     import gymnasium
@@ -85,42 +84,17 @@ def action_bounds(space: Any, *, rescale_actions: bool, source: str) -> tuple[np
     if not (np.isfinite(low).all() and np.isfinite(high).all() and (low < high).all()):
         raise InputError(f"{source}: actions are {space}, without finite bounds that could be mapped onto [-1, 1]")
     if not rescale_actions:
+        alike = (low == low[0]).all() and (high == high[0]).all()
+        bounds = f"[{low[0]:g}, {high[0]:g}]" if alike else f"{low.tolist()} and {high.tolist()}"
         raise InputError(
-            f"{source}: actions are bounded by {_bounds(low, high)}, policies act in [-1, 1]; "
+            f"{source}: actions are bounded by {bounds}, policies act in [-1, 1]; "
             "pass rescale_actions=True to map the data's and the environment's onto it"
         )
     return low, high
 
 
-def _bounds(low: np.ndarray, high: np.ndarray) -> str:
-    if (low == low[0]).all() and (high == high[0]).all():
-        return f"[{low[0]:g}, {high[0]:g}]"
-    return f"{low.tolist()} and {high.tolist()}"
-
-
-@dataclass(frozen=True)
-class Conventions:
-    """How rewards and ends of a set's data and of its environment compare.
-
-    Attributes:
-        data_sign: sign of the hand-to-object term in the data (:func:`deflow_torchrl.envs.adroit.hand_to_object_sign`).
-        environment_sign: the same in the environment as it is made.
-        flip_reward: whether the environment must be given D4RL's sign.
-        end_when_dropped: whether the environment must end when the pen is dropped.
-        end_at_success: whether the environment must end at the goal.
-        notes: lines for the log.
-    """
-
-    data_sign: int | None = None
-    environment_sign: int | None = None
-    flip_reward: bool = False
-    end_when_dropped: bool = False
-    end_at_success: bool = False
-    notes: tuple[str, ...] = ()
-
-
-def compare_conventions(dataset: MinariDataset, env: gymnasium.Env) -> Conventions:
-    """Compare the conventions of a set's first episodes with those of its environment, by measurement.
+def _conventions(dataset: MinariDataset, env: gymnasium.Env) -> tuple[type[gymnasium.Wrapper] | None, str | None]:
+    """Compare the conventions of a set's first episodes with those of its environment.
 
     * door, hammer, relocate: the sign of the hand-to-object term. The environment is to have the data's; where the data do
       not tell, D4RL's sets have D4RL's.
@@ -129,69 +103,67 @@ def compare_conventions(dataset: MinariDataset, env: gymnasium.Env) -> Conventio
 
     Args:
         dataset: the set.
-        env: its environment as :mod:`gymnasium` makes it; it is reset.
+        env: its environment as :mod:`gymnasium` makes it.
+
+    Returns:
+        The wrapper that brings the environment to the data's or D4RL's conventions, if it needs one, and a line for the log.
     """
     from deflow_torchrl.envs import adroit
+    from deflow_torchrl.envs.wrappers import EndAtSuccess
 
     known = d4rl_task(dataset.id)
     if known is not None and known.ends_early == "success":
-        ends = not getattr(env.unwrapped, "continuing_task", True)
-        note = f"{dataset.id}: the environment goes on at the goal; its episodes are ended there, as in D4RL"
-        return Conventions(end_at_success=not ends, notes=() if ends else (note,))
+        if not getattr(env.unwrapped, "continuing_task", True):
+            return None, None
+        return EndAtSuccess, "the environment goes on at the goal; its episodes are ended there, as in D4RL"
     task = adroit.adroit_task(env.spec.name if env.spec else None)
-    if task is None:
-        return Conventions()
-    episodes = list(itertools.islice(minari_episodes(dataset), _EPISODES_MEASURED))
+    if env.spec is None or task is None:
+        return None, None
     episodes = [
-        episode for episode in episodes if np.asarray(episode.observations).shape[1:] == (task.observation_dim,)
+        (observations, episode)
+        for episode in itertools.islice(minari_episodes(dataset), _EPISODES_MEASURED)
+        if (observations := np.asarray(episode.observations)).shape[1:] == (task.observation_dim,)
     ]
     if task.name == "pen":
-        dropped = [adroit.pen_dropped(np.asarray(episode.observations)[1:]) for episode in episodes]
-        ended = [episode.terminations[low].any() for episode, low in zip(episodes, dropped, strict=True) if low.any()]
+        dropped = [(adroit.pen_dropped(observations[1:]), episode) for observations, episode in episodes]
+        ended = [episode.terminations[low].any() for low, episode in dropped if low.any()]
         if not any(ended) and known is None:
-            return Conventions()
-        note = (
-            f"{dataset.id}: the environment goes on when the pen is dropped; its episodes are ended there, as in D4RL"
-        )
-        if ended and not any(ended):
-            note += ", though the data's are not"
-        return Conventions(end_when_dropped=True, notes=(note,))
-    data = adroit.hand_to_object_sign(
-        task, [(np.asarray(episode.observations), episode.rewards) for episode in episodes]
-    )
-    simulated = adroit.environment_sign(env)
+            return None, None
+        note = "the environment goes on when the pen is dropped; its episodes are ended there, as in D4RL"
+        return adroit.PenDrop, note + (", though the data's are not" if ended and not any(ended) else "")
+    data = adroit.hand_to_object_sign(task, [(observations, episode.rewards) for observations, episode in episodes])
+    simulated, name = adroit.environment_sign(env), env.spec.id
     wanted = -1 if data is None and known is not None else data
-    notes = []
-    if wanted == -1 and simulated == 1:
-        notes.append(
-            f"{dataset.id}: {env.spec.id if env.spec else 'the environment'} rewards the distance from hand to object "
-            f"with +0.1, {'the data' if data == -1 else 'D4RL'} with -0.1; D4RLAdroitReward corrects the environment"
+    if (wanted, simulated) == (-1, 1):
+        return adroit.D4RLAdroitReward, (
+            f"{name} rewards the distance from hand to object with +0.1, {'the data' if data == -1 else 'D4RL'} with -0.1; "
+            "D4RLAdroitReward corrects the environment"
         )
-    elif wanted is not None and simulated is not None and wanted != simulated:
-        notes.append(
-            f"{dataset.id}: the data reward the distance from hand to object with +0.1, "
-            f"{env.spec.id if env.spec else 'the environment'} with -0.1 as D4RL does; returns of both differ slightly"
+    if (wanted, simulated) == (1, -1):
+        return None, (
+            f"the data reward the distance from hand to object with +0.1, {name} with -0.1 as D4RL does; returns of both "
+            "differ slightly"
         )
-    elif wanted == 1 or (wanted is None and simulated == 1):
-        notes.append(
-            f"{dataset.id}: {'data and environment reward' if wanted else 'the environment rewards'} the distance from hand "
-            "to object with +0.1, D4RL with -0.1; scores normalised with D4RL's returns are a little too high"
+    if wanted == 1 or (wanted is None and simulated == 1):
+        return None, (
+            f"{'data and environment reward' if wanted else 'the environment rewards'} the distance from hand to object with "
+            "+0.1, D4RL with -0.1; scores normalised with D4RL's returns are a little too high"
         )
-    return Conventions(data, simulated, wanted == -1 and simulated == 1, notes=tuple(notes))
+    return None, None
 
 
-_conventions: dict[tuple[str, int, bool], Conventions] = {}
+_measured: dict[tuple[str, int, bool], type[gymnasium.Wrapper] | None] = {}
 
 
-def _conventions_of(dataset: MinariDataset, env: gymnasium.Env, *, eval_env: bool) -> Conventions:
-    """:func:`compare_conventions`, measured and reported once a process for each state of a set."""
+def _wrapper_of(dataset: MinariDataset, env: gymnasium.Env, *, eval_env: bool) -> type[gymnasium.Wrapper] | None:
+    """The wrapper of :func:`_conventions`, found and reported once a process for each state of a set."""
     path = Path(dataset.spec.data_path)
     key = (str(path), max((file.stat().st_mtime_ns for file in path.iterdir()), default=0), eval_env)
-    if key not in _conventions:
-        _conventions[key] = compare_conventions(dataset, env)
-        for note in _conventions[key].notes:
-            _LOG.warning(note)
-    return _conventions[key]
+    if key not in _measured:
+        _measured[key], note = _conventions(dataset, env)
+        if note is not None:
+            _LOG.warning(f"{dataset.id}: {note}")
+    return _measured[key]
 
 
 def make_minari_env(
@@ -208,7 +180,7 @@ def make_minari_env(
     Observations are one float32 array, laid out as the data's (:func:`minari_layout`: D4RL's antmaze is ``achieved_goal`` then
     ``observation``, other dictionaries are in sorted order); images stay uint8. ``info["success"]`` is always there, false
     where the environment knows none. ``reset(seed=...)`` fixes the whole episode. Adroit and D4RL antmaze are brought to
-    the data's or D4RL's conventions where they differ (:func:`compare_conventions`), and episodes of D4RL's sets are as long
+    the data's or D4RL's conventions where they differ (:func:`_conventions`), and episodes of D4RL's sets are as long
     as D4RL's, with one line in the log each.
 
     Args:
@@ -264,53 +236,39 @@ def adapt_environment(
     """
     from gymnasium.wrappers import RescaleAction
 
-    from deflow_torchrl.envs.adroit import D4RLAdroitReward, PenDrop
     from deflow_torchrl.envs.seeding import SeededReset
-    from deflow_torchrl.envs.wrappers import EndAtSuccess, FlatObservation, ReportSuccess
+    from deflow_torchrl.envs.wrappers import FlatObservation, ReportSuccess
 
     name = env.spec.id if env.spec else "the environment"
     source = f"{name}, the environment of Minari set {dataset.id}"
     try:
         layout = minari_layout(dataset.id, dataset.observation_space, observation_keys)
         own = minari_layout(dataset.id, env.observation_space, observation_keys, source=source)
-        for what, data, simulated in (
-            ("observations", layout, own),
-            ("actions", list(dataset.action_space.shape or ()), list(env.action_space.shape or ())),
-        ):
+        shapes = [list(space.shape or ()) for space in (dataset.action_space, env.action_space)]
+        for what, data, simulated in (("observations", layout, own), ("actions", *shapes)):
             if data != simulated:
                 raise InputError(
                     f"Minari set {dataset.id}: {what} are {data} in the data, {simulated} in {name}; "
                     "the data belong to another environment or another version of it"
                 )
         bounds = action_bounds(env.action_space, rescale_actions=rescale_actions, source=source)
-        _compare_action_bounds(dataset, env.action_space, name)
-        conventions = _conventions_of(dataset, env, eval_env=eval_env)
+        # Data and environment are each mapped onto [-1, 1] by their own bounds.
+        for side in ("low", "high"):
+            of_data, of_env = getattr(dataset.action_space, side, np.nan), getattr(env.action_space, side)
+            if not np.allclose(np.asarray(of_data, np.float64), of_env, rtol=0.0, atol=_SAME_BOUND):
+                raise InputError(
+                    f"Minari set {dataset.id}: actions are {dataset.action_space} in the data, {env.action_space} in {name}; "
+                    "the same action would mean something else, the data belong to another environment or another version of it"
+                )
+        wrapper = _wrapper_of(dataset, env, eval_env=eval_env)
     except BaseException:
         env.close()
         raise
-    if conventions.flip_reward:
-        env = D4RLAdroitReward(env)
-    if conventions.end_when_dropped:
-        env = PenDrop(env)
+    if wrapper is not None:
+        env = wrapper(env)
     if bounds is not None:
         env = RescaleAction(env, np.float32(-1.0), np.float32(1.0))
-    env = ReportSuccess(env)
-    if conventions.end_at_success:
-        env = EndAtSuccess(env)
-    return SeededReset(FlatObservation(env, layout))
-
-
-def _compare_action_bounds(dataset: MinariDataset, simulated: Any, name: str) -> None:
-    """Data and environment are each mapped onto [-1, 1] by their own bounds: other bounds would make other actions of it."""
-    low, high = (np.asarray(getattr(dataset.action_space, side, np.nan), np.float64) for side in ("low", "high"))
-    if not all(
-        np.allclose(data, own, rtol=0.0, atol=_SAME_BOUND)
-        for data, own in ((low, simulated.low), (high, simulated.high))
-    ):
-        raise InputError(
-            f"Minari set {dataset.id}: actions are {dataset.action_space} in the data, {simulated} in {name}; the same action "
-            "would mean something else, the data belong to another environment or another version of it"
-        )
+    return SeededReset(FlatObservation(ReportSuccess(env), layout))
 
 
 def recover_environment(dataset: MinariDataset, *, eval_env: bool = True, **kwargs: Any) -> gymnasium.Env:
@@ -355,15 +313,16 @@ def _episode_limit(dataset_id: str, environment_id: str, own: int | None) -> dic
     scored = scoring_task(dataset_id, environment_id)
     if scored is None or own == scored.max_steps:
         return {}
+    steps = own or "any number of"
     if d4rl_task(dataset_id) is None:
         _say_once(
-            f"{dataset_id}: episodes of its environment have {own or 'any number of'} steps, D4RL's have "
-            f"{scored.max_steps}; scores normalised with D4RL's returns do not compare with D4RL's"
+            f"{dataset_id}: episodes of its environment have {steps} steps, D4RL's have {scored.max_steps}; scores normalised "
+            "with D4RL's returns do not compare with D4RL's"
         )
         return {}
     _say_once(
-        f"{dataset_id}: the set's environment cuts episodes after {own or 'any number of'} steps, D4RL after "
-        f"{scored.max_steps}; they are cut as in D4RL"
+        f"{dataset_id}: the set's environment cuts episodes after {steps} steps, D4RL after {scored.max_steps}; they are cut "
+        "as in D4RL"
     )
     return {"max_episode_steps": scored.max_steps}
 

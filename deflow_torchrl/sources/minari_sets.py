@@ -23,7 +23,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from deflow_torchrl.envs.factory import register_robotics
-from deflow_torchrl.errors import InputError, MissingExtraError
+from deflow_torchrl.errors import InputError, MissingExtraError, one_line
 from deflow_torchrl.paths import only_one_prepares
 
 if TYPE_CHECKING:
@@ -67,33 +67,25 @@ def open_minari_dataset(dataset_id: str, *, download: bool = True) -> MinariData
         MissingExtraError: if the ``minari`` extra is not installed.
     """
     minari = import_minari()
-    from minari.dataset.minari_dataset import parse_dataset_id
     from minari.dataset.minari_storage import MinariStorage
-    from minari.storage.datasets_root_dir import get_dataset_path
 
-    try:
-        parse_dataset_id(dataset_id)
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{dataset_id!r} is no Minari id; they look like D4RL/door/human-v2") from error
     with quiet():
-        folder = get_dataset_path(dataset_id)
-        if _broken_off(folder).exists() or not (folder / "data").exists():
+        folder = _folder(dataset_id, "D4RL/door/human-v2")
+        marker = _incomplete(folder)
+        if marker.exists() or not (folder / "data").exists():
+            near = difflib.get_close_matches(dataset_id, list(minari.list_local_datasets()), n=3)
+            hint = f"; the nearest here are {', '.join(near)}" if near else ""
+            if marker.exists():
+                hint += f"; a download of it was broken off (delete {marker} if the set is complete now)"
             if not download:
-                raise InputError(
-                    f"no Minari set {dataset_id} on this machine{_near(minari, dataset_id)}{_kept(folder)}"
-                )
-            _download(minari, dataset_id, folder)
-        try:
-            metadata = MinariStorage.read_raw_metadata(get_dataset_path(dataset_id) / "data")
-            lacking = "observation_space" not in metadata or "action_space" not in metadata
-            if lacking and metadata.get("env_spec") is not None:
+                raise InputError(f"no Minari set {dataset_id} on this machine{hint}")
+            _download(minari, dataset_id, folder, f"{hint}; {_OTHER_WAYS}")
+        with _readable(dataset_id):
+            metadata = MinariStorage.read_raw_metadata(folder / "data")
+            if not {"observation_space", "action_space"} <= set(metadata) and metadata.get("env_spec") is not None:
                 # minari makes the environment of a set that lacks its spaces, to ask for them.
                 check_spec(json.loads(metadata["env_spec"]), dataset_id, made_as_it_says=True)
             return minari.load_dataset(dataset_id, download=False)
-        except InputError:
-            raise
-        except Exception as error:
-            raise _unreadable(dataset_id, error) from error
 
 
 def check_new_id(dataset_id: str) -> None:
@@ -104,15 +96,19 @@ def check_new_id(dataset_id: str) -> None:
         MissingExtraError: if the ``minari`` extra is not installed.
     """
     import_minari()
+    if _folder(dataset_id, "mine/door-v0").exists():
+        raise InputError(f"there is a Minari set {dataset_id} already; choose another id or delete that set")
+
+
+def _folder(dataset_id: str, example: str) -> Path:
     from minari.dataset.minari_dataset import parse_dataset_id
     from minari.storage.datasets_root_dir import get_dataset_path
 
     try:
         parse_dataset_id(dataset_id)
     except (ValueError, TypeError) as error:
-        raise InputError(f"{dataset_id!r} is no Minari id; they look like mine/door-v0") from error
-    if get_dataset_path(dataset_id).exists():
-        raise InputError(f"there is a Minari set {dataset_id} already; choose another id or delete that set")
+        raise InputError(f"{dataset_id!r} is no Minari id; they look like {example}") from error
+    return get_dataset_path(dataset_id)
 
 
 def check_spec(spec: Mapping[str, Any], dataset_id: str, *, made_as_it_says: bool) -> None:
@@ -134,14 +130,17 @@ def check_spec(spec: Mapping[str, Any], dataset_id: str, *, made_as_it_says: boo
     """
     import gymnasium
 
-    registered = gymnasium.registry.get(spec["id"])
-    entry_point = None if registered is None else registered.entry_point
-    same = spec["entry_point"] == entry_point
-    if not same and not made_as_it_says and isinstance(entry_point, str):
-        same = _package(str(spec["entry_point"])) == _package(entry_point)
-    named = [] if same else [spec["entry_point"]]
-    wrappers = (str(wrapper["entry_point"]) for wrapper in spec.get("additional_wrappers") or ())
-    named += [wrapper for wrapper in wrappers if _package(wrapper) not in _WRAPPERS_FROM]
+    def package(entry_point: Any) -> str:
+        return re.split(r"[.:]", str(entry_point))[0]
+
+    registered = getattr(gymnasium.registry.get(spec["id"]), "entry_point", None)
+    named = [wrapper["entry_point"] for wrapper in spec.get("additional_wrappers") or ()]
+    named = [entry_point for entry_point in named if package(entry_point) not in _WRAPPERS_FROM]
+    elsewhere = (
+        made_as_it_says or not isinstance(registered, str) or package(spec["entry_point"]) != package(registered)
+    )
+    if spec["entry_point"] != registered and elsewhere:
+        named.insert(0, spec["entry_point"])
     if named:
         raise InputError(
             f"Minari set {dataset_id} wants {named[0]} to be called for its environment {spec['id']}; that is not what the "
@@ -149,23 +148,13 @@ def check_spec(spec: Mapping[str, Any], dataset_id: str, *, made_as_it_says: boo
         )
 
 
-def _package(entry_point: str) -> str:
-    return re.split(r"[.:]", entry_point)[0]
-
-
-def _broken_off(folder: Path) -> Path:
+def _incomplete(folder: Path) -> Path:
     """A file beside a set's folder while it is downloaded; one that is left tells that the download was killed."""
     return folder.with_name(f".{folder.name}.incomplete")
 
 
-def _kept(folder: Path) -> str:
-    marker = _broken_off(folder)
-    return f"; a download of it was broken off (delete {marker} if the set is complete now)" if marker.exists() else ""
-
-
-def _download(minari: ModuleType, dataset_id: str, folder: Path) -> None:
+def _download(minari: ModuleType, dataset_id: str, folder: Path, hint: str) -> None:
     """Download a set, all of it or nothing, in one process at a time."""
-    hint = f"{_near(minari, dataset_id)}{_kept(folder)}; {_OTHER_WAYS}"
     try:
         from minari.storage.remotes import get_cloud_storage
 
@@ -173,7 +162,7 @@ def _download(minari: ModuleType, dataset_id: str, folder: Path) -> None:
         _check_network()
         folder.parent.mkdir(parents=True, exist_ok=True)
         with only_one_prepares(folder.name, folder.parent):
-            marker = _broken_off(folder)
+            marker = _incomplete(folder)
             if marker.exists():
                 shutil.rmtree(folder, ignore_errors=True)
             if folder.exists():
@@ -230,23 +219,20 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
         """A redirection is an answer."""
 
 
-def _near(minari: ModuleType, dataset_id: str) -> str:
-    near = difflib.get_close_matches(dataset_id, list(minari.list_local_datasets()), n=3)
-    return f"; the nearest here are {', '.join(near)}" if near else ""
-
-
-def _unreadable(dataset_id: str, error: Exception) -> InputError:
-    if isinstance(error, ImportError):
-        return InputError(f"Minari set {dataset_id}: {one_line(error)}")
-    return InputError(
-        f"Minari set {dataset_id} cannot be read ({type(error).__name__}: {one_line(error)}); "
-        "delete its folder in $MINARI_DATASETS_PATH and download or record it again"
-    )
-
-
-def one_line(error: BaseException) -> str:
-    """Say in one line what an error says."""
-    return " ".join(str(error).split()) or type(error).__name__
+@contextlib.contextmanager
+def _readable(dataset_id: str) -> Iterator[None]:
+    """Turn what a damaged set raises into one line: h5py and pyarrow raise whatever the damage leads to."""
+    try:
+        yield
+    except InputError:
+        raise
+    except ImportError as error:
+        raise InputError(f"Minari set {dataset_id}: {one_line(error)}") from error
+    except Exception as error:
+        raise InputError(
+            f"Minari set {dataset_id} cannot be read ({type(error).__name__}: {one_line(error)}); "
+            "delete its folder in $MINARI_DATASETS_PATH and download or record it again"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -264,9 +250,5 @@ def minari_episodes(dataset: MinariDataset) -> Iterator[EpisodeData]:
     Raises:
         InputError: on a damaged file.
     """
-    try:
+    with _readable(dataset.id):
         yield from dataset.iterate_episodes()
-    except InputError:
-        raise
-    except Exception as error:  # h5py and pyarrow raise whatever the damage leads to
-        raise _unreadable(dataset.id, error) from error

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +19,7 @@ from deflow_torchrl.data.columns import chunks
 from deflow_torchrl.data.dataset import TransitionDataset, TransitionReplayBuffer, to_storage
 from deflow_torchrl.envs.factory import import_ogbench, make_env_by_id
 from deflow_torchrl.envs.names import OGBenchName, parse_ogbench_name
-from deflow_torchrl.errors import InputError
+from deflow_torchrl.errors import InputError, one_line
 from deflow_torchrl.paths import cache_home, data_root, dataset_path, file_sha256
 from deflow_torchrl.sources.archive import NpzArchive, readable
 from deflow_torchrl.sources.base import Source
@@ -33,7 +35,7 @@ def load_ogbench_dataset(
     dataset_id: str,
     *,
     root: str | os.PathLike[str] | None = None,
-    split: Literal["train", "val"] = "train",
+    split: str = "train",
     download: bool = True,
     device: torch.device | str | None = None,
     memmap_dir: str | os.PathLike[str] | None = None,
@@ -59,11 +61,7 @@ def load_ogbench_dataset(
     name = parse_ogbench_name(dataset_id)
     if split not in ("train", "val"):
         raise InputError(f"split must be 'train' or 'val', got {split!r}")
-    path = dataset_path(name.dataset, data_root(root), split)
-    if not path.is_file():
-        if not download:
-            raise InputError(missing_file(path, name.dataset))
-        download_ogbench_dataset(name.dataset, path.parent)
+    path = ogbench_file(name.dataset, root, split, download=download)
     status = path.stat()
     fingerprint = {
         "file": str(path.resolve()), "bytes": status.st_size, "modified": status.st_mtime_ns, "task": dataset_id,
@@ -83,22 +81,11 @@ class OGBenchSource(Source):
     fixed_environment = True
 
     def load(
-        self,
-        name: str,
-        *,
-        split: Literal["train", "val"] = "train",
-        root: str | Path | None = None,
-        download: bool = True,
-        device: torch.device | str | None = None,
-        memmap_dir: Path | None = None,
+        self, name: str, *, split: str = "train", root: str | Path | None = None, **options: Any
     ) -> TransitionDataset:
         """Load a split, with where its file is from in ``about``."""
-        try:
-            dataset = load_ogbench_dataset(
-                name, root=root, split=split, download=download, device=device, memmap_dir=memmap_dir
-            )
-        except InputError as error:
-            raise _with_hint(error, name, root) from error
+        with _hint_at_generated(name, root):
+            dataset = load_ogbench_dataset(name, split=split, root=root, **options)
         dataset.about |= ogbench_provenance(_path(name, root, split))
         return dataset
 
@@ -106,15 +93,11 @@ class OGBenchSource(Source):
         self, name: str, *, root: str | Path | None = None, download: bool = True, show_progress: bool = True
     ) -> None:
         """Fetch the files of both splits that are missing."""
-        missing = [path for path in (_path(name, root, split) for split in SPLITS) if not path.is_file()]
-        dataset = parse_ogbench_name(name).dataset
-        try:
-            if missing and not download:
-                raise InputError(missing_file(missing[0], dataset))
-            if missing:
-                download_ogbench_dataset(dataset, data_root(root), show_progress=show_progress)
-        except InputError as error:
-            raise _with_hint(error, name, root) from error
+        with _hint_at_generated(name, root):
+            for split in SPLITS:
+                ogbench_file(
+                    parse_ogbench_name(name).dataset, root, split, download=download, show_progress=show_progress
+                )
 
     def check_installed(self) -> None:
         """Check the extra ``ogbench``: its environments label the data with rewards, and evaluate."""
@@ -136,19 +119,55 @@ class OGBenchSource(Source):
 SOURCE = OGBenchSource()
 
 
-def _path(name: str, root: str | Path | None, split: str) -> Path:
+def _path(name: str, root: str | os.PathLike[str] | None, split: str) -> Path:
     return dataset_path(parse_ogbench_name(name).dataset, data_root(root), split)
 
 
-def _with_hint(error: InputError, name: str, root: str | Path | None) -> InputError:
+def ogbench_file(
+    dataset: str,
+    root: str | os.PathLike[str] | None,
+    split: str = "train",
+    *,
+    download: bool = True,
+    show_progress: bool = True,
+) -> Path:
+    """The path of one split of a published set, fetched with the other one where it is missing.
+
+    Args:
+        dataset: name of the data files, for example ``cube-single-play-v0``.
+        root: their folder. Defaults to ``$DEFLOW_HOME/data``.
+        split: ``"train"`` or ``"val"``.
+
+    Keyword Args:
+        download: fetch what is missing.
+        show_progress: show a progress bar on standard error.
+
+    Raises:
+        InputError: where the file is missing and cannot be or is not to be fetched.
+    """
+    path = dataset_path(dataset, data_root(root), split)
+    if not path.is_file():
+        if not download:
+            raise InputError(missing_file(path, dataset))
+        download_ogbench_dataset(dataset, path.parent, show_progress=show_progress)
+    return path
+
+
+@contextmanager
+def _hint_at_generated(name: str, root: str | Path | None) -> Iterator[None]:
     """Point to a generated set of the right name, where the data folder itself has none."""
-    if root is None and "no data file" in str(error):
-        file = f"{parse_ogbench_name(name).dataset}.npz"
-        for room, maker in (("generated", "deflow data generate"), ("demo", "the demo")):
-            found = sorted(cache_home().glob(f"{room}/*/{file}"), key=lambda path: path.stat().st_size)
-            if found:  # the largest
-                return InputError(f"{error}; a set generated by {maker} lies in data_root={found[-1].parent}")
-    return error
+    try:
+        yield
+    except InputError as error:
+        if root is None and "no data file" in str(error):
+            file = f"{parse_ogbench_name(name).dataset}.npz"
+            for room, maker in (("generated", "deflow data generate"), ("demo", "the demo")):
+                found = sorted(cache_home().glob(f"{room}/*/{file}"), key=lambda path: path.stat().st_size)
+                if found:  # the largest
+                    raise InputError(
+                        f"{error}; a set generated by {maker} lies in data_root={found[-1].parent}"
+                    ) from error
+        raise
 
 
 def ogbench_provenance(path: Path) -> dict[str, Any]:
@@ -160,16 +179,11 @@ def ogbench_provenance(path: Path) -> dict[str, Any]:
     """
     about = path.with_name(f"{path.stem.removesuffix('-val')}.json")
     if about.is_file():
-        try:
+        with suppress(ValueError, KeyError, TypeError):
             made = json.loads(about.read_text(encoding="utf-8"))
-            return {
-                "provenance": made["provenance"],
-                "made_with": {"seed": made["seed"], "episodes": made["episodes"], **made["versions"]},
-            }
-        except (ValueError, KeyError, TypeError):
-            return {"provenance": "unknown"}
-    entry = manifest_entry(path)
-    if entry is not None:
+            made_with = {"seed": made["seed"], "episodes": made["episodes"], **made["versions"]}
+            return {"provenance": made["provenance"], "made_with": made_with}
+    elif (entry := manifest_entry(path)) is not None:
         return {"provenance": "official", "url": entry["url"], "sha256": entry["sha256"]}
     return {"provenance": "unknown"}
 
@@ -208,7 +222,7 @@ class OGBenchExperienceReplay(TransitionReplayBuffer):
         *,
         batch_size: int | None = None,
         root: str | os.PathLike[str] | None = None,
-        split: Literal["train", "val"] = "train",
+        split: str = "train",
         download: bool = True,
         device: torch.device | str | None = None,
         memmap_dir: str | os.PathLike[str] | None = None,
@@ -241,10 +255,18 @@ def load_ogbench_file(path: str | os.PathLike[str]) -> TransitionDataset:
         InputError: on a missing or damaged file, wrong types or shapes, NaN, or actions outside [-1, 1].
     """
     path = Path(path).expanduser()
-    with NpzArchive(path) as archive, readable(path):
-        dataset = _assemble(archive, path, rewards=None, terminated=None, folder=None, allow_jumps=True)
+    with _archive(path) as archive:
+        nothing = np.zeros(archive["terminals"].shape, np.float32)
+        dataset = _assemble(archive, rewards=nothing, terminated=nothing, allow_jumps=True)
     dataset.about |= {"rewards": "none in the file: each task computes its own", **ogbench_provenance(path)}
     return dataset
+
+
+@contextmanager
+def _archive(path: Path) -> Iterator[NpzArchive]:
+    with NpzArchive(path) as archive, readable(path):
+        _check_archive(archive, path)
+        yield archive
 
 
 def _read(path: Path, name: OGBenchName, folder: Path | None) -> TransitionDataset:
@@ -253,50 +275,37 @@ def _read(path: Path, name: OGBenchName, folder: Path | None) -> TransitionDatas
     from ogbench.manipspace.envs.manipspace_env import ManipSpaceEnv
 
     try:
-        with NpzArchive(path) as archive, readable(path):
+        with _archive(path) as archive:
             _check_fits(archive, environment, path, images=name.images)
             try:
                 rewards, terminated = _relabel(archive, name.state_environment_id, environment)
             except (KeyError, IndexError, ValueError, TypeError) as error:
                 if isinstance(error, InputError):
                     raise
-                reason = " ".join(str(error).split())
-                raise InputError(f"{path} does not fit {name.environment_id}: {reason}") from error
+                raise InputError(f"{path} does not fit {name.environment_id}: {one_line(error)}") from error
             # Mazes have teleporters, and balls that are kicked: there a jump is reported, not refused. What an arm of all
             # published sets may do in a step was not measured; this many times its usual largest step is out of its reach.
-            walks = not isinstance(environment.unwrapped, ManipSpaceEnv)
-            jumps = True if walks else _OUT_OF_REACH
-            return _assemble(archive, path, rewards=rewards, terminated=terminated, folder=folder, allow_jumps=jumps)
+            jumps = _OUT_OF_REACH if isinstance(environment.unwrapped, ManipSpaceEnv) else True
+            return _assemble(archive, rewards=rewards, terminated=terminated, allow_jumps=jumps, folder=folder)
     finally:
         environment.close()
 
 
-def _assemble(
-    archive: NpzArchive,
-    path: Path,
-    *,
-    rewards: np.ndarray | None,
-    terminated: np.ndarray | None,
-    folder: Path | None,
-    allow_jumps: bool | float,
-) -> TransitionDataset:
-    _check_archive(archive, path)
+def _assemble(archive: NpzArchive, *, rewards: np.ndarray, terminated: np.ndarray, **options: Any) -> TransitionDataset:
     terminals = archive["terminals"][0 : archive["terminals"].shape[0]]
-    if len(terminals) and not terminals[-1]:
-        raise InputError(f"{path}: the last row does not end a trajectory (terminals); the file is cut short")
-    if len(terminals) and terminals.all():
-        raise InputError(f"{path} holds no transition: every row ends a trajectory")
-    nothing = np.zeros(len(terminals), np.float32)
+    if not terminals[-1]:
+        raise InputError(f"{archive.path}: the last row does not end a trajectory (terminals); the file is cut short")
+    if terminals.all():
+        raise InputError(f"{archive.path} holds no transition: every row ends a trajectory")
     return TransitionDataset.from_arrays(
-        observations=archive["observations"],
-        actions=archive["actions"],
-        rewards=nothing if rewards is None else rewards,
-        terminals=nothing if terminated is None else terminated,
+        archive["observations"],
+        archive["actions"],
+        rewards,
+        terminated,
         episode_ends=np.cumsum(terminals != 0) - (terminals != 0),
         final_observation_rows=True,
-        allow_jumps=allow_jumps,
-        source=str(path),
-        folder=folder,
+        source=str(archive.path),
+        **options,
     )
 
 
@@ -305,16 +314,15 @@ def _relabel(archive: NpzArchive, environment_id: str, environment: Any) -> tupl
     from ogbench.relabel_utils import relabel_dataset
 
     state = [name for name in _SIMULATOR_STATE if name in archive]
-    rewards, terminated = [], []
-    parts = zip(*(chunks(archive[name], rows=_RELABELLED_ROWS) for name in state), strict=True)
-    for part in parts:
+    rewards, masks = [], []
+    for part in zip(*(chunks(archive[name], rows=_RELABELLED_ROWS) for name in state), strict=True):
         labelled = {name: values for name, (_, values) in zip(state, part, strict=True)}
         relabel_dataset(environment_id, environment, labelled)
         rewards.append(labelled["rewards"])
-        terminated.append(labelled["masks"] == 0)
+        masks.append(labelled["masks"])
     if not rewards:
         raise InputError(f"{archive.path} does not fit {environment_id}: it holds no simulator state (qpos)")
-    return np.concatenate(rewards), np.concatenate(terminated)
+    return np.concatenate(rewards), np.concatenate(masks) == 0
 
 
 def _check_archive(archive: NpzArchive, path: Path) -> None:
@@ -339,7 +347,6 @@ def _check_archive(archive: NpzArchive, path: Path) -> None:
 
 def _check_fits(archive: NpzArchive, environment: Any, path: Path, *, images: bool) -> None:
     """Compare widths with the environment the policy will act in, and the simulator's state with its own."""
-    _check_archive(archive, path)
     spaces = {"actions": environment.action_space} | ({} if images else {"observations": environment.observation_space})
     for name, space in spaces.items():
         if archive[name].shape[1:] != space.shape:

@@ -10,11 +10,10 @@ import torch
 
 from deflow_torchrl.data.dataset import TransitionDataset
 from deflow_torchrl.errors import InputError
-from deflow_torchrl.paths import cache_home, data_root, dataset_path
+from deflow_torchrl.paths import cache_home
 from deflow_torchrl.sources.base import get_source
-from deflow_torchrl.sources.download import download_ogbench_dataset, missing_file
 from deflow_torchrl.sources.files import FILE_ENDINGS, import_files
-from deflow_torchrl.sources.ogbench import is_ogbench_layout, load_ogbench_file
+from deflow_torchrl.sources.ogbench import is_ogbench_layout, load_ogbench_file, ogbench_file
 from deflow_torchrl.tasks.registry import Task, get_task, ogbench_dataset_name
 
 
@@ -88,29 +87,17 @@ def load_any(
         raise InputError(f"{name} is no folder, and files end in {', '.join(FILE_ENDINGS)}")
     try:
         task = get_task(name)
-    except InputError:
-        published = _ogbench_set(name)
-        if published is None:
-            raise
-        path = dataset_path(published, data_root(root), "train")
-        if not path.is_file():
-            if not download:
-                raise InputError(missing_file(path, published)) from None
-            download_ogbench_dataset(published, path.parent)
-        return load_ogbench_file(path), None
+    except InputError as error:
+        try:
+            published = ogbench_dataset_name(name)
+        except InputError:
+            raise error from None
+        return load_ogbench_file(ogbench_file(published, root, download=download)), None
     if task.images and not images:
         raise InputError(f"{name} has images for observations; states are needed")
-    in_place = get_source(task.source).location(task.dataset) is not None
-    found = load_task_data(task, root=root, download=download, memmap=in_place)
+    found = get_source(task.source).load(task.dataset, root=root, download=download)
     assert found is not None
     return found, task
-
-
-def _ogbench_set(name: str) -> str | None:
-    try:
-        return ogbench_dataset_name(name)
-    except InputError:
-        return None
 
 
 def reference_returns(task: Task) -> tuple[float, float] | None:

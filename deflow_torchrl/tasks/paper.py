@@ -6,14 +6,13 @@ A value here is the paper's; :attr:`PaperTask.released` holds what the authors' 
 
 from __future__ import annotations
 
-import difflib
 import functools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from deflow_torchrl.envs.d4rl import d4rl_task
-from deflow_torchrl.errors import InputError
+from deflow_torchrl.errors import InputError, did_you_mean
 from deflow_torchrl.tasks.registry import get_task
 from deflow_torchrl.tasks.tables import read_table, row_tasks
 
@@ -104,10 +103,9 @@ def paper_tasks(setting: str, family: str | None = None) -> list[PaperTask]:
         ['cube-double-play-singletask-v0']
     """
     if setting not in SETTINGS:
-        raise InputError(f"unknown setting {setting!r}; {_near(setting, list(SETTINGS))}")
+        raise InputError(f"unknown setting {setting!r}; {did_you_mean(setting, SETTINGS)}")
     chosen = families() if family is None else families_of(family)
-    tasks = _tasks()[setting]
-    return [task for task in tasks if task.family in chosen]
+    return [task for task in _tasks()[setting] if task.family in chosen]
 
 
 def families() -> list[str]:
@@ -130,7 +128,7 @@ def families_of(name: str) -> list[str]:
     if name in families():
         return [name]
     if name not in groups:
-        raise InputError(f"unknown family {name!r}; {_near(name, [*families(), *groups])}")
+        raise InputError(f"unknown family {name!r}; {did_you_mean(name, [*families(), *groups])}")
     return groups[name]
 
 
@@ -154,11 +152,6 @@ def usual_protocol() -> dict[str, Any]:
     protocol = table["protocols"]["ogbench-state"]
     names = ("offline_steps", "eval_interval", "eval_episodes")
     return {name: protocol[name] for name in names} | {"hidden_dims": list(table["hidden_dims"])}
-
-
-def _near(name: str, names: list[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=3)
-    return f"did you mean {', '.join(near)}?" if near else f"there are {', '.join(names)}"
 
 
 @functools.cache

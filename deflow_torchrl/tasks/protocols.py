@@ -3,15 +3,13 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 
-from deflow_torchrl.errors import InputError
+from deflow_torchrl.errors import InputError, did_you_mean
+from deflow_torchrl.tasks.tables import read_table
 
 
 @dataclass(frozen=True)
@@ -111,18 +109,14 @@ def get_protocol(name: str) -> Protocol:
     Raises:
         InputError: on an unknown name, with the nearest ones.
     """
-    protocols = _protocols()
-    if name not in protocols:
-        near = difflib.get_close_matches(name, list(protocols), n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(protocols)}"
-        raise InputError(f"unknown protocol {name!r}; {hint}")
-    return protocols[name]
+    if name not in _protocols():
+        raise InputError(f"unknown protocol {name!r}; {did_you_mean(name, _protocols(), n=1)}")
+    return _protocols()[name]
 
 
 @functools.cache
 def _protocols() -> Mapping[str, Protocol]:
-    table = json.loads(resources.files(__package__).joinpath("protocols.json").read_text(encoding="utf-8"))
-    return {name: _protocol(name, row) for name, row in table["protocols"].items()}
+    return {name: _protocol(name, dict(row)) for name, row in read_table("protocols.json")["protocols"].items()}
 
 
 def _protocol(name: str, row: dict[str, Any]) -> Protocol:

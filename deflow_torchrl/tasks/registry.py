@@ -3,15 +3,13 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from deflow_torchrl.envs.d4rl import d4rl_task
-from deflow_torchrl.envs.names import parse_ogbench_name
-from deflow_torchrl.errors import InputError
+from deflow_torchrl.errors import InputError, did_you_mean
 from deflow_torchrl.sources.base import get_source, split_name
 from deflow_torchrl.tasks.tables import paper_names, read_table
 
@@ -93,14 +91,14 @@ def get_task(name: str, *, environment: str | None = None) -> Task:
     if found is None and source is not None and not source.fixed_environment:
         found = Task(name, source=str(prefix), dataset=rest, environment=source.environment(rest), metric="return")
     if found is None:
-        near = difflib.get_close_matches(name, [*_ogbench_tasks(), *_d4rl_tasks()], n=3, cutoff=0.6)
-        hint = f"did you mean {', '.join(near)}?" if near else "names look like cube-single-play-singletask-task2-v0"
+        known = [*_ogbench_tasks(), *_d4rl_tasks()]
+        hint = did_you_mean(name, known, otherwise="names look like cube-single-play-singletask-task2-v0")
         raise InputError(f"unknown task {name!r}; {hint}")
     if environment is None:
         return replace(found, name=name)
-    known = _ogbench_tasks().get(environment)
-    where = None if environment == "none" else environment if known else f"gym:{environment}"
-    return replace(found, name=name, environment=where, metric=known.metric if known else "return")
+    task = _ogbench_tasks().get(environment)
+    where = None if environment == "none" else environment if task else f"gym:{environment}"
+    return replace(found, name=name, environment=where, metric=task.metric if task else "return")
 
 
 @functools.cache
@@ -120,9 +118,7 @@ def _ogbench_tasks() -> Mapping[str, Task]:
                         dataset=name,
                         environment=name,
                         metric="success",
-                        gamma=group["discount"],
-                        q_aggregation=group["q_aggregation"],
-                        target_divergence=group["target_divergence"],
+                        **_settings(group),
                         in_paper=f"{environment}-{data}-singletask-task{number or default}-v0" in paper_names(),
                         domain=group["domain"],
                         reward_meaning=table["reward_meaning"][group["domain"]],
@@ -142,22 +138,27 @@ def _d4rl_tasks() -> Mapping[str, Task]:
     for group in table["groups"]:
         for name in group["tasks"]:
             facts = d4rl_task(name)
-            if facts is None:
-                raise AssertionError(f"{name} is in tasks/d4rl.json and not in envs/d4rl.json")
+            assert facts is not None, f"{name} is in tasks/d4rl.json and not in envs/d4rl.json"
             tasks[name] = tasks[facts.dataset_id] = Task(
                 name=name,
                 source="minari",
                 dataset=facts.dataset_id,
                 environment=f"minari:{facts.dataset_id}",
                 metric="success" if facts.ends_early == "success" else "score",
-                gamma=group["discount"],
-                q_aggregation=group["q_aggregation"],
-                target_divergence=group["target_divergence"],
+                **_settings(group),
                 in_paper=name in paper_names(),
                 domain="d4rl",
                 reward_meaning=group["reward_meaning"],
             )
     return tasks
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "gamma": group["discount"],
+        "q_aggregation": group["q_aggregation"],
+        "target_divergence": group["target_divergence"],
+    }
 
 
 @functools.cache
@@ -188,12 +189,13 @@ def ogbench_dataset_name(name: str) -> str:
         >>> ogbench_dataset_name("scene-noisy")
         'scene-noisy-v0'
     """
-    datasets = list(dict.fromkeys(parse_ogbench_name(task).dataset for task in _ogbench_tasks()))
+    datasets = dict.fromkeys(task.data_name for task in _ogbench_tasks().values())
     full = f"{name.removesuffix('-v0')}-v0"
     if full in datasets:
         return full
     if full in _ogbench_tasks():
-        return parse_ogbench_name(full).dataset
-    near = difflib.get_close_matches(full, _ogbench_tasks() if "singletask" in name else datasets, n=3, cutoff=0.6)
-    hint = f"did you mean {', '.join(near)}?" if near else "names look like cube-single-play-v0"
-    raise InputError(f"unknown data set {name!r}; {hint}")
+        return _ogbench_tasks()[full].data_name
+    known = _ogbench_tasks() if "singletask" in name else datasets
+    raise InputError(
+        f"unknown data set {name!r}; {did_you_mean(full, known, otherwise='names look like cube-single-play-v0')}"
+    )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def did_you_mean(name: str, known: Iterable[str], *, otherwise: str | None = None, n: int = 3) -> str:
-    """A hint for a name that is unknown: the nearest of those known, else all of them or what ``otherwise`` says.
+    """A hint for an unknown name: the nearest known names; if none is near, ``otherwise`` or all known names.
 
     Examples:
         >>> did_you_mean("litte", ["paper", "lite"]), did_you_mean("x", ["paper", "lite"])

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""Objects found by name: the package's own, those that other packages announce as entry points, those registered by a call."""
+"""Registries: objects by name, built in, registered by a call, or announced by other packages as entry points."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Registry(Mapping[str, T], Generic[T]):
     """Objects by name; each is imported when it is first asked for.
 
     Args:
-        kind: type that every object must be an instance of.
-        noun: what error messages call one, for example ``"source"``.
-        group: entry-point group in which other packages announce theirs, for example ``"deflow_torchrl.sources"``.
-        own: name -> ``"module:attribute"`` of the package's own.
+        kind: type of the objects.
+        noun: name of the kind in error messages, for example ``"source"``.
+        group: entry-point group for other packages, for example ``"deflow_torchrl.sources"``.
+        own: name -> ``"module:attribute"`` of the built-in objects.
     """
 
     def __init__(self, kind: type[T], noun: str, group: str, own: Mapping[str, str]) -> None:
@@ -29,14 +29,14 @@ class Registry(Mapping[str, T], Generic[T]):
         self._loaded: dict[str, T] = {}
 
     def __iter__(self) -> Iterator[str]:
-        """Names: the package's own, then those registered, then those announced."""
+        """Names: built-in, then registered, then announced by entry points."""
         return iter(dict.fromkeys([*self._own, *self._loaded, *self._announced]))
 
     def __len__(self) -> int:
         return len(list(iter(self)))
 
     def __contains__(self, name: object) -> bool:
-        """Whether there is an object of this name; entry points are read only where it is not known otherwise."""
+        """Whether there is an object of this name; entry points are read only if it is neither built in nor registered."""
         return name in self._loaded or name in self._own or name in self._announced
 
     def __getitem__(self, name: str) -> T:
@@ -53,7 +53,7 @@ class Registry(Mapping[str, T], Generic[T]):
         return self._loaded[name]
 
     def find(self, name: str) -> T:
-        """The object of a name a user gave.
+        """The object of a name that the user gave.
 
         Raises:
             InputError: on an unknown name, with the nearest ones, and as :meth:`__getitem__`.
@@ -63,10 +63,10 @@ class Registry(Mapping[str, T], Generic[T]):
         return self[name]
 
     def register(self, name: str, thing: T) -> None:
-        """Make an object known by its name in this process.
+        """Register an object under a name, in this process.
 
         Raises:
-            InputError: if the object is of another type, or another one has the name.
+            InputError: if the object is of another type, or the name is taken by another object.
         """
         if name in self and self[name] != thing:
             raise InputError(f"there is a {self._noun} {name!r} already; choose another name")

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""Environments of OGBench single-task names, plain (gymnasium) and as TorchRL environments."""
+"""Environments by name, as gymnasium and as TorchRL environments."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ _MAKERS = {
     "gym": "deflow_torchrl.envs.factory:make_registered_env",
     "minari": "deflow_torchrl.sources.minari_env:make_rescaled_minari_env",
 }
-"""Prefix of a name -> function that makes its environment from the rest, found when it is needed."""
+"""Prefix of a name -> function that makes its environment from the rest of the name, imported on use."""
 
 
 @functools.cache
 def import_ogbench() -> ModuleType:
-    """Import ``ogbench`` (which registers its environments), with its import-time warnings about displays silenced.
+    """Import ``ogbench``, which registers its environments; its warnings about missing displays are silenced.
 
     Raises:
         MissingExtraError: if it, gymnasium or mujoco is not installed.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # glfw warns of a missing display; nothing here opens a window
+            warnings.simplefilter("ignore")  # glfw warns about a missing display; no window is opened
             import ogbench
     except ModuleNotFoundError as error:
         raise MissingExtraError(error.name or "ogbench", "ogbench") from error
@@ -49,18 +49,18 @@ def import_ogbench() -> ModuleType:
 
 @functools.cache
 def register_robotics() -> None:
-    """Register the environments of ``gymnasium_robotics``, where it is installed, in this process."""
+    """Register the environments of ``gymnasium_robotics`` in this process, if it is installed."""
     try:
         import gymnasium
     except ImportError:
         return
-    # It prints a notice about the reward's sign when it is imported; the sign is measured (deflow_torchrl.envs.adroit).
+    # On import it prints a notice about the reward's sign, which deflow_torchrl.envs.adroit takes care of.
     with (
         warnings.catch_warnings(),
         contextlib.redirect_stderr(io.StringIO()),
         contextlib.suppress(ImportError, gymnasium.error.Error),
     ):
-        warnings.filterwarnings("ignore", module="glfw")  # a missing display; nothing here opens a window
+        warnings.filterwarnings("ignore", module="glfw")  # a missing display; no window is opened
         import gymnasium_robotics
 
         gymnasium.register_envs(gymnasium_robotics)
@@ -90,7 +90,7 @@ def make_gym_env(task: str, **kwargs: Any) -> gymnasium.Env:
 
 
 def make_registered_env(environment_id: str, **kwargs: Any) -> gymnasium.Env:
-    """Make an environment registered with gymnasium, for ``gym:ID``; see :func:`make_gym_env`."""
+    """Make an environment that is registered with gymnasium, for ``gym:ID``; see :func:`make_gym_env`."""
     try:
         import gymnasium
         from gymnasium.wrappers import RescaleAction
@@ -140,21 +140,21 @@ def _make(environment_id: str, **kwargs: Any) -> gymnasium.Env:
     import gymnasium
 
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="glfw")  # a missing display: the simulator is imported here
-        # The checker would look at the simulator's spaces before SeededReset has put them right.
+        warnings.filterwarnings("ignore", module="glfw")  # a missing display; the simulator is imported here
+        # gymnasium's checker would use the simulator's spaces before SeededReset has replaced them.
         return gymnasium.make(environment_id, disable_env_checker=True, **kwargs)
 
 
 def success_timing(task: str) -> Literal["pre", "post"] | None:
-    """When a task's environment computes success, reward and ``terminated``: before a step, on s, or after it, on s'.
+    """Return whether a task's environment computes success, reward and ``terminated`` on s, before a step, or on s', after it.
 
-    OGBench's data have them on s. So have the single-task environments of ogbench 1.2 and later; older ones compute them on s'.
+    OGBench's data and the single-task environments of ogbench 1.2 and later use s; older environments use s'.
 
     Args:
         task: as :func:`make_gym_env` takes it.
 
     Returns:
-        ``pre`` or ``post``; None of an environment that is not OGBench's.
+        ``pre`` (s) or ``post`` (s'); ``None`` for an environment that is not OGBench's.
 
     Raises:
         MissingExtraError: if the task is OGBench's and ``ogbench`` is not installed.
@@ -168,7 +168,7 @@ def success_timing(task: str) -> Literal["pre", "post"] | None:
 
 
 def _check_renderer(environment_id: str) -> None:
-    """Without one the simulator fails at the first reset, with a message about OpenGL contexts."""
+    """Refuse visual environments without a renderer: the simulator would fail at the first reset, with an OpenGL error."""
     windowed = os.environ.get("MUJOCO_GL", "").strip().lower() not in ("egl", "osmesa")
     if sys.platform == "linux" and windowed and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
         raise InputError(
@@ -191,7 +191,7 @@ def make_env(task: str, *, device: torch.device | str = "cpu", **kwargs: Any) ->
         **kwargs: forwarded to ``gymnasium.make``.
 
     Raises:
-        InputError: on a malformed or unknown name, and for images where nothing can draw them.
+        InputError: on a malformed or unknown name, and on a visual task without a renderer.
         MissingExtraError: if the ``ogbench`` extra is not installed.
     """
     from torchrl.envs import Compose, DoubleToFloat, GymWrapper, RenameTransform, TransformedEnv
@@ -200,6 +200,6 @@ def make_env(task: str, *, device: torch.device | str = "cpu", **kwargs: Any) ->
 
     env = GymWrapper(make_gym_env(task, **kwargs), device=device)
     transforms = [DoubleToFloat()]
-    if env.from_pixels:  # TorchRL's name for images; the data sets have one name for all
+    if env.from_pixels:  # TorchRL calls images "pixels"; the data sets call every observation "observation"
         transforms.append(RenameTransform(["pixels"], ["observation"]))
     return TransformedEnv(env.set_info_dict_reader(SuccessReader(device)), Compose(*transforms))

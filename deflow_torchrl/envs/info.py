@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""``info["success"]`` as an entry of TorchRL's step data."""
+"""Reader that copies ``info["success"]`` into TorchRL's step data."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torchrl.envs.gym_like import BaseInfoDictReader
 
 
 class SuccessReader(BaseInfoDictReader):
-    """Write ``success`` (bool ``[1]``): false at a reset, then what the simulator says.
+    """Write ``success`` (bool ``[1]``): false at a reset, then the simulator's value.
 
-    TorchRL's default reader wants arrays, and OGBench's ``success`` is a Python bool.
+    TorchRL's default reader needs arrays; OGBench's ``success`` is a Python bool.
     """
 
     def __init__(self, device: torch.device | str) -> None:

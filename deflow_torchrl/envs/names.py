@@ -20,8 +20,8 @@ class OGBenchName:
     Attributes:
         environment_id: gymnasium id, for example ``cube-single-singletask-task2-v0``.
         dataset: name of the data files without suffix, for example ``cube-single-play-v0``.
-        state_environment_id: the same task seen as a state; ``environment_id`` itself unless that is seen in pictures.
-        images: whether observations are pictures.
+        state_environment_id: id of the same task with states; for a task with states ``environment_id`` itself.
+        images: whether observations are images.
     """
 
     environment_id: str
@@ -31,10 +31,10 @@ class OGBenchName:
 
 
 def parse_ogbench_name(name: str) -> OGBenchName:
-    """Split a single-task name as the ``ogbench`` package does.
+    """Split a single-task name into its parts, as the ``ogbench`` package does.
 
     Raises:
-        InputError: if the name has another form (goal-conditioned sets have no reward).
+        InputError: if the name has another form; goal-conditioned sets, which have no reward, are refused too.
     """
     match = _PATTERN.fullmatch(name)
     if match is None:

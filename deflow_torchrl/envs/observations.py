@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""One way to make one array of an observation, for recorded data and for environments alike."""
+"""Flatten observations to one array, in the same way for recorded data and for environments."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from deflow_torchrl.errors import InputError
 
 @dataclass(frozen=True)
 class ObservationLayout:
-    """Which entries of an observation stand where in the array made of it.
+    """Order of an observation's entries in the flat array.
 
     Attributes:
-        entries: path of keys and shape of each entry, in order; the path is empty where the observation is one array.
-        shape: of the array: ``[O]``, or ``[H, W, C]`` of an image.
-        dtype: ``float32``, or ``uint8`` of an image.
+        entries: path of keys and shape of each entry, in order; the path is empty if the observation is one array.
+        shape: shape of the array, ``[O]``, or ``[H, W, C]`` for an image.
+        dtype: ``float32``, or ``uint8`` for an image.
     """
 
     entries: tuple[tuple[tuple[str, ...], tuple[int, ...]], ...]
@@ -35,17 +35,17 @@ class ObservationLayout:
 def observation_layout(space: Any, observation_keys: Sequence[str] | None = None, *, source: str) -> ObservationLayout:
     """Lay out an observation space.
 
-    The entries of a ``Dict`` space stand in the space's own order, which is the sorted one; those of a nested ``Dict`` where
-    its key stands. ``observation_keys`` chooses and orders them instead: a key names an entry, or all entries of a nested
-    ``Dict``; ``outer/inner`` names one inside.
+    The entries of a ``Dict`` space are in the space's order, which is sorted; those of a nested ``Dict`` take the place of its
+    key. ``observation_keys`` selects and orders entries instead: a key names an entry, or all entries of a nested ``Dict``;
+    ``outer/inner`` names an entry of a nested one.
 
     Args:
-        space: a gymnasium ``Box``, ``MultiBinary``, or ``Dict`` of such. An image (``Box`` of uint8 with three
-            dimensions) stays as it is, and stands alone.
+        space: a gymnasium ``Box``, ``MultiBinary``, or ``Dict`` of these. An image (``Box`` of uint8 with three
+            dimensions) is not flattened, and must be the only entry.
         observation_keys: keys of a ``Dict`` space.
 
     Keyword Args:
-        source: what the space is of, for error messages.
+        source: owner of the space, for error messages.
 
     Raises:
         InputError: on a space of another kind, an unknown or repeated key, or an image beside other entries.
@@ -97,17 +97,17 @@ def observation_layout(space: Any, observation_keys: Sequence[str] | None = None
 
 
 def flatten_observation(observation: Any, layout: ObservationLayout) -> np.ndarray:
-    """Make one array of an observation, or of many whose entries have more dimensions in front.
+    """Flatten an observation, or many whose entries have leading batch dimensions.
 
     Args:
-        observation: an array, or a (nested) dictionary of arrays, each ``[..., *shape]`` of its entry.
-        layout: of its space.
+        observation: an array, or a (nested) dictionary of arrays, each ``[..., *shape]``, with the shape of its entry.
+        layout: layout of the space.
 
     Returns:
         ``[..., *layout.shape]`` of type ``layout.dtype``.
 
     Raises:
-        InputError: where an entry is missing or has another shape.
+        InputError: if an entry is missing or has another shape.
     """
     parts = []
     for path, shape in layout.entries:

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""Resets that a seed fixes completely."""
+"""Resets that depend on the seed only."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import numpy as np
 
 
 class SeededReset(gymnasium.Wrapper):
-    """Make a seed fix every random draw of the resets from then on, without touching numpy's global generator.
+    """Make every random draw of a reset depend on the seed, and leave numpy's global generator unchanged.
 
-    OGBench's environments leave two holes: mazes draw the start from numpy's *global* generator, and manipulation
-    scenes settle under random actions of an action space that is built anew, unseeded, at every access (with a warning
-    about its float64 bounds each time). Here the space is built once and seeded, and a reset with a seed starts a stream
-    that takes the global generator's place during this reset and the unseeded ones after it (TorchRL's ``set_seed``
-    resets with the seed and then again without). An environment never seeded draws from the global generator.
+    OGBench's environments use two other generators: mazes draw the start from numpy's *global* generator, and manipulation
+    scenes settle under random actions of an action space that is built again, unseeded, at every access (with a warning about
+    its float64 bounds each time). Here the space is built once and seeded. A reset with a seed starts a random stream, which
+    replaces the global generator during this reset and the following resets without a seed (TorchRL's ``set_seed`` resets
+    with the seed and then again without). An environment that was never seeded draws from the global generator.
     """
 
     def __init__(self, env: gymnasium.Env) -> None:
@@ -27,12 +27,12 @@ class SeededReset(gymnasium.Wrapper):
             warnings.filterwarnings("ignore", message=".*precision lowered by casting.*")
             self._space = base.action_space
         if isinstance(getattr(type(base), "action_space", None), property):
-            # A class attribute in a subclass of its own is what the simulator's `self.action_space` then finds.
+            # The simulator reads self.action_space inside its own reset, where no wrapper is asked: a subclass overrides it.
             base.__class__ = type(type(base).__name__, (type(base),), {"action_space": self._space})
         self._stream: Any = None
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Reset the environment; with a seed, this episode and the resets that follow depend on the seed alone."""
+        """Reset the environment; with a seed, this episode and the following resets depend on the seed only."""
         if seed is None and self._stream is None:
             return self.env.reset(options=options)
         outside = np.random.get_state()

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""Small gymnasium wrappers that give any environment the form the package expects."""
+"""Small gymnasium wrappers: flat observations, ``info["success"]`` in every step, an end at success."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from deflow_torchrl.envs.observations import ObservationLayout, flatten_observat
 
 
 class FlatObservation(gymnasium.ObservationWrapper):
-    """One array instead of a dictionary of them: float32, or uint8 of an image.
+    """Give observations as one array: float32, or uint8 for an image.
 
     Args:
         env: the environment.
-        layout: of its observations.
+        layout: layout of its observations.
     """
 
     def __init__(self, env: gymnasium.Env, layout: ObservationLayout) -> None:
@@ -33,7 +33,7 @@ class FlatObservation(gymnasium.ObservationWrapper):
 
 
 class ReportSuccess(gymnasium.Wrapper):
-    """``info["success"]`` in every step, a bool: the environment's ``success`` or ``is_success``, else false."""
+    """Set ``info["success"]`` in every step: the environment's ``success`` or ``is_success`` as a bool, else false."""
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Reset the environment."""
@@ -47,7 +47,7 @@ class ReportSuccess(gymnasium.Wrapper):
 
 
 class EndAtSuccess(gymnasium.Wrapper):
-    """End an episode (``terminated``) with the step that succeeds, as :class:`ReportSuccess` has it."""
+    """End an episode (``terminated``) with the first successful step, by the rule of :class:`ReportSuccess`."""
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """Step the environment."""

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""Where transitions come from: OGBench, Minari, files, and what other packages add."""
+"""Sources of transitions: OGBench, Minari, files of the user's own, and sources that other packages add."""
 
 from lazy_loader import attach_stub
 

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""What a source of transitions is, and the sources by the prefix of a name (``minari:ID``)."""
+"""The base class of a source of transitions, and the registry of sources by the prefix of a name (``minari:ID``)."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ _FORMER_PREFIXES = {"own": "file"}
 
 
 class Source(ABC):
-    """Where transitions come from.
+    """A source of transitions.
 
-    A source is known by the prefix of a name: ``PREFIX:NAME`` is the set that it calls NAME. Another package adds one by
-    :func:`register_source`, or by an entry point in the group ``deflow_torchrl.sources`` whose name is the prefix and whose
-    value is an instance. :meth:`load` is all that has to be written.
+    A source is found by a prefix: in ``PREFIX:NAME``, NAME is the source's own name of a data set. Another package adds a
+    source with :func:`register_source`, or with an entry point in the group ``deflow_torchrl.sources`` whose name is the
+    prefix and whose value is an instance. A subclass must define :meth:`load`; the other methods have defaults.
 
     Attributes:
-        fixed_environment: whether a set and its environment are one (its rewards are computed there, and both are compared
-            when it is loaded), so that it cannot be evaluated elsewhere and the names are those of a table of tasks.
+        fixed_environment: whether each data set belongs to one environment. Then the environment computes its rewards and is
+            compared with it when it is loaded, the data cannot be evaluated in another one, and only the names in the
+            package's tables of tasks are known.
     """
 
     fixed_environment = False
@@ -49,14 +50,14 @@ class Source(ABC):
         """Load a set.
 
         Args:
-            name: what the source calls it.
+            name: the source's name of the set.
 
         Keyword Args:
             split: ``"train"`` or ``"val"``.
-            root: folder of data files that the user gave.
+            root: folder of data files, if the user gave one.
             download: fetch what is missing.
-            device: where the transitions are kept; the CPU by default.
-            memmap_dir: keep them in memory-mapped files, in a folder of their own in this one, instead.
+            device: device of the transitions; the CPU by default.
+            memmap_dir: keep the transitions in memory-mapped files in a subfolder of this folder instead.
 
         Returns:
             The transitions; ``None`` for a validation split that the source does not have.
@@ -69,7 +70,7 @@ class Source(ABC):
     def ensure(
         self, name: str, *, root: str | Path | None = None, download: bool = True, show_progress: bool = True
     ) -> None:
-        """See that a set is on this machine, without loading it where that can be avoided; fetch what is missing.
+        """Make sure that a set is on this machine; fetch it if it is missing. Load it only if there is no other way.
 
         Raises:
             InputError: where it cannot be found or fetched.
@@ -78,30 +79,30 @@ class Source(ABC):
         self.load(name, root=root, download=download)
 
     def check_installed(self) -> None:  # noqa: B027 # most have nothing to check
-        """Check that what labels and evaluates the sets is installed.
+        """Check that the packages which label the data and evaluate policies are installed.
 
         Raises:
             MissingExtraError: where an extra is missing.
         """
 
     def digest(self, name: str, *, root: str | Path | None = None) -> str | None:
-        """SHA-256 of a set that is on this machine; ``None`` where the source has none."""
+        """SHA-256 of a set that is on this machine; ``None`` if the source computes none."""
         return None
 
     def describe(self, name: str, *, root: str | Path | None = None) -> dict[str, Any]:
-        """What a run's record says of a set before it says what is in it: ``name`` and ``sha256``."""
+        """What a run's record says about a set in addition to its contents: ``name`` and ``sha256``."""
         return {"name": name, "sha256": self.digest(name, root=root)}
 
     def environment(self, name: str) -> str | None:
-        """The environment of a set as :func:`deflow_torchrl.envs.make_gym_env` takes it; ``None`` where it has none."""
+        """Name of a set's environment for :func:`deflow_torchrl.envs.make_gym_env`; ``None`` if it has none."""
         return None
 
     def reference_returns(self, name: str, environment: str) -> tuple[float, float] | None:
-        """Returns (random policy, expert) that normalise the scores of a set's policies in an environment, where known."""
+        """Returns of (random policy, expert) in an environment, for normalised scores; ``None`` if they are unknown."""
         return None
 
     def location(self, name: str, *, root: str | Path | None = None) -> Path | None:
-        """The folder a user named for a set, by its name or as ``root``; ``None`` where the source keeps it in a cache."""
+        """Folder that the user named, in the set's name or as ``root``; ``None`` if the set lies in a cache."""
         return None
 
 
@@ -119,14 +120,14 @@ SOURCES: Registry[Source] = Registry(
 
 
 def register_source(prefix: str, source: Source) -> None:
-    """Make a source known by the prefix of its names in this process.
+    """Register a source under a prefix, in this process.
 
     Args:
         prefix: ``PREFIX`` of ``PREFIX:NAME``.
         source: the source.
 
     Raises:
-        InputError: if the prefix is another source's, or ``source`` is no :class:`Source`.
+        InputError: if the prefix is taken by another source, or ``source`` is no :class:`Source`.
     """
     SOURCES.register(prefix, source)
 
@@ -135,15 +136,15 @@ def get_source(prefix: str) -> Source:
     """Look a source up.
 
     Raises:
-        InputError: on an unknown prefix, with the nearest ones; where two installed packages announce it.
+        InputError: on an unknown prefix, with the nearest ones, or if two installed packages announce it.
     """
     return SOURCES.find(prefix)
 
 
 def split_name(name: str) -> tuple[str | None, str]:
-    """Prefix and rest of a name; the prefix is ``None`` where there is none.
+    """Split a name into prefix and rest; the prefix is ``None`` if there is none.
 
-    ``own:``, the prefix of version 0.1, is read as ``file:``, which is logged once in a process.
+    ``own:``, the prefix of version 0.1, is read as ``file:``; this is logged once per process.
 
     Examples:
         >>> split_name("file:data/arm"), split_name("door-human-v1")
@@ -159,16 +160,16 @@ def split_name(name: str) -> tuple[str | None, str]:
 
 @functools.cache
 def _log_former_prefix(prefix: str) -> None:
-    _LOG.warning(f"{prefix}:NAME is read as {_FORMER_PREFIXES[prefix]}:NAME, the prefix's name since version 0.2")
+    _LOG.warning(f"{prefix}:NAME is read as {_FORMER_PREFIXES[prefix]}:NAME, the prefix since version 0.2")
 
 
 def settled_name(name: str) -> str:
-    """A task's name as a run keeps it: a place in it is absolute, so that it means the same from any working folder."""
+    """A task's name as a run stores it: paths are absolute, so the name does not depend on the working folder."""
     return _with_place(name, lambda place: str(place.expanduser().absolute()))
 
 
 def public_name(name: str) -> str:
-    """A task's name for other people: of a place in it the last part alone."""
+    """A task's name for records and exports: of a path, the last part only."""
     return _with_place(name, lambda place: place.name)
 
 

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""Files of the user's own as transitions: npz, HDF5, CSV and Parquet, with a small mapping of columns."""
+"""Files of the user's own as transitions: npz, HDF5, CSV and Parquet, with a mapping of columns."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from deflow_torchrl.sources.archive import NpzArchive, readable
 from deflow_torchrl.sources.base import Source
 
 FIELDS = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
-"""What a mapping may name; the first four are needed."""
+"""Fields that a mapping may name; the first four are required."""
 FILE_ENDINGS = (".npz", ".h5", ".hdf5", ".csv", ".parquet")
 """Endings of the files that can be imported."""
 _VECTORS = ("observations", "actions", "next_observations")
-_MOST_OPEN = 8  # files at once; a system may allow a hundred in all
-# What h5py and zipfile raise for damaged content besides what every reader raises.
+_MOST_OPEN = 8  # files at once; some systems allow a hundred per process
+# Raised by h5py and zipfile on damaged content, in addition to the usual errors.
 _ODD_DAMAGE = (RuntimeError, LookupError, TypeError, OverflowError)
 
-# Names that need no mapping: D4RL's and OGBench's, Gymnasium's, and the common short ones. "done" is not among them: it does
-# not say whether the task ended or time ran out.
+# Names that need no mapping: those of D4RL, OGBench and Gymnasium, and common short ones. "done" is not among them because it
+# does not say whether the task ended or time ran out.
 _ALIASES = {
     "observations": ("observations", "observation", "obs", "states", "state"),
     "actions": ("actions", "action", "act"),
@@ -57,7 +57,7 @@ class FileSource(Source):
         return dataset if device is None else dataset.to(device)
 
     def ensure(self, name: str, **_: Any) -> None:
-        """Map the folder's files, without reading them."""
+        """Map the folder's files without reading them."""
         TransitionDataset.load(name)
 
     def digest(self, name: str, **_: Any) -> str:
@@ -84,16 +84,16 @@ def import_files(
     allow_jumps: bool = False,
     folder: Path | None = None,
 ) -> TransitionDataset:
-    """Read files of one layout, one after another, as a validated set.
+    """Read files of the same layout, one after another, as a validated set.
 
     Args:
-        paths: files ending in ``.npz``, ``.h5``, ``.hdf5``, ``.csv`` or ``.parquet``, or one of them. No episode goes on in
+        paths: one or several files that end in ``.npz``, ``.h5``, ``.hdf5``, ``.csv`` or ``.parquet``. No episode continues in
             the next file.
 
     Keyword Args:
         columns: field (:data:`FIELDS`) -> name in the files: an array (HDF5: its path), a table's column, or, for vectors in
             CSV and Parquet, several columns by pattern (``obs_*``, in the order of their numbers) or list (``x,y,theta``).
-            Fields that are not named are looked for under their usual names. What was taken stands in ``about["columns"]``.
+            Other fields are looked for under their usual names. ``about["columns"]`` lists the columns that were used.
         ends: how ends of episodes are known: ``"flags"`` (terminals and timeouts mark them all, a file's last row too),
             ``"file"`` (each file is an episode), ``"discontinuity"``, a number (rows of every episode, each file a multiple),
             or ``"column:NAME"`` (an end where that column's value changes). See
@@ -101,13 +101,13 @@ def import_files(
         never_terminates: the task has no terminal states; no column ``terminals`` is needed.
         final_observation_rows: see :meth:`~deflow_torchrl.data.TransitionDataset.from_arrays`.
         both: see :meth:`~deflow_torchrl.data.TransitionDataset.from_arrays`.
-        action_bounds: (low, high) of the files' actions, mapped to [-1, 1]; what rounding put beyond them counts as inside.
+        action_bounds: (low, high) of the files' actions, which are mapped to [-1, 1]; rounding errors beyond them are allowed.
         allow_jumps: see :meth:`~deflow_torchrl.data.TransitionDataset.from_arrays`.
         folder: see :meth:`~deflow_torchrl.data.TransitionDataset.from_arrays`.
 
     Raises:
-        InputError: on a missing, damaged or unknown file, a column that is not there, or data that fail validation.
-        MissingExtraError: without the ``files`` extra, for HDF5, CSV and Parquet.
+        InputError: on a missing, damaged or unknown file, a missing column, or data that fail validation.
+        MissingExtraError: if the ``files`` extra is not installed, for HDF5, CSV and Parquet.
     """
     given = [paths] if isinstance(paths, (str, os.PathLike)) else paths
     files = [Path(path).expanduser() for path in given]
@@ -175,10 +175,10 @@ class _Rows:
 def _rescaled(column: Column, low: float, high: float) -> Column:
     """Map a column of floating point actions from [low, high] to [-1, 1], in double precision.
 
-    A bound that is no binary number (20.3) lies beside its nearest float32: actions up to one such step beyond it are at it.
+    A decimal bound such as 20.3 is not exactly a float32: actions up to one float32 step beyond it count as the bound.
     """
     scale = 2 / (high - low)
-    # Numbers in double precision have often been single ones before, and are again when they are stored.
+    # float64 columns often hold values that were float32 before.
     kept = np.float16 if np.dtype(column.dtype) == np.float16 else np.float32
     limit = 1 + float(np.spacing(kept(max(abs(low), abs(high))))) * scale
 
@@ -234,14 +234,14 @@ class _Hdf5:
 
 
 class _Arrow:
-    """Columns of a CSV or Parquet file as numpy arrays, each converted when it is asked for; lists become vectors.
+    """Columns of a CSV or Parquet file as numpy arrays, converted on access; lists become vectors.
 
     Args:
         names: of the columns.
         read: gives the arrow column of a name.
 
     Keyword Args:
-        text: the file does not say what is an integer: 1 may be a number like 1.5.
+        text: whether the file is text, where a column of integers may be real numbers that happen to be whole.
     """
 
     def __init__(self, names: list[str], read: Callable[[str], Any], *, text: bool) -> None:
@@ -251,7 +251,7 @@ class _Arrow:
         return self._numpy(name, self._read(name))
 
     def first_missing(self, name: str) -> int | None:
-        """The first row without a value, or with a list that lacks one."""
+        """The first row whose value, or an element of whose list, is missing."""
         from pyarrow import compute
 
         column = self._read(name)
@@ -285,7 +285,7 @@ def _is_list(arrow_type: Any) -> bool:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Whatever reading a file of any format raises is one line that names it."""
+    """Turn errors of any reader into one line that names the file."""
     with readable(path, also=_ODD_DAMAGE):
         yield
 
@@ -318,7 +318,7 @@ def _module(name: str) -> Any:
 
 
 class _OpenFiles:
-    """Files opened when their rows are asked for; of many, those used last stay open."""
+    """Files that are opened on access; the most recently used ones stay open."""
 
     def __init__(self) -> None:
         self._tables: OrderedDict[Path, tuple[Table, ExitStack]] = OrderedDict()
@@ -341,7 +341,7 @@ class _OpenFiles:
         return self._tables[path][0]
 
     def column(self, path: Path, name: str) -> Column:
-        """A column of a file that need not stay open; damage is told under the file's name."""
+        """A column of a file, which is opened again if it was closed; errors name the file."""
         with _reading(path):
             column = self[path][name]
 
@@ -360,13 +360,13 @@ class _OpenFiles:
 
 @dataclass
 class _Part:
-    """What one file holds.
+    """The contents of one file.
 
     Attributes:
         path: the file.
-        fields: field -> column; those that are there.
+        fields: field -> column, for the fields that the file has.
         names: field -> names of its columns in the file.
-        numbers: of the episodes ``[N]``, where a column gives them.
+        numbers: episode number of each row ``[N]``, if a column gives them.
     """
 
     path: Path
@@ -380,7 +380,7 @@ class _Part:
 
 
 def _examine(path: Path, opened: _OpenFiles, columns: Mapping[str, str], ends: str, never_terminates: bool) -> _Part:
-    """Find the fields of a file, and check what can be checked without reading rows of arrays."""
+    """Find the fields of a file, and check names, shapes and types."""
     table, part = opened[path], _Part(path)
     for name in FIELDS:
         wanted = columns.get(name) or next((alias for alias in _ALIASES[name] if alias in table.names), None)
@@ -406,12 +406,12 @@ def _examine(path: Path, opened: _OpenFiles, columns: Mapping[str, str], ends: s
 
 
 def _matching(table: Table, wanted: str, name: str, path: Path) -> list[str]:
-    """Names of the columns that a mapping means."""
+    """Names of the columns that an entry of the mapping selects."""
     if wanted in table.names:
         return [wanted]
     names: list[str] = []
     for part in wanted.split(","):
-        # A name is itself before it is a pattern: "pos[0]".
+        # "pos[0]" is first a name, then a pattern.
         matching = [part] if part in table.names else sorted(fnmatch.filter(table.names, part), key=_by_number)
         if not matching:
             raise InputError(f"{path} has no column {part!r} for {name}; there are {_listed(table.names)}")
@@ -420,12 +420,12 @@ def _matching(table: Table, wanted: str, name: str, path: Path) -> list[str]:
 
 
 def _by_number(name: str) -> list[Any]:
-    """obs_2 before obs_10."""
+    """Sort key that puts obs_2 before obs_10."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def _column(table: Table, names: Sequence[str], name: str, path: Path, opened: _OpenFiles) -> Column:
-    """A column, or several side by side; of a vector with a second dimension."""
+    """One column, or several side by side; vectors get two dimensions."""
     parts = [_single(table, part, name, path, opened) for part in names]
     if len(parts) > 1:
         if any(len(part.shape) != 1 for part in parts):
@@ -445,7 +445,7 @@ def _single(table: Table, column_name: str, name: str, path: Path, opened: _Open
     if not isinstance(table, _Arrow):
         return opened.column(path, column_name)
     with _reading(path):
-        # A successor may be missing where nobody looks at it.
+        # A next observation may be missing where it is not used.
         missing = None if name == "next_observations" else table.first_missing(column_name)
         if missing is not None:
             raise InputError(
@@ -457,7 +457,7 @@ def _single(table: Table, column_name: str, name: str, path: Path, opened: _Open
 
 
 def _check_part(part: _Part) -> None:
-    """Refuse fields that do not fit one another in one file."""
+    """Refuse a file whose fields do not fit together."""
     for name, column in part.fields.items():
         if not column.shape:
             raise InputError(f"{part.path}: {name} is a single value (shape ()), expected a row for each step")
@@ -502,7 +502,7 @@ def _check_alike(parts: Sequence[_Part]) -> None:
 
 
 def _told(ends: str, parts: Sequence[_Part]) -> Any:
-    """What :meth:`TransitionDataset.from_arrays` is told of the episodes' ends; a file's last row always is one."""
+    """``episode_ends`` of :meth:`TransitionDataset.from_arrays`; the last row of a file always ends an episode."""
     several = len(parts) > 1
     if ends == "flags":
         for part in parts if several else ():

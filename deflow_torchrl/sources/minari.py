@@ -1,8 +1,8 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""Minari sets, D4RL's among them, as a TorchRL replay buffer, read through minari's public interface.
+"""Minari sets, including D4RL's, as a TorchRL replay buffer, read through minari's public interface.
 
-TorchRL has a class of this name too (``torchrl.data.datasets``, prefix ``minari:`` of its ``load_dataset``); that of 0.14.1
-returns zeros. It is left as it is: a prefix is TorchRL's to give, so import this class by its name.
+TorchRL has a class of the same name (``torchrl.data.datasets``, prefix ``minari:`` of its ``load_dataset``); in version 0.14.1
+it returns zeros. This package does not replace it: import the class from here.
 """
 
 from __future__ import annotations
@@ -49,28 +49,28 @@ def load_minari_dataset(
       (:func:`deflow_torchrl.sources.minari_env.minari_layout`): D4RL's antmaze is ``achieved_goal`` (x, y) then
       ``observation`` (27), without the desired goal; any other dictionary has its entries in sorted order. An image stays
       uint8.
-    * Each episode's final observation is the last next observation.
-    * ``terminated`` is the set's; an episode's last step that is not terminated is ``truncated``, whether flagged or not.
-    * Rewards are the set's plus ``reward_shift``: -1 for ``D4RL/antmaze/*`` as in the paper, 0 otherwise. Scores are of the
-      raw reward (:func:`deflow_torchrl.envs.normalized_score`).
+    * Each episode's final observation is its last next observation.
+    * ``terminated`` is the set's. The last step of an episode, if not terminated, is ``truncated``, flagged or not.
+    * Rewards are the set's plus ``reward_shift``: -1 for ``D4RL/antmaze/*`` as in the paper, 0 otherwise. Scores use the raw
+      reward (:func:`deflow_torchrl.envs.normalized_score`).
 
-    Where the set's environment can be made, sizes and reward conventions of both are compared; what is found, and what
-    :func:`deflow_torchrl.envs.make_minari_env` does about it, is logged.
+    If the set's environment can be made, sizes and reward conventions of both are compared. Differences, and how
+    :func:`deflow_torchrl.envs.make_minari_env` removes them, are logged.
 
     Args:
         dataset_id: any Minari id, for example ``D4RL/door/human-v2``.
 
     Keyword Args:
         download: fetch a set that is not in ``$MINARI_DATASETS_PATH``.
-        device: where the transitions are kept. Defaults to the CPU.
-        memmap_dir: keep the transitions in memory-mapped files in this folder instead, found again by later calls.
+        device: device of the transitions. Defaults to the CPU.
+        memmap_dir: keep the transitions in memory-mapped files in this folder instead; later calls use them again.
         observation_keys: entries of goal observations, in order.
         reward_shift: added to each reward.
         rescale_actions: map actions with other finite bounds onto [-1, 1]; give it to ``make_minari_env`` as well.
 
     Raises:
-        InputError: on a malformed or unknown id, no network, a damaged or empty set, NaN, actions that are no vector of
-            reals or leave their bounds, or an environment of other sizes.
+        InputError: on a malformed or unknown id, no network, a damaged or empty set, NaN, actions that are not a vector of
+            real numbers or leave their bounds, or an environment of other sizes.
         MissingExtraError: if the ``minari`` extra is not installed.
     """
     dataset = open_minari_dataset(dataset_id, download=download)
@@ -146,7 +146,7 @@ SOURCE = MinariSource()
 class MinariExperienceReplay(TransitionReplayBuffer):
     """A Minari set as an immutable replay buffer; ``rb[:]`` is the whole set in TED.
 
-    What becomes of observations, rewards and ends is described at :func:`load_minari_dataset`.
+    :func:`load_minari_dataset` describes how observations, rewards and ends are read.
 
     Args:
         dataset_id: any Minari id, for example ``D4RL/door/human-v2``.
@@ -154,7 +154,7 @@ class MinariExperienceReplay(TransitionReplayBuffer):
     Keyword Args:
         batch_size (int, optional): transitions per :meth:`sample`.
         download (bool, optional): fetch a set that is not in ``$MINARI_DATASETS_PATH``. Defaults to ``True``.
-        device (device, optional): where the transitions are kept, the learner's device. Defaults to ``"cpu"``.
+        device (device, optional): device of the transitions, best the learner's. Defaults to ``"cpu"``.
         memmap_dir (path, optional): keep the transitions in memory-mapped files in this folder instead; excludes ``device``.
         observation_keys (sequence of str, optional): entries of goal observations, in order. Defaults to D4RL's for
             ``D4RL/antmaze/*``, to all in sorted order for other dictionaries.

@@ -32,7 +32,7 @@ _GONE_FROM_SPECIFICATIONS = ("apply_api_compatibility", "autoreset")  # of gymna
 def minari_layout(
     dataset_id: str, space: Any, observation_keys: Sequence[str] | None = None, *, source: str | None = None
 ) -> ObservationLayout:
-    """How observations of a set, and of its environment, become arrays.
+    """Lay out the observations of a set, or of its environment, as one array.
 
     Goal observations of ``D4RL/antmaze/*`` become D4RL's 29 numbers: ``achieved_goal`` (x, y), then ``observation`` (27). The
     desired goal is left out, as in D4RL: evaluation has one fixed goal. Other dictionaries give all their entries in the
@@ -41,14 +41,14 @@ def minari_layout(
 
     Args:
         dataset_id: the set's id.
-        space: of its observations, or of its environment's.
+        space: observation space of the set or of its environment.
         observation_keys: entries of goal observations, in order.
 
     Keyword Args:
-        source: what the space is of, for error messages. Defaults to the set.
+        source: owner of the space, for error messages; the set by default.
 
     Raises:
-        InputError: on observations that are no numbers, or unknown keys.
+        InputError: if observations are not numbers, or a key is unknown.
     """
     task = d4rl_task(dataset_id)
     if observation_keys is None and task is not None and hasattr(space, "spaces"):
@@ -57,20 +57,20 @@ def minari_layout(
 
 
 def action_bounds(space: Any, *, rescale_actions: bool, source: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """Check that policies, which act in [-1, 1], can act in a space.
+    """Check that policies, whose actions are in [-1, 1], can act in a space.
 
     Args:
-        space: of the actions.
+        space: action space.
 
     Keyword Args:
         rescale_actions: accept other finite bounds, to be mapped onto [-1, 1].
-        source: what the space is of, for error messages.
+        source: owner of the space, for error messages.
 
     Returns:
-        (low, high), each ``[A]``, where actions are to be rescaled; ``None`` where they are in [-1, 1] already.
+        (low, high), each ``[A]``, if actions are to be rescaled; ``None`` if they are in [-1, 1] already.
 
     Raises:
-        InputError: on actions that are no vector of real numbers, or have other bounds and are not to be rescaled.
+        InputError: if actions are not a vector of real numbers, or have other bounds and are not to be rescaled.
     """
     from gymnasium import spaces
 
@@ -96,9 +96,9 @@ def action_bounds(space: Any, *, rescale_actions: bool, source: str) -> tuple[np
 def _conventions(dataset: MinariDataset, env: gymnasium.Env) -> tuple[type[gymnasium.Wrapper] | None, str | None]:
     """Compare the conventions of a set's first episodes with those of its environment.
 
-    * door, hammer, relocate: the sign of the hand-to-object term. The environment is to have the data's; where the data do
-      not tell, D4RL's sets have D4RL's.
-    * pen: whether dropping it ends an episode. As in the data; D4RL's sets always end.
+    * door, hammer, relocate: the sign of the hand-to-object term. The environment gets the sign of the data; if the data do
+      not show it, D4RL's sets have D4RL's.
+    * pen: whether an episode ends when it is dropped, as in the data; D4RL's always end.
     * ``D4RL/antmaze/*``: reaching the goal ends an episode of the environment, as in D4RL.
 
     Args:
@@ -106,7 +106,7 @@ def _conventions(dataset: MinariDataset, env: gymnasium.Env) -> tuple[type[gymna
         env: its environment as :mod:`gymnasium` makes it.
 
     Returns:
-        The wrapper that brings the environment to the data's or D4RL's conventions, if it needs one, and a line for the log.
+        The wrapper that gives the environment the conventions of the data or of D4RL, if it needs one; a line for the log.
     """
     from deflow_torchrl.envs import adroit
     from deflow_torchrl.envs.wrappers import EndAtSuccess
@@ -156,7 +156,7 @@ _measured: dict[tuple[str, int, bool], type[gymnasium.Wrapper] | None] = {}
 
 
 def _wrapper_of(dataset: MinariDataset, env: gymnasium.Env, *, eval_env: bool) -> type[gymnasium.Wrapper] | None:
-    """The wrapper of :func:`_conventions`, found and reported once a process for each state of a set."""
+    """The wrapper of :func:`_conventions`; computed and logged once per process and state of the set's files."""
     path = Path(dataset.spec.data_path)
     key = (str(path), max((file.stat().st_mtime_ns for file in path.iterdir()), default=0), eval_env)
     if key not in _measured:
@@ -181,7 +181,7 @@ def make_minari_env(
     ``observation``, other dictionaries are in sorted order); images stay uint8. ``info["success"]`` is always there, false
     where the environment knows none. ``reset(seed=...)`` fixes the whole episode. Adroit and D4RL antmaze are brought to
     the data's or D4RL's conventions where they differ (:func:`_conventions`), and episodes of D4RL's sets are as long
-    as D4RL's, with one line in the log each.
+    as D4RL's; each change is logged in one line.
 
     Args:
         dataset_id: for example ``D4RL/door/human-v2``.
@@ -190,11 +190,11 @@ def make_minari_env(
         eval_env: the environment the set names for evaluation, where it names one, instead of the one it was recorded in.
         observation_keys: entries of goal observations, in order.
         rescale_actions: map [-1, 1] onto the environment's own finite action bounds.
-        download: fetch a set that is not here.
+        download: fetch a missing set.
         **kwargs: forwarded to ``gymnasium.make``; ``max_episode_steps`` overrides D4RL's.
 
     Raises:
-        InputError: as :func:`open_minari_dataset`; where the set names no environment, the environment is not installed, or
+        InputError: as :func:`open_minari_dataset`; if the set names no environment, or the environment is not installed or
             does not fit the data.
         MissingExtraError: if the ``minari`` extra is not installed.
     """
@@ -220,19 +220,19 @@ def adapt_environment(
     observation_keys: Sequence[str] | None = None,
     rescale_actions: bool = False,
 ) -> gymnasium.Env:
-    """Bring an environment to the conventions of a set's data; see :func:`make_minari_env`.
+    """Give an environment the conventions of a set's data; see :func:`make_minari_env`.
 
     Args:
         dataset: the set.
-        env: its environment as gymnasium makes it; closed where it does not fit.
+        env: its environment as gymnasium makes it; closed if it does not fit.
 
     Keyword Args:
-        eval_env: whether it is the one for evaluation.
+        eval_env: whether it is the set's environment for evaluation.
         observation_keys: entries of goal observations, in order.
         rescale_actions: map [-1, 1] onto the environment's own finite action bounds.
 
     Raises:
-        InputError: where widths or action bounds of data and environment differ, or policies cannot act in it.
+        InputError: if widths or action bounds of data and environment differ, or policies cannot act in it.
     """
     from gymnasium.wrappers import RescaleAction
 
@@ -272,18 +272,18 @@ def adapt_environment(
 
 
 def recover_environment(dataset: MinariDataset, *, eval_env: bool = True, **kwargs: Any) -> gymnasium.Env:
-    """The set's environment as gymnasium makes it, with errors in one line.
+    """Make the set's environment as gymnasium makes it; every error is one line.
 
-    Episodes of D4RL's sets are as long as D4RL's (``max_episode_steps`` overrides that): scores are of whole episodes.
+    Episodes of D4RL's sets are as long as D4RL's, because scores are of whole episodes (``max_episode_steps`` overrides it).
 
     Raises:
-        InputError: where the set names none, or it cannot be made here.
+        InputError: if the set names none, or it cannot be made on this machine.
     """
     import gymnasium
 
     with quiet(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="glfw")
-        # minari warns of versions other than those the set was recorded with; widths and rewards are compared instead.
+        # minari warns if versions differ from those at recording; widths and rewards are compared instead.
         try:
             said = dataset.storage.metadata.get("eval_env_spec") if eval_env else None
             said = said or dataset.storage.metadata.get("env_spec")
@@ -291,9 +291,9 @@ def recover_environment(dataset: MinariDataset, *, eval_env: bool = True, **kwar
                 raise InputError("it was recorded without one")
             fields = {name: value for name, value in json.loads(said).items() if name not in _GONE_FROM_SPECIFICATIONS}
             name = fields["id"]
-            if name not in gymnasium.registry:  # gymnasium would call it all the same
+            if name not in gymnasium.registry:  # gymnasium would call its entry point anyway
                 raise gymnasium.error.NameNotFound(f"{name} is not registered; import the package that registers it")
-            check_spec(fields, dataset.id, made_as_it_says=False)
+            check_spec(fields, dataset.id, exact=False)
             specification = gymnasium.envs.registration.EnvSpec.from_json(json.dumps(fields))
             specification.entry_point = gymnasium.registry[name].entry_point
             if "max_episode_steps" not in kwargs:
@@ -309,7 +309,7 @@ def recover_environment(dataset: MinariDataset, *, eval_env: bool = True, **kwar
 
 
 def _episode_limit(dataset_id: str, environment_id: str, own: int | None) -> dict[str, int]:
-    """What ``gymnasium.make`` is to be told of the time limit: D4RL's for D4RL's sets, nothing for others."""
+    """Options of ``gymnasium.make``: D4RL's time limit for D4RL's sets, none for others."""
     scored = scoring_task(dataset_id, environment_id)
     if scored is None or own == scored.max_steps:
         return {}

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""Minari sets on this machine: found, downloaded and opened, with errors in one line."""
+"""Minari sets: find, download and open them; every error is one line."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def open_minari_dataset(dataset_id: str, *, download: bool = True) -> MinariData
         dataset_id: for example ``D4RL/door/human-v2``.
 
     Keyword Args:
-        download: fetch a set that is not here. A remote that cannot be reached is given up after ten seconds.
+        download: fetch a missing set. A remote that does not answer within ten seconds is an error.
 
     Raises:
         InputError: on a malformed or unknown id, no network, or a damaged or unsupported set.
@@ -84,15 +84,15 @@ def open_minari_dataset(dataset_id: str, *, download: bool = True) -> MinariData
             metadata = MinariStorage.read_raw_metadata(folder / "data")
             if not {"observation_space", "action_space"} <= set(metadata) and metadata.get("env_spec") is not None:
                 # minari makes the environment of a set that lacks its spaces, to ask for them.
-                check_spec(json.loads(metadata["env_spec"]), dataset_id, made_as_it_says=True)
+                check_spec(json.loads(metadata["env_spec"]), dataset_id, exact=True)
             return minari.load_dataset(dataset_id, download=False)
 
 
 def check_new_id(dataset_id: str) -> None:
-    """Check that a set could be written under an id, before the work of recording it is done.
+    """Check that a new set can be written under an id, before it is recorded.
 
     Raises:
-        InputError: on a malformed id, or where there is such a set already.
+        InputError: on a malformed id, or if the set exists already.
         MissingExtraError: if the ``minari`` extra is not installed.
     """
     import_minari()
@@ -111,22 +111,22 @@ def _folder(dataset_id: str, example: str) -> Path:
     return get_dataset_path(dataset_id)
 
 
-def check_spec(spec: Mapping[str, Any], dataset_id: str, *, made_as_it_says: bool) -> None:
-    """Check that the environment a set names is code of this machine's choice.
+def check_spec(spec: Mapping[str, Any], dataset_id: str, *, exact: bool) -> None:
+    """Refuse to call code that is named only by a data set.
 
-    gymnasium imports and calls whatever a specification names, so that somebody's set could run anything. Only what an
-    installed package registered under the same id is called; the set may name another place in that package, where the
-    environment was in another version of it.
+    gymnasium imports and calls the entry point that a specification names, so a downloaded set could run any code. Only an
+    entry point that an installed package registers under the same id is called. The set may name another module of that
+    package, because other versions of the package may have the environment elsewhere.
 
     Args:
-        spec: what the set says.
+        spec: the specification in the set's metadata.
         dataset_id: the set's id.
 
     Keyword Args:
-        made_as_it_says: whether the very place the set names is called (by minari), so that it must be the registered one.
+        exact: whether the named entry point must be the registered one itself, because minari calls it.
 
     Raises:
-        InputError: where the set names something else.
+        InputError: if the set names another entry point.
     """
     import gymnasium
 
@@ -136,9 +136,7 @@ def check_spec(spec: Mapping[str, Any], dataset_id: str, *, made_as_it_says: boo
     registered = getattr(gymnasium.registry.get(spec["id"]), "entry_point", None)
     named = [wrapper["entry_point"] for wrapper in spec.get("additional_wrappers") or ()]
     named = [entry_point for entry_point in named if package(entry_point) not in _WRAPPERS_FROM]
-    elsewhere = (
-        made_as_it_says or not isinstance(registered, str) or package(spec["entry_point"]) != package(registered)
-    )
+    elsewhere = exact or not isinstance(registered, str) or package(spec["entry_point"]) != package(registered)
     if spec["entry_point"] != registered and elsewhere:
         named.insert(0, spec["entry_point"])
     if named:
@@ -149,12 +147,12 @@ def check_spec(spec: Mapping[str, Any], dataset_id: str, *, made_as_it_says: boo
 
 
 def _incomplete(folder: Path) -> Path:
-    """A file beside a set's folder while it is downloaded; one that is left tells that the download was killed."""
+    """Marker file beside a set's folder during a download; if one is left over, the download was killed."""
     return folder.with_name(f".{folder.name}.incomplete")
 
 
 def _download(minari: ModuleType, dataset_id: str, folder: Path, hint: str) -> None:
-    """Download a set, all of it or nothing, in one process at a time."""
+    """Download a set completely or not at all, in one process at a time."""
     try:
         from minari.storage.remotes import get_cloud_storage
 
@@ -169,7 +167,7 @@ def _download(minari: ModuleType, dataset_id: str, folder: Path, hint: str) -> N
                 return  # another process was faster
             marker.touch()
             try:
-                # The set's files come with progress bars on standard error and lines on standard output, to be kept clean.
+                # minari prints to standard output, which is kept for results.
                 with contextlib.redirect_stdout(sys.stderr):
                     minari.download_dataset(dataset_id)
             except BaseException:
@@ -189,7 +187,7 @@ def _download(minari: ModuleType, dataset_id: str, folder: Path, hint: str) -> N
 
 
 def _check_network() -> None:
-    """Ask the remote's host for an answer once, through the proxies that are set: its client waits for minutes without one."""
+    """Send one request to the remote's host, through the configured proxies: its client would wait minutes for an answer."""
     kind = os.environ.get("MINARI_REMOTE", "hf://").split("://")[0]
     address = {
         "hf": os.environ.get("HF_ENDPOINT") or "https://huggingface.co",
@@ -201,14 +199,14 @@ def _check_network() -> None:
     try:
         request = urllib.request.Request(address, method="HEAD")
         urllib.request.build_opener(_NoRedirects).open(request, timeout=_CONNECT_TIMEOUT_S).close()
-    except urllib.error.HTTPError as error:  # an answer all the same, unless the proxy's own
+    except urllib.error.HTTPError as error:  # an answer, unless it is the proxy's own
         error.close()
         if error.code == http.HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:
             raise ConnectionError(f"no connection to {host}: the proxy asks for a password") from error
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         if isinstance(reason, ssl.SSLCertVerificationError):
-            return  # it answers; the client may know more certificates
+            return  # the host answers; the client may have more certificates
         if isinstance(reason, TimeoutError):
             reason = f"no answer in {_CONNECT_TIMEOUT_S:g} seconds"
         raise ConnectionError(f"no connection to {host}: {getattr(reason, 'strerror', None) or reason}") from error
@@ -216,12 +214,12 @@ def _check_network() -> None:
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *_: Any) -> None:
-        """A redirection is an answer."""
+        """Do not follow: a redirection is an answer."""
 
 
 @contextlib.contextmanager
 def _readable(dataset_id: str) -> Iterator[None]:
-    """Turn what a damaged set raises into one line: h5py and pyarrow raise whatever the damage leads to."""
+    """Turn errors of h5py and pyarrow, which may be of any type, into one line."""
     try:
         yield
     except InputError:
@@ -237,7 +235,7 @@ def _readable(dataset_id: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the warnings of minari and gymnasium about other sets, versions and missing descriptions."""
+    """Silence warnings of minari and gymnasium about other sets, versions and missing descriptions."""
     with warnings.catch_warnings():
         for module in ("minari", "gymnasium"):
             warnings.filterwarnings("ignore", module=rf"{module}\b")

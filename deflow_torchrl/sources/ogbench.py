@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""OGBench single-task data sets as a TorchRL replay buffer, relabelled by the ``ogbench`` package itself."""
+"""OGBench single-task data sets as a TorchRL replay buffer, with rewards computed by the ``ogbench`` package."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def load_ogbench_dataset(
     device: torch.device | str | None = None,
     memmap_dir: str | os.PathLike[str] | None = None,
 ) -> TransitionDataset:
-    """Load one split of a single-task data set as validated transitions, each observation stored once.
+    """Load one split of a single-task data set as validated transitions.
 
-    Rewards and masks are the task's, computed by the ``ogbench`` package on s; a transition is ``terminated`` where its
-    mask is 0 and ``truncated`` where the trajectory ends otherwise. The file is read as a stream.
+    The ``ogbench`` package computes the task's rewards and masks from s. A transition is ``terminated`` where its mask is 0,
+    and ``truncated`` where the trajectory ends otherwise. Each observation is stored once; the file is read as a stream.
 
     Args:
         dataset_id: for example ``cube-single-play-singletask-task2-v0``.
@@ -52,8 +52,9 @@ def load_ogbench_dataset(
         root: folder of NAME.npz and NAME-val.npz. Defaults to ``$DEFLOW_HOME/data``.
         split: ``"train"`` or ``"val"``.
         download: fetch missing files from OGBench's host or a mirror.
-        device: where the transitions are kept. Defaults to ``"cpu"``.
-        memmap_dir: keep them in memory-mapped files in a folder of their own in this one instead, found again by later calls.
+        device: device of the transitions. Defaults to ``"cpu"``.
+        memmap_dir: keep the transitions in memory-mapped files in a subfolder of this folder instead; later calls use them
+            again.
 
     Raises:
         InputError: on an unknown name, a missing or damaged file, no network, or data that fails validation.
@@ -83,7 +84,7 @@ class OGBenchSource(Source):
     def load(
         self, name: str, *, split: str = "train", root: str | Path | None = None, **options: Any
     ) -> TransitionDataset:
-        """Load a split, with where its file is from in ``about``."""
+        """Load a split; ``about`` says where its file is from."""
         with _hint_at_generated(name, root):
             dataset = load_ogbench_dataset(name, split=split, root=root, **options)
         dataset.about |= ogbench_provenance(_path(name, root, split))
@@ -131,7 +132,7 @@ def ogbench_file(
     download: bool = True,
     show_progress: bool = True,
 ) -> Path:
-    """The path of one split of a published set, fetched with the other one where it is missing.
+    """Path of one split of a published set; a missing file is fetched together with the other split.
 
     Args:
         dataset: name of the data files, for example ``cube-single-play-v0``.
@@ -143,7 +144,7 @@ def ogbench_file(
         show_progress: show a progress bar on standard error.
 
     Raises:
-        InputError: where the file is missing and cannot be or is not to be fetched.
+        InputError: if the file is missing and cannot or must not be fetched.
     """
     path = dataset_path(dataset, data_root(root), split)
     if not path.is_file():
@@ -155,7 +156,7 @@ def ogbench_file(
 
 @contextmanager
 def _hint_at_generated(name: str, root: str | Path | None) -> Iterator[None]:
-    """Point to a generated set of the right name, where the data folder itself has none."""
+    """Where the data folder has no such file, name a generated set that has."""
     try:
         yield
     except InputError as error:
@@ -171,7 +172,7 @@ def _hint_at_generated(name: str, root: str | Path | None) -> Iterator[None]:
 
 
 def ogbench_provenance(path: Path) -> dict[str, Any]:
-    """Where a file in OGBench's layout is from, by what lies beside it.
+    """Find out where a file in OGBench's layout is from, by the files beside it.
 
     Returns:
         ``provenance``: ``official`` (downloaded by this package, and unchanged since), what the description of a
@@ -202,7 +203,7 @@ class OGBenchExperienceReplay(TransitionReplayBuffer):
             Defaults to ``$DEFLOW_HOME/data``.
         split (str, optional): ``"train"`` (default) or ``"val"``.
         download (bool, optional): fetch missing files from OGBench's host or a mirror. Defaults to ``True``.
-        device (device, optional): where the transitions are kept, the learner's device. Defaults to ``"cpu"``.
+        device (device, optional): device of the transitions, best the learner's. Defaults to ``"cpu"``.
         memmap_dir (path, optional): keep the transitions in memory-mapped files in this folder instead; excludes ``device``.
         sampler (Sampler, optional): defaults to uniform with replacement, as in the paper.
         **kwargs: forwarded to :class:`torchrl.data.TensorDictReplayBuffer` (``transform``, ``prefetch``, ``pin_memory``...).
@@ -237,7 +238,7 @@ class OGBenchExperienceReplay(TransitionReplayBuffer):
 
 
 def is_ogbench_layout(path: Path) -> bool:
-    """Whether an .npz has OGBench's arrays: the simulator's state, from which tasks compute rewards, and no rewards.
+    """Whether an .npz file has OGBench's arrays: the simulator's state, from which rewards are computed, but no rewards.
 
     Raises:
         InputError: if it is missing or damaged.
@@ -270,7 +271,7 @@ def _archive(path: Path) -> Iterator[NpzArchive]:
 
 
 def _read(path: Path, name: OGBenchName, folder: Path | None) -> TransitionDataset:
-    # Pictures are of the same task as the state: its environment gives the rewards, and needs no renderer.
+    # Rewards of a visual task are those of the same task with states, whose environment needs no renderer.
     environment = make_env_by_id(name.state_environment_id)
     from ogbench.manipspace.envs.manipspace_env import ManipSpaceEnv
 
@@ -283,8 +284,8 @@ def _read(path: Path, name: OGBenchName, folder: Path | None) -> TransitionDatas
                 if isinstance(error, InputError):
                     raise
                 raise InputError(f"{path} does not fit {name.environment_id}: {one_line(error)}") from error
-            # Mazes have teleporters, and balls that are kicked: there a jump is reported, not refused. What an arm of all
-            # published sets may do in a step was not measured; this many times its usual largest step is out of its reach.
+            # In mazes, teleporters and kicked balls jump: a jump is reported, not refused. For arms the largest possible step
+            # was not measured; _OUT_OF_REACH times the usual largest step is certainly too far.
             jumps = _OUT_OF_REACH if isinstance(environment.unwrapped, ManipSpaceEnv) else True
             return _assemble(archive, rewards=rewards, terminated=terminated, allow_jumps=jumps, folder=folder)
     finally:
@@ -326,7 +327,7 @@ def _relabel(archive: NpzArchive, environment_id: str, environment: Any) -> tupl
 
 
 def _check_archive(archive: NpzArchive, path: Path) -> None:
-    """Check types and lengths of what the package's loader would cast or broadcast without a word."""
+    """Check types and lengths of arrays, which the ``ogbench`` package would silently cast or broadcast."""
     missing = [name for name in _REQUIRED if name not in archive]
     if missing:
         raise InputError(f"{path} has no array {', '.join(missing)}; it is not an OGBench data set")
@@ -346,7 +347,7 @@ def _check_archive(archive: NpzArchive, path: Path) -> None:
 
 
 def _check_fits(archive: NpzArchive, environment: Any, path: Path, *, images: bool) -> None:
-    """Compare widths with the environment the policy will act in, and the simulator's state with its own."""
+    """Compare the widths of observations, actions and simulator state with the environment's."""
     spaces = {"actions": environment.action_space} | ({} if images else {"observations": environment.observation_space})
     for name, space in spaces.items():
         if archive[name].shape[1:] != space.shape:

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""The transitions of a task, and of whatever else a user names."""
+"""Load the transitions of a task, or of a set, folder or file that a user names."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ def load_task_data(
     Keyword Args:
         split: ``"train"`` or ``"val"``; only OGBench's sets have the latter.
         root: folder of OGBench's files; ``$DEFLOW_HOME/data`` by default.
-        download: fetch what is missing, where the source has a remote.
-        device: where the transitions are kept.
-        memmap: keep them in memory-mapped files in ``$DEFLOW_HOME/prepared`` instead.
+        download: fetch what is missing, if the source has a remote.
+        device: device of the transitions.
+        memmap: keep the transitions in memory-mapped files in ``$DEFLOW_HOME/prepared`` instead.
 
     Returns:
-        The transitions; ``None`` for a validation split the source does not have.
+        The transitions; ``None`` for a validation split that the source does not have.
 
     Raises:
-        InputError: where the data cannot be found, read or used.
-        MissingExtraError: where the source's extra is not installed.
+        InputError: if the data cannot be found, read or used.
+        MissingExtraError: if the source's extra is not installed.
     """
     kept: dict[str, Any] = {"memmap_dir": cache_home() / "prepared"} if memmap else {"device": device}
     return get_source(task.source).load(task.dataset, split=split, root=root, download=download, **kept)
@@ -52,7 +52,7 @@ def load_task_data(
 def load_any(
     name: str, *, root: str | Path | None = None, download: bool = True, allow_jumps: bool = False, images: bool = True
 ) -> tuple[TransitionDataset, Task | None]:
-    """Load whatever a user names: a task, a data set, a folder made by ``deflow data import``, or a file.
+    """Load what a user names: a task, a data set, a folder made by ``deflow data import``, or a file.
 
     Args:
         name: a task's name (:func:`deflow_torchrl.tasks.get_task`), one of OGBench's sets (``cube-single-play``), a folder, an
@@ -63,13 +63,13 @@ def load_any(
         root: folder of OGBench's files.
         download: fetch what is missing.
         allow_jumps: accept a file whose observations jump inside an episode.
-        images: accept pictures for observations; a task that is known to have them is refused before it is loaded.
+        images: accept image observations; otherwise a task that is known to have them is refused before it is loaded.
 
     Returns:
-        The transitions, and the task if it was one.
+        The transitions, and the task if the name is one.
 
     Raises:
-        InputError: where nothing of that name can be found, read or used.
+        InputError: if nothing of that name can be found, read or used.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -101,7 +101,7 @@ def load_any(
 
 
 def reference_returns(task: Task) -> tuple[float, float] | None:
-    """The returns (random policy, expert) a task's normalised scores are computed with; ``None`` where nobody knows them."""
+    """Returns of (random policy, expert) for a task's normalised scores; ``None`` if they are unknown."""
     if task.environment is None:
         return None
     return get_source(task.source).reference_returns(task.dataset, task.environment)

@@ -14,11 +14,11 @@ _METHODS = ("fql", "ifql", "iql", "rebrac", "fbrac", "fawac")
 
 
 def list_tasks(setting: str, tasks: Sequence[PaperTask]) -> str:
-    """Tables of tasks of one setting: protocol, what DeFlow takes from each, what other methods do.
+    """Tables of tasks of one setting: protocol, DeFlow's settings, other methods' settings.
 
     Args:
-        setting: their setting.
-        tasks: what to list; those that differ only in their number share a line.
+        setting: setting of the tasks.
+        tasks: tasks to list; those that differ only in their number share a line.
     """
     title = f"{_TITLES[setting]}: {len(tasks)} task{'' if len(tasks) == 1 else 's'}"
     if not tasks:
@@ -39,7 +39,7 @@ def list_tasks(setting: str, tasks: Sequence[PaperTask]) -> str:
 
 
 def _merged(tasks: Sequence[PaperTask]) -> list[tuple[str, PaperTask]]:
-    """A name for each line, with the numbers it stands for, and the first of its tasks."""
+    """For each line its name, with the numbers of its tasks, and the first of them."""
     found: dict[tuple[str, ...], list[PaperTask]] = {}
     for task in tasks:
         stem = re.sub(r"-task\d+-", "-task#-", task.name)
@@ -99,7 +99,7 @@ def _table(
 
 
 def short(steps: int) -> str:
-    """A number of steps as papers write it.
+    """Write a number of steps as papers do.
 
     Examples:
         >>> short(1_000_000), short(100_000), short(1_500)

@@ -1,7 +1,7 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""The paper's tasks and how it trains, evaluates and tunes on each (its Table 6), read from ``paper.json``.
+"""The paper's tasks with their settings of training, evaluation and tuning (Table 6), read from ``paper.json``.
 
-A value here is the paper's; :attr:`PaperTask.released` holds what the authors' code or README says instead.
+Values are the paper's; :attr:`PaperTask.released` holds those of the authors' code or README where they differ.
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ class PaperTask:
         benchmark: ``ogbench-state``, ``ogbench-visual`` or ``d4rl``.
         dataset: the published set: name of OGBench's files, or Minari's id.
         environment: as :func:`deflow_torchrl.envs.make_gym_env` takes it.
-        default_task: whether OGBench's methods were tuned on it, for its whole family; ``None`` where each task, or a
-            visual family's only one, was.
-        trainable: whether this package can train on it: not on pixels.
+        default_task: whether OGBench's methods were tuned on this task for the whole family; ``None`` where each task was
+            tuned, and for visual tasks.
+        trainable: whether this package can train on it: not on images.
         horizon: environment steps until an episode is cut.
         discount: gamma.
-        q_aggregation: how the target critics are aggregated, ``mean`` or ``min``.
+        q_aggregation: aggregation of the target critics, ``mean`` or ``min``.
         target_divergence: delta of DeFlow, mean square per action dimension.
         offline_steps: gradient steps on the data set.
         online_steps: environment steps after them, with one gradient step each.
         eval_interval: steps between evaluations.
         eval_episodes: episodes of each.
-        eval_checkpoints: steps whose evaluations are averaged into a cell of the table; offline to online: the two steps a
+        eval_checkpoints: steps whose evaluations are averaged in a cell of the table; offline to online: the two steps that a
             cell shows.
-        seeds: runs of a cell, over which its mean and standard deviation are.
+        seeds: number of runs behind the mean and standard deviation of a cell.
         metric: ``success`` (share of episodes, x 100 in the tables) or ``score`` (D4RL's normalised return).
-        hidden_dims: method -> widths of its networks, where they are not :attr:`default_hidden_dims`.
+        hidden_dims: method -> widths of its networks, if they differ from :attr:`default_hidden_dims`.
         default_hidden_dims: widths of all other networks.
         hyperparameters: method -> setting -> value, by the names of ``algo.<name>``; DeFlow's is ``target_divergence``. A
             method without an entry has no value in the paper for this task.
-        released: field of this class -> what the authors' code or README says instead of the paper.
-        copied: whose numbers the paper prints for some methods, and their protocol; ``None`` where nothing is known.
-        pixels: encoder, probability of the random crop, frames stacked; ``None`` for states.
+        released: field of this class -> value in the authors' code or README, where it differs from the paper.
+        copied: source and protocol of the numbers that the paper copied for some methods; ``None`` if nothing is known.
+        pixels: encoder, probability of the random crop and number of stacked frames; ``None`` for states.
     """
 
     name: str
@@ -81,7 +81,7 @@ class PaperTask:
     pixels: Mapping[str, Any] | None
 
     def as_dict(self) -> dict[str, Any]:
-        """All fields, as JSON has them."""
+        """All fields, as JSON values."""
         return asdict(self) | {"eval_checkpoints": list(self.eval_checkpoints)}
 
 
@@ -90,8 +90,8 @@ def paper_tasks(setting: str, family: str | None = None) -> list[PaperTask]:
 
     Args:
         setting: ``"offline"`` or ``"offline_to_online"``.
-        family: a family's name, or a group's: ``cube`` is ``cube-single`` and ``cube-double``; all where None. A family may
-            have no task in a setting.
+        family: name of a family or group (``cube`` is ``cube-single`` and ``cube-double``); all families by default. A family
+            may have no task in a setting.
 
     Raises:
         InputError: on an unknown setting or family, with the nearest names.
@@ -114,7 +114,7 @@ def families() -> list[str]:
 
 
 def family_groups() -> dict[str, list[str]]:
-    """Names for several families at once -> these families."""
+    """Names of groups -> their families."""
     return {name: list(members) for name, members in read_table("paper.json")["groups"].items()}
 
 
@@ -133,21 +133,21 @@ def families_of(name: str) -> list[str]:
 
 
 def paper_task(name: str, setting: str = "offline") -> PaperTask | None:
-    """The paper's task of this name, in any form :func:`~deflow_torchrl.tasks.get_task` takes; ``None`` where it is none.
+    """The paper's task of a name in any form of :func:`~deflow_torchrl.tasks.get_task`; ``None`` if it is not in the paper.
 
     Raises:
-        InputError: where the name is no task at all.
+        InputError: if the name is not a task at all.
     """
     return _by_task()[setting].get(get_task(name).identity)
 
 
 def paper_settings(method: str) -> list[str]:
-    """The settings of a method that the paper chooses for each task (those of its Table 6)."""
+    """Settings of a method that the paper chooses for each task (Table 6)."""
     return list(dict.fromkeys(name for task in paper_tasks("offline") for name in task.hyperparameters.get(method, {})))
 
 
 def usual_protocol() -> dict[str, Any]:
-    """How a task outside the paper is trained and evaluated: as OGBench's states."""
+    """Settings of tasks outside the paper: those of OGBench's tasks with states."""
     table = read_table("paper.json")
     protocol = table["protocols"]["ogbench-state"]
     names = ("offline_steps", "eval_interval", "eval_episodes")
@@ -167,7 +167,7 @@ def _tasks() -> dict[str, list[PaperTask]]:
     online = []
     for row in table["offline_to_online"]:
         for name in row_tasks(row):
-            # What is not in the table of this setting is as in the offline one.
+            # Values that this setting's table lacks are those of the offline table.
             task = known[get_task(name).identity]
             assert task.family == row["family"], name
             protocol = dict(table["protocols"]["offline_to_online"])

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""How much of the benchmark a sweep does: the protocols ``paper`` and ``lite``, read from ``protocols.json``."""
+"""Protocols of a sweep: which part of the benchmark is run and how; ``paper`` and ``lite``, read from ``protocols.json``."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from deflow_torchrl.tasks.tables import read_table
 
 @dataclass(frozen=True)
 class GeneratedData:
-    """How a protocol's data sets are made with OGBench's oracles: the arguments of ``deflow data generate``.
+    """Arguments of ``deflow data generate`` for a protocol's data sets.
 
     Attributes:
-        datasets: names of the sets that are made.
+        datasets: names of the generated sets.
         episodes: training episodes of each.
         val_episodes: validation episodes of each.
         seed: seed of each.
@@ -34,9 +34,9 @@ class FixedAlpha:
     """The ablation of DeFlow's multiplier (Table 5).
 
     Attributes:
-        values: the fixed multipliers, compared with the adaptive one.
-        online: whether the runs go on online after the offline steps.
-        tasks: on which tasks.
+        values: the fixed multipliers that are compared with the adaptive one.
+        online: whether the runs continue online after the offline steps.
+        tasks: names of the tasks.
     """
 
     values: tuple[float, ...]
@@ -46,21 +46,21 @@ class FixedAlpha:
 
 @dataclass(frozen=True)
 class Protocol:
-    """A protocol. What it leaves open is the task's and the method's, which are the paper's.
+    """A protocol; settings that it does not name are those of task and method, which are the paper's.
 
     Attributes:
         name: as in ``protocol=NAME``.
-        summary: what it is, in a sentence.
-        comparable: whether its numbers may stand beside the paper's.
+        summary: description in a sentence.
+        comparable: whether its numbers are comparable with the paper's.
         seeds: seeds of training.
         settings: ``key=value`` of ``deflow train``; see :meth:`settings_of` for those of the method.
-        online_settings: added to them offline to online.
+        online_settings: further settings of runs from offline to online.
         methods: names of the methods offline; see :meth:`methods_of`.
-        family_methods: family -> these names, where they are others.
+        family_methods: family -> these names, for families that differ.
         online_methods: names of the methods offline to online.
-        tasks: family -> tasks offline; None for the paper's.
-        generated: the data sets that are made here; None where all data is the published one.
-        fixed_alpha: its ablation of the multiplier.
+        tasks: family -> tasks offline; ``None`` for the paper's.
+        generated: the data sets that are generated; ``None`` if all data are published ones.
+        fixed_alpha: the ablation of the multiplier.
     """
 
     name: str
@@ -77,18 +77,18 @@ class Protocol:
     fixed_alpha: FixedAlpha
 
     def methods_of(self, family: str) -> tuple[str, ...]:
-        """The methods compared on a family's tasks: those that the paper has values for there."""
+        """Names of the methods that are compared on a family's tasks."""
         return self.family_methods.get(family, self.methods)
 
     def settings_of(self, method_settings: Collection[str], *, online: bool = False) -> dict[str, Any]:
         """The ``key=value`` settings of a run.
 
         Args:
-            method_settings: names of the settings that the method has, without ``algo.``: a method without a critic has no
-                ``tau``, and takes none.
+            method_settings: names of the method's settings, without ``algo.``; others are left out, such as ``tau`` for a
+                method without a critic.
 
         Keyword Args:
-            online: whether it goes on online after the offline steps.
+            online: whether the run continues online after the offline steps.
         """
         settings = {**self.settings, **(self.online_settings if online else {})}
         return {

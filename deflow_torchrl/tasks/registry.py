@@ -22,20 +22,19 @@ class Task:
         name: the name as given, for example ``cube-single-play-singletask-task2-v0``, ``door-human-v1``,
             ``minari:mujoco/hopper/medium-v0`` or ``file:FOLDER``.
         source: prefix of the source of its data, as :func:`deflow_torchrl.sources.get_source` takes it.
-        dataset: what the source calls them: single-task name, Minari id, folder of a transition set.
-        environment: name of the environment for :func:`deflow_torchrl.envs.make_gym_env`; ``None`` where there is none.
-        metric: what its evaluations are judged by: ``success``, ``score`` (normalised return) or ``return``.
+        dataset: the source's name of the data: single-task name, Minari id, folder of a transition set.
+        environment: name of the environment for :func:`deflow_torchrl.envs.make_gym_env`; ``None`` if there is none.
+        metric: measure of its evaluations: ``success``, ``score`` (normalised return) or ``return``.
         gamma: discount.
-        q_aggregation: how the target critics are aggregated.
+        q_aggregation: aggregation of the target critics.
         target_divergence: delta of DeFlow.
-        in_paper: whether the three values before are the paper's (Table 6) for this very task or the package's own choice.
-        domain: which of the paper's rules from action variance to delta applies: ``manipulation``, ``navigation`` or ``d4rl``;
-            ``None`` where nobody said.
-        reward_meaning: what the data's rewards mean; ``None`` where nobody said.
-        number: number of an OGBench task; the environment's default task where the name has none.
+        in_paper: whether the three values before are the paper's for this task (Table 6), not the package's own choice.
+        domain: the paper's rule from action variance to delta: ``manipulation``, ``navigation`` or ``d4rl``; ``None`` if unknown.
+        reward_meaning: meaning of the data's rewards; ``None`` if unknown.
+        number: number of an OGBench task; that of the environment's default task if the name has none.
         default_number: number of its environment's default task; ``None`` for other tasks.
-        images: whether observations are known to be uint8 pictures ``[H, W, C]`` instead of states.
-        published: name of the published set, where several tasks share one; ``dataset`` where it is None.
+        images: whether observations are known to be uint8 images ``[H, W, C]`` instead of states.
+        published: name of the published set, if several tasks share it; ``None`` if it is ``dataset``.
     """
 
     name: str
@@ -56,12 +55,12 @@ class Task:
 
     @property
     def data_name(self) -> str:
-        """The name of the set, the same for all tasks that share it."""
+        """Name of the data set; tasks that share a set have the same."""
         return self.published or self.dataset
 
     @property
     def identity(self) -> tuple[str, str, int | str | None]:
-        """The same for two names of one task."""
+        """Key of the task, equal for two names of one task."""
         return self.source, self.data_name, self.number or self.environment
 
 
@@ -74,8 +73,8 @@ def get_task(name: str, *, environment: str | None = None) -> Task:
             set of a source that another package adds.
 
     Keyword Args:
-        environment: where to evaluate sets of a source that has no fixed environment (``file:``, ``minari:``): a gymnasium
-            id, an OGBench single-task name, or ``none``. The source's own by default: a Minari set's, none of a file.
+        environment: environment for evaluation, for sources without a fixed one (``file:``, ``minari:``): a gymnasium id, an
+            OGBench single-task name, or ``none``. By default a Minari set's own environment, and none for files.
 
     Raises:
         InputError: on an unknown name or prefix, with the nearest ones.
@@ -132,7 +131,7 @@ def _ogbench_tasks() -> Mapping[str, Task]:
 
 @functools.cache
 def _d4rl_tasks() -> Mapping[str, Task]:
-    """The paper's D4RL tasks, by D4RL's name and by the Minari id of their data."""
+    """The paper's D4RL tasks, by D4RL's name and by the Minari id of the data."""
     table = read_table("d4rl.json")
     tasks = {}
     for group in table["groups"]:
@@ -163,7 +162,7 @@ def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
 
 @functools.cache
 def _tasks_of_data() -> Mapping[tuple[str, str], Task]:
-    """The tasks of both tables by the prefix of their source and what it calls their data."""
+    """The tasks of both tables by prefix and name of their data."""
     return {(task.source, task.dataset): task for task in (*_ogbench_tasks().values(), *_d4rl_tasks().values())}
 
 
@@ -178,7 +177,7 @@ def d4rl_task_names() -> list[str]:
 
 
 def ogbench_dataset_name(name: str) -> str:
-    """The data set of a data-set name or a task name, either with or without its ending ``-v0``.
+    """Name of the data set that a data-set or task name means, with or without the ending ``-v0``.
 
     Raises:
         InputError: on an unknown name, with the nearest ones.

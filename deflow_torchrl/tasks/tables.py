@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""The data files of this room, and which tasks the paper has results for."""
+"""The JSON files of this package, and the names of the paper's tasks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 @functools.cache
 def read_table(name: str) -> dict[str, Any]:
-    """One of this room's JSON files, not to be changed."""
+    """Read one of this package's JSON files; the result is shared and must not be changed."""
     table: dict[str, Any] = json.loads(resources.files(__package__).joinpath(name).read_text(encoding="utf-8"))
     return table
 

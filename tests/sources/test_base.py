@@ -116,7 +116,7 @@ def test_the_former_prefix_of_files_works_and_is_logged_once():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "file a\nfile b\n"
-    assert result.stderr == "own:NAME is read as file:NAME, the prefix's name since version 0.2\n"
+    assert result.stderr == "own:NAME is read as file:NAME, the prefix since version 0.2\n"
 
 
 def test_names_that_are_places_are_settled_for_runs_and_shortened_for_others(monkeypatch, tmp_path):

@@ -93,6 +93,8 @@ def test_truncated_files_are_one_line(ending, home):
     ("task", "parts"),
     [
         ("file:nowhere", ["nowhere holds no data set"]),
+        ("own:nowhere", ["nowhere holds no data set"]),
+        ("minary:x", ["unknown source", "did you mean minari"]),
         ("minari:nobody/nothing-v0", ["nobody/nothing-v0"]),
         ("minari:not an id", ["is no Minari id"]),
         ("door-humane-v1", ["did you mean door-human-v1"]),

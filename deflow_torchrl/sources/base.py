@@ -176,4 +176,5 @@ def public_name(name: str) -> str:
 def _with_place(name: str, show: Callable[[Path], str]) -> str:
     prefix, rest = split_name(name)
     place = None if prefix is None else get_source(prefix).location(rest)
-    return name if place is None else f"{prefix}:{show(place)}"
+    # The prefix stays as it was written: it is part of what a checkpoint or a sweep compares.
+    return name if place is None else f"{name.partition(':')[0]}:{show(place)}"

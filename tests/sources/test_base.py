@@ -121,8 +121,9 @@ def test_the_former_prefix_of_files_works_and_is_logged_once():
 
 def test_names_that_are_places_are_settled_for_runs_and_shortened_for_others(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert settled_name("file:data/arm") == settled_name("own:data/arm") == f"file:{Path.cwd() / 'data/arm'}"
-    assert public_name("own:/home/me/arm") == public_name("file:arm") == "file:arm"
+    assert settled_name("file:data/arm") == f"file:{Path.cwd() / 'data/arm'}"
+    assert settled_name("own:data/arm") == f"own:{Path.cwd() / 'data/arm'}", "as checkpoints of version 0.1 have it"
+    assert public_name("file:/home/me/arm") == public_name("file:arm") == "file:arm"
     for name in ("door-human-v1", "minari:mine/arm-v0", "ogbench:cube-single-play-singletask-v0"):
         assert settled_name(name) == public_name(name) == name
     assert split_name("minari:mine/arm-v0") == ("minari", "mine/arm-v0")

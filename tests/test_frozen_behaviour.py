@@ -1,4 +1,4 @@
-"""The numbers of 0.1.0, which no rebuilding may change; ``tests/support/frozen.py`` says how they are derived."""
+"""The numbers of version 0.1.0 stay; ``tests/support/frozen.py`` says how they are derived and how to record them again."""
 
 import pytest
 

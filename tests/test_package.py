@@ -1,6 +1,7 @@
 import ast
 import importlib
 import pkgutil
+import re
 import subprocess
 import sys
 
@@ -165,6 +166,27 @@ def test_names_of_methods_and_sources_are_compared_in_their_own_room_only(kind):
             assert text not in names[kind], f"{module}:{line} compares with {text!r}"
         for line, keys in house.tables(module):
             assert len(keys & names[kind]) < 2, f"{module}:{line} is a table of names"
+
+
+def test_the_readmes_map_names_every_file():
+    readme = (house.ROOT.parent / "README.md").read_text(encoding="utf-8")
+    words = set(re.findall(r"\w+", readme.partition("## The map")[2].partition("```\n\n")[0]))
+    methods = house.ROOT / "algorithms"
+    for path in house.FILES.values():
+        known = path.stem in words or path.parent.name == "union" or path.stem in ("reexports", "__init__", "__main__")
+        assert known or path.parent == methods, f"{path} is not on the map"
+    for folder in ("docs", "examples", "benchmarks"):
+        for path in (house.ROOT.parent / folder).glob("[a-z]*.*"):
+            assert path.stem in words, f"{path} is not on the map"
+
+
+def test_helpers_of_tests_live_in_support():
+    for path in (house.ROOT.parent / "tests").rglob("*.py"):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            own = f"{path.parent.name}.{path.stem}"  # a script that a test writes may import that test's module
+            assert not re.match(r"\s*(from|import) tests\.(\w+\.)?(test_|conftest)", line) or own in line, (
+                f"{path}: {line}"
+            )
 
 
 def test_every_module_imports():

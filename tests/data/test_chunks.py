@@ -9,7 +9,7 @@ from torchrl.objectives.value import TD0Estimator
 from deflow_torchrl.data import OfflineOnlineReplayBuffer, TransitionDataset, TransitionReplayBuffer
 from deflow_torchrl.data.chunks import chunk_of
 from deflow_torchrl.errors import InputError
-from tests.data.test_dataset import build, episodes
+from tests.support.episodes import build, episodes
 
 GAMMA = 0.9
 LENGTHS = (4, 1, 7)

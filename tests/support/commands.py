@@ -1,6 +1,6 @@
-"""Run command lines of ``deflow`` in one process: a JSON list of argument lists comes in, one of what each printed goes out.
+"""Run several command lines of ``deflow`` in one process.
 
-The first that exits with another code than 0 ends the process with that code.
+Reads a JSON list of argument lists and writes a JSON list of their outputs. Stops at the first exit code other than 0.
 """
 
 import contextlib

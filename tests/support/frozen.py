@@ -1,7 +1,7 @@
-"""The behaviour that no rebuilding of the package may change, measured: the values stand in ``tests/frozen``.
+"""Measure the behaviour that a rebuilding of the package must not change; recorded values are in ``tests/frozen``.
 
-``python -m tests.support.frozen [updates] [single] [once] [commands]`` measures anew and writes them. Record only what is meant
-to change, and say in the commit why: the values of 0.1.0 are what every later version is held to.
+``python -m tests.support.frozen [updates] [single] [once] [commands]`` measures again and writes them. Record only where a
+change of numbers is intended, and give the reason in the commit. The values now there are those of version 0.1.0.
 
 How the values are derived:
 

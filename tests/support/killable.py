@@ -1,8 +1,7 @@
 """Runs in child processes that can be killed at any moment.
 
-Importing torch takes seconds, so children are forked from a process that has imported everything and has done nothing else:
-``python -m tests.support.killable`` reads a job a line and answers with the child's number and, when it has ended, its exit
-status.
+Importing torch takes seconds, so children are forked from a server process that has only imported everything:
+``python -m tests.support.killable`` reads one job per line and prints the child's process id and, when it ends, its exit status.
 """
 
 from __future__ import annotations

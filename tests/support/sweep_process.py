@@ -1,4 +1,4 @@
-"""``deflow sweep`` in a process of its own, whose jobs leave the page and its curve out.
+"""``deflow sweep`` in a process of its own, whose jobs write no report page and draw no curve.
 
 ``python -m tests.support.sweep_process KEY=VALUE...``; jobs are forked from a process that has imported what is named here, and
 on Ray :func:`run_on_node` is called by whatever process runs one.

@@ -1,4 +1,4 @@
-"""Importing this leaves the page and its curve out of the runs of a process: they take longer than a tiny run."""
+"""Importing this module stops the runs of a process from writing report pages: they take longer than a tiny run."""
 
 import tests.support.pendulum  # noqa: F401 # the environment
 from deflow_torchrl.runs import run

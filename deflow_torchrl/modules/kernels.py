@@ -27,7 +27,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._autograd import _top_saved_tensors_default_hooks
-from torch._C._functorch import TransformType, get_interpreter_stack, is_batchedtensor
+from torch._C._functorch import (
+    TransformType,
+    _add_batch_dim,
+    _unwrap_batched,
+    get_interpreter_stack,
+    is_batchedtensor,
+)
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.overrides import has_torch_function
@@ -320,30 +327,18 @@ def _row(value: float, like: Tensor) -> Tensor:
 
 
 def _call(function: _Function, *tensors: Tensor, rows: int) -> Tensor:
-    """Call it, through :class:`_Batched` where vmap has wrapped some of the tensors."""
-    if any(is_batchedtensor(tensor) for tensor in tensors):
-        return _Batched.apply(function, rows, *tensors)
-    return function(*tensors)
-
-
-class _Batched(torch.autograd.Function):
-    """A function under ``torch.vmap``: called once, with vmap's dimension as more rows, or as more networks."""
-
-    @staticmethod
-    def forward(function: _Function, rows: int, *tensors: Tensor) -> Tensor:
-        raise AssertionError("vmap calls its own method, below")
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[Any, ...], function: _Function, rows: int, *tensors: Tensor
-    ) -> tuple[Tensor, int]:
-        flat, shape = _flatten(info.batch_size, in_dims[2:], tensors, rows=rows)
+    """Call the function; under ``torch.vmap`` once, with vmap's dimension as more rows or as more networks."""
+    if not any(is_batchedtensor(tensor) for tensor in tensors):
+        return function(*tensors)
+    vmap: Any = retrieve_current_functorch_interpreter()  # of torch.vmap: usable() allows no other
+    unwrapped, dims = zip(*(_unwrap_batched(tensor, vmap.level()) for tensor in tensors), strict=True)
+    with vmap.lower():
+        if all(dim is None for dim in dims):
+            return _call(function, *tensors, rows=rows)
+        flat, shape = _flatten(vmap.batch_size(), dims, unwrapped, rows=rows)
         out = _call(function, *flat, rows=rows)
-        return out.reshape(*shape, *out.shape[1:]), 0
+        out = out.reshape(*shape, *out.shape[1:])
+    return _add_batch_dim(out, 0, vmap.level())
 
 
 def _flatten(

@@ -30,12 +30,17 @@ class MLP(nn.Sequential):
     Layers that were replaced, parametrised, hooked or wrapped are always called.
     """
 
+    __jit_unused_properties__ = ["layer_norm"]  # for torch.jit.script, which compiles the loop over the layers alone
+
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., in]`` to ``[..., out]``."""
-        parameters = self.kernel_parameters(x)
-        if parameters is None or x.shape[-1:] != parameters[0].shape[-1:]:
-            return super().forward(x)
-        return kernels.mlp(x, parameters, layer_norm=self.layer_norm)
+        if not torch.jit.is_scripting():
+            parameters = self.kernel_parameters(x)
+            if parameters is not None and x.shape[-1:] == parameters[0].shape[-1:]:
+                return kernels.mlp(x, parameters, layer_norm=self.layer_norm)
+        for layer in self:
+            x = layer(x)
+        return x
 
     @property
     def layer_norm(self) -> bool:
@@ -144,7 +149,6 @@ def _calls() -> tuple[object, ...]:
     return (
         nn.Module.__call__,
         MLP.forward,
-        nn.Sequential.forward,
         _XavierLinear.forward,
         nn.GELU.forward,
         nn.LayerNorm.forward,

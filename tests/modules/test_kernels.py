@@ -625,6 +625,7 @@ USAGES = {
     "changed beside the graph": changed_beside_the_graph,
     "output changed in place": output_changed_in_place,
     "jit.trace": traced,
+    "jit.script": lambda network, x: grads(loss_of(torch.jit.script(network), x), network, x),
     "export": exported(strict=True),
     "non-strict export": exported(strict=False),
     "make_fx": lambda network, x: [make_fx(network)(x.detach())(x)],

@@ -25,7 +25,7 @@ PAPER_HIDDEN_DIMS = (512, 512, 512, 512)
 
 
 class MLP(nn.Sequential):
-    """What :func:`make_mlp` builds: its layers in a row, or in eager mode on a CPU the same function by :mod:`.kernels`.
+    """The MLP of :func:`make_mlp`: calls its layers in a row, or :mod:`.kernels` in eager mode on a CPU.
 
     Layers that were replaced, parametrised, hooked or wrapped are always called.
     """
@@ -48,16 +48,16 @@ class MLP(nn.Sequential):
         return any(isinstance(layer, nn.LayerNorm) for layer in self._modules.values())
 
     def kernel_parameters(self, *inputs: Tensor) -> list[Tensor] | None:
-        """The parameters in the order of :func:`.kernels.mlp`, or None where the inputs have to go through the layers."""
+        """Return the parameters in the order of :func:`.kernels.mlp`, or None where the inputs must go through the layers."""
         if torch.compiler.is_compiling() or not self.is_as_built():
             return None
         layers = [layer for layer in self._modules.values() if not isinstance(layer, nn.GELU)]
-        # By attribute: a loss that swaps in plain tensors puts them beside the registered parameters.
+        # By attribute: plain tensors that a loss swaps in are no registered parameters.
         parameters = [getattr(layer, kind) for layer in layers for kind in ("weight", "bias")]
         return parameters if kernels.usable(*inputs, *parameters) else None
 
     def is_as_built(self) -> bool:
-        """Whether calling this network is calling the layers of :func:`make_mlp` one after another, and nothing else."""
+        """Whether a call of this network does nothing but call the layers of :func:`make_mlp` one after another."""
         layers = tuple(self._modules.values())
         kinds = 3 if self.layer_norm else 2
         return (
@@ -71,7 +71,7 @@ class MLP(nn.Sequential):
 
 
 def is_wrapped(module: nn.Module) -> bool:
-    """Whether calling the module does more than its class's ``forward``: hooks, a replaced or a compiled ``forward``."""
+    """Whether a call of the module does more than its class's ``forward``: it has hooks or a replaced or compiled forward."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -145,7 +145,7 @@ class _XavierLinear(nn.Linear):
 
 
 def _calls() -> tuple[object, ...]:
-    """The functions that a call of an :class:`MLP` goes through, any of which may be replaced for a whole class."""
+    """Return the functions that a call of an :class:`MLP` runs; other libraries may replace them for a whole class."""
     return (
         nn.Module.__call__,
         MLP.forward,
@@ -162,7 +162,7 @@ _ORIGINAL_CALLS = _calls()
 
 
 class CheckedModule(TensorDictModule):
-    """A TensorDictModule that says which entry it is where the dtype of an input does not fit its network's.
+    """A TensorDictModule whose error names the entries whose dtype does not fit the network.
 
     Raises:
         TypeError: by calls, naming the entries, their dtypes and the network's.
@@ -211,23 +211,6 @@ class StateActionValue(nn.Module):
     def forward(self, observation: Tensor, action: Tensor) -> Tensor:
         """Return the value ``[..., 1]`` of ``observation [..., O]`` and ``action [..., A]``."""
         return self.mlp(torch.cat([observation, action], -1))
-
-    def ensemble(
-        self, observation: Tensor, action: Tensor, params: TensorDictBase, *, frozen: bool = False
-    ) -> Tensor | None:
-        """Values ``[N, ..., 1]`` of N critics whose parameters ``params`` stacks; None where there is no kernel for them."""
-        mlp = self.mlp
-        modules = (self, mlp)
-        if type(self) is not StateActionValue or not isinstance(mlp, MLP) or any(is_wrapped(part) for part in modules):
-            return None
-        x, stacked = torch.cat([observation, action], -1), params.get("mlp")
-        layers = [name for name, layer in mlp._modules.items() if not isinstance(layer, nn.GELU)]
-        parameters = [stacked.get((name, kind)) for name in layers for kind in ("weight", "bias")]
-        if frozen:
-            parameters = [parameter.detach() for parameter in parameters]
-        if not mlp.is_as_built() or not kernels.usable(x, *parameters):
-            return None
-        return kernels.mlp(x, parameters, layer_norm=mlp.layer_norm)
 
 
 def make_velocity_network(
@@ -301,7 +284,7 @@ def make_qvalue_networks(
         ``num_qvalue_nets`` modules reading (``observation_key``, ``action_key``) and writing ``state_action_value [..., 1]``.
     """
     return [
-        TensorDictModule(
+        CheckedModule(
             StateActionValue(make_mlp(observation_dim + action_dim, 1, hidden_dims, layer_norm=True)),
             in_keys=[observation_key, action_key],
             out_keys=["state_action_value"],

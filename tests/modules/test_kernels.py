@@ -190,15 +190,36 @@ def test_gradients_by_torch_func(network):
     assert_same(*both(lambda: [torch.func.grad(lambda x: network(x).square().sum())(x)]))
 
 
-def test_ensemble_of_critics(calls):
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("seeds", [(), (3,)], ids=str)
+def test_an_ensemble_of_critics_is_one_call_of_the_kernel(calls, seeds, frozen):
     critics = make_qvalue_networks(4, 3, WIDTHS)
-    stacked = TensorDict.from_modules(*critics)["module"].data
-    observation, action = torch.randn(2, 5, 4), torch.randn(2, 5, 3, requires_grad=True)
-    values = critics[0].module.ensemble(observation, action, stacked)
-    plain = torch.stack([critic.module(observation, action) for critic in critics])
-    assert_same([values, *gradients(values, action)], [plain, *gradients(plain, action)])
+    stacked = TensorDict.from_modules(*critics)
+    stacked = stacked.expand(*seeds, *stacked.shape).clone().apply(lambda p: p.detach().requires_grad_(not frozen))
+    td = TensorDict(observation=torch.randn(*seeds, 2, 5, 4), action=torch.randn(*seeds, 2, 5, 3).requires_grad_())
+
+    def values(td, params):
+        with params.to_module(critics[0], preserve_module_state=False):
+            return critics[0](td.copy())["state_action_value"]
+
+    ensemble = torch.vmap(values, (None, 0))
+    for _ in seeds:
+        ensemble = torch.vmap(ensemble)
+
+    def compute():
+        out = ensemble(td, stacked)
+        return [out, *gradients(out, td["action"], *(() if frozen else stacked.values(True, True)))]
+
+    computed = []
+    with pytest.MonkeyPatch.context() as patch:
+        product = torch.Tensor.__matmul__
+        patch.setattr(torch.Tensor, "__matmul__", lambda *pair: computed.append(1) or product(*pair))
+        fast = compute()
     with kernels.use_kernels(False):
-        assert critics[0].module.ensemble(observation, action, stacked) is None
+        assert_same(fast, compute())
+    assert calls == ["mlp"]
+    # One product a layer for the gradient below it (of the output none: it has one column), one for each weight that trains.
+    assert len(computed) == len(WIDTHS) + (0 if frozen else len(WIDTHS) + 1)
 
 
 @pytest.mark.parametrize("widths", [WIDTHS, (16,)], ids=str)

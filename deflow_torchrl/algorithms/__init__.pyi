@@ -1,5 +1,6 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
 
+from .alarms import AlarmRule as AlarmRule
 from .base import Learner as Learner
 from .base import ProblemSpec as ProblemSpec
 from .bc import BCConfig as BCConfig

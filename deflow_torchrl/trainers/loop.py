@@ -369,9 +369,9 @@ class Trainer(TrainingLoop):
         self.trained_seconds += seconds
         self.step += count
         self._score = None
-        online = self.online if self.schedule.is_online(self.step) else None
-        due = self.schedule.due(self.schedule.log_interval, self.step)
-        self._row = self._row_of(online, out, batch) if due else {}
+        self._row = {}
+        if self.schedule.due(self.schedule.log_interval, self.step):
+            self._row = self._row_of(self.online if self.schedule.is_online(self.step) else None, out, batch)
 
     def _sample(self, online: OnlinePhase | None) -> TensorDictBase:
         return self.buffer.sample() if online is None else online.sample()

@@ -321,13 +321,7 @@ def _description(update: UpdateStep) -> dict[str, Any]:
     for name, tensor in _state_of(loss).items():
         described[f"the shape of {name}"] = (*tensor.shape, tensor.dtype, str(tensor.device), tensor.requires_grad)
     for number, group in enumerate(update.optimizer.param_groups):
-        options = {name: value for name, value in group.items() if name != "params"}
-        described |= {f"{name} of optimiser group {number}": value for name, value in options.items()}
-        for at, parameter in enumerate(group["params"]):
-            state = update.optimizer.state.get(parameter, {})
-            described[f"optimiser state {number}.{at}"] = sorted(state)
-            if _COUNT in state:
-                described[f"optimiser step {number}.{at}"] = float(state[_COUNT])
+        described |= {f"{name} of optimiser group {number}": value for name, value in group.items() if name != "params"}
     return described
 
 

@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from deflow_torchrl.algorithms import get_algorithm
+from deflow_torchrl.algorithms.alarms import AlarmRule
 from deflow_torchrl.trainers import Alarms
 from tests.support.updates import rows_of_training
 
@@ -121,3 +123,19 @@ def test_rows_of_a_method_without_these_numbers_raise_nothing():
     assert alarms.check(row(2, q_base=50.0)) != []
     assert alarms.check({"step": 3, "eval/success": 0.0}) == []
     assert alarms.raised[0].cleared is None, "a row that does not say neither raises nor clears"
+
+
+def test_a_method_describes_its_own_alarms():
+    def look(seen):
+        rows, first = seen.above("loss", 1.0)
+        return f"the loss rose from {first['loss']:g}; try less" if rows == 3 else "" if rows == 0 else None
+
+    alarms = Alarms(gamma=0.9, reward_bound=1.0, rules=[AlarmRule("loss", ("loss",), look, watches=(("loss", 1.0),))])
+    losses = [0.5, 2.0, 3.0, 4.0, 5.0, 0.5, 2.0]
+    new = [alarm for step, loss in enumerate(losses) for alarm in alarms.check(row(step, loss=loss, q_base=1e9))]
+    assert [(alarm.name, alarm.step, alarm.message) for alarm in new] == [
+        ("loss", 3, "the loss rose from 2; try less"),
+    ]  # fmt: skip
+    assert alarms.raised[0].cleared == 5
+    assert [rule.name for rule in get_algorithm("deflow").alarms] == ["alpha", "q", "saturation"]
+    assert get_algorithm("fql").alarms == ()

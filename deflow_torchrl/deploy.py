@@ -14,7 +14,6 @@ from __future__ import annotations
 import io
 import json
 import zipfile
-import zlib
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -29,7 +28,7 @@ from deflow_torchrl.processes import available_cores
 FORMAT = 1
 MANIFEST = "deflow_policy.json"  # its name among a pt2 archive's extra files and an ONNX model's properties
 _ZIP = b"PK"  # how a pt2 file begins
-PROBE_TOLERANCE = 1e-4  # other processors round otherwise; what is damaged is off by more
+PROBE_TOLERANCE = 1e-4  # processors round differently; damage moves an action by more
 
 Array = NDArray[np.float32]
 
@@ -54,8 +53,8 @@ def load_policy(
     Keyword Args:
         seed: of the policy's own noise; fresh from the system by default.
         threads: of onnxruntime, by default one for every core this process may use. A pt2 file uses torch's.
-        trusted: load a pt2 file. Torch's reader of these can run what is hidden in a file that somebody else made; an ONNX file
-            is data, and needs no trust.
+        trusted: allow a pt2 file. Torch's reader can run code that is hidden in such a file; an ONNX file is data and needs no
+            trust.
 
     Raises:
         InputError: if the file cannot be read, is damaged, is no exported policy of this version, or is a pt2 file and not
@@ -84,16 +83,16 @@ def load_policy(
         if str(path) in str(error):
             raise
         raise _damaged(str(path)) from error
-    except Exception as error:  # whatever a manifest makes of it that does not fit its graph
+    except Exception as error:  # of any kind, where a manifest does not fit its graph
         raise _damaged(str(path)) from error
     return policy
 
 
 class Policy:
-    """What :func:`load_policy` returns.
+    """An exported policy, as :func:`load_policy` returns it.
 
     Attributes:
-        manifest: what the file says about itself; docs/deploy.md explains the entries.
+        manifest: the file's description of itself; docs/deploy.md explains the entries.
         observation_dim: O.
         action_dim: A.
         low: lower bounds of the actions ``[A]``, None where the policy has none.
@@ -117,8 +116,8 @@ class Policy:
             observation: ``[O]`` or ``[B, O]``, finite numbers of any type.
 
         Keyword Args:
-            noise: ``[A]`` or ``[B, A]`` in the place of what the policy would draw from N(0, I); the same noise and
-                observation give the same action.
+            noise: ``[A]`` or ``[B, A]``, used instead of a draw from N(0, I); the same noise and observation give the same
+                action.
 
         Returns:
             Actions ``[A]`` or ``[B, A]``, float32, inside the bounds.
@@ -146,10 +145,10 @@ class Policy:
         return action[0] if single else action
 
     def check_probe(self, where: str) -> None:
-        """Compute the manifest's one example.
+        """Compute the manifest's example and compare the action with the stored one.
 
         Raises:
-            InputError: if the action is another than where the file was made.
+            InputError: if they differ.
         """
         probe = self.manifest["probe"]
         expected = np.asarray(probe["action"], np.float32)
@@ -162,10 +161,10 @@ class Policy:
 
 
 def open_graph(content: bytes, where: str, *, threads: int | None = None) -> Graph:
-    """The function in a file's content.
+    """Read the exported function from a file's content.
 
     Raises:
-        InputError: if it is damaged or none that was exported; see :func:`load_policy`.
+        InputError: if the content is damaged or not an exported policy; see :func:`load_policy`.
     """
     if content.startswith(_ZIP):
         return _Pt2Graph(content, where)
@@ -179,14 +178,14 @@ class _OnnxGraph:
         except ImportError as error:
             raise MissingExtraError("onnxruntime", "export") from error
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # what is wrong is in the exception
+        options.log_severity_level = 3  # fatal errors only: the exception says the rest
         options.intra_op_num_threads = threads or available_cores()
         # Threads that wait spin, which saves a third of the time at batch 1, but by default for so long that a busy machine
         # takes several times longer.
         options.add_session_config_entry("session.intra_op.spin_duration_us", "20")
         try:
             self._session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # of a dozen kinds, without a common base
+        except Exception as error:  # of a dozen kinds without a common base
             raise _damaged(where) from error
         self.manifest = self._session.get_modelmeta().custom_metadata_map.get(MANIFEST)
         self._names = [entry.name for entry in self._session.get_inputs()]
@@ -202,15 +201,7 @@ class _Pt2Graph:
                 names = [name for name in archive.namelist() if name.endswith(f"extra/{MANIFEST}")]
                 self.manifest = archive.read(names[0]).decode() if names else None
                 damaged = archive.testzip() is not None
-        except (
-            zipfile.BadZipFile,
-            zlib.error,
-            EOFError,
-            OSError,
-            ValueError,
-            LookupError,
-            NotImplementedError,
-        ) as error:
+        except Exception as error:  # of a dozen kinds, by the place of the damage
             raise _damaged(where) from error
         if damaged:
             raise _damaged(where)
@@ -225,7 +216,7 @@ class _Pt2Graph:
             ) from error
         try:
             self._module = torch.export.load(io.BytesIO(content)).module()
-        except Exception as error:  # whatever its reader meets
+        except Exception as error:  # of any kind, by the place of the damage
             raise _damaged(where) from error
         self._torch = torch
 
@@ -256,7 +247,7 @@ def _numbers(value: ArrayLike | None, name: str, width: int) -> Array:
         raise InputError(f"{name} must be real numbers, got values of type {array.dtype}")
     if array.ndim not in (1, 2) or array.shape[-1] != width:
         raise InputError(f"{name} must have shape [{width}] or [B, {width}], got {list(array.shape)}")
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite
+    with np.errstate(over="ignore"):  # values beyond float32 become infinite
         array = np.ascontiguousarray(array, np.float32)
     if not np.isfinite(array).all():
         raise InputError(f"{name} holds NaN or infinite values")

@@ -26,7 +26,7 @@ def one_line(error: BaseException) -> str:
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used: the message says what, where and what to do, in one line."""
+    """An input of the user cannot be used: the message says what, where and what to do, in one line."""
 
 
 class MissingExtraError(InputError, ImportError):
@@ -42,7 +42,7 @@ class MissingExtraError(InputError, ImportError):
         self._arguments = module, extra
 
     def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str]]:
-        """Pickle what the constructor takes: an exception's own way would call it with the message alone."""
+        """Pickle the constructor's arguments; by default an exception pickles its message alone."""
         return type(self), self._arguments
 
 
@@ -59,11 +59,11 @@ class NonFiniteLossError(RunError, RuntimeError):
 
 
 class CheckpointNotWritten(RunError, OSError):
-    """A checkpoint could not be written, for example on a full disk; those before it are whole and a run can go on.
+    """A checkpoint could not be written, for example on a full disk; earlier ones are whole and the run can go on.
 
     Args:
         path: the checkpoint.
-        cause: what the system said.
+        cause: the error of the operating system.
         advice: what to do.
     """
 
@@ -76,7 +76,7 @@ class CheckpointNotWritten(RunError, OSError):
         return str(self.strerror)
 
     def __reduce__(self) -> tuple[type[CheckpointNotWritten], tuple[Path, OSError, str]]:
-        """Pickle what the constructor takes: an exception's own way would call it with the number and the message."""
+        """Pickle the constructor's arguments; by default an OSError pickles its number and message."""
         return type(self), (self.path, self.cause, self.advice)
 
 
@@ -89,7 +89,7 @@ class EnvironmentFaultError(RunError, RuntimeError):
 
 
 class CollectorError(RunError, RuntimeError):
-    """The processes that act died again and again: the message says how."""
+    """The processes that step the environments died repeatedly: the message says how."""
 
 
 class RestoreError(RunError, RuntimeError):
@@ -97,4 +97,4 @@ class RestoreError(RunError, RuntimeError):
 
 
 class RunInterrupted(KeyboardInterrupt):
-    """Ctrl-C or a polite kill during training: a checkpoint was saved, the message says how to go on."""
+    """Ctrl-C or SIGTERM ended the training: a checkpoint was saved, the message says how to go on."""

@@ -252,7 +252,7 @@ def _trace(eager: _Actor, inputs: Mapping[str, Tensor]) -> ExportedProgram:
             actor, tuple(inputs.values()), dynamic_shapes=tuple({0: batch} for _ in inputs), strict=False
         )
     for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # paths of this machine
+        node.meta.pop("stack_trace", None)  # it holds paths of this machine
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             raise InputError(
                 f"the policy draws random numbers itself ({node.target}); build it so that it reads its noise from its input"
@@ -327,7 +327,7 @@ def _bounds(policy: nn.Module, action_dim: int) -> tuple[list[float] | None, lis
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what torch's exporters say to their developers."""
+    """Silence warnings and log messages of torch's exporters, which are for their developers."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

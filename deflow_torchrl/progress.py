@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 
 def progress_bar(iterable: Iterable[Any] | None = None, **kwargs: Any) -> tqdm:
-    """``tqdm`` that redraws in a terminal and prints a line's worth every ten seconds into a file."""
+    """``tqdm`` that redraws in a terminal and, in a file, prints its state every ten seconds."""
     terminal = sys.stderr.isatty()
     return tqdm(iterable, dynamic_ncols=terminal, mininterval=0.1 if terminal else 10.0, **kwargs)
 

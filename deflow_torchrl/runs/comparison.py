@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""Two runs on common starts and noise: which is better, and by how much for certain."""
+"""Two runs compared on common starts and noise: their difference, with an interval."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def _common_task(first: Path, second: Path, settings: list[dict[str, Any]]) -> T
 
 
 def _values(outcome: dict[str, Any], task: Task) -> np.ndarray:
-    """What the task is judged by, of each episode."""
+    """The task's metric of each episode."""
     if task.metric == "success":
         return np.asarray(outcome["success"], np.float64)
     returns = np.asarray(outcome["episode_return"], np.float64)

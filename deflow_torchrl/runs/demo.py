@@ -1,10 +1,10 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""The main job: generate real simulator data, train DeFlow on it, compare it with its own prior, leave a report."""
+"""The demo: generate simulator data, train DeFlow on it, compare it with its own prior, write a report."""
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ TASK = "cube-single-noisy-singletask-task2-v0"
 
 @dataclass(frozen=True)
 class DemoScale:
-    """How much the demo does.
+    """The size of the demo.
 
     Attributes:
         episodes: training episodes to generate, 1000 transitions each.
@@ -66,11 +66,11 @@ def run_demo(
 ) -> dict[str, Any]:
     """Run the demo and return the object it prints last.
 
-    The data lies in ``$DEFLOW_HOME/demo`` under a name of its own, so that it is never taken for the published set, and is
-    made once: a second run, also with another seed, finds it.
+    The data is kept in ``$DEFLOW_HOME/demo`` under a name of its own, so that it is never taken for the published set. It is
+    made once: a second run, also with another seed, uses it again.
 
     Args:
-        scale: how much to do.
+        scale: its size.
 
     Keyword Args:
         seed: seed of training; the data's seed is always 0.
@@ -79,8 +79,8 @@ def run_demo(
         show_progress: show progress bars on standard error.
 
     Returns:
-        ``prior_success``, ``deflow_success`` (fractions of the final episodes), ``transitions``, ``steps``, ``seconds``, and
-        where the report lies.
+        ``prior_success``, ``deflow_success`` (fractions of the final episodes), ``episodes``, ``transitions``, ``steps``,
+        ``seed``, ``seconds`` and the path of the ``report``.
 
     Raises:
         InputError: on a folder that cannot be used.
@@ -96,12 +96,15 @@ def run_demo(
     root = cache_home() / "demo" / f"{dataset}-{scale.episodes}-episodes"
     needed = [root / f"{dataset}.json", *(dataset_path(dataset, root, split) for split in ("train", "val"))]
     if not all(path.is_file() for path in needed):
-
-        def progress(finished: Iterator[None], total: int) -> Iterator[None]:
-            return progress_bar(finished, total=total, desc="generate", unit="episode", disable=not show_progress)
-
         generate_ogbench_dataset(
-            dataset, root, episodes=scale.episodes, val_episodes=scale.val_episodes, seed=0, progress=progress
+            dataset,
+            root,
+            episodes=scale.episodes,
+            val_episodes=scale.val_episodes,
+            seed=0,
+            progress=lambda finished, total: progress_bar(
+                finished, total=total, desc="generate", unit="episode", disable=not show_progress
+            ),
         )
     generated = time.perf_counter() - began
     record = train(
@@ -147,16 +150,13 @@ def demo_config(scale: DemoScale, *, seed: int, root: Path, out: Path) -> TrainC
 
 
 def _free_folder(wanted: Path) -> Path:
-    """``wanted``, or ``wanted-2``, ``wanted-3``... if earlier runs lie there."""
-    number, folder = 1, wanted
-    while (folder / CONFIG_FILE).exists():
-        number += 1
-        folder = wanted.with_name(f"{wanted.name}-{number}")
-    return folder
+    """``wanted``, or ``wanted-2``, ``wanted-3``... if earlier runs have those folders."""
+    others = (wanted.with_name(f"{wanted.name}-{number}") for number in itertools.count(2))
+    return next(folder for folder in itertools.chain([wanted], others) if not (folder / CONFIG_FILE).exists())
 
 
 def describe(result: dict[str, Any]) -> str:
-    """One sentence for a person."""
+    """Describe the result in a sentence."""
     error = np.sqrt(result["deflow_success"] * (1 - result["deflow_success"]) / result["episodes"])
     return (
         f"On {result['episodes']} common starts the flow prior alone succeeds in {result['prior_success']:.0%}, DeFlow in "

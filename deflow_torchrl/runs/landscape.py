@@ -1,8 +1,8 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""Where a policy's actions lie in the landscape of its critics at one state (Figure 2 of the paper), drawn and in numbers.
+"""A policy's actions in the landscape of its critics at one state (Figure 2 of the paper), drawn and measured.
 
-The paper shows by eye that a one-step policy can average modes or leave the data. Here both are measured, at one state s of the
-data, for the data's actions at like states, the prior's (base) samples, the policy's, and a second run's:
+The paper shows in a picture that a one-step policy can average modes or leave the data. Here both are measured at one state s of
+the data, for the data's actions at similar states, the prior's (base) samples, the policy's, and a second run's:
 
 * **distance to the data**: of an action, the mean of its root-mean-square differences per dimension to the k nearest of the
   actions that the data took at the states nearest to s. An action is **outside the data** if that distance is larger than 95%
@@ -235,7 +235,7 @@ def draw_landscape(
     bandwidth: float = BANDWIDTH,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Draw and measure where a run's actions lie at one state of its data.
+    """Draw a run's actions at one state of its data over a slice of Q, and measure them.
 
     Args:
         run: run folder of a method with critics.
@@ -252,7 +252,7 @@ def draw_landscape(
         seed: of the noise.
 
     Returns:
-        What was measured; ``samples``: role (``data``, ``base``, ``policy``, ``second``) -> label, ``mean_q``,
+        The measurements; ``samples``: role (``data``, ``base``, ``policy``, ``second``) -> label, ``mean_q``,
         ``distance_to_data`` (mean and largest), ``outside_data`` (share) and ``effective_modes``; and the ``file``.
 
     Raises:
@@ -287,7 +287,15 @@ def draw_landscape(
     actions = {role: group.double().numpy() for role, group in groups.items()}
     centre = actions.get("base", actions["data"])
     plane = principal_slice(centre) if dims is None else dimension_slice(centre, dims)
-    names = _names(loaded, other)
+    method = loaded.config.algo.name
+    refines = "base_action" in loaded.learner.policy.out_keys
+    names = {
+        "data": "data, nearest states",
+        "base": f"{method}, base",
+        "policy": f"{method}, actions{' (arrows from base)' if refines else ''}",
+    }
+    if other is not None:
+        names["second"] = f"second run ({other.config.algo.name}), actions"
     within = float(np.quantile(data_distances(actions["data"]), _QUANTILE))
     measured = {}
     for role, group in groups.items():
@@ -300,14 +308,13 @@ def draw_landscape(
             "outside_data": float((far > within).mean()),
             "effective_modes": effective_modes(actions[role], bandwidth=bandwidth),
         }
-    refined = "base" in drawn and "base_action" in loaded.learner.policy.out_keys
     coordinates = {role: plane.coordinates(group) for role, group in actions.items()}
     grid = _grid(np.concatenate(list(coordinates.values())), limited=dims is not None)
     result = {
         "run": str(run),
         "second": None if second is None else str(second),
         "task": loaded.config.task,
-        "method": loaded.config.algo.name,
+        "method": method,
         "step": loaded.state["step"],
         "state": state,
         "slice": {
@@ -322,7 +329,7 @@ def draw_landscape(
         "nearest_actions": NEAREST_ACTIONS,
         "data_distance_95": within,
         "bandwidth": bandwidth,
-        "refinement_rms": float(np.sqrt(np.square(actions["policy"] - actions["base"]).mean())) if refined else None,
+        "refinement_rms": float(np.sqrt(np.square(actions["policy"] - actions["base"]).mean())) if refines else None,
         "samples": measured,
     }
     make_writable_folder(out.parent)
@@ -338,7 +345,7 @@ def draw_landscape(
                 for role in ("base", "second", "policy", "data")
                 if role in groups
             ],
-            arrows=(coordinates["base"], coordinates["policy"]) if refined else None,
+            arrows=(coordinates["base"], coordinates["policy"]) if refines else None,
         )
     except OSError as error:
         raise InputError(f"cannot write {out} ({error.strerror or error}); choose another file with --out") from error
@@ -377,15 +384,6 @@ def _data_at(loaded: LoadedRun, state: int, neighbours: int) -> tuple[Tensor, Te
     return states[state], dataset.action[nearest_states(states, state, neighbours)]
 
 
-def _names(loaded: LoadedRun, other: LoadedRun | None) -> dict[str, str]:
-    method = loaded.config.algo.name
-    arrows = " (arrows from base)" if "base_action" in loaded.learner.policy.out_keys else ""
-    names = {"data": "data, nearest states", "base": f"{method}, base", "policy": f"{method}, actions{arrows}"}
-    if other is not None:
-        names["second"] = f"second run ({other.config.algo.name}), actions"
-    return names
-
-
 def _in_words(numbers: dict[str, Any]) -> str:
     return f"{numbers['effective_modes']:.1f} effective modes, {numbers['outside_data']:.0%} outside the data"
 
@@ -394,15 +392,11 @@ def _grid(coordinates: np.ndarray, *, limited: bool) -> tuple[np.ndarray, np.nda
     """Columns and rows of a square grid around the points ``[n, 2]``; ``limited`` to the actions' bounds."""
     low, high = coordinates.min(0), coordinates.max(0)
     half = max(float((high - low).max()), _SMALLEST_WIDTH) * (0.5 + _MARGIN)
-    axes = []
-    for middle in (low + high) / 2:
-        first, last = middle - half, middle + half
-        axes.append(
-            np.linspace(max(first, LOW), min(last, HIGH), _RESOLUTION)
-            if limited
-            else np.linspace(first, last, _RESOLUTION)
-        )
-    return axes[0], axes[1]
+    first, last = (low + high) / 2 - half, (low + high) / 2 + half
+    if limited:
+        first, last = first.clip(min=LOW), last.clip(max=HIGH)
+    columns, rows = np.linspace(first, last, _RESOLUTION).T
+    return columns, rows
 
 
 def _qvalues_on(

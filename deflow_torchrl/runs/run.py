@@ -11,7 +11,7 @@ import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -197,7 +197,7 @@ class Run:
         """
         config = self.config
         self.evaluator = evaluator
-        metrics = MetricsLog(self.out, resume_step=0 if resume and checkpoint is None else None)
+        self.metrics = MetricsLog(self.out, resume_step=0 if resume and checkpoint is None else None)
         online = None
         if isinstance(self.buffer, OfflineOnlineReplayBuffer):
             online = make_online_phase(
@@ -213,18 +213,10 @@ class Run:
         trainer = self.trainer = Trainer(
             self.update,
             self.buffer,
-            schedule=TrainerSchedule(
-                offline_steps=config.offline_steps,
-                online_steps=config.online_steps,
-                log_interval=config.log_interval,
-                eval_interval=config.eval_interval,
-                save_interval=config.save_interval,
-                utd=config.utd,
-                warmup_steps=config.warmup_steps,
-            ),
+            schedule=TrainerSchedule(**{item.name: getattr(config, item.name) for item in fields(TrainerSchedule)}),
             checkpoints=self.out / CHECKPOINTS,
             online=online,
-            metrics=metrics,
+            metrics=self.metrics,
             evaluate=None if evaluator is None else self._evaluate,
             score=f"eval/{self.task.metric}",
             identity=run_identity(config_to_dict(config), data_sha256=self.data.about["sha256"]),
@@ -243,7 +235,7 @@ class Run:
         written = trainer.written_step if resume else None
         logger = make_logger(config.logger, self.out, state=trainer.notes.get("logger"), step=written)
         trainer.notes["logger"] = logger_state(config.logger, logger)
-        metrics.send_to(logger)
+        self.metrics.send_to(logger)
 
     def graphed(self, update: Update, *shape: int) -> GraphedUpdate | None:
         """:func:`make_graphed` on the run's data."""
@@ -257,7 +249,6 @@ class Run:
     def report(self) -> dict[str, Any]:
         """Write record, curve and page; the record."""
         trainer, metric = self.trainer, self.task.metric
-        rows = [] if trainer.metrics is None else trainer.metrics.rows
         delta = getattr(self.learner.loss, "target_divergence", None)
         record = build_record(
             commands=self.history.commands,
@@ -278,7 +269,7 @@ class Run:
         write_text(self.out / RECORD_FILE, json.dumps(record, indent=2) + "\n")
         title = f"{self.config.algo.name} on {self.config.task}, seed {self.config.seed}"
         figure = plot_learning_curve(
-            rows,
+            self.metrics.rows,
             self.out / "learning_curve.png",
             title=title,
             metric=metric,
@@ -289,7 +280,7 @@ class Run:
             self.out / "report.html",
             title=title,
             record=record,
-            rows=rows,
+            rows=self.metrics.rows,
             figure=figure,
             target_divergence=None if delta is None else round(float(delta), 8),
         )

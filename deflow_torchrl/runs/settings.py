@@ -36,19 +36,19 @@ _OF_THE_TASK = ("offline_steps", "overwrite", "hidden_dims", "eval_interval", "e
 class TrainConfig:
     """Settings of ``deflow train``, ``key=value``; the defaults are the paper's protocol.
 
-    What is None and described as the task's is filled in by :func:`with_task_defaults`, the method's settings too.
+    Settings that are None and described as the task's are filled in by :func:`with_task_defaults`, those of the method too.
 
     Attributes:
         task: OGBench single-task name, for example ``cube-single-play-singletask-task2-v0``; the paper's D4RL names
             (``door-human-v1``); ``minari:ID``; or ``file:FOLDER``, a set made by ``deflow data import``.
         env: where ``file:`` and ``minari:`` data are evaluated: a gymnasium id, an OGBench single-task name, or ``none``; a
             Minari set's own environment where None.
-        preset: where the paper and its authors' code disagree and both can be had (docs/tasks.md): ``paper``, what is printed,
-            or ``released``, what the code does; this package's choice, setting by setting, where None. A setting that is given
-            is as given.
-        protocol: name of the protocol a sweep took all of these from, for the record; not to be set (``deflow sweep protocol=``).
+        preset: which values to take where the paper and its authors' code disagree (docs/tasks.md): ``paper``, those printed,
+            or ``released``, those of the code; this package's choice for each setting where None. A setting that is given
+            stays as given.
+        protocol: name of the protocol a sweep took the settings from, for the record; only ``deflow sweep protocol=`` sets it.
         seed: seed of networks, batches and noise.
-        seeds: train one run for each of these seeds, all at once in one process and offline: ``seeds=[0,1,2]``; each is a run
+        seeds: train one run for each of these seeds (``seeds=[0,1,2]``), all at once in one process and offline; each has a run
             folder of its own in ``out``.
         offline_steps: gradient steps on the data set; the task's where None (1M of tasks outside the paper).
         online_steps: environment steps after them, on the policy's own experience and the data set.
@@ -151,15 +151,15 @@ else:
 
 
 def with_task_defaults(config: TrainConfig) -> SettledConfig:
-    """The settings with every one that is None and the task's, the preset's or the protocol's filled in.
+    """Fill in the settings that are None with the values of the task and the preset.
 
-    Tasks of the paper have its protocol and its Table 6; with ``online_steps`` what it says of offline-to-online training
-    comes first. Other tasks have the protocol of OGBench's states, and no values for the settings that are the paper's of
-    each task. What is not None stays, so that filling twice changes nothing.
+    A task of the paper has the paper's protocol and the values of its Table 6; with ``online_steps`` the values of
+    offline-to-online training come first. Other tasks have the protocol of OGBench's state-based tasks, and no value for
+    settings that the paper chooses for each task. Settings that are not None stay, so that filling twice changes nothing.
 
     Raises:
-        InputError: on an unknown task, or where a setting of the method is the paper's of each task, and neither the paper
-            has one for this task nor the settings do.
+        InputError: on an unknown task, or where the paper chooses a setting of the method for each task and neither the paper
+            nor the settings have a value for this one.
     """
     settled = with_run_defaults(config)
     algo = config.algo
@@ -177,7 +177,7 @@ def with_task_defaults(config: TrainConfig) -> SettledConfig:
 
 
 def with_run_defaults(config: TrainConfig) -> SettledConfig:
-    """The settings with those of the run that are None filled in, and the method's as they are."""
+    """Fill in the settings of the run that are None; those of the method stay as they are."""
     missing = [name for name in _OF_THE_TASK if getattr(config, name) is None]
     if not missing:
         return cast("SettledConfig", config)  # a run folder's task is looked up when it is used
@@ -201,9 +201,9 @@ def with_run_defaults(config: TrainConfig) -> SettledConfig:
 
 
 def method_values(config: TrainConfig) -> dict[str, Any]:
-    """What task and preset say about settings of the run's method, where they say anything."""
+    """Values that the task and the preset give to settings of the run's method."""
     task = get_task(config.task, environment=config.env)
-    # What every task has, in the paper or not.
+    # Every task has these, in the paper or not.
     values: dict[str, Any] = {
         "gamma": task.gamma, "q_aggregation": task.q_aggregation, "target_divergence": task.target_divergence,
     }  # fmt: skip

@@ -45,7 +45,7 @@ class Graph(Protocol):
 def load_policy(
     path: str | PathLike[str], *, seed: int | None = None, threads: int | None = None, trusted: bool = False
 ) -> Policy:
-    """Load a policy that ``deflow export`` wrote, and check that it computes here what it computed there.
+    """Load a policy that ``deflow export`` wrote, and check that it computes the same actions on this machine.
 
     Args:
         path: the file; its content says which format it has.

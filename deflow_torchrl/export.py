@@ -3,11 +3,11 @@
 
 The graph maps ``observation [B, O]`` and, where the policy draws noise, ``noise [B, A]`` to ``action [B, A]``, for any B. In it
 
-* a flow prior's ten steps compute what does not change between them once: the observation's and the time's share of the
-  first layer;
-* every module of TorchRL and TensorDict is gone, as are the kernels of this package, whose plain layers it has.
+* a flow prior computes the observation's and the time's share of the first layer once, since they are the same in all steps for
+  every action;
+* no module of TorchRL or TensorDict is left, and plain layers stand for the kernels of this package.
 
-Before the file gets its name, its actions are held against the policy's own.
+The file gets its name only after its actions were compared with the policy's own.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def export_run(
         run: run folder.
 
     Keyword Args:
-        format: ``onnx`` or ``pt2``; what ``out`` ends in, else ``onnx``, by default.
+        format: ``onnx`` or ``pt2``; by default the ending of ``out``, else ``onnx``.
         out: the file; ``RUN/NAME.FORMAT`` by default, NAME being the policy's.
         policy: name of the policy; the run's acting policy by default.
         force: overwrite ``out``.
@@ -107,7 +107,7 @@ def export_policy(
     Keyword Args:
         observation_dim: O.
         action_dim: A.
-        format: ``onnx`` or ``pt2``; what ``out`` ends in by default.
+        format: ``onnx`` or ``pt2``; by default the ending of ``out``, else ``onnx``.
         about: plain values for the manifest.
         force: overwrite ``out``.
         observation_key: where the policy reads its observation.

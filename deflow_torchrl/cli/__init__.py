@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its code.
 
     Args:
-        arguments: what follows ``deflow``; those of the process by default.
+        arguments: the arguments after ``deflow``; those of the process by default.
     """
     if arguments is not None:
         sys.argv = ["deflow", *arguments]

@@ -115,9 +115,8 @@ def generate_data(
     or 0.1 (stitch): the default of 100 episodes is 4 to 5 minutes on two cores for cube, scene and puzzle. The published
     sets have 1000 episodes (cube-triple 3000, stitch 5000) and a tenth of that for validation.
 
-    The same name, episodes and seed give the same files whatever the number of workers, and a shorter set is the beginning
-    of a longer one. After Ctrl-C or a kill the same command goes on. Data that lies in the folder already is never
-    overwritten by other data.
+    The same name, episodes and seed give the same files with any number of workers, and a shorter set is the beginning of a
+    longer one. After Ctrl-C or a kill the same command goes on. Other data in the folder is never overwritten.
     """
     from deflow_torchrl.progress import progress_bar
     from deflow_torchrl.sources.generation import generate_ogbench_dataset, generated_dataset_name, generated_root
@@ -230,7 +229,7 @@ def describe_data(
 ) -> dict[str, Any]:
     """Check a data set and print its card: source, episodes, rewards and their meaning, actions, duplicates, provenance.
 
-    NAME is whatever deflow train takes as task= (cube-single-play-singletask-task2-v0, door-human-v1, minari:ID, file:FOLDER);
+    NAME is any task= of deflow train (cube-single-play-singletask-task2-v0, door-human-v1, minari:ID, file:FOLDER);
     FILE is an .npz in OGBench's layout or another file with the usual names of columns. The card is written as JSON and
     Markdown.
     """

@@ -38,7 +38,7 @@ def report(
     check: Annotated[
         bool, typer.Option("--check", help="Compare the marked numbers of Markdown files with their records.")
     ] = False,
-    write: Annotated[bool, typer.Option("--write", help="Put what the records say into the marked places.")] = False,
+    write: Annotated[bool, typer.Option("--write", help="Write the records' numbers into the marked places.")] = False,
     json_: JSON = False,
 ) -> dict[str, Any] | None:
     """Tables of finished runs in the paper's layout, with errors and intervals, beside the paper's own numbers.
@@ -145,7 +145,7 @@ def export(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
     *,
     format: Annotated[
-        str | None, typer.Option(metavar="onnx|pt2", help="Format of the file. [default: what FILE ends in; onnx]")
+        str | None, typer.Option(metavar="onnx|pt2", help="Format of the file. [default: the ending of FILE; onnx]")
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="The file. [default: RUN/POLICY.FORMAT]")] = None,
     policy: Annotated[

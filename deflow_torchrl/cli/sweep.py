@@ -18,7 +18,7 @@ def sweep(
     ] = None,
     *,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the jobs and what they would cost, by steps/s measured here.")
+        bool, typer.Option("--dry-run", help="Print the jobs and their cost, by steps/s measured here.")
     ] = False,
     json_: JSON = False,
 ) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def sweep(
     tasks: names, families (deflow tasks lists them), all (the paper's 73 offline tasks) or o2o (its 15 offline to online).
     algos: methods; deflow:fixed_alpha=0.3 is one with settings of its own. seeds: 0..7 or 0,1,2.
 
-    A run's folder is OUT/TASK/ALGO/seedN. What is finished there is never run again, what was interrupted goes on from its
+    A run's folder is OUT/TASK/ALGO/seedN. Finished runs are never run again, interrupted ones go on from their
     checkpoints: after Ctrl-C, a kill or a lost machine the same command goes on. A job that failed is tried once more
     (retries=1); the others go on, and at the end the exit code is 1.
 

@@ -68,7 +68,7 @@ def train(
         str | None,
         typer.Option(
             metavar="paper|released",
-            help="Where paper and authors' code disagree: what is printed, or what the code does. [default: docs/tasks.md]",
+            help="Whose values to take where the paper and its authors' code disagree. [default: docs/tasks.md]",
         ),
     ] = None,
     json_: JSON = False,
@@ -186,7 +186,7 @@ def evaluate(
 
 
 def _print_trained(result: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Print a run's record or the summary of several seeds; what ``--json`` prints."""
+    """Print a run's record or the summary of several seeds; returns the object for ``--json``."""
     from deflow_torchrl.reports.records import summarize
 
     if "std" in result:

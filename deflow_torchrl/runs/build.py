@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""What a run is put together from: its task, device, data, networks, buffers and online phase."""
+"""The parts of a run: its task, device, data, networks, buffers and online phase."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def make_buffer(
 def make_union_buffer(
     dataset: TransitionDataset, config: TrainConfig, learner: Learner, device: torch.device
 ) -> OfflineOnlineReplayBuffer:
-    """The data set, and room for what the online phase brings."""
+    """A buffer of the data set with room for online experience."""
     capacity = config.online_capacity
     if capacity is None and config.overwrite == "fifo":
         capacity = max(_REFERENCE_CAPACITY - len(dataset), 1)  # the authors': max(2M, N + 1) in all
@@ -183,7 +183,7 @@ def make_online_phase(
     reward_shift: float,
     show_progress: bool,
 ) -> OnlinePhase:
-    """What acts and samples in the online phase, with a bank of base actions where the prior is frozen.
+    """Make the online phase, with a bank of base actions where the prior is frozen.
 
     Raises:
         InputError: if the method has no prior to freeze.

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""Run folders: the settings they hold, and which folder belongs to what."""
+"""Run folders: names of their files, the settings they hold, and folders of several seeds."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def write_settings(path: Path, settings: Mapping[str, Any]) -> None:
-    """Write what :func:`read_settings` reads."""
+    """Write settings for :func:`read_settings`."""
     import yaml
 
     write_text(path, yaml.safe_dump(dict(settings), sort_keys=False))

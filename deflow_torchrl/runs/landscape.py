@@ -54,7 +54,7 @@ class ActionSlice:
     Attributes:
         origin: a point of it, ``[A]``.
         directions: two orthonormal directions, ``[2, A]``.
-        labels: what the two coordinates are.
+        labels: names of the two coordinates.
         explained: share of the variance of the samples they were computed from that lies in the plane; None for two action
             dimensions.
     """

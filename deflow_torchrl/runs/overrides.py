@@ -41,8 +41,8 @@ def apply_overrides(config: TrainConfig, overrides: Sequence[str]) -> SettledCon
     """Put ``key=value`` overrides on top of the settings of a run, checked as :func:`compose_config` does.
 
     Raises:
-        InputError: on what ``compose_config`` refuses; on another method, whose settings are others; and on another preset,
-            which would change nothing, because every setting of a run has a value.
+        InputError: as ``compose_config``; on another method, which has other settings; and on another preset, which would
+            change nothing, because every setting of a run has a value.
         MissingExtraError: without the ``cli`` extra.
     """
     if not overrides:
@@ -114,7 +114,7 @@ def override_value(value: Any) -> str:
     plain = re.fullmatch(r"(?:[A-Za-z_/]|\.{1,2}/)[\w./:-]*", value, re.ASCII)
     if plain and value.lower() not in ("null", "true", "false", "nan", "inf"):
         return value
-    # Backslashes count only before a quote (the closing one too) and before an interpolation, of which there is none here.
+    # In Hydra's grammar a backslash escapes only before a quote, the closing one too, and before an interpolation.
     escaped = re.sub(r"(\\*)('|\$(?=\{)|\Z)", lambda it: it[1] * 2 + ("\\" + it[2] if it[2] else ""), value)
     return f"'{escaped}'"
 

@@ -192,7 +192,7 @@ class Run:
 
         Keyword Args:
             resume: whether the run was begun before.
-            checkpoint: what it goes on from.
+            checkpoint: the checkpoint it goes on from.
             keep_settings: the checkpoint is of other settings, which this run's replace.
         """
         config = self.config
@@ -524,11 +524,11 @@ def _stacked(seeds: Sequence[int], runs: Sequence[Run], *, new: bool) -> Stacked
 
 @contextmanager
 def with_resume_hint(out: Path, steps: int, folders: Sequence[Path]) -> Iterator[None]:
-    """Add to what ends the training in the block how to go on.
+    """Add the command that resumes the run to an exception that ends the block.
 
     Args:
-        out: what ``deflow resume`` is given.
-        steps: how many there are to be.
+        out: the folder that ``deflow resume`` takes.
+        steps: steps of the whole run.
         folders: the runs' folders of checkpoints.
     """
     go_on = f"deflow resume {shlex.quote(str(out))}"

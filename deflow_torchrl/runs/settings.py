@@ -67,7 +67,7 @@ class TrainConfig:
         steps_per_collection: environment steps acted with the same weights (for processes: a multiple of them).
         max_fault_share: share of online episodes that may fail (an environment that raises or returns NaN).
         batch_size: transitions per gradient step.
-        hidden_dims: widths of the hidden layers of every network; where None 4 x 512, or what the paper used for this method
+        hidden_dims: widths of the hidden layers of every network; where None 4 x 512, or the paper's for this method
             on this task.
         log_interval: steps between rows of metrics.
         eval_interval: steps between evaluations, 0 evaluates at the end only; the task's where None (100K).

@@ -32,33 +32,8 @@ from deflow_torchrl.generators import seed_generators
 from deflow_torchrl.paths import make_writable_folder, write_text
 from deflow_torchrl.reports import build_record, check_report_extra, plot_learning_curve, write_html_report
 from deflow_torchrl.reports.records import RECORD_FILE
-from deflow_torchrl.runs.build import (
-    TaskData,
-    build_learner,
-    find_task,
-    images_refused,
-    load_data,
-    make_buffer,
-    make_graphed,
-    make_online_phase,
-    make_union_buffer,
-    use_device,
-)
+from deflow_torchrl.runs import build, folder
 from deflow_torchrl.runs.evaluate import evaluate_policies, final_numbers, metrics_row, open_evaluator, outcomes
-from deflow_torchrl.runs.folder import (
-    BANK_FILE,
-    CHECKPOINTS,
-    CONFIG_FILE,
-    GROUP_FILE,
-    SUMMARY_FILE,
-    check_free,
-    check_free_of_group,
-    is_group,
-    read_run_settings,
-    read_settings,
-    seed_configs,
-    write_settings,
-)
 from deflow_torchrl.runs.group import check_not_gone_on, common_checkpoints, summarize_group
 from deflow_torchrl.runs.overrides import apply_overrides
 from deflow_torchrl.runs.settings import (
@@ -126,7 +101,7 @@ class Run:
         commands: Sequence[str],
         extra_seconds: Mapping[str, float] | None = None,
         final_episodes: int | None = None,
-        data: TaskData | None = None,
+        data: build.TaskData | None = None,
         stacked: Sequence[int] | None = None,
         show_progress: bool = True,
     ) -> None:
@@ -137,31 +112,33 @@ class Run:
         self.final_episodes = final_episodes or config.eval_episodes
         self.show_progress = show_progress
         self.outcomes: dict[str, EvaluationResult] = {}
-        self.task = find_task(config)
+        self.task = build.find_task(config)
         if self.task.images:
-            raise images_refused(config.task)
+            raise build.images_refused(config.task)
         if config.online_steps and self.task.environment is None:
             raise InputError(f"online_steps={config.online_steps} needs an environment; name one with env=")
         check_logger(config.logger)
         check_report_extra()
-        self.device = use_device(config)
+        self.device = build.use_device(config)
         if config.online_steps and config.storage == "memmap" and self.device.type != "cpu":
             raise InputError(
                 f"storage=memmap keeps the data on the CPU, and online batches are put together on device={config.device}; set "
                 "storage=device, or device=cpu"
             )
         with self.history.timed("load_data"):
-            self.data = load_data(config, self.task, self.device) if data is None else data
+            self.data = build.load_data(config, self.task, self.device) if data is None else data
             dataset, validation = self.data.train, self.data.validation
             reward_bound = float(dataset.reward.abs().max())
             self.references = reference_returns(self.task)
         self.sizes = {"observation_dim": dataset.observation.shape[-1], "action_dim": dataset.action.shape[-1]}
         seed_generators(config.seed)
-        learner = self.learner = build_learner(config, **self.sizes, device=self.device)
+        learner = self.learner = build.build_learner(config, **self.sizes, device=self.device)
         with self.history.timed("load_data"):
-            make = make_union_buffer if config.online_steps else make_buffer
+            make = build.make_union_buffer if config.online_steps else build.make_buffer
             self.buffer = make(dataset, config, learner, self.device)
-            self.validation = None if validation is None else make_buffer(validation, config, learner, self.device)
+            self.validation = (
+                None if validation is None else build.make_buffer(validation, config, learner, self.device)
+            )
         if learner.diagnostics is not None:  # a few thousand rows of a set that may not fit into memory
             rows = torch.linspace(0, len(dataset) - 1, min(len(dataset), _DIAGNOSED_TRANSITIONS)).round().long()
             learner.diagnostics.use_data(dataset[rows])
@@ -182,7 +159,7 @@ class Run:
         }
         if self.stacked is not None:
             settings["stacked"] = list(self.stacked)
-        write_settings(self.out / CONFIG_FILE, settings)
+        folder.write_settings(self.out / folder.CONFIG_FILE, settings)
 
     def open(self, evaluator: Evaluator | None, *, resume: bool, checkpoint: Path | None, keep_settings: bool) -> None:
         """Make the trainer, at the checkpoint where there is one, and the files it writes.
@@ -200,12 +177,12 @@ class Run:
         self.metrics = MetricsLog(self.out, resume_step=0 if resume and checkpoint is None else None)
         online = None
         if isinstance(self.buffer, OfflineOnlineReplayBuffer):
-            online = make_online_phase(
+            online = build.make_online_phase(
                 config,
                 self.task.environment or "",
                 self.learner,
                 self.buffer,
-                bank_file=self.out / BANK_FILE,
+                bank_file=self.out / folder.BANK_FILE,
                 device=self.device,
                 reward_shift=float(self.data.train.about.get("reward_shift", 0.0)),
                 show_progress=self.show_progress,
@@ -214,7 +191,7 @@ class Run:
             self.update,
             self.buffer,
             schedule=TrainerSchedule(**{item.name: getattr(config, item.name) for item in fields(TrainerSchedule)}),
-            checkpoints=self.out / CHECKPOINTS,
+            checkpoints=self.out / folder.CHECKPOINTS,
             online=online,
             metrics=self.metrics,
             evaluate=None if evaluator is None else self._evaluate,
@@ -239,7 +216,7 @@ class Run:
 
     def graphed(self, update: Update, *shape: int) -> GraphedUpdate | None:
         """:func:`make_graphed` on the run's data."""
-        return make_graphed(update, self.config, self.learner, self.data.train, *shape)
+        return build.make_graphed(update, self.config, self.learner, self.data.train, *shape)
 
     def evaluate_if_missing(self) -> None:
         """Make the last evaluation, if the run was killed between its last checkpoint and its record."""
@@ -340,9 +317,9 @@ def train(
     """
     out = Path(config.out or default_out(config))
     config = with_absolute_paths(replace(with_task_defaults(config), out=str(out)))
-    check_free(out)
-    for own in seed_configs(config):
-        check_free(Path(own.out or ""))
+    folder.check_free(out)
+    for own in folder.seed_configs(config):
+        folder.check_free(Path(own.out or ""))
     runs = _make_runs(
         config,
         [command],
@@ -380,24 +357,24 @@ def resume(
         InputError: if ``out`` is no run folder, a checkpoint is damaged or of another run, settings differ, or a seed has gone
             on by itself since.
     """
-    grouped = is_group(out)
-    settings_file = out / (GROUP_FILE if grouped else CONFIG_FILE)
-    settings = read_settings(settings_file) if grouped else read_run_settings(out)
+    grouped = folder.is_group(out)
+    settings_file = out / (folder.GROUP_FILE if grouped else folder.CONFIG_FILE)
+    settings = folder.read_settings(settings_file) if grouped else folder.read_run_settings(out)
     if not grouped:
-        check_free_of_group(out)
+        folder.check_free_of_group(out)
     saved = config_from_dict(settings["config"])
     if grouped and not saved.seeds:
         raise InputError(f"{settings_file} is damaged: it names no seeds")
     _check_fixed(out, saved, overrides)
     config = replace(with_absolute_paths(apply_overrides(saved, overrides)), out=str(out))
-    before, after = seed_configs(replace(saved, out=str(out))), seed_configs(config)
+    before, after = folder.seed_configs(replace(saved, out=str(out))), folder.seed_configs(config)
     if settings["finished"]:
         for own in before:
             check_not_gone_on(own)
     if grouped:
         checkpoints = common_checkpoints([Path(own.out or "") for own in before], out=out, step=step)
     else:
-        checkpoints = [find_checkpoint(out / CHECKPOINTS, step)]
+        checkpoints = [find_checkpoint(out / folder.CHECKPOINTS, step)]
     changes = [
         check_resumable(
             config_to_dict(new),
@@ -444,7 +421,7 @@ def _make_runs(
 ) -> list[Run]:
     """The run of each seed; all share the data of the first."""
     runs: list[Run] = []
-    for own in seed_configs(config):
+    for own in folder.seed_configs(config):
         runs.append(
             Run(
                 own,
@@ -474,9 +451,11 @@ def _go(
     def write_group(config: TrainConfig, *, finished: bool) -> None:
         if config.seeds is not None:
             about = {"final_episodes": first.final_episodes, "command": first.history.commands[0], "finished": finished}
-            write_settings(out / GROUP_FILE, {"config": config_to_dict(config), **about})
+            folder.write_settings(out / folder.GROUP_FILE, {"config": config_to_dict(config), **about})
 
-    with with_resume_hint(out, config.offline_steps + config.online_steps, [run.out / CHECKPOINTS for run in runs]):
+    with with_resume_hint(
+        out, config.offline_steps + config.online_steps, [run.out / folder.CHECKPOINTS for run in runs]
+    ):
         # The new settings only when every seed has a checkpoint with them: a kill before that changes nothing.
         write_group(saved or config, finished=False)
         with open_evaluator(first.task, config, first.device) as evaluator:
@@ -485,7 +464,7 @@ def _go(
                 if not resume:
                     run.write_config()
                 if checkpoint is None:
-                    drop_later_checkpoints(run.out / CHECKPOINTS, -1)  # those that other seeds lack
+                    drop_later_checkpoints(run.out / folder.CHECKPOINTS, -1)  # those that other seeds lack
                 run.open(evaluator, resume=resume, checkpoint=checkpoint, keep_settings=keep_settings)
             write_group(config, finished=False)
             trainer = (
@@ -501,7 +480,7 @@ def _go(
         if config.seeds is None:
             return records[0]
         summary = summarize_group(out, config.seeds, records)
-        write_text(out / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
+        write_text(out / folder.SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
         write_group(config, finished=True)
     return summary
 
@@ -515,7 +494,7 @@ def _stacked(seeds: Sequence[int], runs: Sequence[Run], *, new: bool) -> Stacked
     update = StackedUpdate([run.update for run in runs], seeds=seeds)
     return StackedTrainer(
         update,
-        make_buffer(first.data.train, first.config, first.learner, first.device, batches=len(runs)),
+        build.make_buffer(first.data.train, first.config, first.learner, first.device, batches=len(runs)),
         [run.trainer for run in runs],
         show_progress=first.show_progress,
         graphed=first.graphed(update, len(runs)),

@@ -73,7 +73,7 @@ def run_folders(out):
 def test_every_run_of_a_sweep_has_its_folder_and_the_sweep_its_plan_and_states(swept, task):
     out, summary = swept
     assert (summary["done"], summary["ran"], summary["failed"]) == (4, 4, [])
-    name = task.replace(":", "-").replace("/", "-").replace("own--", "own-")
+    name = task.replace(":", "-").replace("/", "-").replace("file--", "file-")
     algos = ["deflow-flow_steps=2", "deflow-flow_steps=2-fixed_alpha=0.3"]
     expected = [Path(name) / algo / f"seed{seed}" for algo in algos for seed in (0, 1)]
     assert run_folders(out) == expected

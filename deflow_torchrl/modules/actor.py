@@ -16,11 +16,10 @@ from deflow_torchrl.modules.refinement import RefinementPolicy
 class DeFlowActor(TensorDictSequential):
     """``observation -> base_action -> (refinement, action)``, usable as is by any TorchRL collector or environment.
 
-    The policy is stochastic through the prior's noise only; exploration modes do not change it, unless they change a prior of
-    another kind (a :class:`torchrl.modules.DiffusionActor` starts from zeros under the deterministic one).
+    Only the noise of the prior makes the policy stochastic. Exploration modes do not change it, unless they change a prior of
+    another kind: a :class:`torchrl.modules.DiffusionActor` starts from zeros under the deterministic mode.
 
-    An encoder may stand before each part: the part is then ``TensorDictSequential(encoder, policy)``, and the encoder belongs
-    to that part.
+    An encoder may stand before each part. The part is then ``TensorDictSequential(encoder, policy)`` and includes the encoder.
 
     Args:
         flow_policy: the prior. A :class:`FlowMatchingPolicy` if it is to learn; any TensorDictModule that writes the
@@ -30,8 +29,8 @@ class DeFlowActor(TensorDictSequential):
 
     Raises:
         TypeError: if the refinement is no :class:`RefinementPolicy`.
-        ValueError: if the prior does not write the key the refinement reads as its base action, or if nothing reads what an
-            encoder writes.
+        ValueError: if the prior does not write the key that the refinement reads as its base action, or if no module reads
+            the output of an encoder.
 
     Examples:
         >>> import torch
@@ -84,9 +83,9 @@ class DeFlowActor(TensorDictSequential):
         return cast("RefinementPolicy", last_policy(self.refinement_policy))
 
     def prior_policy(self) -> TensorDictModuleBase:
-        """The prior alone as an acting policy: shares this actor's weights, writes the base action as ``action_key``.
+        """Return the prior alone as an acting policy, which shares this actor's weights and writes ``action_key``.
 
-        The actions of a prior that is no flow are clipped to the refinement's bounds.
+        If the prior is no flow, its actions are clipped to the refinement's bounds.
         """
         prior = self.flow_policy
         if is_flow(prior):

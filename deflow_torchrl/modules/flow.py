@@ -49,11 +49,11 @@ class FlowMatchingModel(NoiseModel):
         for step in range(self.num_steps):
             t = x.new_full((*x.shape[:-1], 1), step / self.num_steps)
             x = x + self.velocity(observation, x, t) / self.num_steps
-        # Clipping inside the loop would bend the flow's paths: the reference clips after the last step only.
+        # Clipping inside the loop would bend the flow's paths; the reference also clips after the last step only.
         return self.clip(x)
 
     def _kernel_parameters(self, observation: Tensor, x: Tensor) -> list[Tensor] | None:
-        """The velocity network's parameters, or None where its steps have to be taken one by one."""
+        """Return the velocity network's parameters for the fused sampler, or None where the network must be called."""
         network = self.velocity_network
         if (
             torch.compiler.is_compiling()

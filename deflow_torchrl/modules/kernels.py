@@ -1,18 +1,18 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""The paper's MLP and its Euler sampler on a CPU, in as few passes over memory as torch's own operations allow.
+"""Fast CPU versions of the paper's MLP and its Euler sampler, with as few passes over memory as torch's operations allow.
 
-Same functions as the layers they stand for, to rounding (the tests hold them against the layers in double precision):
+They give the layers' numbers, up to rounding (the tests compare both in double precision):
 
-* ``GELU(x) = x sigmoid(w)``, ``w = 2 sqrt(2/pi) (x + 0.044715 x^3)``, which is the tanh form with one exponential, from fused
-  multiply-adds in place: a third of the time of ``torch.nn.functional.gelu(approximate="tanh")``. Its derivative is computed
-  with it, while x is in the cache, and kept in the place of x.
-* Forward and backward of a whole MLP are one node of autograd, so gradients arrive in the parameters' own layout and nothing
-  is computed for inputs or parameters that need no gradient.
-* An ensemble of critics, or seeds stacked by ``torch.vmap``, are one batched product per layer.
-* The sampler computes the observation's share of the first layer once for all its steps, and its steps in two buffers.
+* ``GELU(x) = x sigmoid(w)``, ``w = 2 sqrt(2/pi) (x + 0.044715 x^3)``. This is the tanh form with one exponential. It is computed
+  in place by fused multiply-adds, in a third of the time of ``torch.nn.functional.gelu(approximate="tanh")``. Its derivative
+  is computed with it, while x is in the cache, and replaces x.
+* Forward and backward of a whole MLP are one node of autograd. Gradients have the layout of the parameters, and no gradient
+  is computed for inputs or parameters that need none.
+* Networks stacked by ``torch.vmap`` (an ensemble of critics, several seeds) are one batched product per layer.
+* The sampler computes the observation's share of the first layer once for all steps, and works in two buffers.
 
-They are used by :class:`~deflow_torchrl.modules.networks.MLP` in eager mode on a CPU, where :func:`usable` allows it;
-:func:`use_kernels` and a run's setting ``kernels=false`` turn them off. What they save is in docs/performance.md.
+:class:`~deflow_torchrl.modules.networks.MLP` and the sampler of the flow call them where :func:`usable` allows it.
+:func:`use_kernels` and the setting ``kernels=false`` of a run turn them off. docs/performance.md says how much time they save.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ LAYER_NORM_EPS = 1e-6
 _SLOPE, _CUBIC = 2 * math.sqrt(2 / math.pi), 0.044715
 
 _CACHED = 1 << 19  # numbers in one buffer of the sampler, beyond which networks are sampled from one by one
-_SWITCH = "DEFLOW_KERNELS"  # in the environment: the processes that a run starts compute as it does
+_SWITCH = "DEFLOW_KERNELS"  # an environment variable, so that the processes that a run starts inherit it
 
 
 def enable_kernels(enabled: bool) -> None:
@@ -127,7 +127,7 @@ def sample_flow(observation: Tensor, noise: Tensor, parameters: Sequence[Tensor]
 
 
 _Function = Callable[..., Tensor]
-"""Of rows ``[R, in]`` and parameters as in :func:`mlp`, or of all of them with one more dimension ``[N, ...]`` in front."""
+"""Takes rows ``[R, in]`` and parameters as in :func:`mlp`, or all of them with one more dimension ``[N, ...]`` in front."""
 
 
 def _mlp(layer_norm: bool, x: Tensor, *parameters: Tensor) -> Tensor:
@@ -144,9 +144,10 @@ def _hidden(parameters: Sequence[Tensor], layer_norm: bool) -> list[Sequence[Ten
 def _run(
     x: Tensor, parameters: Sequence[Tensor], *, layer_norm: bool, keep: bool = False
 ) -> tuple[Tensor, list[Tensor]]:
-    """The output and, if they are to be kept, the tensors of each hidden layer that the gradient needs.
+    """Return the output and, if ``keep``, the tensors of each hidden layer that the gradient needs.
 
-    They are the derivative of the activation, the layer's output and, with a LayerNorm, its input, mean, deviation and result.
+    They are the derivative of the activation, the layer's output and, with a LayerNorm, its input, mean, 1 / deviation and
+    result.
     """
     kept: list[Tensor] = []
     for weight, bias, *norm in _hidden(parameters, layer_norm):
@@ -167,15 +168,15 @@ def _run(
 
 
 class _MLP(torch.autograd.Function):
-    """Forward and backward of a network or an ensemble as one node."""
+    """Forward and backward of a network, or of several stacked ones, as one node of autograd."""
 
     @staticmethod
     def forward(ctx: Any, layer_norm: bool, *inputs: Tensor) -> Tensor:
         x, *parameters = inputs
         out, kept = _run(x, parameters, layer_norm=layer_norm, keep=True)
         needs = ctx.needs_input_grad[1:]
-        # As with the layers, a tensor that the gradient does not need may be changed before the gradient is computed: x where
-        # the first weight needs none; biases and shifts; weights and gains (at even places) with nothing to train below them.
+        # As with the layers, a tensor that the gradient does not need may be changed between forward and backward: x if the
+        # first weight needs no gradient; biases and shifts; weights and gains (even places) if nothing below them needs one.
         weights = [
             parameter if number % 2 == 0 and any(needs[: 1 + number]) else None
             for number, parameter in enumerate(parameters)
@@ -231,13 +232,13 @@ class _MLP(torch.autograd.Function):
 
 
 def _differentiable_gradients(ctx: Any, needs: Sequence[bool], grad: Tensor) -> list[Tensor | None]:
-    """The gradients where they are to be differentiated again (``create_graph=True``): those of the plain layers."""
+    """Return gradients that can be differentiated again (``create_graph=True``), computed by the plain layers."""
     if [tensor._version for tensor in ctx.inputs] != ctx.versions:
         raise RuntimeError(
             "one of the variables needed for gradient computation has been modified by an inplace operation: an input or a "
             "parameter of an MLP was changed between its call and the gradient"
         )
-    # Aliases, each with a gradient of its own: a tensor may stand in several places.
+    # Each alias has a gradient of its own, although one tensor may stand in several places.
     x, *parameters = aliases = [tensor.view_as(tensor) for tensor in ctx.inputs]
     for weight, bias, *norm in _hidden(parameters, ctx.layer_norm):
         x = F.gelu(_affine(x, weight, bias), approximate="tanh")
@@ -255,7 +256,7 @@ def _differentiable_gradients(ctx: Any, needs: Sequence[bool], grad: Tensor) -> 
 def _flow(num_steps: int, observation: Tensor, noise: Tensor, *parameters: Tensor) -> Tensor:
     tensors = (observation, noise, *parameters)
     if noise.ndim == 3 and noise[..., 0].numel() * parameters[0].shape[-2] > _CACHED:
-        # The buffers of several networks together may not stay in the cache; those of one do.
+        # The buffers of several networks together may not fit into the cache; those of one network do.
         return torch.stack([_integrate(num_steps, *one) for one in zip(*tensors, strict=True)])
     return _integrate(num_steps, *tensors)
 
@@ -267,7 +268,7 @@ def _integrate(num_steps: int, observation: Tensor, noise: Tensor, *parameters: 
     moving = first[..., observation_dim:].mT
     point = torch.cat([noise, torch.empty_like(noise[..., :1])], -1)
     x, time = point.split([action_dim, 1], -1)
-    # Two buffers by turns hold the layers' values and a third the gates: all stay in the cache.
+    # The layers write to two buffers in turn, their gates to a third: all three fit into the cache.
     rows = noise.shape[:-1]
     widths = [first.shape[-2], *(weight.shape[-2] for weight, _ in hidden)]
     buffers = noise.new_empty(3, math.prod(rows) * max(widths))
@@ -295,7 +296,7 @@ def _start(buffer: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def _fused_product(weight: Tensor) -> Any:
-    """``f(term, left, right)``: ``term + left right`` of matrices, or of batches of them where the weights are stacked."""
+    """Return ``f(term, left, right) = term + left right``, for matrices or, if the weights are stacked, for batches of them."""
     return torch.addmm if weight.ndim == 2 else torch.baddbmm
 
 
@@ -309,25 +310,25 @@ def _affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _gate(x: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """sigmoid(w), w = 2 sqrt(2/pi) (x + 0.044715 x^3): what GELU multiplies x by."""
+    """Return the factor of x in GELU: sigmoid(w), w = 2 sqrt(2/pi) (x + 0.044715 x^3)."""
     return torch.addcmul(_row(_SLOPE, x), x, x, value=_SLOPE * _CUBIC, out=out).mul_(x).sigmoid_()
 
 
 def _derivative(x: Tensor, gate: Tensor, activation: Tensor) -> Tensor:
-    """d(x g(w))/dx = g + (x g - x g g) w', in the place of ``gate``; ``x`` is lost."""
+    """Return d(x g(w))/dx = g + (x g - x g g) w', written over ``gate``; ``x`` is overwritten too."""
     # In this order: x w' may overflow where the bracket is zero.
     bracket = torch.addcmul(activation, activation, gate, value=-1)
     return gate.addcmul_(bracket, torch.addcmul(_row(_SLOPE, x), x, x, value=3 * _SLOPE * _CUBIC, out=x))
 
 
 def _row(value: float, like: Tensor) -> Tensor:
-    """A constant for each column: torch's fused multiply-add takes it in a third of the time that it takes a scalar in."""
-    # Made anew each time: one that was made under a FakeTensorMode or in inference mode must not be met outside.
+    """Return a constant for each column: torch's fused multiply-add is three times as fast with it as with a scalar."""
+    # Not cached: a tensor made under a FakeTensorMode or in inference mode must not be used outside of it.
     return torch.full(like.shape[-1:], value, dtype=like.dtype, device=like.device)
 
 
 def _call(function: _Function, *tensors: Tensor, rows: int) -> Tensor:
-    """Call the function; under ``torch.vmap`` once, with vmap's dimension as more rows or as more networks."""
+    """Call the function once, also under ``torch.vmap``, whose dimension becomes more rows or more networks."""
     if not any(is_batchedtensor(tensor) for tensor in tensors):
         return function(*tensors)
     vmap: Any = retrieve_current_functorch_interpreter()  # of torch.vmap: usable() allows no other
@@ -344,10 +345,10 @@ def _call(function: _Function, *tensors: Tensor, rows: int) -> Tensor:
 def _flatten(
     batch: int, dims: Sequence[int | None], tensors: Sequence[Tensor], *, rows: int
 ) -> tuple[list[Tensor], tuple[int, ...]]:
-    """What vmap batches, in the shapes the functions take, and the leading shape their results are given.
+    """Return tensors batched by vmap in the shapes that the functions take, and the leading shape of their result.
 
     The first ``rows`` of the tensors hold rows, the others are parameters. Where no parameter is batched, the batch is more
-    rows; else every tensor gets it in front, merged with the dimension it may have had there from a vmap inside this one.
+    rows. Otherwise it is put in front of every tensor, and merged with the dimension that an inner vmap put there.
     """
     stacked = tensors[rows].ndim - (dims[rows] is not None) == 3
     front = [

@@ -116,14 +116,14 @@ class Policy(CheckedModule):
 
 
 def parts(policy: TensorDictModuleBase) -> list[TensorDictModuleBase]:
-    """The encoders that stand before a policy, and the policy: those of a ``TensorDictSequential``, or the policy alone."""
+    """Return the encoders that stand before a policy, in order, and the policy; without encoders the policy alone."""
     if not isinstance(policy, TensorDictSequential):
         return [policy]
     return [part for module in policy.module._modules.values() for part in parts(module)]
 
 
 def last_policy(policy: TensorDictModuleBase) -> TensorDictModuleBase:
-    """The policy itself, or the last module of a ``TensorDictSequential``, which its encoders stand before."""
+    """Return the policy without the encoders that stand before it: the last module of a ``TensorDictSequential``."""
     return parts(policy)[-1]
 
 
@@ -144,7 +144,7 @@ def is_flow(policy: TensorDictModuleBase) -> bool:
 
 
 def check_encoders(policy: TensorDictModuleBase) -> None:
-    """Raise ValueError if nothing behind an encoder of the policy reads what it writes."""
+    """Raise ValueError if no module behind an encoder of the policy reads the encoder's output."""
     modules = parts(policy)
     for number, encoder in enumerate(modules[:-1], start=1):
         read = list(dict.fromkeys(key for module in modules[number:] for key in module.in_keys))
@@ -294,7 +294,7 @@ class GaussianPolicy(Policy):
         super().__init__(model, _acting_keys(in_keys, explore), out_keys, noise=explore)
 
     def exploring(self, noise_key: NestedKey = "noise") -> GaussianPolicy:
-        """The form that samples, on the same network."""
+        """Return the policy that samples, with the same network."""
         model = self.module
         return GaussianPolicy(
             model.mean_network,
@@ -386,7 +386,7 @@ class DeterministicPolicy(Policy):
     def exploring(
         self, noise_scale: float = 0.2, noise_clip: float = 0.5, noise_key: NestedKey = "noise"
     ) -> DeterministicPolicy:
-        """clip(pi(s) + clip(noise_scale z, +-noise_clip)) on the same network."""
+        """Return the policy clip(pi(s) + clip(noise_scale z, +-noise_clip)), with the same network."""
         model = self.module
         return DeterministicPolicy(
             model.network,

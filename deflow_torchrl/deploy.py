@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from deflow_torchrl.errors import InputError, MissingExtraError
+from deflow_torchrl.open_loop import OpenLoop
 from deflow_torchrl.processes import available_cores
 
 FORMAT = 1
@@ -97,17 +98,28 @@ class Policy:
         action_dim: A.
         low: lower bounds of the actions ``[A]``, None where the policy has none.
         high: upper bounds ``[A]`` or None.
+        chunk: h, steps of a chunk: the policy chooses h actions at once, and the h calls that follow give one after another;
+            :meth:`reset` begins an episode.
     """
 
     def __init__(self, graph: Graph, manifest: Mapping[str, Any], *, seed: int | None = None) -> None:
         self.manifest = manifest
         self.observation_dim: int = manifest["inputs"]["observation"]["shape"][-1]
-        self.action_dim: int = manifest["outputs"]["action"]["shape"][-1]
+        self.chunk: int = manifest.get("chunk", 1)
+        self._width: int = manifest["outputs"]["action"]["shape"][-1]
+        self.action_dim = self._width // self.chunk
         bounds = (manifest["action_low"], manifest["action_high"])
-        self.low, self.high = (None if bound is None else np.asarray(bound, np.float32) for bound in bounds)
+        self._bounds: Any = [None if bound is None else np.asarray(bound, np.float32) for bound in bounds]
+        self.low, self.high = (None if bound is None else bound[: self.action_dim] for bound in self._bounds)
         self._takes_noise = "noise" in manifest["inputs"]
         self._graph = graph
         self._random = np.random.default_rng(seed)
+        self._loop = OpenLoop(self.chunk)
+        self._rows: tuple[int, ...] = ()
+
+    def reset(self) -> None:
+        """Begin an episode: the rest of the chunk that is being executed is forgotten."""
+        self._loop.reset()
 
     def __call__(self, observation: ArrayLike, *, noise: ArrayLike | None = None) -> Array:
         """Choose actions.
@@ -116,22 +128,33 @@ class Policy:
             observation: ``[O]`` or ``[B, O]``, finite numbers of any type.
 
         Keyword Args:
-            noise: ``[A]`` or ``[B, A]``, used instead of a draw from N(0, I); the same noise and observation give the same
-                action.
+            noise: ``[A]`` or ``[B, A]`` (of chunks ``[h * A]``), used instead of a draw from N(0, I); the same noise and
+                observation give the same action.
 
         Returns:
             Actions ``[A]`` or ``[B, A]``, float32, inside the bounds.
 
         Raises:
-            InputError: on another width, another kind of values, NaN or infinities, or noise for a policy that takes none.
+            InputError: on another width, another kind of values, NaN or infinities, noise for a policy that takes none, or
+                another number of rows in the middle of a chunk.
         """
         rows = _numbers(observation, "observation", self.observation_dim)
+        if not self._loop.rest:
+            self._rows = rows.shape[:-1]
+            return self._loop(self._choose(rows, noise))
+        if rows.shape[:-1] != self._rows:
+            raise InputError(
+                "the number of observations changed in the middle of a chunk; call reset() between episodes"
+            )
+        return self._loop()
+
+    def _choose(self, rows: Array, noise: ArrayLike | None) -> Array:
         single = rows.ndim == 1
         inputs = [np.atleast_2d(rows)]
         if self._takes_noise:
-            shape = (*rows.shape[:-1], self.action_dim)
+            shape = (*rows.shape[:-1], self._width)
             drawn = self._random.standard_normal(shape, np.float32) if noise is None else None
-            given = _numbers(noise, "noise", self.action_dim) if drawn is None else drawn
+            given = _numbers(noise, "noise", self._width) if drawn is None else drawn
             if given.shape != shape:
                 raise InputError(f"noise has shape {list(given.shape)}; beside this observation it is {list(shape)}")
             inputs.append(np.atleast_2d(given))
@@ -141,7 +164,7 @@ class Policy:
         if not np.isfinite(action).all():
             raise InputError(f"the action is not finite: observations up to {np.abs(rows).max():.3g} are too large")
         if self.low is not None:
-            action = np.clip(action, self.low, self.high)
+            action = np.clip(action, *self._bounds)
         return action[0] if single else action
 
     def check_probe(self, where: str) -> None:
@@ -152,7 +175,8 @@ class Policy:
         """
         probe = self.manifest["probe"]
         expected = np.asarray(probe["action"], np.float32)
-        difference = np.abs(self(probe["observation"], noise=probe.get("noise")) - expected).max()
+        rows = _numbers(probe["observation"], "observation", self.observation_dim)
+        difference = np.abs(self._choose(rows, probe.get("noise")) - expected).max()
         if not difference <= PROBE_TOLERANCE:
             raise InputError(
                 f"{where} computes another action here than where it was made (they differ by {difference:.2g}): the file is "

@@ -79,6 +79,7 @@ def export_run(
         "method": loaded.config.algo.name,
         "policy": name,
         "step": loaded.state["step"],
+        "chunk": loaded.config.chunk,
         "checkpoint_sha256": file_sha256(loaded.checkpoint),
     }
     sizes = {key: loaded.state[key] for key in ("observation_dim", "action_dim")}

@@ -113,7 +113,9 @@ def test_a_torchrl_collector_takes_the_policy_online(run, tmp_path, monkeypatch,
     buffers = []
     real_env, real_extend = evaluation.make_gym_env, OfflineOnlineReplayBuffer.extend
     monkeypatch.setenv("DEFLOW_HOME", str(tmp_path))
-    monkeypatch.setattr(evaluation, "make_gym_env", lambda task: real_env(task, max_episode_steps=20))
+    monkeypatch.setattr(
+        evaluation, "make_gym_env", lambda task, **options: real_env(task, max_episode_steps=20, **options)
+    )
 
     def extend(self, transition):
         buffers.append(self)
@@ -250,7 +252,9 @@ def test_an_exported_policy_acts_in_its_environment_without_torch(run, tmp_path,
     from deflow_torchrl.trainers import evaluation
 
     real_env = evaluation.make_gym_env
-    monkeypatch.setattr(evaluation, "make_gym_env", lambda task: real_env(task, max_episode_steps=20))
+    monkeypatch.setattr(
+        evaluation, "make_gym_env", lambda task, **options: real_env(task, max_episode_steps=20, **options)
+    )
     monkeypatch.setenv("DEFLOW_HOME", str(tmp_path))
     script = EXAMPLES / "deploy_policy.py"
     assert len(script.read_text().splitlines()) < 100

@@ -105,7 +105,7 @@ ARROWS = {
     "data": set(),
     "envs": set(),
 }
-SHARED = {"errors", "generators", "paths", "plugins", "processes", "progress", "versions"}
+SHARED = {"errors", "generators", "open_loop", "paths", "plugins", "processes", "progress", "versions"}
 # Names that another room has now and these still export.
 REEXPORTS = {"deflow_torchrl.data.reexports", "deflow_torchrl.envs.reexports"}
 NAMING = {"reports.tables"}

@@ -11,10 +11,13 @@ dimensions move at once, for one step. A set without smooth dimensions is not ju
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+
+if TYPE_CHECKING:
+    from deflow_torchrl.data.dataset import TransitionDataset
 
 _SAMPLES = 100_000
 _QUANTILE = 0.99
@@ -80,7 +83,7 @@ class ValidationReport:
     jump: Jump | None = None
 
 
-def validate(dataset: Any, *, clipped: int) -> ValidationReport:
+def validate(dataset: TransitionDataset, *, clipped: int) -> ValidationReport:
     """Examine a :class:`deflow_torchrl.data.TransitionDataset` of whose actions ``clipped`` numbers were clipped."""
     lengths = dataset.episode_lengths
     lengths = lengths[lengths > 0]  # a trajectory of one observation is no episode
@@ -98,7 +101,7 @@ def validate(dataset: Any, *, clipped: int) -> ValidationReport:
     )
 
 
-def find_jump(dataset: Any) -> Jump | None:
+def find_jump(dataset: TransitionDataset) -> Jump | None:
     """Find the largest jump of a set of vector observations; ``None`` where there is none or the set cannot be judged."""
     if dataset.observation.dtype != torch.float32:
         return None
@@ -129,7 +132,7 @@ def find_jump(dataset: Any) -> Jump | None:
     return Jump(where, episode, where - int(starts[episode]), float(ratio[where]), int(jumps.sum()))
 
 
-def _count_duplicates(dataset: Any) -> int:
+def _count_duplicates(dataset: TransitionDataset) -> int:
     """Count transitions whose s and a equal an earlier one's, by a 64-bit hash of their bytes."""
     hashes = np.empty(len(dataset), np.uint64)
     rows = max(1, _HASHED_BYTES // (dataset.observation[0].nbytes + dataset.action[0].nbytes))

@@ -14,7 +14,7 @@ The chunk that starts at step t has
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -23,12 +23,15 @@ from deflow_torchrl.data.schema import Rows
 from deflow_torchrl.data.transitions import Transitions
 from deflow_torchrl.errors import InputError
 
+if TYPE_CHECKING:
+    from deflow_torchrl.data.dataset import TransitionDataset
+
 
 class ChunkedDataset(Transitions):
     """The chunks of h actions of a data set; nothing is copied. Made by :meth:`deflow_torchrl.data.TransitionDataset.chunked`.
 
     Args:
-        base: a :class:`deflow_torchrl.data.TransitionDataset` of single steps.
+        base: the set of single steps.
         length: h.
 
     Keyword Args:
@@ -40,7 +43,7 @@ class ChunkedDataset(Transitions):
     """
 
     def __init__(
-        self, base: Any, length: int, *, gamma: float = 0.99, ends: Literal["whole", "valid"] = "whole"
+        self, base: TransitionDataset, length: int, *, gamma: float = 0.99, ends: Literal["whole", "valid"] = "whole"
     ) -> None:
         if not isinstance(length, int) or isinstance(length, bool) or length < 1:
             raise InputError(f"a chunk of {length!r} steps is none; give a positive number of steps")

@@ -66,7 +66,7 @@ def register_robotics() -> None:
         gymnasium.register_envs(gymnasium_robotics)
 
 
-def make_gym_env(task: str, **kwargs: Any) -> gymnasium.Env:
+def make_gym_env(task: str, *, chunk: int = 1, **kwargs: Any) -> gymnasium.Env:
     """Make the gymnasium environment of a task; its actions are in [-1, 1].
 
     ``reset(seed=...)`` fixes the whole episode (see :class:`deflow_torchrl.envs.seeding.SeededReset`).
@@ -76,6 +76,10 @@ def make_gym_env(task: str, **kwargs: Any) -> gymnasium.Env:
             (:func:`deflow_torchrl.envs.make_minari_env`), or ``gym:ID`` for any environment registered with gymnasium
             (as ``gymnasium.make`` reads it, ``module:ID`` included; those of ``gymnasium_robotics`` are; finite action
             bounds are mapped to [-1, 1]).
+
+    Keyword Args:
+        chunk: h, steps of a chunk: with more than one the environment takes ``[h * A]`` and executes it open loop
+            (:class:`deflow_torchrl.envs.wrappers.OpenLoopActions`).
         **kwargs: forwarded to ``gymnasium.make``.
 
     Raises:
@@ -85,8 +89,14 @@ def make_gym_env(task: str, **kwargs: Any) -> gymnasium.Env:
     """
     prefix, colon, rest = task.partition(":")
     if colon and prefix in _MAKERS:
-        return pkgutil.resolve_name(_MAKERS[prefix])(rest, **kwargs)
-    return make_env_by_id(parse_ogbench_name(task).environment_id, **kwargs)
+        env = pkgutil.resolve_name(_MAKERS[prefix])(rest, **kwargs)
+    else:
+        env = make_env_by_id(parse_ogbench_name(task).environment_id, **kwargs)
+    if chunk > 1:
+        from deflow_torchrl.envs.wrappers import OpenLoopActions
+
+        env = OpenLoopActions(env, chunk)
+    return env
 
 
 def make_registered_env(environment_id: str, **kwargs: Any) -> gymnasium.Env:

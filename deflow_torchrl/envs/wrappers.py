@@ -9,6 +9,7 @@ import gymnasium
 import numpy as np
 
 from deflow_torchrl.envs.observations import ObservationLayout, flatten_observation
+from deflow_torchrl.open_loop import OpenLoop
 
 
 class FlatObservation(gymnasium.ObservationWrapper):
@@ -53,6 +54,31 @@ class EndAtSuccess(gymnasium.Wrapper):
         """Step the environment."""
         observation, reward, terminated, truncated, info = self.env.step(action)
         return observation, float(reward), bool(terminated or _success(info)), truncated, info
+
+
+class OpenLoopActions(gymnasium.Wrapper):
+    """Take chunks of h actions and execute each of them in h steps; a chunk given in between is not used.
+
+    Args:
+        env: the environment.
+        length: h.
+    """
+
+    def __init__(self, env: gymnasium.Env, length: int) -> None:
+        super().__init__(env)
+        self._loop = OpenLoop(length)
+        space: Any = env.action_space
+        low, high = np.tile(space.low, length), np.tile(space.high, length)
+        self.action_space = gymnasium.spaces.Box(low, high, dtype=space.dtype)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Reset the environment; the next step begins a chunk."""
+        self._loop.reset()
+        return self.env.reset(seed=seed, options=options)
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        """Execute one action of the running chunk, or the first of ``action`` ``[h * A]``."""
+        return self.env.step(self._loop(action))
 
 
 def _success(info: dict[str, Any]) -> bool:

@@ -15,6 +15,7 @@ from deflow_torchrl.algorithms import Learner, get_algorithm
 from deflow_torchrl.algorithms.base import ProblemSpec
 from deflow_torchrl.data import OfflineOnlineReplayBuffer, TransitionDataset, TransitionReplayBuffer
 from deflow_torchrl.data.base_actions import BaseActionBank
+from deflow_torchrl.data.transitions import Transitions
 from deflow_torchrl.envs.factory import make_gym_env
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.modules.kernels import enable_kernels
@@ -84,6 +85,17 @@ def build_learner(config: SettledConfig, observation_dim: int, action_dim: int, 
     return get_algorithm(config.algo.name).build(config.algo, problem)
 
 
+def step_gamma(config: TrainConfig, task: Task) -> float:
+    """Discount of one environment step: the method's setting, else the task's."""
+    gamma = getattr(config.algo, "gamma", None)
+    return task.gamma if gamma is None else gamma
+
+
+def as_chunks(dataset: TransitionDataset, chunk: int, gamma: float) -> Transitions:
+    """The transitions that are trained on: those of the set, or its whole chunks of so many steps."""
+    return dataset.chunked(chunk, gamma=gamma) if chunk > 1 else dataset
+
+
 def load_data(config: TrainConfig, task: Task, device: torch.device) -> TaskData:
     """Load a task's data and compare them with its environment.
 
@@ -141,7 +153,7 @@ def _check_environment(task: Task, dataset: TransitionDataset) -> None:
 
 
 def make_buffer(
-    dataset: TransitionDataset, config: TrainConfig, learner: Learner, device: torch.device, *, batches: int = 1
+    dataset: Transitions, config: TrainConfig, learner: Learner, device: torch.device, *, batches: int = 1
 ) -> TransitionReplayBuffer:
     """A buffer of a data set that samples so many batches' transitions at once, on the learner's device."""
     buffer = TransitionReplayBuffer(dataset, batch_size=batches * config.batch_size, next_action=learner.next_action)
@@ -151,7 +163,7 @@ def make_buffer(
 
 
 def make_union_buffer(
-    dataset: TransitionDataset, config: TrainConfig, learner: Learner, device: torch.device
+    dataset: Transitions, config: TrainConfig, learner: Learner, device: torch.device
 ) -> OfflineOnlineReplayBuffer:
     """A buffer of the data set with room for online experience."""
     capacity = config.online_capacity
@@ -168,13 +180,13 @@ def make_union_buffer(
         batch_size=config.batch_size,
         device=device,
         next_action=learner.next_action,
-        online_stride=max(config.collector_workers, 1),
+        online_stride=config.chunk * max(config.collector_workers, 1),
     )
 
 
 def make_online_phase(
     config: TrainConfig,
-    environment: str,
+    task: Task,
     learner: Learner,
     buffer: OfflineOnlineReplayBuffer,
     *,
@@ -188,6 +200,7 @@ def make_online_phase(
     Raises:
         InputError: if the method has no prior to freeze.
     """
+    gamma = step_gamma(config, task)
     bank = None
     if config.freeze_prior:
         if learner.prior is None:
@@ -196,7 +209,7 @@ def make_online_phase(
 
     def make_experience(add: Any, discard: Any) -> OnlineExperience:
         return OnlineExperience(
-            environment,
+            task.environment or "",
             learner.online_policy,
             seed=config.seed,
             add=add,
@@ -205,6 +218,8 @@ def make_online_phase(
             workers=config.collector_workers,
             steps_per_collection=config.steps_per_collection,
             max_fault_share=config.max_fault_share,
+            chunk=config.chunk,
+            gamma=gamma,
         )
 
     return OnlinePhase(
@@ -216,11 +231,12 @@ def make_online_phase(
             batches, total=total, desc="base actions", unit="batch", leave=False, disable=not show_progress
         ),
         reward_shift=reward_shift,
+        reward_weight=sum(gamma**step for step in range(config.chunk)),
     )
 
 
 def make_graphed(
-    update: Update, config: TrainConfig, learner: Learner, data: TransitionDataset, *shape: int
+    update: Update, config: TrainConfig, learner: Learner, data: Transitions, *shape: int
 ) -> GraphedUpdate | None:
     """``update`` in CUDA graphs, on batches ``[*shape, B]`` of ``data``; None where the device or the settings have none."""
     if data.device.type != "cuda" or not config.cuda_graph:

@@ -144,7 +144,9 @@ def open_evaluator(task: Task, config: TrainConfig, device: torch.device) -> Ite
         yield None
         return
     workers = config.eval_workers or available_cores()
-    with Evaluator(task.environment, num_envs=_NUM_ENVS, workers=workers, device=device) as evaluator:
+    with Evaluator(
+        task.environment, num_envs=_NUM_ENVS, workers=workers, device=device, chunk=config.chunk
+    ) as evaluator:
         yield evaluator
 
 

@@ -267,6 +267,10 @@ def draw_landscape(
             f"samples={samples} and neighbours={neighbours} must be at least 2, bandwidth={bandwidth} positive"
         )
     loaded = load_run(run, device="cpu")
+    if loaded.config.chunk > 1:
+        raise InputError(
+            f"{run}: its actions are chunks of {loaded.config.chunk} steps; a landscape is of single actions"
+        )
     action_dim = loaded.state["action_dim"]
     if action_dim < 2:
         raise InputError(f"{run}: the actions of {loaded.task.name} have one dimension; a slice needs two")

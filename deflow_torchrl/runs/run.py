@@ -130,24 +130,25 @@ class Run:
             dataset, validation = self.data.train, self.data.validation
             reward_bound = float(dataset.reward.abs().max())
             self.references = reference_returns(self.task)
-        self.sizes = {"observation_dim": dataset.observation.shape[-1], "action_dim": dataset.action.shape[-1]}
+        self.sizes = {
+            "observation_dim": dataset.observation.shape[-1],
+            "action_dim": config.chunk * dataset.action.shape[-1],
+        }
+        gamma = build.step_gamma(config, self.task)
+        transitions = self.transitions = build.as_chunks(dataset, config.chunk, gamma)
         seed_generators(config.seed)
         learner = self.learner = build.build_learner(config, **self.sizes, device=self.device)
         with self.history.timed("load_data"):
             make = build.make_union_buffer if config.online_steps else build.make_buffer
-            self.buffer = make(dataset, config, learner, self.device)
-            self.validation = (
-                None if validation is None else build.make_buffer(validation, config, learner, self.device)
-            )
+            self.buffer = make(transitions, config, learner, self.device)
+            self.validation = None
+            if validation is not None:
+                chunks = build.as_chunks(validation, config.chunk, gamma)
+                self.validation = build.make_buffer(chunks, config, learner, self.device)
         if learner.diagnostics is not None:  # a few thousand rows of a set that may not fit into memory
-            rows = torch.linspace(0, len(dataset) - 1, min(len(dataset), _DIAGNOSED_TRANSITIONS)).round().long()
-            learner.diagnostics.use_data(dataset[rows])
-        gamma = getattr(config.algo, "gamma", None)
-        self.alarms = Alarms(
-            gamma=self.task.gamma if gamma is None else gamma,
-            reward_bound=reward_bound,
-            rules=get_algorithm(config.algo.name).alarms,
-        )
+            rows = torch.linspace(0, len(transitions) - 1, min(len(transitions), _DIAGNOSED_TRANSITIONS)).round().long()
+            learner.diagnostics.use_data(transitions[rows])
+        self.alarms = Alarms(gamma=gamma, reward_bound=reward_bound, rules=get_algorithm(config.algo.name).alarms)
         self.update = UpdateStep(learner, compile_loss=config.compile)
 
     def write_config(self) -> None:
@@ -179,7 +180,7 @@ class Run:
         if isinstance(self.buffer, OfflineOnlineReplayBuffer):
             online = build.make_online_phase(
                 config,
-                self.task.environment or "",
+                self.task,
                 self.learner,
                 self.buffer,
                 bank_file=self.out / folder.BANK_FILE,
@@ -216,7 +217,7 @@ class Run:
 
     def graphed(self, update: Update, *shape: int) -> GraphedUpdate | None:
         """:func:`make_graphed` on the run's data."""
-        return build.make_graphed(update, self.config, self.learner, self.data.train, *shape)
+        return build.make_graphed(update, self.config, self.learner, self.transitions, *shape)
 
     def evaluate_if_missing(self) -> None:
         """Make the last evaluation, if the run was killed between its last checkpoint and its record."""
@@ -494,7 +495,7 @@ def _stacked(seeds: Sequence[int], runs: Sequence[Run], *, new: bool) -> Stacked
     update = StackedUpdate([run.update for run in runs], seeds=seeds)
     return StackedTrainer(
         update,
-        build.make_buffer(first.data.train, first.config, first.learner, first.device, batches=len(runs)),
+        build.make_buffer(first.transitions, first.config, first.learner, first.device, batches=len(runs)),
         [run.trainer for run in runs],
         show_progress=first.show_progress,
         graphed=first.graphed(update, len(runs)),

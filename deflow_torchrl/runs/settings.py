@@ -23,7 +23,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "logger": ("none", "wandb", "tensorboard", "mlflow"),
 }
 _AT_LEAST_ONE = (
-    "batch_size", "eval_episodes", "log_interval", "base_actions", "steps_per_collection", "updates_per_replay",
+    "chunk", "batch_size", "eval_episodes", "log_interval", "base_actions", "steps_per_collection", "updates_per_replay",
     "anneal_steps", "online_capacity", "threads", "eval_workers",
 )  # fmt: skip
 _AT_LEAST_ZERO = (
@@ -67,6 +67,8 @@ class TrainConfig:
         steps_per_collection: environment steps acted with the same weights (for processes: a multiple of them).
         max_fault_share: share of online episodes that may fail (an environment that raises or returns NaN).
         batch_size: transitions per gradient step.
+        chunk: actions chosen at once and executed open loop (Q-chunking); the transitions are chunks of so many steps, whose
+            rewards are discounted step by step.
         hidden_dims: widths of the hidden layers of every network; where None 4 x 512, or the paper's for this method
             on this task.
         log_interval: steps between rows of metrics.
@@ -114,6 +116,7 @@ class TrainConfig:
     steps_per_collection: int = 1
     max_fault_share: float = 0.1
     batch_size: int = 256
+    chunk: int = 1
     hidden_dims: list[int] | None = None
     log_interval: int = 1_000
     eval_interval: int | None = None

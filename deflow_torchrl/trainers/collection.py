@@ -28,6 +28,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
 from deflow_torchrl.data import TRANSITION_KEYS
+from deflow_torchrl.data.chunks import chunk_of
 from deflow_torchrl.envs.factory import make_gym_env
 from deflow_torchrl.errors import CollectorError, EnvironmentFaultError, InputError, RestoreError
 from deflow_torchrl.trainers.collectors import LocalSource, ProcessSource, WorkerDied
@@ -86,6 +87,8 @@ class _Episode:
     rows: dict[int, None] = field(default_factory=dict)  # its row numbers in the buffer, an ordered set
     episode_return: float = 0.0
     length: int = 0
+    plan: Tensor | None = None  # the chunk of actions that is being executed, [1, h * A]
+    steps: list[TensorDictBase] = field(default_factory=list)  # its last h - 1 steps, with the executed actions
 
 
 class OnlineExperience:
@@ -104,6 +107,9 @@ class OnlineExperience:
         steps_per_collection: environment steps of all workers between two publications of the policy's weights. With 1 and
             ``workers=0`` every step acts with the weights of the last update, as in the paper.
         max_fault_share: share of faulty episodes above which :meth:`step` raises.
+        chunk: h, steps of a chunk: the policy writes ``action [h * A]``, which is executed open loop, and ``add`` takes the
+            chunks of each episode as :meth:`deflow_torchrl.data.TransitionDataset.chunked` gives them.
+        gamma: discount of one step, for the reward of a chunk.
 
     Raises:
         InputError: on settings out of range, or an environment that cannot be made.
@@ -121,6 +127,8 @@ class OnlineExperience:
         workers: int = 0,
         steps_per_collection: int = 1,
         max_fault_share: float = 0.1,
+        chunk: int = 1,
+        gamma: float = 0.99,
     ) -> None:
         if workers < 0 or steps_per_collection < 1 or steps_per_collection % max(workers, 1):
             raise InputError(
@@ -134,6 +142,7 @@ class OnlineExperience:
         self.workers = workers
         self.steps_per_collection = steps_per_collection
         self.max_fault_share = max_fault_share
+        self.chunk_length, self.gamma = chunk, gamma
         self.waiting_seconds = 0.0
         self.counters = {"episodes": 0, "faults": 0, "worker_restarts": 0, "env_steps": 0}
         self._seed = seed
@@ -227,7 +236,16 @@ class OnlineExperience:
                 simulator.end(len(self._simulators))
             actions = torch.stack(simulator.actions) if simulator.actions else torch.zeros(0, 0)
             start = EpisodeStart(simulator.episode, actions.numpy())
-            envs.append(partial(make_online_env, self.task, seed=self._seed, stride=len(self._simulators), start=start))
+            envs.append(
+                partial(
+                    make_online_env,
+                    self.task,
+                    seed=self._seed,
+                    stride=len(self._simulators),
+                    start=start,
+                    chunk=self.chunk_length,
+                )
+            )
         return envs
 
     def _follow(self, chunk: TensorDictBase) -> TensorDictBase:
@@ -284,7 +302,10 @@ class OnlineExperience:
         if row["next", "fault"].item():
             return self._drop(episode, row)
         self._hopeless = 0
-        for index in self._add(row.select(*TRANSITION_KEYS)).tolist():
+        transition: TensorDictBase | None = row.select(*TRANSITION_KEYS)
+        if self.chunk_length > 1:
+            transition = self._join(episode, row.select(*TRANSITION_KEYS))
+        for index in [] if transition is None else self._add(transition).tolist():
             for other in self._episodes:  # a full buffer reuses rows
                 other.rows.pop(index, None)
             episode.rows[index] = None
@@ -293,6 +314,20 @@ class OnlineExperience:
         if not row["next", "done"].item():
             return OnlineStep()
         return OnlineStep(episode.episode_return, episode.length, bool(row["next", "success"].item()))
+
+    def _join(self, episode: _Episode, step: TensorDictBase) -> TensorDictBase | None:
+        """The chunk that ends with this step of an episode; None where fewer than h steps have been made."""
+        place = episode.length % self.chunk_length
+        if place == 0:
+            episode.plan = step["action"]
+        assert episode.plan is not None
+        step["action"] = episode.plan.chunk(self.chunk_length, dim=-1)[place]  # the policy's others were not executed
+        episode.steps.append(step)
+        if len(episode.steps) < self.chunk_length:
+            return None
+        chunk = chunk_of(episode.steps, gamma=self.gamma)
+        del episode.steps[0]
+        return chunk
 
     def _drop(self, episode: _Episode, row: TensorDictBase) -> OnlineStep:
         """Discard a faulty episode."""
@@ -358,7 +393,10 @@ class OnlineExperience:
                 {**vars(simulator), "actions": torch.stack(simulator.actions) if simulator.actions else None}
                 for simulator in self._simulators
             ],
-            "episodes": [{**vars(episode), "rows": list(episode.rows)} for episode in self._episodes],
+            "episodes": [
+                {**vars(episode), "rows": list(episode.rows), "steps": [_packed(step) for step in episode.steps]}
+                for episode in self._episodes
+            ],
             "chunk": None if chunk is None or not len(chunk) else _packed(chunk),
             "cursor": self._cursor,
             "ahead": None if self._ahead is None else _packed(self._ahead),
@@ -383,7 +421,16 @@ class OnlineExperience:
             _Simulator(**{**saved, "actions": [] if saved["actions"] is None else list(saved["actions"])})
             for saved in state["simulators"]
         ]
-        self._episodes = [_Episode(**{**saved, "rows": dict.fromkeys(saved["rows"])}) for saved in state["episodes"]]
+        self._episodes = [
+            _Episode(
+                **{
+                    **saved,
+                    "rows": dict.fromkeys(saved["rows"]),
+                    "steps": [_unpacked(step) for step in saved.get("steps", [])],
+                }
+            )
+            for saved in state["episodes"]
+        ]
         self._chunk, self._cursor = None, 0
         if state["chunk"] is not None:
             # Rows keep their positions, which tell their workers.

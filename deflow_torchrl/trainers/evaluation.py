@@ -14,6 +14,7 @@ import logging
 import multiprocessing
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -26,6 +27,9 @@ from deflow_torchrl.envs.d4rl import normalized_score
 from deflow_torchrl.envs.factory import make_gym_env
 from deflow_torchrl.generators import generators_set_aside
 from deflow_torchrl.processes import children_ignore_ctrl_c
+
+MakeEnv = Callable[[], Any]
+"""Makes one environment; sent to processes."""
 
 DEFAULT_EVALUATION_SEED = 1_000_000
 """Far from training seeds: no generated data set has the same starts."""
@@ -82,13 +86,22 @@ class Evaluator:
         workers: number of processes that step them; 1 steps in this process. More than 1 needs a script with the usual
             ``if __name__ == "__main__"`` guard.
         device: device of the policies.
+        chunk: h, steps of a chunk: the policies write ``action [B, h * A]``, which is executed open loop.
 
     Examples:
         >>> with Evaluator("cube-single-play-singletask-task2-v0") as evaluator:  # doctest: +SKIP
         ...     print(evaluator.run(policy, episodes=50).success_rate)
     """
 
-    def __init__(self, task: str, *, num_envs: int = 10, workers: int = 1, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        task: str,
+        *,
+        num_envs: int = 10,
+        workers: int = 1,
+        device: torch.device | str = "cpu",
+        chunk: int = 1,
+    ) -> None:
         if num_envs < 1 or workers < 1:
             raise ValueError(f"num_envs and workers must be positive, got {num_envs} and {workers}")
         self.device = torch.device(device)
@@ -96,7 +109,8 @@ class Evaluator:
         workers = min(workers, num_envs)
         slots = [list(range(worker, num_envs, workers)) for worker in range(workers)]
         group = _LocalGroup if workers == 1 else _RemoteGroup
-        self._groups = [group(task, numbers) for numbers in slots]
+        make = partial(make_gym_env, task, chunk=chunk)
+        self._groups = [group(make, numbers) for numbers in slots]
 
     def __enter__(self) -> Evaluator:
         return self
@@ -199,9 +213,9 @@ class Evaluator:
 class _LocalGroup:
     """A part of the environments, stepped in this process."""
 
-    def __init__(self, task: str, slots: list[int]) -> None:
+    def __init__(self, make: MakeEnv, slots: list[int]) -> None:
         self.slots = slots
-        self._envs = {slot: make_gym_env(task) for slot in slots}
+        self._envs = {slot: make() for slot in slots}
         self._answer: dict[int, Any] = {}
 
     def send(self, command: str, values: dict[int, Any]) -> None:
@@ -228,11 +242,11 @@ class _LocalGroup:
 class _RemoteGroup:
     """The same in a process of its own, which starts with the first command."""
 
-    def __init__(self, task: str, slots: list[int]) -> None:
+    def __init__(self, make: MakeEnv, slots: list[int]) -> None:
         self.slots = slots
         context = multiprocessing.get_context("spawn")
         self._pipe, self._theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(self._theirs, task, slots), daemon=True)
+        self._process = context.Process(target=_serve, args=(self._theirs, make, slots), daemon=True)
 
     def send(self, command: str, values: dict[int, Any]) -> None:
         if self._process.pid is None:
@@ -259,7 +273,7 @@ class _RemoteGroup:
             self._process.join()
 
 
-def _serve(pipe: Connection, task: str, slots: list[int]) -> None:
+def _serve(pipe: Connection, make: MakeEnv, slots: list[int]) -> None:
     """Execute the commands that come through a pipe, and send back the answers or exceptions."""
     logging.getLogger("deflow_torchrl").setLevel(logging.ERROR)  # the parent logs warnings
     with contextlib.suppress(EOFError, BrokenPipeError), contextlib.ExitStack() as stack:
@@ -267,7 +281,7 @@ def _serve(pipe: Connection, task: str, slots: list[int]) -> None:
         while True:
             command, values = pipe.recv()
             try:
-                group = group or stack.enter_context(contextlib.closing(_LocalGroup(task, slots)))
+                group = group or stack.enter_context(contextlib.closing(_LocalGroup(make, slots)))
                 group.send(command, values)
                 pipe.send(group.receive())
             except Exception as error:  # the parent raises it

@@ -40,6 +40,7 @@ class OnlinePhase:
         bank_file: file for the bank's offline part, so that a resumed run need not draw it again.
         bank_progress: progress bar of the drawing, see :meth:`BaseActionBank.fill`.
         reward_shift: added to the environment's rewards before they are stored, as the data's loader did to its own.
+        reward_weight: sum of the discounts in a stored reward: 1, or that of the steps of a chunk.
     """
 
     buffer: OfflineOnlineReplayBuffer
@@ -49,6 +50,7 @@ class OnlinePhase:
     bank_file: Path | None = None
     bank_progress: Callable[..., Any] | None = None
     reward_shift: float = 0.0
+    reward_weight: float = 1.0
 
     def __post_init__(self) -> None:
         self._experience: OnlineExperience | None = None
@@ -106,8 +108,9 @@ class OnlinePhase:
 
     def _add(self, transition: TensorDictBase) -> torch.Tensor:
         if self.reward_shift:
-            transition["next", "reward"] = transition["next", "reward"] + self.reward_shift
-        self.largest_reward = max(self.largest_reward, float(transition["next", "reward"].abs().max()))
+            transition["next", "reward"] = transition["next", "reward"] + self.reward_shift * self.reward_weight
+        largest = float(transition["next", "reward"].abs().max()) / self.reward_weight
+        self.largest_reward = max(self.largest_reward, largest)
         index = self.buffer.extend(transition)
         if self.bank is not None:
             self.bank.extend(index)

@@ -38,7 +38,7 @@ def short(monkeypatch):
     from deflow_torchrl.trainers import evaluation
 
     real = evaluation.make_gym_env
-    monkeypatch.setattr(evaluation, "make_gym_env", lambda task: real(task, max_episode_steps=25))
+    monkeypatch.setattr(evaluation, "make_gym_env", lambda task, **options: real(task, max_episode_steps=25, **options))
 
 
 @pytest.mark.parametrize(("task", "sizes"), [(TASK, (28, 5)), (POINTMAZE, (2, 2))])

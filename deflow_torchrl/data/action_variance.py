@@ -1,11 +1,11 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-r"""Intrinsic action variance: how far actions spread where states are alike, from which the paper sets delta.
+r"""Intrinsic action variance: the spread of actions at similar states, from which the paper sets delta.
 
 Paper, section 4 and appendix A.1: the variance of the actions of the k = 5 nearest neighbours of each state, averaged over
 states and divided by the action dimension; delta is about 0.1 x that variance for manipulation, 1.0 x for navigation, and
 0.001 on D4RL. delta and the variance are both *per action dimension* here (``divergence_reduction="mean"``).
 
-The paper leaves open, and the authors' code holds no estimator to look it up in:
+The paper does not say the following, and the authors' code has no estimator:
 
 1. whether a state is its own nearest neighbour. Default: no (``include_self=False``), its action is left out; with
    ``include_self=True`` it is one of the k;
@@ -13,10 +13,10 @@ The paper leaves open, and the authors' code holds no estimator to look it up in
    and data with noise of variance v give v; dividing by k gives (k - 1) / k of it, 0.8 for k = 5;
 3. whether states are normalised. Default: no (``normalize=False``), Euclidean distance on observations as they are;
    ``normalize=True`` divides each observation dimension by its standard deviation over the set;
-4. how many states are averaged over. Default: 20,000 drawn without replacement; their neighbours are looked for in the
+4. how many states are averaged over. Default: 20,000 drawn without replacement; their neighbours are searched in the
    whole set.
 
-The paper's "about" is wider than all of these together.
+All of these together change less than the paper's "about" allows.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ _CONFIDENCE = 0.95
 
 @dataclass(frozen=True, eq=False)
 class ActionVariance:
-    """What :func:`intrinsic_action_variance` found, and how.
+    """Result of :func:`intrinsic_action_variance`, with the options it was computed with.
 
     Attributes:
         per_dimension: variance of each action dimension, averaged over the queried states, float64 ``[A]``.
         mean: average over dimensions: the paper's intrinsic action variance.
-        interval: 95% bootstrap interval (low, high) of ``mean``. It covers the choice of the queried states, not that of
-            the data set, whose neighbourhoods overlap.
+        interval: 95% bootstrap interval (low, high) of ``mean`` over the choice of the queried states. The variation between
+            data sets is not included.
         k: neighbours of a state.
         queries: states queried.
         transitions: transitions in the set.
@@ -85,12 +85,12 @@ def intrinsic_action_variance(
     chunk_size: int = 4_096,
     progress: Callable[[Iterator[torch.Tensor], int], Iterator[torch.Tensor]] | None = None,
 ) -> ActionVariance:
-    """Average the variance of the actions of each state's k nearest neighbours (what the paper leaves open: see the module).
+    """Average the variance of the actions of each state's k nearest neighbours; the module lists the paper's open points.
 
     The neighbours are the exact ones: all distances are computed in float64 around the data's mean, and the nearest
     candidates are ranked again by differences of their coordinates. A state is left out of its own neighbours by its row,
     so another row with the same observation is a neighbour at distance zero. Of equally distant states the lower row is
-    taken while no more than eight tie, any of them otherwise.
+    taken if no more than eight tie, any of them otherwise.
 
     Args:
         observations: s, floating point ``[N, O]``; the search runs on their device.
@@ -207,7 +207,7 @@ def _checked(name: str, values: torch.Tensor | np.ndarray) -> torch.Tensor:
 
 
 def _standardisation(observations: torch.Tensor, normalize: bool, chunk_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What to subtract and divide by, float64 ``[O]``: centred data keep the distances of near neighbours precise."""
+    """Offset and scale of observations, float64 ``[O]``: centring keeps the distances of near neighbours precise."""
     mean = sum(part.double().sum(0) for part in observations.split(chunk_size)) / len(observations)
     if not normalize:
         return mean, torch.ones_like(mean)

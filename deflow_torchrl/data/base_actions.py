@@ -1,9 +1,9 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""Base actions of a frozen prior, drawn once and kept beside the transitions.
+"""Base actions of a frozen prior, drawn once and stored beside the transitions.
 
-A prior that no longer learns gives the same distribution of actions at a state for ever, so they need not be sampled again at
-every update, which is half of an update's cost and more where the prior is larger than the paper's. The bank holds K draws
-for every state of a replay buffer, and an update takes one of them at random.
+A frozen prior has the same distribution of actions at a state in every update. Its actions need not be sampled at each update,
+which takes half of an update's time, and more if the prior is larger than the paper's. The bank holds K draws for every state
+of a replay buffer; an update takes one of them at random.
 """
 
 from __future__ import annotations
@@ -39,35 +39,34 @@ _PROBES = 1_000  # transitions that stand for the whole set in its digest
 class BaseActionBank:
     """K base actions of a frozen prior for every state s and s' of a replay buffer.
 
-    ``bank.fill()`` draws those of the transitions that are in the buffer, ``bank.extend(index)`` those of transitions added
-    later, ``bank(batch)`` puts one of the K into a sampled batch, for s and for s' independently. The draws have the prior's
-    distribution and never touch torch's global generators; which of the K a batch gets does.
+    ``bank.fill()`` draws the actions of the transitions in the buffer, ``bank.extend(index)`` those of transitions added
+    later, and ``bank(batch)`` writes one of the K into a sampled batch, for s and for s' independently. The draws have the
+    prior's distribution and leave torch's global generators alone; the choice among the K uses the global generator.
 
     K trades memory for diversity. A bank takes ``K * A * bytes of a number`` for a state: 160 bytes at K = 8 and the
-    paper's A = 5 in float32. Where the buffer has a :class:`TransitionDataset`, s' of one transition is s of the next and a
-    transition is one state; otherwise, and online, it is two. A small K makes the updates see an empirical prior: with K = 1
-    the refinement learns from one base action per state, and the critic's target at s' has none of the average over the
-    prior that fresh draws give it. At K = 8 a mode of probability p is missing at a state with probability (1 - p)^8: 17% of
-    the states for p = 0.2, 0.4% for p = 0.5. Neighbouring states make up for each other as far as the networks
-    generalise.
+    paper's A = 5 in float32. If the buffer has a :class:`TransitionDataset`, s' of one transition is s of the next and each
+    transition has one state; otherwise, and online, it has two. With a small K the updates see an empirical prior: with K = 1
+    the refinement learns from one base action per state, and the critic's target at s' is not averaged over the prior as it
+    is with fresh draws. At K = 8 a mode of probability p is missing at a state with probability (1 - p)^8: 17% of the states
+    for p = 0.2, 0.4% for p = 0.5. Networks that generalise over neighbouring states make up for missing modes.
 
-    Filling costs the prior's samples of ``N * K / (2 * B)`` updates at batch size B (one state per transition): 16,000
-    updates for a million transitions at K = 8 and B = 256. A training that is shorter does better without a bank.
+    Filling samples the prior as often as ``N * K / (2 * B)`` updates of batch size B do (one state per transition): 16,000
+    updates for a million transitions at K = 8 and B = 256. Shorter trainings are faster without a bank.
 
-    The prior must not change any more: freeze it first, and put one with dropout or batch normalisation in evaluation mode.
-    Priors that draw noise of their own do so as under random exploration.
+    The prior must not change: freeze it first, and put a prior with dropout or batch normalisation in evaluation mode. A prior
+    that draws its own noise draws it as under random exploration.
 
     Args:
-        prior: any TensorDictModule that writes the base action ``[..., A]``. Its noise, if that is an input, is drawn.
+        prior: any TensorDictModule that writes the base action ``[..., A]``. If it reads noise, the noise is drawn.
         buffer: the transitions: :class:`TransitionReplayBuffer`, :class:`OfflineOnlineReplayBuffer`, or any TorchRL replay
             buffer of single transitions. States are read through its transforms.
 
     Keyword Args:
         num_actions: K.
-        base_action_key: what the prior writes; the refinement's base action key.
-        seed: of the draws; equal seeds and batch sizes give equal banks (on one device).
-        batch_size: rows of a call of the prior, K to a state.
-        device: where the bank is kept and gathered; the prior's device by default, where its samples are drawn.
+        base_action_key: out key of the prior and base action key of the refinement.
+        seed: seed of the draws; equal seeds and batch sizes give equal banks (on one device).
+        batch_size: rows of one call of the prior, K for each state.
+        device: device of the bank; the prior's device, on which its samples are drawn, by default.
 
     Raises:
         InputError: on an option out of range, a prior that does not write the key, or a buffer of another kind.
@@ -118,7 +117,7 @@ class BaseActionBank:
         immutable = isinstance(buffer.writer, ImmutableDatasetWriter)
         self._capacity = len(buffer) if immutable else int(getattr(buffer, "capacity", buffer.storage.max_size))
         dataset = getattr(buffer, "dataset", None)
-        # Frames serve where no transform comes between them and the prior, and no row is ever another transition's.
+        # Frames are read directly if no transform changes them and if rows keep their transitions.
         frames = isinstance(dataset, TransitionDataset) and not len(buffer.transform)
         self._dataset = dataset if frames and getattr(buffer, "overwrite", "online") != "fifo" else None
         self._starts = None if self._dataset is None else self._dataset.episode_starts.to(self.device)
@@ -126,13 +125,13 @@ class BaseActionBank:
         self._extensions = 0
         self._extended = torch.zeros(self._capacity, dtype=torch.bool, device=self.device)
         self._actions: torch.Tensor | None = None  # [states, K, A]; made when A is known
-        # Now: where old rows are overwritten, the buffer's first rows are not always the data's.
+        # Computed here: with overwrite="fifo" the buffer's first rows do not stay the data's.
         self._data = self._data_digest()
 
     # -- drawing ------------------------------------------------------------------------------------------------------
 
     def fill(self, progress: Callable[[Iterator[int], int], Iterator[int]] | None = None) -> None:
-        """Draw the base actions of the buffer's offline transitions, or of all it holds if it makes no difference.
+        """Draw the base actions of the buffer's offline transitions, or of all transitions of a buffer without such a part.
 
         Args:
             progress: wraps the iterator of finished calls of the prior (iterator, total), for a progress bar.
@@ -164,19 +163,19 @@ class BaseActionBank:
         return 2 * self._num_offline if self._dataset is None else len(self._dataset.observation)
 
     def _read_states(self, begin: int, end: int) -> TensorDictBase:
-        """States by their places in the table: frames, or s and s' of row after row."""
+        """Read states by their places in the table: frames, or s and s' of one row after another."""
         if self._dataset is not None:
             return TensorDict({"observation": self._dataset.observation[begin:end]}, batch_size=[end - begin])
         return self._both_states(self.buffer[begin // 2 : end // 2])
 
     def _both_states(self, transitions: TensorDictBase) -> TensorDictBase:
-        """What the prior reads of s and s', alternating, ``[2 n]``."""
+        """Select the prior's inputs of s and s', alternating, ``[2 n]``."""
         keys = self._prior_keys
         states = [transitions.select(*keys, strict=False), transitions["next"].select(*keys, strict=False)]
         return torch.stack([state.exclude("next").reshape(-1) for state in states], 1).reshape(-1)
 
     def extend(self, index: torch.Tensor) -> None:
-        """Draw the base actions of transitions that were added to the buffer, or written over others.
+        """Draw the base actions of transitions that were added to the buffer or have overwritten others.
 
         Args:
             index: their rows ``[n]``, as ``buffer.extend`` returned them.
@@ -198,7 +197,7 @@ class BaseActionBank:
         self._extended[rows] = True
 
     def _draw(self, states: TensorDictBase, stream: int, call: int) -> torch.Tensor:
-        """K base actions for each of the states, ``[n, K, A]``; the same whenever this call of this stream is repeated."""
+        """Draw K base actions for each state, ``[n, K, A]``; a function of seed, stream and number of the call."""
         missing = [key for key in self._prior_keys if states.get(key, None) is None]
         if missing:
             raise InputError(
@@ -207,7 +206,7 @@ class BaseActionBank:
         states = states.select(*self._prior_keys).to(self.device)
         rows = states.unsqueeze(1).expand(len(states), self.num_actions).reshape(-1)
         seed = int(np.random.SeedSequence((self.seed, stream, call)).generate_state(1, np.uint64)[0]) >> 1
-        # Under deterministic exploration a prior such as a DiffusionActor gives one action, not its distribution.
+        # Under deterministic exploration a prior such as a DiffusionActor gives one action instead of a sample.
         exploration = set_exploration_type(ExplorationType.RANDOM)
         with torch.no_grad(), exploration, generators_set_aside(seed):
             actions = self.prior(rows).get(self.base_action_key)
@@ -219,7 +218,7 @@ class BaseActionBank:
             kind = actions.dtype if isinstance(actions, torch.Tensor) else type(actions).__name__
             raise InputError(f"the prior writes {self.base_action_key!r} of type {kind}, expected floating point")
         like = self._actions
-        if like is None:  # the first draw: where the data's actions have another name, its own width counts
+        if like is None:  # the first draw; without an entry "action" in the data the prior's own width counts
             row = self.buffer[:1].get("action", None) if len(self.buffer) else None
             like = actions if row is None else row.to(actions.dtype)
         if actions.shape != (rows, *like.shape[-1:]) or actions.dtype != like.dtype:
@@ -232,7 +231,7 @@ class BaseActionBank:
 
     def _table(self, actions: torch.Tensor) -> torch.Tensor:
         if self._actions is None:
-            # A CPU gives the memory of zeros as it is written: the online zone costs what is in it.
+            # On a CPU memory of zeros is allocated as it is written: the online zone takes as much as it holds.
             states = self._offline_states + 2 * (self._capacity - self._num_offline)
             self._actions = torch.zeros(states, *actions.shape[-2:], dtype=actions.dtype, device=self.device)
         return self._actions
@@ -255,8 +254,8 @@ class BaseActionBank:
     def __call__(self, batch: TensorDictBase) -> TensorDictBase:
         """Write ``base_action`` and ``("next", "base_action")`` ``[..., A]`` into a batch sampled from the buffer.
 
-        Each is one of the state's K, at random from the global generator of the bank's device. On an accelerator the host
-        does not wait; a row the bank has not seen is then NaN there.
+        Each is one of the state's K, drawn by the global generator of the bank's device. On an accelerator the host does not
+        wait for the device; rows without base actions get NaN there.
 
         Args:
             batch: transitions with their rows in ``"index"``.
@@ -265,7 +264,7 @@ class BaseActionBank:
             the same batch.
 
         Raises:
-            InputError: if the batch has no ``"index"`` or, on a CPU, a row the bank has not seen.
+            InputError: if the batch has no ``"index"`` or, on a CPU, a row without base actions.
         """
         rows = batch.get("index", None)
         if rows is None:
@@ -291,7 +290,7 @@ class BaseActionBank:
     # -- keeping ------------------------------------------------------------------------------------------------------
 
     def _identity(self) -> dict[str, Any]:
-        """What the offline part depends on."""
+        """Everything that the offline part depends on."""
         return {
             "format": _FORMAT,
             "base_action_key": repr(self.base_action_key),
@@ -327,10 +326,10 @@ class BaseActionBank:
             raise InputError(f"cannot write {path} ({' '.join(str(error).split())}); choose another folder") from error
 
     def load(self, path: str | os.PathLike[str]) -> None:
-        """Read what :meth:`save` wrote for this prior, these data, this K, seed and batch size; never runs code from it.
+        """Read a file written by :meth:`save` for this prior, data, K, seed and batch size; no code in it is run.
 
         Raises:
-            InputError: if the file is missing, damaged or of another bank: what differs is named.
+            InputError: if the file is missing, damaged or of another bank; the differences are named.
         """
         path = Path(path)
         try:
@@ -362,7 +361,7 @@ class BaseActionBank:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` gave, over a bank that is filled or loaded as that one was.
+        """Restore a result of :meth:`state_dict` in a bank with the same offline part.
 
         Raises:
             InputError: if it is of a bank with another K or action, or of a larger buffer.

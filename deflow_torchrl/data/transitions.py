@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""What every set of transitions offers, however it stores them: indexing, drawing, reading in chunks."""
+"""The interface of every set of transitions: indexing, uniform drawing and reading part by part."""
 
 from __future__ import annotations
 

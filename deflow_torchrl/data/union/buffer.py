@@ -1,8 +1,8 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
 """Offline transitions and online experience in one TorchRL replay buffer.
 
-The paper samples uniformly from the union of both, RLPD a fixed share of each: modes ``"uniform"`` and ``"balanced"``. Which
-row is which, and what is overwritten when, is :mod:`deflow_torchrl.data.union.storage`.
+The paper samples uniformly from their union, RLPD samples a fixed share of each: modes ``"uniform"`` and ``"balanced"``. The
+numbering of rows and the order of overwriting are described in :mod:`deflow_torchrl.data.union.storage`.
 """
 
 from __future__ import annotations
@@ -37,20 +37,19 @@ class OfflineOnlineReplayBuffer(TensorDictReplayBuffer):
 
     A batch is a TensorDict ``[B]`` in TED (:mod:`deflow_torchrl.data.schema`) with the row numbers in ``index`` ``[B]``. Rows
     0..num_offline-1 are the offline set, the online zone follows; ``buffer[i]`` and ``buffer[:]`` read rows in this order.
-    Of what :meth:`extend` is given, only :data:`~deflow_torchrl.data.schema.TRANSITION_KEYS` are kept, and they
-    must have the offline set's shapes and types.
+    :meth:`extend` keeps the entries :data:`~deflow_torchrl.data.schema.TRANSITION_KEYS`, which must have the offline set's
+    shapes and types, and drops all others.
 
     ==============  ===================================================================================================
     mode            a batch of B
     ==============  ===================================================================================================
-    ``"uniform"``   every held transition is equally likely at every place, offline or online (the paper's)
-    ``"balanced"``  exactly ``round(offline_fraction * B)`` offline transitions, then online ones (RLPD's)
+    ``"uniform"``   every held transition, offline or online, is equally likely at every place (the paper's mode)
+    ``"balanced"``  exactly ``round(offline_fraction * B)`` offline transitions, then online ones (RLPD's mode)
     ``"annealed"``  the same with a share that goes linearly from ``offline_fraction[0]`` to ``offline_fraction[1]``
                     while the first ``anneal_transitions`` online transitions are added
     ==============  ===================================================================================================
 
-    Where there is no online (or no offline) transition, a batch holds the other kind alone. The entries of a batch are views
-    of three tensors that were read as one: take ``reshape`` rather than ``view`` on them.
+    If there is no online (or no offline) transition, a batch holds the other kind only.
 
     Unlike TorchRL's ``OfflineToOnlineReplayBuffer`` this is a ``ReplayBuffer`` (state, transforms, priorities, prefetch,
     generator), uniform sampling over the union is available and exact, extra keys of a data set do no harm, types are
@@ -67,25 +66,24 @@ class OfflineOnlineReplayBuffer(TensorDictReplayBuffer):
         offline_fraction: the share of offline transitions in [0, 1], a pair of them for ``"annealed"``; ``"uniform"``
             does not use it.
         anneal_transitions: for ``"annealed"``.
-        overwrite: which transitions go when the online zone is full. ``"online"``: the oldest online ones, the offline set
-            stays. ``"fifo"``: the oldest of all, offline first, as in the reference's array; the columns of online
-            transitions are then as long as the whole buffer (in a CPU's memory, space is taken as it is written).
+        overwrite: which transitions are replaced when the online zone is full. ``"online"``: the oldest online ones; the
+            offline set stays. ``"fifo"``: the oldest of all, offline ones first, as in the reference's array; the columns of
+            online transitions are then as long as the whole buffer (a CPU's memory is allocated as it is written).
         batch_size: transitions per :meth:`sample`.
-        device: where all transitions are kept; where the offline set is by default. On a GPU, sampling never makes the
-            host wait.
-        online_dir: folder for memory-mapped files of the online columns, written anew by every buffer.
+        device: device of all transitions; that of the offline set by default. On a GPU the host does not wait for sampling.
+        online_dir: folder for memory-mapped files of the online columns; every buffer makes new files.
         sampler: another TorchRL sampler of single transitions, in mode ``"uniform"`` only: ``PrioritizedSampler`` (its
             ``max_capacity`` must reach ``capacity``; offline rows start with the default priority),
             ``SamplerWithoutReplacement``...
-        next_action: deliver ``("next", "action")`` too: the action of the transition that follows in the trajectory; at its
-            end, and as long as it is the newest of its trajectory, the transition's own.
-        online_stride: an online transition is followed in its trajectory by the one that is added so many later: W where W
-            trajectories are added in turn.
+        next_action: deliver ``("next", "action")`` too: the action of the transition that follows in the trajectory; the
+            transition's own at the end of the trajectory and while no later one was added.
+        online_stride: distance of an online transition to the one that follows it in its trajectory: W if W trajectories
+            are added in turn.
         **kwargs: forwarded to :class:`torchrl.data.TensorDictReplayBuffer`: ``transform``, ``prefetch``, ``pin_memory``,
             ``generator``, ``priority_key``.
 
     Raises:
-        InputError: on a bad option, or offline data that do not fit the schema or hold NaN or infinity.
+        InputError: on an option out of range, or offline data that do not fit the schema or hold NaN or infinity.
 
     Examples:
         >>> offline = TensorDict(
@@ -199,7 +197,7 @@ class OfflineOnlineReplayBuffer(TensorDictReplayBuffer):
 
     @property
     def device(self) -> torch.device:
-        """Where transitions are kept and batches delivered."""
+        """Device of transitions and batches."""
         return self._storage.device
 
     @property
@@ -348,7 +346,7 @@ class OfflineOnlineReplayBuffer(TensorDictReplayBuffer):
         return sampler
 
     def update_priority(self, index: Any, priority: Any) -> None:
-        """As in TorchRL; discarded rows are left out."""
+        """Set priorities as in TorchRL; discarded rows are left out."""
         if self._storage.num_discarded:
             index, priority = torch.as_tensor(index).reshape(-1), torch.as_tensor(priority)
             kept = ~self._storage.is_discarded(index)
@@ -362,7 +360,7 @@ class OfflineOnlineReplayBuffer(TensorDictReplayBuffer):
     def _forget_priorities(self, rows: torch.Tensor) -> None:
         sampler = self._sampler
         if isinstance(sampler, PrioritizedSampler) and len(rows):
-            # The trees' neutral values; a priority of 0 would become the smallest one, by which weights are divided.
+            # The trees' neutral values: a priority of 0 would be the smallest one, by which weights are divided.
             rows = rows.to(sampler.device)
             sampler._sum_tree[rows] = torch.zeros(len(rows), dtype=sampler.dtype, device=rows.device)
             sampler._min_tree[rows] = torch.full((len(rows),), torch.inf, dtype=sampler.dtype, device=rows.device)
@@ -370,11 +368,11 @@ class OfflineOnlineReplayBuffer(TensorDictReplayBuffer):
     # State.
 
     def state_dict(self) -> dict[str, Any]:
-        """What goes on: online transitions, their position, discarded rows, sampler, transforms, generator, prefetched batches.
+        """The online transitions and their position, discarded rows, sampler, transforms, generator and prefetched batches.
 
-        Of the offline set there is the number of rows and a digest. Nothing but tensors, numbers, strings and containers of
-        these, so that ``torch.load(..., weights_only=True)`` reads it; a copy, on the CPU where it is large. Torch's global
-        generators are the caller's to save (and NumPy's, from which ``PrioritizedSampler`` draws without ``generator=``).
+        The offline set is represented by its number of rows and a digest. The state is a copy, on the CPU where it is large,
+        of tensors, numbers, strings and containers of these, which ``torch.load(..., weights_only=True)`` reads. The caller
+        saves torch's global generators (and NumPy's, from which ``PrioritizedSampler`` draws without ``generator=``).
 
         Raises:
             InputError: if a sampler's state holds something else.
@@ -389,9 +387,9 @@ class OfflineOnlineReplayBuffer(TensorDictReplayBuffer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`, bit for bit where the generators are restored as well.
+        """Continue from a result of :meth:`state_dict`; exactly, if the generators are restored as well.
 
-        Mode, shares and batch size may have changed; what was prefetched is kept.
+        Mode, shares and batch size may differ; prefetched batches are kept.
 
         Raises:
             InputError: if the state is of another offline set, capacity, schema, ``overwrite`` or sampler; nothing is loaded.
@@ -417,7 +415,7 @@ class OfflineOnlineReplayBuffer(TensorDictReplayBuffer):
         )
 
     def dumps(self, path: str | os.PathLike[str]) -> None:
-        """Write :meth:`state_dict` into the folder ``path``, beside and renamed; TorchRL's own way would pickle.
+        """Write :meth:`state_dict` into the folder ``path``, beside and renamed, without pickle.
 
         Raises:
             InputError: if the folder cannot be written or the disk is full.
@@ -431,7 +429,7 @@ class OfflineOnlineReplayBuffer(TensorDictReplayBuffer):
             raise InputError(f"cannot write in {folder} ({error}); choose another folder") from error
 
     def loads(self, path: str | os.PathLike[str]) -> None:
-        """Go on from what :meth:`dumps` wrote; no code in the file is run.
+        """Continue from a file written by :meth:`dumps`; no code in the file is run.
 
         Raises:
             InputError: if there is no such file, or it is damaged, and as :meth:`load_state_dict`.
@@ -464,7 +462,7 @@ def _offline_rows(offline: Any, device: torch.device | str | None) -> tuple[Colu
         raise InputError(f"{source}: there is no transition")
     columns = columns_of(transitions.reshape(-1), source=source)
     where = columns[0].device if device is None else torch.device(device)
-    # The caller may go on writing into a buffer of his own; an immutable data set stays in its place.
+    # The caller may write into this buffer later; an immutable data set need not be copied.
     columns = [column.as_subclass(torch.Tensor).to(where, copy=not owned) for column in columns]
     return ColumnRows(columns), columns[0].device
 

@@ -1,7 +1,7 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
 """Offline rows and a ring of online rows under one numbering, as TorchRL's Storage and Writer.
 
-Rows 0..num_offline-1 are the offline set, read where it lies; the online zone follows. Online transition number w (counted
+Rows 0..num_offline-1 are the offline set, read in its place; the online zone follows. Online transition number w (counted
 from the first ever) goes to row num_offline + w. Once the last row is written, writing goes on as ``overwrite`` says:
 
 * ``"online"``: at row num_offline, so that the offline rows stay;
@@ -90,7 +90,7 @@ def _described(shape: tuple[int, ...], dtype: torch.dtype) -> str:
 
 
 class ColumnRows:
-    """Offline transitions that are no :class:`Transitions`: seven columns, read where they lie."""
+    """Offline transitions that are no :class:`Transitions`: seven columns, read in their place."""
 
     def __init__(self, columns: Columns) -> None:
         self._columns = columns

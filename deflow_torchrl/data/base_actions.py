@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModuleBase
+from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from tensordict.utils import NestedKey, unravel_key
 from torchrl.data import ReplayBuffer
 from torchrl.data.replay_buffers.writers import ImmutableDatasetWriter
@@ -106,7 +106,10 @@ class BaseActionBank:
         if getattr(buffer.storage, "ndim", 1) != 1:
             raise InputError("a bank needs a buffer of single transitions, this storage has more than one dimension")
         self.prior, self.buffer = prior, buffer
-        noise = getattr(prior, "noise_key", None)
+        policy = prior
+        while isinstance(policy, TensorDictSequential):  # encoders stand before it
+            policy = policy.module[-1]
+        noise = getattr(policy, "noise_key", None)
         self._prior_keys = [key for key in prior.in_keys if noise is None or unravel_key(key) != unravel_key(noise)]
         self.num_actions, self.seed, self.batch_size = num_actions, seed, batch_size
         if device is None:

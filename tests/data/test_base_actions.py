@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
-from tensordict.nn import TensorDictModule
+from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.envs.utils import ExplorationType, set_exploration_type
@@ -196,6 +196,15 @@ def test_every_row_has_the_base_actions_of_its_own_states(make_buffer, batch_siz
     assert of_their_states(filled(memo(), buffer, num_actions=3, batch_size=batch_size)(batch))
     sampled = buffer.sample()
     assert of_their_states(filled(memo(), buffer, num_actions=3)(sampled))
+
+
+def test_an_encoder_may_stand_before_the_prior():
+    encoder = TensorDictModule(nn.Identity(), in_keys=["observation"], out_keys=["encoded"])
+    behind = TensorDictSequential(encoder, TensorDictSequential(ring(in_keys=("encoded", "noise"))))
+    banks = [filled(prior, offline_buffer(), num_actions=2) for prior in (behind, ring())]
+    encoded, plain = (bank._actions for bank in banks)
+    assert plain.unique(dim=0).numel() > 100
+    torch.testing.assert_close(encoded, plain)
 
 
 def test_a_data_sets_bank_has_one_state_a_transition():

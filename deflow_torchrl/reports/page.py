@@ -138,7 +138,7 @@ def summarize_runs(folders: Sequence[Path], *, label: str | None = None, last: i
             results.append(results_grid(table))
         results += variants
     for table in tables:
-        results += [ranking_grid(table), aggregate_grid(table), paired_grid(runs, table)]
+        results += [ranking_grid(table), aggregate_grid(table), paired_grid(table)]
     results.append(time_grid(runs))
     # Runs with a fixed multiplier have a table of their own in the paper.
     usual = [run for run in runs if run.record["variant"].get("fixed_alpha") is None]

@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -54,6 +54,7 @@ class Cell:
         careful: the same for comparisons, see :func:`.statistics.careful_standard_error`.
         steps: the evaluations each score is the mean of.
         episodes: of one evaluation of one seed.
+        runs: seed -> run; none of an average over tasks.
         before: the cell at the end of the offline phase, for runs that went online.
     """
 
@@ -64,6 +65,7 @@ class Cell:
     careful: float
     steps: tuple[int, ...]
     episodes: int
+    runs: Mapping[int, FinishedRun] = field(default_factory=dict)
     before: Cell | None = None
 
     def near(self, other: Cell) -> bool:
@@ -170,7 +172,8 @@ def make_cell(runs: Sequence[FinishedRun], *, at: str = "end", last: int | None 
     if metric == "success":
         careful = careful_standard_error(float(np.mean(episodes)), len(episodes))
     each = len(episodes) // sum(len(score.steps) for score in scores.values())
-    return Cell(values, *mean_and_std(list(values.values())), error, careful, min(steps), each)
+    by_seed = {run.seed: run for run in runs}
+    return Cell(values, *mean_and_std(list(values.values())), error, careful, min(steps), each, by_seed)
 
 
 def column_name(column: str) -> str:
@@ -308,20 +311,14 @@ def aggregate_grid(table: Table) -> Grid | None:
     return Grid(f"Over tasks, {table.phase}", caption, headers, lines)
 
 
-def paired_grid(runs: Sequence[FinishedRun], table: Table) -> Grid | None:
+def paired_grid(table: Table) -> Grid | None:
     """Differences on common starts, episode by episode, of the reference column to each other; None where there are none."""
     reference, lines = table.reference, []
     if reference is None:
         return None
-    cells: dict[tuple[str, str], dict[int, FinishedRun]] = {}
-    for run in runs:
-        if run.online == table.online and run.record["evaluations"]:
-            cells.setdefault((run.task, run.column), {})[run.seed] = run
     for row in table.rows:
-        if reference not in row.cells or row.kind != "task":
-            continue
-        for column in row.cells:
-            pairs = _common_episodes(cells[row.name, column], cells[row.name, reference])
+        for column, cell in row.cells.items():
+            pairs = _common_episodes(cell, row.cells[reference]) if reference in row.cells else []
             if column == reference or not pairs:
                 continue
             result, scale = paired_difference(*zip(*pairs, strict=True)), METRICS[row.metric].scale
@@ -475,11 +472,11 @@ def _range(low: float | None, high: float | None, digits: str) -> Entry:
     return Entry("" if low is None or high is None else f"{low:{digits}} to {high:{digits}}")
 
 
-def _common_episodes(first: Mapping[int, FinishedRun], second: Mapping[int, FinishedRun]) -> list[tuple[float, float]]:
+def _common_episodes(first: Cell, second: Cell) -> list[tuple[float, float]]:
     """Outcomes of the final episodes that two methods started alike, seed by seed."""
     pairs = []
-    for seed in sorted(first.keys() & second.keys()):
-        records = [runs[seed].record for runs in (first, second)]
+    for seed in sorted(first.runs.keys() & second.runs.keys()):
+        records = [cell.runs[seed].record for cell in (first, second)]
         starts = [record["evaluations"][record["acting"]]["seeds"] for record in records]
         if starts[0] == starts[1]:
             pairs += list(zip(*(score_of(record, last=1).episodes for record in records), strict=True))

@@ -272,7 +272,7 @@ def test_statistics_over_tasks_and_paired_differences_are_of_the_same_runs(two_t
     assert rows["DeFlow"][:3] == ["DeFlow", "2", "75.0"]
     wins = np.mean([np.mean([(a > b) + 0.5 * (a == b) for a in (16, 18, 20) for b in (15, 16, 17)]), 1.0])
     assert rows["FQL"][4] == f"{wins:.2f}"
-    pairs = {row.entries[0].text: [entry.text for entry in row.entries] for row in paired_grid(two_tasks, table).rows}
+    pairs = {row.entries[0].text: [entry.text for entry in row.entries] for row in paired_grid(table).rows}
     assert pairs[CUBE.format(2)][1:3] == ["FQL", "+45.0"]
     assert pairs[CUBE.format(2)][4] == "60"
 
@@ -280,7 +280,7 @@ def test_statistics_over_tasks_and_paired_differences_are_of_the_same_runs(two_t
 def test_other_starts_are_not_paired(tmp_path):
     other = {"deflow": outcome(5, seed=7)}
     runs = find_runs([write_all(tmp_path / "runs", record_of(5, evaluations=other), record_of(9, algo="fql"))])
-    assert paired_grid(runs, make_tables(runs)[0]) is None
+    assert paired_grid(make_tables(runs)[0]) is None
 
 
 def test_time_is_milliseconds_a_gradient_step(tmp_path):

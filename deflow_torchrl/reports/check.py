@@ -1,7 +1,7 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""Numbers in Markdown files that records stand behind: ``deflow report --check`` and ``--write``.
+"""Compare the numbers of Markdown files with their records: ``deflow report --check`` and ``--write``.
 
-Markers are HTML comments, each closed by ``<!-- /deflow-report -->``; folders are relative to the file they stand in::
+Markers are HTML comments, each closed by ``<!-- /deflow-report -->``; folders are relative to the file of the marker::
 
     <!-- deflow-report: table DIR... [last=K] -->       a block: the tables of the runs below the folders
     <!-- deflow-report: paper DIR... -->                a block: the paper's figures for the tasks of these runs
@@ -41,13 +41,13 @@ _RULE = re.compile(r"\|(\s*:?-+:?\s*\|)+")
 
 @dataclass(frozen=True)
 class Difference:
-    """A place where a file says something else than its records.
+    """A line of a file that differs from the file's records.
 
     Attributes:
         file: the file.
         line: counted from 1.
-        found: what stands there; None where a line is missing.
-        expected: what the records say; None where a line is too many.
+        found: text of the file; None where a line is missing.
+        expected: text by the records; None where a line is too many.
     """
 
     file: Path
@@ -69,8 +69,8 @@ class Checked:
         file: the file.
         blocks: number of blocks in it.
         values: number of values.
-        differences: what is not as the records say.
-        text: the file with everything as the records say.
+        differences: lines that differ from the records.
+        text: the file, corrected by the records.
     """
 
     file: Path
@@ -105,7 +105,7 @@ def check_file(path: Path) -> Checked:
         InputError: if the file cannot be read, a marker cannot be understood, or its runs cannot be read.
     """
     try:
-        # newline="": what is written back keeps the ends of lines it had.
+        # newline="": line ends are kept when the file is written back.
         with path.open(encoding="utf-8", newline="") as file:
             text = file.read()
     except (OSError, UnicodeDecodeError) as error:
@@ -114,7 +114,7 @@ def check_file(path: Path) -> Checked:
 
 
 def write_file(checked: Checked) -> None:
-    """Put what the records say into the file.
+    """Write the corrected text into the file.
 
     Raises:
         InputError: if it cannot be written.
@@ -123,7 +123,7 @@ def write_file(checked: Checked) -> None:
 
 
 class _Reader:
-    """Reads a file line by line, and notes what differs and what it should be."""
+    """Reads a file line by line and collects the differences and the corrected lines."""
 
     def __init__(self, path: Path, text: str) -> None:
         self.path, self.lines = path, text.split("\n")
@@ -156,7 +156,7 @@ class _Reader:
         return Checked(self.path, self.blocks, self.values, tuple(self.differences), "\n".join(self.written))
 
     def _block(self, words: str, start: int) -> int:
-        """Compare a block's lines; the number of the line after it."""
+        """Compare a block's lines; return the number of the line after it."""
         kind, folders, options, last = self._parse(words, start)
         if kind == "value":
             raise self._wrong(start, "a value and its end stand in one line")
@@ -179,7 +179,7 @@ class _Reader:
         return end + 1
 
     def _value(self, number: int, marked: re.Match[str]) -> str:
-        """Compare a value between its markers; the three as they should be."""
+        """Compare a value between its markers; return markers and value, corrected."""
         kind, folders, options, last = self._parse(marked["words"], number)
         if kind != "value":
             raise self._wrong(number, f"a {kind} needs lines of its own between the markers")
@@ -227,7 +227,7 @@ class _Reader:
         folders, options = [], {}
         for word in rest:
             name, equals, value = word.partition("=")
-            # A sweep's folder of a variant has a = in its name; a setting's name has no folder.
+            # A sweep's folder of a variant has a = in its name too.
             if equals and "/" not in name and not (self.path.parent / word).is_dir():
                 options[name] = value
             else:
@@ -252,7 +252,7 @@ def _block_lines(kind: str, folders: Sequence[Path], last: int | None) -> list[s
     summary = summarize_runs(folders, last=last)
     lines = [line for note in summary.notes for line in (f"**{note}**", "")] if kind == "table" else []
     for grid in summary.results if kind == "table" else summary.copied:
-        # Times differ between machines and stand in the records; a table is about what the policies do.
+        # Times differ between machines; they are in the records and left out here.
         if grid.title not in ("Time", paper_runtime().title):
             lines += [f"**{grid.title}**: {grid.caption}.", "", *grid.markdown(), ""]
     return lines[:-1]

@@ -232,7 +232,7 @@ def draw_outcomes(
         MissingExtraError: without the ``reports`` extra.
     """
     figure, (axis,) = _figure((5.0, 3.9))
-    # Bands of few evaluations lie over each other: their ends are marked a little apart.
+    # Bands of few evaluations would lie over each other: bars a little apart instead.
     width = max(points[-1][0] for points in curves.values()) / 150
     for number, (label, points) in enumerate(curves.items()):
         steps, means, lows, highs = zip(*points, strict=True)
@@ -278,11 +278,11 @@ def draw_diagnostic_of_runs(
 
 
 def colours_of(labels: Sequence[str], order: Sequence[str]) -> dict[str, Any]:
-    """A colour for each label: one of its own in every figure where it is in ``order``; others share a scale from light to dark.
+    """Give labels in ``order`` the same colour in every figure, and the others colours of a scale from light to dark.
 
     Args:
-        labels: of the figure, those out of ``order`` sorted by what the scale shows.
-        order: labels that keep their colour, at most ten.
+        labels: of the figure; those not in ``order`` are sorted by the setting that the scale shows.
+        order: labels with a colour of their own, at most ten.
     """
     from matplotlib import colormaps
 
@@ -293,7 +293,7 @@ def colours_of(labels: Sequence[str], order: Sequence[str]) -> dict[str, Any]:
 
 
 def online_boundary(rows: Sequence[Mapping[str, Any]]) -> int | None:
-    """The last offline step of a run that went online; None where it did not, or began online."""
+    """The last offline step of a run that went online; None for a run without both phases."""
     return (
         max((row["step"] for row in rows if row.get("phase") == "offline"), default=None) if _is_online(rows) else None
     )
@@ -344,7 +344,7 @@ def plot_landscape(
     import matplotlib
     from matplotlib.colors import LinearSegmentedColormap
 
-    # The middle of the greys: neither black crosses nor white edges vanish in them.
+    # Greys of medium lightness, in which neither black crosses nor white edges vanish.
     greys = LinearSegmentedColormap.from_list("greys", ["#707070", "#f2f2f2"])
     shown = np.ma.masked_invalid(qvalues)
     filled: Any
@@ -365,7 +365,7 @@ def plot_landscape(
     axis.set(title=title, xlabel=labels[0], ylabel=labels[1], xlim=grid[0][[0, -1]], ylim=grid[1][[0, -1]])
     axis.set_aspect("equal")
     figure.legend(loc="outside lower center", fontsize="small", framealpha=1.0)
-    # The same numbers give the same file: no dates, and names of SVG's parts that are no random numbers.
+    # The same numbers give the same file: no dates, and no random names of the SVG's parts.
     metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
     with matplotlib.rc_context({"svg.hashsalt": "deflow"}), atomic_write(path) as temporary:
         figure.savefig(temporary, format=path.suffix.removeprefix("."), dpi=130, metadata=metadata)

@@ -88,12 +88,12 @@ def write_html_report(
 
 @dataclass(frozen=True)
 class Summary:
-    """What a report says of some runs.
+    """The contents of a report.
 
     Attributes:
         runs: found below the folders.
-        tables: ours, as numbers.
-        results: the same as shown, with statistics over tasks, paired differences and times.
+        tables: results of the runs, as numbers.
+        results: the tables as shown, with statistics over tasks, paired differences and times.
         copied: the paper's tables for these tasks.
         notes: what a reader must know first.
         facts: how many runs there are, and the commits they were made with.
@@ -108,7 +108,7 @@ class Summary:
 
 
 def summarize_runs(folders: Sequence[Path], *, label: str | None = None, last: int | None = None) -> Summary:
-    """Gather what there is to say of the runs below some folders.
+    """Gather the contents of a report of the runs below some folders.
 
     Args:
         folders: see :func:`.runs.find_runs`.
@@ -133,7 +133,7 @@ def summarize_runs(folders: Sequence[Path], *, label: str | None = None, last: i
     results: list[Grid | None] = []
     for table in tables:
         variants = variant_grids(table)
-        # Beside the variants of the only method its own column would be a table of what they show too.
+        # The table of variants has the column of its method too: no other table where there is no other method.
         if not variants or len({column.split(" ")[0] for column in table.columns}) > 1:
             results.append(results_grid(table))
         results += variants
@@ -223,7 +223,7 @@ def summary_json(summary: Summary) -> dict[str, Any]:
 
 
 def draw_curves(runs: Sequence[FinishedRun]) -> list[tuple[str, bytes]]:
-    """Learning curves, a PNG for each task and phase, and one for the variants of a method beside it; each with its name.
+    """Draw learning curves: name and PNG for each task and phase, and for the variants of each method.
 
     Raises:
         MissingExtraError: without the ``reports`` extra.
@@ -247,11 +247,11 @@ def draw_curves(runs: Sequence[FinishedRun]) -> list[tuple[str, bytes]]:
 
 
 def learning_curve(runs: Sequence[FinishedRun]) -> list[tuple[int, float, float, float]]:
-    """Step, mean and interval of each evaluation that all of some runs, alike but for their seeds, have made.
+    """Mean and interval of the evaluations that all runs have made; the runs differ in their seeds only.
 
     Returns:
-        ``(step, mean, low, high)``; of several seeds a 95% bootstrap interval over them, of one 1.96 standard errors of its
-        episodes.
+        ``(step, mean, low, high)``: for several seeds a 95% bootstrap interval over them, for one seed 1.96 standard errors of
+        its episodes.
     """
     metric = runs[0].record["metric"]
     histories = []
@@ -276,7 +276,7 @@ def _draw_trust_region(runs: Sequence[FinishedRun]) -> list[tuple[str, list[tupl
     drawn = []
     for name, columns in _by_task(runs).items():
         rows = {column_name(column): [run.rows() for run in members] for column, members in columns.items()}
-        # Methods without a trust region would be colours of nothing.
+        # Methods without a trust region are not in the legend.
         rows = {
             label: own
             for label, own in rows.items()

@@ -29,11 +29,11 @@ _PLACES = ("out", "data_root")
 
 @dataclass(frozen=True)
 class Metric:
-    """What a task's evaluations are judged by.
+    """A number that tasks are judged by.
 
     Attributes:
-        key: its mean in an evaluation's outcome.
-        episodes: its value for each episode there.
+        key: name of its mean in an evaluation's outcome.
+        episodes: name of its values by episode there.
         unit: as tables name it.
         scale: from the record's numbers to the tables'.
         title: as figures name it.
@@ -74,7 +74,7 @@ def build_record(
     stacked: Sequence[int] | None = None,
     seconds: Mapping[str, float],
 ) -> dict[str, Any]:
-    """Collect what a reader needs to trust and repeat a run.
+    """Build a run's record: everything a reader needs to judge the run and to repeat it.
 
     Keyword Args:
         commands: the command lines that worked on it: the first began it, the others resumed it.
@@ -135,7 +135,7 @@ def load_record(path: Path) -> dict[str, Any]:
         path: the file, or the run folder that holds it.
 
     Raises:
-        InputError: if there is none, it is damaged, of another schema version or says what a record cannot say.
+        InputError: if there is none, or it is damaged, of another schema version, or contradicts itself.
         MissingExtraError: without the ``reports`` extra.
     """
     if path.is_dir():
@@ -184,13 +184,13 @@ def _check_rates(record: Mapping[str, Any], path: Path) -> None:
 
 
 def upgrade_record(record: Mapping[str, Any], *, variant: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert a record of schema 3 to schema 4; what schema 4 adds is derived from what the record says.
+    """Convert a record of schema 3 to schema 4; the added entries are derived from the others.
 
     Args:
         record: as read from its file.
 
     Keyword Args:
-        variant: the settings in ``config.algo`` that are neither the method's defaults nor the task's; schema 3 does not tell.
+        variant: the settings in ``config.algo`` that are neither the method's defaults nor the task's, which schema 3 lacks.
 
     Raises:
         InputError: if it is not of schema 3, or holds no evaluation that would tell the seed and the acting policy.
@@ -224,9 +224,9 @@ def upgrade_record(record: Mapping[str, Any], *, variant: Mapping[str, Any]) -> 
 
 
 def without_places(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Shorten absolute folders in a record's commands to names: DATA for the data, runs for where runs lie.
+    """Shorten absolute folders in a record's commands: DATA for the data's folder, runs/NAME for a run's.
 
-    For records that are published; those in a run folder keep the commands as they were typed.
+    For records that are published; records in run folders keep the commands as they were typed.
     """
 
     def shortened(word: str) -> str:

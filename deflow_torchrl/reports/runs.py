@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""Finished runs found below folders, and the score of each: what tables and figures are computed from."""
+"""Find finished runs below folders and score each of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from deflow_torchrl.reports.paper import averaged_evaluations
 from deflow_torchrl.reports.records import METRICS, RECORD_FILE, load_record
 from deflow_torchrl.reports.statistics import success_standard_error
 
-# Settings that make no other policy of a run (some move its last digits).
+# Settings that do not change the policy of a run (some change its last digits).
 _NEUTRAL = frozenset(
     ("task", "algo", "seed", "seeds", "download", "storage", "device", "compile", "kernels", "cuda_graph", "self_check",
      "updates_per_replay", "threads", "eval_workers", "eval_interval", "eval_episodes", "log_interval", "save_interval",
@@ -73,12 +73,12 @@ class FinishedRun:
 
 @dataclass(frozen=True)
 class Score:
-    """What a run is worth.
+    """The score of a run.
 
     Attributes:
         value: in the metric's unit; a success rate in [0, 1].
-        episodes: each episode's outcome.
-        steps: the evaluations it is the mean of.
+        episodes: outcome of each episode.
+        steps: of the evaluations that it is the mean of.
     """
 
     value: float
@@ -87,7 +87,7 @@ class Score:
 
 
 def find_runs(folders: Sequence[Path]) -> list[FinishedRun]:
-    """Every run that has a record below the folders, with the column of the table it belongs to.
+    """Find every run that has a record below the folders, and name its column of the table.
 
     Args:
         folders: run folders, or folders of them at any depth; a run found twice counts once.
@@ -115,7 +115,7 @@ def find_runs(folders: Sequence[Path]) -> list[FinishedRun]:
 
 
 def score_of(record: Mapping[str, Any], *, at: str = "end", last: int | None = None) -> Score:
-    """A run's score: of its acting policy, in the task's metric.
+    """Score a run by its acting policy, in the task's metric.
 
     Args:
         record: the run's record, with evaluations.
@@ -159,7 +159,7 @@ def score_of(record: Mapping[str, Any], *, at: str = "end", last: int | None = N
 
 
 def standard_error(metric: str, episodes: Sequence[float]) -> float:
-    """Standard error of a mean over episodes; of a success rate the binomial's, of others the sample's.
+    """Standard error of a mean over episodes: the binomial's of a success rate, the sample's of other metrics.
 
     Args:
         metric: ``success``, ``score`` or ``return``.
@@ -179,7 +179,7 @@ def flat_settings(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_setting(value: Any) -> str:
-    """A value as it is written on the command line."""
+    """Write a value as on the command line."""
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
     if isinstance(value, list):
@@ -202,7 +202,7 @@ def _record_files(folder: Path) -> list[Path]:
 
 
 def _identity(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What makes two runs of one method and task other runs, beside the seed."""
+    """The settings and data, beside the seed, by which runs of one method and task differ."""
     settings = {name: value for name, value in record["config"].items() if name not in _NEUTRAL}
     data = record["data"]["sha256"]
     return {**record["variant"], **settings, **({} if data is None else {"data": data[:8]})}
@@ -230,12 +230,12 @@ def _columns(records: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def natural(text: str) -> list[Any]:
-    """Sort key by which 2 comes before 10, and 0.03 before 0.1.
+    """Sort key that orders numbers in a text by value: 2 before 10, and 0.03 before 0.1.
 
     Examples:
         >>> sorted(["alpha=1e-05", "alpha=0.1", "alpha=10", "alpha=0.03", "alpha=3"], key=natural)
         ['alpha=1e-05', 'alpha=0.03', 'alpha=0.1', 'alpha=3', 'alpha=10']
     """
     parts = re.split(r"(\d+(?:\.\d+)?(?:e[+-]\d+)?)", text)
-    # What the pattern finds stands at the odd places.
+    # The pattern's matches stand at the odd places.
     return [(0, float(part), "") if place % 2 else (1, 0.0, part) for place, part in enumerate(parts) if part]

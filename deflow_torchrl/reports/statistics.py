@@ -1,9 +1,9 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
 """Means, intervals and tests: of runs over seeds and tasks, and of the same episodes under two policies.
 
-A run's score is a mean over n episodes, so it carries their noise beside that of training: a success rate p has a standard error
-of sqrt(p (1 - p) / n), 7 points at p = 0.5 and n = 50. Scores of several seeds spread by both, and an interval that resamples
-seeds contains both; one seed's score shows neither.
+A run's score is a mean over n episodes, so it has the noise of the episodes beside that of training: a success rate p has a
+standard error of sqrt(p (1 - p) / n), 7 points at p = 0.5 and n = 50. The spread of several seeds' scores contains both, and so
+does an interval that resamples seeds; the score of one seed shows neither.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Interval:
         value: of the scores as they are.
         low: lower end of the interval; None where no stratum has two scores to resample.
         high: upper end; likewise.
-        confidence: what the interval was asked for, 0.95 for example.
+        confidence: nominal coverage of the interval, 0.95 for example.
     """
 
     value: float
@@ -38,8 +38,8 @@ class Interval:
 def mean_and_std(scores: Sequence[float]) -> tuple[float, float | None]:
     """Mean over seeds and their standard deviation by S - 1; None for the deviation of a single seed.
 
-    The paper prints mean and standard deviation over seeds and does not say by S or by S - 1. By S its eight seeds' would be
-    0.94 times this one.
+    The paper prints mean and standard deviation over seeds and does not say whether it divides by S or by S - 1. Divided by S,
+    the deviation of its eight seeds is 0.94 times this one.
 
     Args:
         scores: a number a seed, ``[S]``.
@@ -54,7 +54,7 @@ def mean_and_std(scores: Sequence[float]) -> tuple[float, float | None]:
         (0.5, None)
     """
     values = _scores(scores)
-    # Rounded to what a float holds: 0.4, where summation leaves 0.4000000000000001.
+    # Rounded to the digits of a float: summation leaves 0.4000000000000001.
     std = None if values.size == 1 else float(np.round(values.std(ddof=1), 15))
     return float(np.round(values.mean(), 15)), std
 
@@ -124,7 +124,7 @@ def probability_of_improvement(
     resamples: int = 10_000,
     seed: int = 0,
 ) -> Interval:
-    """How often a run of ``first`` beats one of ``second`` on the same task, ties counting half, on average over the tasks.
+    """Probability that a run of ``first`` beats one of ``second`` on the same task, ties counting half; the mean over the tasks.
 
     On one task this is the Mann-Whitney U of ``first`` divided by the number of pairs.
 
@@ -157,7 +157,7 @@ def probability_of_improvement(
 def success_standard_error(rate: float, episodes: int) -> float:
     """Standard error of a success rate over independent episodes, ``sqrt(p (1 - p) / n)``.
 
-    It is 0 where all or none succeed, which says that the estimate is of no use there, not that the rate is known.
+    It is 0 where all or none succeed, where it is of no use.
 
     Args:
         rate: share of successes p, in [0, 1].
@@ -176,7 +176,7 @@ def success_standard_error(rate: float, episodes: int) -> float:
 
 
 def inside_noise(gap: float, *errors: float, quantile: float = 1.96) -> bool:
-    """Whether a gap of two means is no larger than what noise alone gives in one of twenty comparisons.
+    """Whether a gap of two means is within the noise: no larger than noise alone makes it in 95% of comparisons.
 
     Args:
         gap: difference of the means.
@@ -200,8 +200,8 @@ def inside_noise(gap: float, *errors: float, quantile: float = 1.96) -> bool:
 def careful_standard_error(rate: float, episodes: int) -> float:
     """Standard error of a success rate for comparisons: of the rate with one success and one failure added.
 
-    At a rate of 0 or 1 the plain one is 0 and makes a gap of one episode look real; this is what Agresti and Caffo (2000, The
-    American Statistician 54) add to each of two rates before they compare them.
+    At a rate of 0 or 1 the plain error is 0, so that a gap of one episode would count as a difference. The correction is that of
+    Agresti and Caffo (2000, The American Statistician 54) for the comparison of two rates.
 
     Args:
         rate: share of successes p, in [0, 1].
@@ -219,7 +219,7 @@ def careful_standard_error(rate: float, episodes: int) -> float:
 
 
 def seeds_inside_noise(first: Sequence[float], second: Sequence[float]) -> bool:
-    """Whether two means over seeds differ by no more than the seeds' own spread explains: Welch's test, two-sided 95%.
+    """Whether the spread of the seeds explains the gap of two means over seeds: Welch's test, two-sided, 95%.
 
     Args:
         first: a score a seed, at least two.
@@ -235,20 +235,20 @@ def seeds_inside_noise(first: Sequence[float], second: Sequence[float]) -> bool:
     one, other = _scores(first), _scores(second)
     if min(one.size, other.size) < 2:
         raise ValueError("expected at least two seeds each")
-    if one.var() == other.var() == 0:  # the test has no spread to compare the gap with
+    if one.var() == other.var() == 0:  # without any spread the test is undefined
         return bool(one.mean() == other.mean())
     return bool(_scipy_stats().ttest_ind(one, other, equal_var=False).pvalue >= 0.05)
 
 
 def kendall_tau(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """Agreement of two rankings of the same things: Kendall's tau-b, 1 for the same order, -1 for the reverse.
+    """Agreement of two rankings of the same items: Kendall's tau-b, 1 for the same order, -1 for the reverse.
 
     Args:
-        first: a number a thing, ``[M]``.
-        second: the same things' other number.
+        first: a number for each item, ``[M]``.
+        second: another number for each item, ``[M]``.
 
     Returns:
-        None where one of them puts all things level, or there are fewer than two.
+        None where one of them ranks all items equal, or there are fewer than two.
 
     Raises:
         ValueError: if the two are not equally long.
@@ -326,7 +326,7 @@ class PairedDifference:
         mean: the difference of the means.
         low: lower end of the interval.
         high: upper end.
-        confidence: what the interval was asked for, 0.95 for example.
+        confidence: nominal coverage of the interval, 0.95 for example.
         pairs: number of pairs E.
     """
 
@@ -347,11 +347,11 @@ def paired_difference(
 ) -> PairedDifference:
     """Difference of two means over the same episodes, with a percentile bootstrap interval over the pairs.
 
-    Pairs are resampled whole, so what the episodes have in common (start and noise) drops out of the interval. Few episodes,
-    or differences that are all alike, give an interval that is too narrow.
+    Pairs are resampled whole, so the interval does not contain what both episodes of a pair share (start and noise). Few
+    episodes, or differences that are all alike, give an interval that is too narrow.
 
     Args:
-        first: a number an episode, ``[E]``.
+        first: a number for each episode, ``[E]``.
         second: the same of the other policy.
 
     Keyword Args:

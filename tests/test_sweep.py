@@ -21,8 +21,8 @@ from deflow_torchrl.paths import hold_lock
 from deflow_torchrl.runs.overrides import compose_config
 from deflow_torchrl.sweep import estimate_costs, jobs, local, parse_sweep, plan_jobs, run_sweep
 from deflow_torchrl.sweep.costs import _wall, describe_costs, describe_left_out
-from deflow_torchrl.sweep.jobs import run_job
-from deflow_torchrl.sweep.table import JobProgress, Table
+from deflow_torchrl.sweep.jobs import JobProgress, run_job
+from deflow_torchrl.sweep.progress import SweepProgress
 from deflow_torchrl.trainers.metrics import read_rows
 from tests.support.command_line import assert_one_line, deflow, heed_ctrl_c
 from tests.support.killable import ROOT
@@ -294,18 +294,18 @@ def test_progress_is_read_from_rows_as_they_come_and_again_where_a_run_writes_th
     assert progress.step == 10
 
 
-def test_the_table_shows_every_job_and_counts_what_finds_no_room(swept, task, capsys, monkeypatch):
+def test_a_bar_shows_every_job_and_counts_what_finds_no_room(swept, task, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     jobs = {job.name: JobProgress(job, state="done") for job in plan_jobs(parse_sweep(settings(task, swept[0])))}
     next(iter(jobs.values())).state = "running"
-    with Table(jobs, live=True) as table:
-        table.update()
+    with SweepProgress(jobs, live=True) as shown:
+        shown.show()
     drawn = capsys.readouterr().err
     assert "1 running, 3 done" in drawn
     assert drawn.count("150/150") >= len(jobs)
     many = {f"{name}-{copy}": JobProgress(value.job) for name, value in jobs.items() for copy in range(10)}
-    with Table(many, live=True) as table:
-        table.update()
+    with SweepProgress(many, live=True) as shown:
+        shown.show()
     assert "and 10 more" in capsys.readouterr().err
 
 

@@ -14,7 +14,8 @@ from deflow_torchrl.errors import InputError, MissingExtraError
 from deflow_torchrl.runs.folder import read_settings
 from deflow_torchrl.runs.run import train
 from deflow_torchrl.runs.settings import config_from_dict
-from deflow_torchrl.sweep import on_ray, parse_sweep, plan_jobs, run_sweep
+from deflow_torchrl.sweep import parse_sweep, plan_jobs, run_sweep
+from deflow_torchrl.sweep import ray as sweep_on_ray
 from deflow_torchrl.trainers.metrics import read_rows
 from tests.support.killable import ROOT
 from tests.support.pendulum import ENVIRONMENT, record_pendulum
@@ -61,7 +62,7 @@ def test_an_address_where_nothing_answers_is_one_line_at_once(task, tmp_path, ad
 
 def test_a_port_that_is_not_rays_is_given_up_in_bounded_time(task, tmp_path, monkeypatch):
     pytest.importorskip("ray", reason="needs the extra ray")
-    monkeypatch.setattr(on_ray, "_CONNECT_SECONDS", 3.0)
+    monkeypatch.setattr(sweep_on_ray, "_CONNECT_SECONDS", 3.0)
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
         with pytest.raises(InputError, match=f"no Ray cluster answers at ray_address={address}"):
@@ -77,7 +78,7 @@ def test_a_node_killed_in_mid_sweep_loses_nothing_and_doubles_nothing(task, tmp_
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(on_ray, "_run_on_node", run_on_node)
+    monkeypatch.setattr(sweep_on_ray, "_run_on_node", run_on_node)
     noticed = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 1000}  # 15 s by default
     cluster, over, killed = Cluster(initialize_head=False), threading.Event(), []
     try:

@@ -7,4 +7,4 @@ from .plan import Cell as Cell
 from .plan import SweepPlan as SweepPlan
 from .plan import Variant as Variant
 from .plan import parse_sweep as parse_sweep
-from .runner import run_sweep as run_sweep
+from .run import run_sweep as run_sweep

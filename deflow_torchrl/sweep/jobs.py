@@ -1,13 +1,15 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""The jobs of a sweep: what is run by itself, what its folder says of it, and the running of it in whatever process."""
+"""The jobs of a sweep: what one process works on, the state of its folder, and how it is run."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +19,7 @@ import torch
 from deflow_torchrl.errors import InputError, LockHeldError, MissingExtraError
 from deflow_torchrl.paths import hold_lock
 from deflow_torchrl.processes import available_cores
-from deflow_torchrl.reports.records import RECORD_FILE, load_record
+from deflow_torchrl.reports.records import METRICS, RECORD_FILE, load_record
 from deflow_torchrl.runs.folder import CONFIG_FILE, GROUP_FILE, read_settings, seed_folder
 from deflow_torchrl.runs.overrides import override_value
 from deflow_torchrl.runs.run import resume, train
@@ -28,17 +30,19 @@ from deflow_torchrl.tasks import get_task
 from deflow_torchrl.trainers.resume import NEUTRAL_SETTINGS, changed_settings
 
 _log = logging.getLogger(__name__)
-_PATIENCE = 600.0  # seconds in which whoever holds a job's lock shows no sign of life
+_PATIENCE = 600.0  # seconds without a change in the run's files, after which a held lock is an error
 _LOOK = 2.0
 _MESSAGE = 2000  # characters
+_TAIL = 1 << 16  # bytes of metrics that are read
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run, or a cell's runs stacked: what one process works on.
+    """What one process works on: a run, or the runs of a cell's seeds that train together.
 
     Attributes:
         name: ``TASK/ALGO/seedN``, or ``TASK/ALGO`` of seeds that train together.
+        cell: name of the cell.
         task: the task's name.
         algo: the variant's label.
         seeds: its seeds, in their order.
@@ -49,6 +53,7 @@ class Job:
     """
 
     name: str
+    cell: str
     task: str
     algo: str
     seeds: tuple[int, ...]
@@ -66,16 +71,21 @@ class Job:
     def folders(self) -> list[Path]:
         """Its run folders, in the order of its seeds."""
         out = Path(self.out)
-        return [out / f"seed{seed}" for seed in self.seeds] if self.stacked else [out]
+        return [seed_folder(out, seed) for seed in self.seeds] if self.stacked else [out]
+
+    @property
+    def settings_file(self) -> Path:
+        """The settings in its folder, once it was begun."""
+        return Path(self.out) / (GROUP_FILE if self.stacked else CONFIG_FILE)
 
     @property
     def lock(self) -> Path:
-        """The file that whoever works on it holds locked, and in which he says who he is."""
+        """Lock file of the process that works on it; holds the process's host and id."""
         out = Path(self.out)
         return out.parent / f".{out.name}.lock"
 
     def log(self, sweep: Path) -> Path:
-        """What it prints (``local``)."""
+        """File of what it prints (``local``)."""
         return sweep / LOGS / f"{self.name.replace('/', '--')}.log"
 
 
@@ -87,12 +97,68 @@ class Outcome:
         kind: ``done``; ``failed``, worth trying again; ``refused``, on input that trying again does not mend; ``lost``, with
             its machine or process, through no fault of its own; ``interrupted``.
         message: why, in a line; empty where done.
-        host: where it ran; None where nobody knows.
+        host: where it ran; None where unknown.
     """
 
     kind: Literal["done", "failed", "refused", "lost", "interrupted"]
     message: str = ""
     host: str | None = None
+
+
+@dataclass
+class JobProgress:
+    """The state of a job while its sweep runs.
+
+    Attributes:
+        job: the job.
+        state: ``waiting``, ``running``, ``done``, ``failed`` or ``interrupted``.
+        attempts: how often it was started.
+        losses: how often it was lost with its machine or process.
+        started: when it was last started, in seconds since the epoch.
+        host: where it runs; None where unknown.
+        message: why it failed.
+        step: steps of each seed whose rows are written.
+        score: mean over its seeds of the last evaluation of the acting policy; None before the first.
+    """
+
+    job: Job
+    state: str = "waiting"
+    attempts: int = 0
+    losses: int = 0
+    started: float = 0.0
+    host: str | None = None
+    message: str = ""
+    step: int = 0
+    score: float | None = None
+
+    def look(self) -> None:
+        """Read the last rows of its runs' metrics."""
+        rows = [_last_row(folder / "metrics.jsonl") for folder in self.job.folders]
+        self.step = self.job.steps if self.state == "done" else min(int(row.get("step", 0)) for row in rows)
+        for name in METRICS:
+            if values := [row[f"eval/{name}"] for row in rows if f"eval/{name}" in row]:
+                self.score = sum(values) / len(values)
+                break
+
+    def describe(self) -> str:
+        """Its state in words."""
+        text = self.state
+        if self.state == "running" and self.host is not None:
+            text += f" on {self.host}"
+        if self.attempts > 1:
+            text += f" (attempt {self.attempts})"
+        return f"{text}: {self.message}" if self.message and self.state in ("failed", "waiting") else text
+
+
+def _last_row(path: Path) -> dict[str, Any]:
+    """The last numbers under each name in a ``metrics.jsonl`` that grows."""
+    row: dict[str, Any] = {}
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _TAIL))
+        for line in file.read().split(b"\n")[:-1]:  # a half-written row is the last
+            with contextlib.suppress(ValueError):  # the first may be cut
+                row |= json.loads(line)
+    return row
 
 
 def jobs_at_once(plan: SweepPlan) -> int:
@@ -103,7 +169,7 @@ def jobs_at_once(plan: SweepPlan) -> int:
 
 
 def plan_jobs(plan: SweepPlan) -> list[Job]:
-    """The jobs of a plan, each as what is in the folder leaves it: seeds that were begun together go on together.
+    """The jobs of a plan; seeds that were begun together in its folder stay one job.
 
     Raises:
         InputError: if a folder holds a run or a group of other settings, or is damaged.
@@ -118,15 +184,15 @@ def is_done(job: Job) -> bool:
         InputError: if a folder holds a run or a group of other settings, or is damaged.
     """
     check_folder(job)
-    if job.stacked:
-        return _group_finished(Path(job.out)) and all(map(_record_of, job.folders))
-    return _record_of(Path(job.out)) is not None
+    if job.stacked and not (job.settings_file.is_file() and read_settings(job.settings_file)["finished"]):
+        return False
+    return all(map(_has_record, job.folders))
 
 
 def have_data(plan: SweepPlan, jobs: Sequence[Job], *, show_progress: bool = True) -> None:
-    """See that the data of these jobs can be had, and fetch what is missing, once for all jobs of a set.
+    """Check that the data of these jobs are available, and fetch what is missing, once for all jobs of a set.
 
-    Where jobs run on other machines, what lies in folders of each of them is theirs to look after.
+    Where jobs run on other machines, data in folders of each machine are not looked at.
 
     Raises:
         InputError: where a set cannot be found or fetched.
@@ -138,8 +204,7 @@ def have_data(plan: SweepPlan, jobs: Sequence[Job], *, show_progress: bool = Tru
         config = config_from_dict(job.config)
         task = get_task(config.task, environment=config.env)
         data, source = task.data_name, get_source(task.source)
-        shared = source.location(task.dataset, root=config.data_root) is not None
-        if data in known or (elsewhere and not shared):
+        if data in known or (elsewhere and source.location(task.dataset, root=config.data_root) is None):
             continue
         known.add(data)
         if not elsewhere:
@@ -160,7 +225,7 @@ def have_data(plan: SweepPlan, jobs: Sequence[Job], *, show_progress: bool = Tru
 
 def check_devices(plan: SweepPlan) -> None:
     """Raise InputError where this machine lacks a device that runs are to train on; no device is touched."""
-    for name in sorted({cell.config.device for cell in plan.trained if cell.config is not None}):
+    for name in sorted({cell.settled.device for cell in plan.trained}):
         try:
             device = torch.device(name)
         except RuntimeError as error:
@@ -171,7 +236,7 @@ def check_devices(plan: SweepPlan) -> None:
 
 def check_folder(job: Job) -> None:
     """Raise InputError if the job's folder holds something of other settings."""
-    wanted = {Path(job.out) / (GROUP_FILE if job.stacked else CONFIG_FILE): job.config}
+    wanted = {job.settings_file: job.config}
     if job.stacked:  # a finished group's runs may have gone on by themselves since
         for seed, folder in zip(job.seeds, job.folders, strict=True):
             wanted[folder / CONFIG_FILE] = {**job.config, "seed": seed, "seeds": None}
@@ -179,18 +244,36 @@ def check_folder(job: Job) -> None:
         if path.is_file():
             # What earlier versions left open is filled in by reading it.
             saved = config_to_dict(config_from_dict(read_settings(path)["config"]))
-            _check_same(path, saved, config)
+            if changes := changed_settings({"settings": saved}, {"settings": config}):
+                raise InputError(
+                    f"{path.parent} was begun with other settings ({'; '.join(changes)}); give the sweep those, or another "
+                    "out="
+                )
 
 
 def run_job(job: Job, *, show_progress: bool = False) -> Outcome:
-    """Run a job here and now, from where it is: from its start, from its checkpoints, or not at all where it is done.
+    """Run a job in this process: from its start or its last checkpoints, or not at all where it is done.
 
-    Its folder is locked meanwhile. Where somebody else has the lock, perhaps a process that its sweep has given up for lost,
-    he is waited for as long as he shows signs of life.
+    Its folder is locked meanwhile. Where another process holds the lock (perhaps one that its sweep counts as lost), this one
+    waits as long as the run's files change.
     """
     host = socket.gethostname()
+    busy, note = f"somebody else works on {job.name}", f"{host} {os.getpid()}"
     try:
-        _patiently(job, lambda: _run_locked(job, show_progress=show_progress))
+        Path(job.out).parent.mkdir(parents=True, exist_ok=True)
+        since, seen = time.monotonic(), _signs_of_life(job)
+        while True:
+            try:
+                with hold_lock(job.lock, busy=busy, note=note):
+                    _train(job, show_progress=show_progress)
+                return Outcome("done", host=host)
+            except LockHeldError:  # of the job, or of the preparation of its data
+                signs = _signs_of_life(job)
+                if signs != seen:
+                    since, seen = time.monotonic(), signs
+                if time.monotonic() - since > _PATIENCE:
+                    raise
+                time.sleep(_LOOK)
     except KeyboardInterrupt as error:
         return Outcome("interrupted", str(error), host)
     except InputError as error:
@@ -198,7 +281,6 @@ def run_job(job: Job, *, show_progress: bool = False) -> Outcome:
     except Exception as error:
         _log.exception("%s failed", job.name)
         return Outcome("failed", one_line(error), host)
-    return Outcome("done", host=host)
 
 
 def one_line(error: BaseException) -> str:
@@ -208,63 +290,41 @@ def one_line(error: BaseException) -> str:
     return text if ours and text else f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def _run_locked(job: Job, *, show_progress: bool) -> None:
-    out = Path(job.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with hold_lock(job.lock, busy=f"somebody else works on {job.name}", note=f"{socket.gethostname()} {os.getpid()}"):
-        if is_done(job):
-            return
-        config = config_from_dict(job.config)
-        options: dict[str, Any] = {"command": job.command, "show_progress": show_progress}
-        begun = out / (GROUP_FILE if job.stacked else CONFIG_FILE)
-        if begun.is_file():
-            resume(out, overrides=_neutral_changes(read_settings(begun)["config"], job.config), **options)
-        else:
-            train(config, **options)
-
-
-def _patiently(job: Job, run: Callable[[], None]) -> None:
-    """Run as soon as nobody else holds the job's lock, or that of its data's preparation."""
-    since, seen = time.monotonic(), _signs_of_life(job)
-    while True:
-        try:
-            return run()
-        except LockHeldError:
-            signs = _signs_of_life(job)
-            if signs != seen:
-                since, seen = time.monotonic(), signs
-            if time.monotonic() - since > _PATIENCE:
-                raise
-            time.sleep(_LOOK)
+def _train(job: Job, *, show_progress: bool) -> None:
+    if is_done(job):
+        return
+    options: dict[str, Any] = {"command": job.command, "show_progress": show_progress}
+    if job.settings_file.is_file():
+        saved = read_settings(job.settings_file)["config"]
+        # What may change, and has changed since the run was begun.
+        changed = [name for name in sorted(NEUTRAL_SETTINGS - {"out"}) if saved.get(name) != job.config.get(name)]
+        overrides = [f"{name}={override_value(job.config[name])}" for name in changed]
+        resume(Path(job.out), overrides=overrides, **options)
+    else:
+        train(config_from_dict(job.config), **options)
 
 
 def _signs_of_life(job: Job) -> list[tuple[str, int, int]]:
-    files = sorted(path for folder in job.folders for path in folder.rglob("*"))
     signs = []
-    for path in files:
-        try:
+    for path in sorted(path for folder in job.folders for path in folder.rglob("*")):
+        with contextlib.suppress(OSError):  # gone meanwhile, as checkpoints are
             about = path.stat()
-        except OSError:
-            continue  # gone meanwhile, as checkpoints are
-        signs.append((str(path), about.st_mtime_ns, about.st_size))
+            signs.append((str(path), about.st_mtime_ns, about.st_size))
     return signs
 
 
 def _jobs_of(plan: SweepPlan, cell: Cell) -> list[Job]:
-
-    assert cell.config is not None
     out = (plan.out / cell.name).absolute()
     seeds, together = list(plan.seeds), []
     if (out / GROUP_FILE).is_file():
         settings = read_settings(out / GROUP_FILE)
         of_group = [int(seed) for seed in settings["config"]["seeds"] or ()]
-        if not settings["finished"] or all(_record_of(seed_folder(out, seed)) for seed in of_group):
+        if not settings["finished"] or all(_has_record(seed_folder(out, seed)) for seed in of_group):
             together = of_group
-    elif not any((seed_folder(out, seed) / CONFIG_FILE).is_file() for seed in seeds):
-        stack = plan.stacked == "true" or (
-            plan.stacked == "auto" and can_stack(cell.config) and (plan.engine == "ray" or is_gpu(cell.config))
-        )
-        together = seeds if stack and len(seeds) > 1 else []
+    elif len(seeds) > 1 and not any((seed_folder(out, seed) / CONFIG_FILE).is_file() for seed in seeds):
+        wanted = plan.engine == "ray" or is_gpu(cell.settled)
+        if plan.stacked == "true" or (plan.stacked == "auto" and wanted and can_stack(cell.settled)):
+            together = seeds
     jobs = [_job(plan, cell, together, out, stacked=True)] if together else []
     jobs += [_job(plan, cell, [seed], seed_folder(out, seed), stacked=False) for seed in seeds if seed not in together]
     for job in jobs:
@@ -273,53 +333,37 @@ def _jobs_of(plan: SweepPlan, cell: Cell) -> list[Job]:
 
 
 def _job(plan: SweepPlan, cell: Cell, seeds: Sequence[int], out: Path, *, stacked: bool) -> Job:
-    assert cell.config is not None
     own: dict[str, Any] = {"seed": 0, "seeds": list(seeds)} if stacked else {"seed": seeds[0], "seeds": None}
-    if cell.config.eval_workers is None:  # all cores to each of several jobs would be too many
+    if cell.settled.eval_workers is None:  # all cores to each of several jobs would be too many
         cores = int(plan.num_cpus) if plan.engine == "ray" else available_cores() // jobs_at_once(plan)
         own["eval_workers"] = max(1, cores)
     return Job(
         name=cell.name if stacked else f"{cell.name}/{out.name}",
+        cell=cell.name,
         task=cell.task,
         algo=cell.variant.label,
         seeds=tuple(seeds),
         stacked=stacked,
         out=str(out),
-        config=config_to_dict(replace(cell.config, out=str(out), **own)),
+        config=config_to_dict(replace(cell.settled, out=str(out), **own)),
         command=plan.command,
     )
 
 
-def _check_same(path: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    changes = changed_settings({"settings": saved}, {"settings": wanted})
-    if changes:
-        raise InputError(
-            f"{path.parent} was begun with other settings ({'; '.join(changes)}); give the sweep those, or another out="
-        )
-
-
-def _group_finished(out: Path) -> bool:
-
-    return (out / GROUP_FILE).is_file() and bool(read_settings(out / GROUP_FILE)["finished"])
-
-
-def _record_of(folder: Path) -> dict[str, Any] | None:
-    """A run's record, where it is whole and of the settings that its folder has."""
+def _has_record(folder: Path) -> bool:
+    """Whether a run has a record that is whole and of the settings that its folder has."""
     if not (folder / RECORD_FILE).is_file() or not (folder / CONFIG_FILE).is_file():
-        return None
+        return False
     try:
         record = load_record(folder)
     except MissingExtraError:
         raise
     except InputError:
-        return None  # damaged or of an earlier version: the run goes on from its last checkpoint and writes it anew
-    saved = read_settings(folder / CONFIG_FILE)["config"]
-    recorded = record["config"]
-    saved, recorded = ({**it, "task": public_name(it["task"])} for it in (saved, recorded))  # of a place the name alone
-    return None if changed_settings({"settings": saved}, {"settings": recorded}) else record
-
-
-def _neutral_changes(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Overrides for what may change and has changed since a run was begun."""
-    names = sorted(NEUTRAL_SETTINGS - {"out"})
-    return [f"{name}={override_value(wanted[name])}" for name in names if saved.get(name) != wanted.get(name)]
+        return False  # damaged or of an earlier version: the run goes on from its last checkpoint and writes it anew
+    saved, recorded = (
+        {
+            "settings": {**config, "task": public_name(config["task"])}
+        }  # a record keeps the name of a folder, not its place
+        for config in (read_settings(folder / CONFIG_FILE)["config"], record["config"])
+    )
+    return not changed_settings(saved, recorded)

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""Jobs on this machine: a process each, as many at once as it has cores for."""
+"""The engine ``local``: a process for each job, as many at once as this machine has cores for."""
 
 from __future__ import annotations
 
@@ -16,18 +16,14 @@ from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, NoReturn
 
 from deflow_torchrl.processes import available_cores, children_ignore_ctrl_c, die_with_parent, keep_freed_memory
 from deflow_torchrl.sweep.jobs import Job, Outcome, one_line, run_job
 
-_PRELOADED = [
-    "deflow_torchrl.runs.run",
-    "deflow_torchrl.reports.page",
-    "yaml",
-    "gymnasium",
-]
+# What a job needs, imported once for all of them.
+_PRELOADED = ["deflow_torchrl.runs.run", "deflow_torchrl.reports.page", "yaml", "gymnasium"]
 
 
 @dataclass
@@ -38,10 +34,10 @@ class _Running:
 
 
 class LocalEngine:
-    """A process for each job: what kills it, be it a crash or a lack of memory, kills one job only.
+    """A process for each job, so that a crash or a lack of memory ends one job only.
 
-    On a CPU processes are forked from one that has imported everything and done nothing; on a GPU, which a forked process
-    may not use, they start from nothing.
+    On a CPU the processes are forked from one that has only imported the package. On a GPU, which a forked process may not use,
+    each process starts anew.
 
     Args:
         jobs: how many run at once.
@@ -60,16 +56,13 @@ class LocalEngine:
         self._running: list[_Running] = []
 
     def __enter__(self) -> LocalEngine:
-        (self._sweep).mkdir(parents=True, exist_ok=True)
         if not self._gpu:
             self._context.set_forkserver_preload(_PRELOADED)
             with children_ignore_ctrl_c(), _few_threads(self.threads):
                 forkserver.ensure_running()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.kill()
 
     @property
@@ -108,8 +101,7 @@ class LocalEngine:
     def kill(self) -> None:
         """End what still runs at once; checkpoints are whole at any moment."""
         for running in self._running:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(running.process.pid, signal.SIGKILL)  # those that step its environments too
+            _kill_group(running.process.pid)
             running.process.kill()
             running.process.join()
         self._running = []
@@ -122,8 +114,7 @@ def _outcome(running: _Running) -> Outcome:
         if running.results.poll():
             outcome = running.results.recv()
     running.results.close()
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)  # whatever it has left behind
+    _kill_group(process.pid)  # whatever it has left behind
     if outcome is not None:
         return outcome
     if process.exitcode is not None and process.exitcode < 0:
@@ -163,22 +154,27 @@ def _work(job: Job, results: Connection, log: str, threads: int) -> None:
     results.close()
 
 
+def _kill_group(pid: int) -> None:
+    """End a job's process and those it has started, which step its environments."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
+
+
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
 def _few_threads(number: int) -> Iterator[None]:
-    """What starts in this block uses so many threads; where torch's are not bound by OpenMP, by :func:`_work`."""
-    saved = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "GOMP_SPINCOUNT")}
+    """Set the threads of processes that start in this block; :func:`_work` does so where OpenMP does not bind torch's."""
+    saved = os.environ.copy()
     os.environ["OMP_NUM_THREADS"] = str(number)
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # see deflow_torchrl.cli.main
     try:
         yield
     finally:
-        for name, value in saved.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        for name in ("OMP_NUM_THREADS", "GOMP_SPINCOUNT"):
+            os.environ.pop(name, None)
+            if name in saved:
+                os.environ[name] = saved[name]

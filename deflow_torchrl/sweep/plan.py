@@ -1,10 +1,12 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""What a sweep is to run: tasks x methods, each a cell with its seeds, and the settings of every cell's runs."""
+"""The plan of a sweep: tasks x methods, each a cell with its seeds, and the settings of every cell's runs."""
 
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,12 +27,10 @@ from deflow_torchrl.sources.base import settled_name
 from deflow_torchrl.tasks import families, family_groups, get_task, paper_task, paper_tasks
 from deflow_torchrl.tasks.protocols import get_protocol
 
-ENGINES = ("local", "ray")
-STACKINGS = ("auto", "true", "false")
 PLAN_FILE = "sweep.json"
 STATUS_FILE = "status.jsonl"
 LOGS = "logs"
-_MOST_SEEDS = 1000  # more are a slip of the pen: each is a job and a folder of every cell
+_MOST_SEEDS = 1000  # more are a typing error: each seed is a job and a folder of every cell
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,7 @@ class Cell:
     Attributes:
         task: its name.
         variant: the method.
-        config: the settings of its runs but for seeds and folder, nothing that a run needs left open; None where it cannot be
-            trained.
+        config: the settings of its runs, complete but for seeds and folder; None where it cannot be trained.
         left_out: why it cannot be trained; None where it can.
     """
 
@@ -79,9 +78,10 @@ class Cell:
         return f"{folder_name(self.task)}/{self.variant.label}"
 
     @property
-    def steps(self) -> int:
-        """Gradient steps offline and environment steps online of each seed; 0 where it is left out."""
-        return 0 if self.config is None else (self.config.offline_steps or 0) + self.config.online_steps
+    def settled(self) -> SettledConfig:
+        """The settings of a cell that can be trained."""
+        assert self.config is not None
+        return self.config
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,13 @@ class SweepPlan:
         """The cells that can be trained."""
         return [cell for cell in self.cells if cell.left_out is None]
 
+    @property
+    def left_out(self) -> dict[str, str]:
+        """The other cells -> why they cannot be trained."""
+        return {cell.name: cell.left_out for cell in self.cells if cell.left_out is not None}
+
     def as_dict(self) -> dict[str, Any]:
-        """What ``sweep.json`` says of it."""
+        """The plan as ``sweep.json`` has it."""
         return {
             "tasks": list(dict.fromkeys(cell.task for cell in self.cells)),
             "algos": list(dict.fromkeys(cell.variant.label for cell in self.cells)),
@@ -134,7 +139,7 @@ class SweepPlan:
             "settings": list(self.settings),
             "stacked": self.stacked,
             "engine": self.engine,
-            "left_out": {cell.name: cell.left_out for cell in self.cells if cell.left_out is not None},
+            "left_out": self.left_out,
             "command": self.command,
         }
 
@@ -160,9 +165,12 @@ def parse_sweep(arguments: Sequence[str], *, command: str | None = None) -> Swee
     if missing := [name for name in ("tasks", "algos", "out") if name not in options]:
         raise InputError(f"{missing[0]}= is missing; a sweep needs tasks=, algos= and out=")
     protocol = None if "protocol" not in options else get_protocol(options["protocol"])
-    if "seeds" not in options and protocol is None:
+    if "seeds" in options:
+        seeds = _seeds(options["seeds"])
+    elif protocol is not None:
+        seeds = list(protocol.seeds)
+    else:
         raise InputError("seeds= is missing; give them, for example seeds=0..7, or a protocol=")
-    seeds = _seeds(options["seeds"]) if "seeds" in options else list(protocol.seeds if protocol else ())
     variants = [_variant(text) for text in _list(options["algos"], "algos")]
     if double := _double(variant.label for variant in variants):
         raise InputError(f"algos={options['algos']}: {double} is there twice")
@@ -171,18 +179,17 @@ def parse_sweep(arguments: Sequence[str], *, command: str | None = None) -> Swee
         raise InputError(
             f"tasks={options['tasks']}: two of them have the folder {double}; give each a sweep of its own"
         )
-    cells = _cells(tasks, variants, settings, protocol)
     plan = SweepPlan(
-        cells=cells,
+        cells=_cells(tasks, variants, settings, protocol),
         seeds=seeds,
         out=Path(options["out"]).expanduser(),
-        engine=_one_of("engine", options.get("engine", "local"), ENGINES),
+        engine=_one_of("engine", options.get("engine", "local"), ("local", "ray")),
         ray_address=options.get("ray_address"),
-        jobs=_number("jobs", options.get("jobs"), int, at_least=1),
-        stacked=_one_of("stacked", options.get("stacked", "auto").lower(), STACKINGS),
-        retries=_number("retries", options.get("retries", "1"), int, at_least=0) or 0,
-        num_cpus=_number("num_cpus", options.get("num_cpus", "1"), float, at_least=0) or 0.0,
-        num_gpus=_number("num_gpus", options.get("num_gpus"), float, at_least=0),
+        jobs=_number("jobs", options, int, at_least=1),
+        stacked=_one_of("stacked", options.get("stacked", "auto").lower(), ("auto", "true", "false")),
+        retries=_number("retries", {"retries": "1", **options}, int, at_least=0),
+        num_cpus=_number("num_cpus", {"num_cpus": "1", **options}, float, at_least=0),
+        num_gpus=_number("num_gpus", options, float, at_least=0),
         protocol=options.get("protocol"),
         settings=tuple(settings),
         **({} if command is None else {"command": command}),
@@ -191,10 +198,10 @@ def parse_sweep(arguments: Sequence[str], *, command: str | None = None) -> Swee
     return plan
 
 
+# The keys of a sweep; every other key is a setting of ``deflow train``.
 OPTIONS = (
     "tasks", "algos", "seeds", "out", "engine", "ray_address", "jobs", "stacked", "retries", "num_cpus", "num_gpus", "protocol",
 )  # fmt: skip
-"""The keys of a sweep; every other key is a setting of ``deflow train``."""
 _INSTEAD = {"task": "tasks", "algo": "algos", "seed": "seeds"}
 
 
@@ -215,7 +222,7 @@ def is_gpu(config: TrainConfig) -> bool:
 
 def uses_gpu(plan: SweepPlan) -> bool:
     """Whether any cell trains on an accelerator."""
-    return any(is_gpu(cell.config) for cell in plan.trained if cell.config is not None)
+    return any(is_gpu(cell.settled) for cell in plan.trained)
 
 
 def _split(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
@@ -252,17 +259,18 @@ def _list(text: str, name: str) -> list[str]:
 
 def _seeds(text: str) -> list[int]:
     first, dots, last = text.partition("..")
+    items = [first, last] if dots else _list(text, "seeds")
     try:
-        if dots and not 0 <= int(last) - int(first) < _MOST_SEEDS:
+        seeds = [int(item) for item in items]
+    except ValueError as error:
+        raise InputError(f"seeds={text} are no seeds; write seeds=0..7 or seeds=0,1,2") from error
+    if dots:
+        if not 0 <= seeds[1] - seeds[0] < _MOST_SEEDS:
             raise InputError(
                 f"seeds={text} is out of range; expected the lower one first, and at most {_MOST_SEEDS} seeds"
             )
-        seeds = list(range(int(first), int(last) + 1)) if dots else [int(item) for item in _list(text, "seeds")]
-    except InputError:
-        raise
-    except ValueError as error:
-        raise InputError(f"seeds={text} are no seeds; write seeds=0..7 or seeds=0,1,2") from error
-    if not seeds or len(set(seeds)) != len(seeds) or not all(0 <= seed < 2**63 for seed in seeds):
+        seeds = list(range(seeds[0], seeds[1] + 1))
+    if len(set(seeds)) != len(seeds) or not all(0 <= seed < 2**63 for seed in seeds):
         raise InputError(f"seeds={text} is out of range; expected numbers from 0 to below 2**63, each once")
     return seeds
 
@@ -284,14 +292,13 @@ def _tasks(names: Sequence[str]) -> list[tuple[str, bool, bool]]:
     """Task names, each with whether it goes on online as the paper's and whether it was named itself."""
     tasks: dict[str, tuple[str, bool, bool]] = {}
     for name in names:
-        if name in ("all", "o2o"):
-            setting = "offline" if name == "all" else "offline_to_online"
-            found = [(task.name, name == "o2o", False) for task in paper_tasks(setting)]
-        elif name in families() or name in family_groups():
-            found = [(task.name, False, False) for task in paper_tasks("offline", name)]
+        online, named = name == "o2o", name not in ("all", "o2o", *families(), *family_groups())
+        if named:
+            found = [_known(name)]
         else:
-            found = [(_known(name), False, True)]
-        for task, online, named in found:
+            family = None if name in ("all", "o2o") else name
+            found = [task.name for task in paper_tasks("offline_to_online" if online else "offline", family)]
+        for task in found:
             if tasks.setdefault(task, (task, online, named))[1] != online:
                 raise InputError(f"{task} is asked for offline and offline to online; give each a sweep of its own")
     return list(tasks.values())
@@ -312,30 +319,23 @@ def _cells(
 ) -> list[Cell]:
     readers = {variant: _reader(variant, settings, protocol) for variant in variants}
     cells = []
-    for task, online, named in tasks:
-        images = get_task(task).images
-        for variant in variants:
-            config, reason = None, None
-            if images:
-                reason = "has images for observations: not trainable in this version"
-            else:
-                try:
-                    config = readers[variant](task, online)
-                except InputError as error:
-                    # Of a family, tasks that a method has no values for are left out; one that was named is an error.
-                    if named:
-                        raise InputError(f"{task} with {variant.label}: {error}") from error
-                    reason = str(error)
-            if reason is not None and named:
-                raise InputError(f"{task} {reason}")
-            cells.append(Cell(task, variant, config, reason))
+    for (task, online, named), variant in itertools.product(tasks, variants):
+        try:
+            if get_task(task).images:
+                raise InputError("has images for observations: not trainable in this version")
+            cells.append(Cell(task, variant, readers[variant](task, online)))
+        except InputError as error:
+            # Of a family, tasks that a method has no values for are left out; one that was named is an error.
+            if named:
+                raise InputError(f"{task} with {variant.label}: {error}") from error
+            cells.append(Cell(task, variant, None, str(error)))
     if cells and all(cell.left_out is not None for cell in cells):
         raise InputError(f"none of the {len(cells)} cells can be trained; {cells[0].name}: {cells[0].left_out}")
     return cells
 
 
 def _reader(variant: Variant, settings: Sequence[str], protocol: Any) -> Callable[[str, bool], SettledConfig]:
-    """What makes a task's settings of the sweep's: the given ones are read once, by Hydra, for all tasks."""
+    """Read the given settings once; a function from a task, and whether it goes on online, to its complete settings."""
     base = TrainConfig(algo=get_algorithm(variant.method).config())
     method_settings = setting_names(type(base.algo))
     given = read_overrides([*settings, *(f"algo.{text}" for text in variant.settings)], base)
@@ -347,7 +347,7 @@ def _reader(variant: Variant, settings: Sequence[str], protocol: Any) -> Callabl
         fixed = {} if protocol is None else protocol.settings_of(method_settings, online=online)
         put(values, fixed)
         if protocol is not None and not given.keys() & fixed.keys():
-            values["protocol"] = protocol.name  # what changes a part of it is not it
+            values["protocol"] = protocol.name  # a run with a setting of its own in its place is not of the protocol
         known = paper_task(task, "offline_to_online") if online else None
         if known is not None and not values["online_steps"]:
             values["online_steps"] = known.online_steps
@@ -365,8 +365,7 @@ def _check_engine(plan: SweepPlan, options: Mapping[str, str]) -> None:
     elif plan.jobs is not None:
         raise InputError("jobs= is for engine=local; on Ray num_cpus= says how many jobs a node takes")
     for cell in plan.trained:
-        assert cell.config is not None
-        if plan.stacked == "true" and not can_stack(cell.config):
+        if plan.stacked == "true" and not can_stack(cell.settled):
             raise InputError(
                 f"stacked=true: {cell.name} cannot train its seeds together (online_steps, compile=true, logger=wandb or "
                 "mlflow); leave stacked off"
@@ -374,12 +373,7 @@ def _check_engine(plan: SweepPlan, options: Mapping[str, str]) -> None:
 
 
 def _double(names: Iterable[str]) -> str | None:
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            return name
-        seen.add(name)
-    return None
+    return next((name for name, number in Counter(names).items() if number > 1), None)
 
 
 def _one_of(name: str, value: str, choices: Sequence[str]) -> str:
@@ -388,13 +382,39 @@ def _one_of(name: str, value: str, choices: Sequence[str]) -> str:
     return value
 
 
-def _number(name: str, text: str | None, kind: Callable[[str], Any], *, at_least: float) -> Any:
-    if text is None:
+def _number(name: str, options: Mapping[str, str], kind: Callable[[str], Any], *, at_least: float) -> Any:
+    if name not in options:
         return None
     try:
-        value = kind(text)
+        value = kind(options[name])
     except ValueError as error:
-        raise InputError(f"{name}={text} is not a number") from error
+        raise InputError(f"{name}={options[name]} is not a number") from error
     if not at_least <= value < float("inf"):
-        raise InputError(f"{name}={text} is out of range; expected at least {at_least}")
+        raise InputError(f"{name}={options[name]} is out of range; expected at least {at_least}")
     return value
+
+
+def seeds_text(seeds: Sequence[int]) -> str:
+    """Seeds as they are given: a range where they are one.
+
+    Examples:
+        >>> seeds_text([0, 1, 2, 3]), seeds_text([2, 0, 5])
+        ('0..3', '2,0,5')
+    """
+    if len(seeds) > 2 and list(seeds) == list(range(seeds[0], seeds[-1] + 1)):
+        return f"{seeds[0]}..{seeds[-1]}"
+    return ",".join(map(str, seeds))
+
+
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds, from an hour on without the seconds.
+
+    Examples:
+        >>> clock(65), clock(7300), clock(200_000)
+        ('1:05', '2 h 01 min', '2 d 7 h')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours >= 48:
+        return f"{hours // 24} d {hours % 24} h"
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes}:{rest:02d}"

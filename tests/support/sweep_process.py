@@ -14,7 +14,7 @@ PRELOADED = ["tests.support.without_page", "yaml"]
 def run_on_node(job):
     """What the engine sends to Ray; two jobs wait for each other at first, so that they run at the same time."""
     import tests.support.without_page  # noqa: F401 # in the job's process
-    from deflow_torchrl.sweep import on_ray
+    from deflow_torchrl.sweep.ray import _run_on_node
 
     begun = Path(job.out).parents[2] / "begun"
     begun.mkdir(exist_ok=True)
@@ -22,7 +22,7 @@ def run_on_node(job):
     until = time.monotonic() + 120
     while len(list(begun.iterdir())) < 2 and time.monotonic() < until:
         time.sleep(0.02)
-    return on_ray._run_on_node(job)
+    return _run_on_node(job)
 
 
 if __name__ == "__main__":  # the sweep itself trains nothing

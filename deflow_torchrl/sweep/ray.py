@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""Jobs on a Ray cluster whose nodes share the sweep's folder: a Ray task each, sent again where a node or worker was lost."""
+"""The engine ``ray``: a Ray task for each job, on a cluster whose nodes share the sweep's folder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import time
-from types import TracebackType
 from typing import Any
 
 from deflow_torchrl.errors import InputError, MissingExtraError
@@ -21,9 +20,9 @@ _STORE_BYTES = 100 << 20  # a third of the memory by default; what jobs return i
 
 
 class RayEngine:
-    """Ray tasks, in processes of their own, that run jobs on whichever node has room.
+    """Ray tasks that run jobs in processes of their own, on whichever node has room.
 
-    Ray itself retries nothing: a task that is lost comes back as ``lost``, and its job starts anew from its checkpoints.
+    Ray itself retries nothing: a task that is lost ends as ``lost``, and the sweep starts its job again from its checkpoints.
 
     Args:
         address: of the cluster; None takes the connection this process has, that in ``$RAY_ADDRESS``, or starts a cluster of
@@ -70,9 +69,7 @@ class RayEngine:
                 )
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.kill()
         self._leave()
 

@@ -1,29 +1,41 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""The running of a sweep: jobs to an engine, failures again, every change of a job's state to ``status.jsonl``."""
+"""Run a sweep: jobs go to an engine, failed jobs are tried again, and ``status.jsonl`` gets every change of a job's state."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
 import time
 from collections import deque
-from contextlib import ExitStack
-from typing import Any, Protocol
+from contextlib import AbstractContextManager, ExitStack
+from typing import TYPE_CHECKING, Any, Protocol
 
 from deflow_torchrl import __version__
-from deflow_torchrl.errors import InputError, RunInterrupted
+from deflow_torchrl.errors import InputError, MissingExtraError, RunInterrupted
 from deflow_torchrl.paths import hold_lock, make_writable_folder, write_text
-from deflow_torchrl.sweep.jobs import Job, Outcome, check_devices, have_data, is_done, jobs_at_once, plan_jobs
+from deflow_torchrl.sweep.jobs import (
+    Job,
+    JobProgress,
+    Outcome,
+    check_devices,
+    have_data,
+    is_done,
+    jobs_at_once,
+    plan_jobs,
+)
 from deflow_torchrl.sweep.plan import PLAN_FILE, STATUS_FILE, SweepPlan, uses_gpu
-from deflow_torchrl.sweep.table import JobProgress, Table
+
+if TYPE_CHECKING:
+    from deflow_torchrl.sweep.progress import SweepProgress
 
 _LOOK_SECONDS = 1.0
-_SAVING_SECONDS = 120.0  # after Ctrl-C, until what still runs is ended
-_LOSSES = 10  # of machines or processes, that one job is sent again after
+_SAVING_SECONDS = 120.0  # after Ctrl-C, until jobs that still run are killed
+_LOSSES = 10  # of machines or processes, after which a job is not started again
 
 
-class Engine(Protocol):
+class Engine(AbstractContextManager["Engine"], Protocol):
     """Where jobs run."""
 
     @property
@@ -44,19 +56,19 @@ class Engine(Protocol):
 
 
 def run_sweep(plan: SweepPlan, *, show_progress: bool = True, live: bool | None = None) -> dict[str, Any]:
-    """Run what is not finished of a sweep, or go on with it.
+    """Run the jobs of a sweep that are not finished.
 
     Args:
         plan: what is to run, for example of :func:`~deflow_torchrl.sweep.parse_sweep`.
 
     Keyword Args:
-        show_progress: show on standard error how it is doing.
-        live: as a table that is drawn again and again; where standard error is a terminal by default.
+        show_progress: show its progress on standard error.
+        live: as bars that are redrawn, not as lines; by default where standard error is a terminal.
 
     Returns:
-        ``out``; ``jobs`` (job -> ``state``, ``attempts``, ``folder``, ``host``, ``message``); ``done``, how many are finished,
-        and ``ran``, how many of them now; ``failed``, the names of those that are not; ``left_out``, cell -> why it cannot be
-        trained; and ``seconds``.
+        ``out``; ``jobs`` (job -> ``state``, ``attempts``, ``folder``, ``host``, ``message``, ``log``); ``done``, how many are
+        finished, and ``ran``, how many of them now; ``failed``, the names of those that are not; ``left_out``, cell -> why it
+        cannot be trained; and ``seconds``.
 
     Raises:
         InputError: if another sweep works in the folder, a run in it has other settings, or the engine, the device or the data
@@ -67,11 +79,10 @@ def run_sweep(plan: SweepPlan, *, show_progress: bool = True, live: bool | None 
     make_writable_folder(plan.out)
     busy = f"another sweep works in {plan.out}; wait for it, or choose another folder with out="
     with hold_lock(plan.out / ".sweep.lock", busy=busy, note=f"{socket.gethostname()} {os.getpid()}"):
-        jobs = plan_jobs(plan)
-        return _Sweep(plan, jobs, show_progress=show_progress, live=live).run()
+        return _Sweep(plan).run(show_progress=show_progress, live=live)
 
 
-def make_engine(plan: SweepPlan) -> Any:
+def make_engine(plan: SweepPlan) -> Engine:
     """The engine a plan asks for, to be used in a ``with`` block.
 
     Raises:
@@ -79,7 +90,7 @@ def make_engine(plan: SweepPlan) -> Any:
     """
     gpu = uses_gpu(plan)
     if plan.engine == "ray":
-        from deflow_torchrl.sweep.on_ray import RayEngine
+        from deflow_torchrl.sweep.ray import RayEngine
 
         gpus = float(gpu) if plan.num_gpus is None else plan.num_gpus
         return RayEngine(plan.ray_address, num_cpus=plan.num_cpus, num_gpus=gpus)
@@ -89,38 +100,51 @@ def make_engine(plan: SweepPlan) -> Any:
 
 
 class _Sweep:
-    def __init__(self, plan: SweepPlan, jobs: list[Job], *, show_progress: bool, live: bool | None) -> None:
+    def __init__(self, plan: SweepPlan) -> None:
         self.plan = plan
-        self.jobs = {job.name: JobProgress(job) for job in jobs}
-        self.losses: dict[str, int] = {}
+        self.local = plan.engine == "local"
+        self.jobs = {job.name: JobProgress(job) for job in plan_jobs(plan)}
         self.ran = 0
-        self.began = time.monotonic()
-        self.started: dict[str, float] = {}
-        self.shown = show_progress
-        self.table = Table(self.jobs, show=show_progress, live=live)
+        self.shown: SweepProgress | None = None
 
-    def run(self) -> dict[str, Any]:
-        plan, waiting = self.plan, deque[Job]()
-        for name, progress in self.jobs.items():
-            if is_done(progress.job):
-                progress.state = "done"
-            else:
-                waiting.append(self.jobs[name].job)
-        if waiting and plan.engine == "local":
+    def run(self, *, show_progress: bool, live: bool | None) -> dict[str, Any]:
+        plan, began = self.plan, time.monotonic()
+        for progress in self.jobs.values():
+            progress.state = "done" if is_done(progress.job) else "waiting"
+        waiting = deque(progress.job for progress in self.jobs.values() if progress.state == "waiting")
+        if waiting and self.local:
             check_devices(plan)
-        have_data(plan, waiting, show_progress=self.shown)
+        have_data(plan, waiting, show_progress=show_progress)
         with ExitStack() as stack:
-            engine: Engine | None = stack.enter_context(make_engine(plan)) if waiting else None
+            engine = stack.enter_context(make_engine(plan)) if waiting else None
             _write_plan(plan)
-            stack.enter_context(self.table)
+            if show_progress:
+                self.shown = stack.enter_context(_progress(self.jobs, live=live))
             if left_out := len(plan.cells) - len(plan.trained):
-                self.table.say(
-                    f"{left_out} of {len(plan.cells)} cells cannot be trained in this version: see {PLAN_FILE}"
-                )
-            self.table.update()
+                self._say(f"{left_out} of {len(plan.cells)} cells cannot be trained in this version: see {PLAN_FILE}")
+            self._show()
             if engine is not None:
                 self._work(engine, waiting)
-        return self._summary()
+        failed = [name for name, progress in self.jobs.items() if progress.state != "done"]
+        return {
+            "out": str(plan.out),
+            "done": len(self.jobs) - len(failed),
+            "ran": self.ran,
+            "failed": failed,
+            "left_out": plan.left_out,
+            "jobs": {
+                name: {
+                    "state": progress.state,
+                    "attempts": progress.attempts,
+                    "folder": progress.job.out,
+                    "host": progress.host,
+                    "message": progress.message,
+                    "log": str(progress.job.log(plan.out)) if self.local else None,
+                }
+                for name, progress in self.jobs.items()
+            },
+            "seconds": round(time.monotonic() - began, 1),
+        }
 
     def _work(self, engine: Engine, waiting: deque[Job]) -> None:
         running: set[str] = set()
@@ -135,8 +159,8 @@ class _Sweep:
                     if self._take(job, outcome):
                         waiting.append(job)
                 for name in running:
-                    self._see_holder(self.jobs[name])
-                self.table.update()
+                    self._look(self.jobs[name])
+                self._show()
         except KeyboardInterrupt as error:
             self._interrupt(engine, running)
             command = self.plan.command
@@ -149,103 +173,90 @@ class _Sweep:
     def _start(self, engine: Engine, job: Job) -> None:
         progress = self.jobs[job.name]
         progress.attempts += 1
-        progress.message, progress.host = "", None
-        self.started[job.name] = time.time()
+        progress.message, progress.host, progress.started = "", None, time.time()
+        progress.look()
         engine.start(job)
-        if self.plan.engine == "local":
-            progress.state, progress.host = "running", None
+        if self.local:
+            progress.state = "running"
             self._note(progress)
 
-    def _see_holder(self, progress: JobProgress) -> None:
-        """On Ray a job runs from when somebody has its lock."""
-        if self.plan.engine == "local" or progress.state == "running":
+    def _look(self, progress: JobProgress) -> None:
+        """Read a job's metrics; a job on Ray counts as running while its lock is held."""
+        progress.look()
+        if progress.state == "running":
             return
-        try:
-            if progress.job.lock.stat().st_mtime < self.started[progress.job.name] - 1:
-                return  # of a process that was killed
-            host = progress.job.lock.read_text(encoding="utf-8").split()
-        except OSError:
-            return
-        if host:
-            progress.state, progress.host = "running", host[0]
-            self._note(progress)
+        with contextlib.suppress(OSError):
+            if progress.job.lock.stat().st_mtime < progress.started - 1:
+                return  # left by a process that was killed
+            if host := progress.job.lock.read_text(encoding="utf-8").split():
+                progress.state, progress.host = "running", host[0]
+                self._note(progress)
 
     def _take(self, job: Job, outcome: Outcome) -> bool:
-        """Note how a job ended; whether it is to be started again."""
+        """Take note of a job's end; whether it is to be started again."""
         progress = self.jobs[job.name]
-        progress.host = outcome.host or progress.host
-        progress.message = outcome.message
         again = False
         if outcome.kind == "done":
-            progress.state, progress.message = "done", ""
             self.ran += 1
-        elif outcome.kind in ("lost", "interrupted"):  # by others than this sweep
-            self.losses[job.name] = self.losses.get(job.name, 0) + 1
-            again = self.losses[job.name] <= _LOSSES
+        elif outcome.kind in ("lost", "interrupted"):  # not by this sweep
+            progress.losses += 1
+            again = progress.losses <= _LOSSES
         elif outcome.kind == "failed":
-            again = progress.attempts - self.losses.get(job.name, 0) <= self.plan.retries
-        if outcome.kind != "done":
-            progress.state = "waiting" if again else "failed"
-        progress.look()
-        self._note(progress, outcome)
+            again = progress.attempts - progress.losses <= self.plan.retries
+        self._end(progress, outcome, "waiting" if again else "failed")
         return again
 
+    def _end(self, progress: JobProgress, outcome: Outcome, otherwise: str) -> None:
+        progress.state = "done" if outcome.kind == "done" else otherwise
+        progress.host, progress.message = outcome.host or progress.host, outcome.message
+        progress.look()
+        self._note(progress, outcome)
+
     def _interrupt(self, engine: Engine, running: set[str]) -> None:
-        self.table.say(f"interrupted: {len(running)} jobs save their state (again Ctrl-C: end them now)")
-        try:
+        self._say(f"interrupted: {len(running)} jobs save their state (again Ctrl-C: end them now)")
+        with contextlib.suppress(KeyboardInterrupt):
             engine.interrupt()
             until = time.monotonic() + _SAVING_SECONDS
             while running and time.monotonic() < until:
                 for job, outcome in engine.wait(_LOOK_SECONDS):
                     running.discard(job.name)
-                    progress = self.jobs[job.name]
-                    progress.state = "done" if outcome.kind == "done" else "interrupted"
-                    progress.message = outcome.message
-                    progress.look()
-                    self._note(progress, outcome)
-        except KeyboardInterrupt:
-            pass
+                    self._end(self.jobs[job.name], outcome, "interrupted")
         engine.kill()
         for name in running:
             self.jobs[name].state = "interrupted"
             self._note(self.jobs[name])
+        self._show()
 
     def _note(self, progress: JobProgress, outcome: Outcome | None = None) -> None:
-        """Append a job's state to ``status.jsonl``: a line in one write, so that a reader meets whole ones."""
+        """Append a job's state to ``status.jsonl``, a line in one write, so that a reader sees whole lines."""
         row = {
             "time": round(time.time(), 3),
             "job": progress.job.name,
             "state": progress.state,
             "outcome": None if outcome is None else outcome.kind,
             "attempt": progress.attempts,
-            "host": progress.host or (socket.gethostname() if self.plan.engine == "local" else None),
+            "host": progress.host or (socket.gethostname() if self.local else None),
             "step": progress.step,
             "message": progress.message,
         }
         with (self.plan.out / STATUS_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
-    def _summary(self) -> dict[str, Any]:
-        failed = [name for name, progress in self.jobs.items() if progress.state != "done"]
-        return {
-            "out": str(self.plan.out),
-            "done": len(self.jobs) - len(failed),
-            "ran": self.ran,
-            "failed": failed,
-            "left_out": {cell.name: cell.left_out for cell in self.plan.cells if cell.left_out is not None},
-            "jobs": {
-                name: {
-                    "state": progress.state,
-                    "attempts": progress.attempts,
-                    "folder": progress.job.out,
-                    "host": progress.host,
-                    "message": progress.message,
-                    "log": str(progress.job.log(self.plan.out)) if self.plan.engine == "local" else None,
-                }
-                for name, progress in self.jobs.items()
-            },
-            "seconds": round(time.monotonic() - self.began, 1),
-        }
+    def _show(self) -> None:
+        if self.shown is not None:
+            self.shown.show()
+
+    def _say(self, text: str) -> None:
+        if self.shown is not None:
+            self.shown.say(text)
+
+
+def _progress(jobs: dict[str, JobProgress], *, live: bool | None) -> SweepProgress:
+    try:
+        from deflow_torchrl.sweep.progress import SweepProgress
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(error.name or "rich", "cli") from error
+    return SweepProgress(jobs, live=live)
 
 
 def _write_plan(plan: SweepPlan) -> None:

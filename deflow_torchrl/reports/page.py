@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from deflow_torchrl.algorithms.registry import ALGORITHMS
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.paths import write_text
 from deflow_torchrl.reports.figures import (
@@ -29,7 +30,6 @@ from deflow_torchrl.reports.records import METRICS
 from deflow_torchrl.reports.runs import FinishedRun, find_runs, flat_settings, standard_error
 from deflow_torchrl.reports.statistics import stratified_bootstrap
 from deflow_torchrl.reports.tables import (
-    NAMES,
     Cell,
     Table,
     aggregate_grid,
@@ -301,7 +301,7 @@ def _by_task(runs: Sequence[FinishedRun]) -> dict[str, dict[str, list[FinishedRu
 
 
 def _colours(labels: Mapping[str, Any]) -> dict[str, Any]:
-    return colours_of(list(labels), list(NAMES.values())[::-1])
+    return colours_of(list(labels), [column_name(algo) for algo in sorted(ALGORITHMS, key=column_order, reverse=True)])
 
 
 def _card_title(run: FinishedRun) -> str:

@@ -68,11 +68,15 @@ def paper_cells(task: str, *, online: bool) -> Mapping[str, Sequence[float | Non
     return paper_tables()["offline_to_online" if online else "offline"][known.name] if known else {}
 
 
+def paper_methods() -> list[str]:
+    """The methods of the paper's tables in their order, by title; its own is the last."""
+    return list(next(iter(paper_tables()["offline_families"].values())))
+
+
 def paper_means(task: str, *, online: bool) -> dict[str, float]:
-    """Algorithm -> the mean the paper prints for it on this task, offline to online that of the end; only those it prints."""
-    cells, names = paper_cells(task, online=online), paper_tables()["columns"]
-    found = {algo: cells[name][-2] for algo, name in names.items() if name in cells}
-    return {algo: mean for algo, mean in found.items() if mean is not None}
+    """Method -> the mean the paper prints for it on this task, offline to online that of the end; only those it prints."""
+    cells = paper_cells(task, online=online)
+    return {name: mean for name, cell in cells.items() if (mean := cell[-2]) is not None}
 
 
 def paper_grids(tasks: Sequence[str], online_tasks: Sequence[str], *, ablation: bool) -> list[Grid]:

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from deflow_torchrl.algorithms.registry import ALGORITHMS
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.reports.grids import Entry, Grid, grid_row
-from deflow_torchrl.reports.paper import family_of, paper_means, task_order
+from deflow_torchrl.reports.paper import family_of, paper_means, paper_methods, task_order
 from deflow_torchrl.reports.records import METRICS
 from deflow_torchrl.reports.runs import FinishedRun, natural, score_of, standard_error
 from deflow_torchrl.reports.statistics import (
@@ -30,11 +31,6 @@ from deflow_torchrl.reports.statistics import (
 
 BOLD_FROM = 0.95  # share of the row's best from which the paper prints a mean in bold
 NEAR = "≈"
-# Methods as a table names them, in the paper's order with DeFlow last.
-NAMES = {
-    "flow_bc": "flow BC", "bc": "BC", "iql": "IQL", "rebrac": "ReBRAC", "fawac": "FAWAC", "fbrac": "FBRAC", "ifql": "IFQL",
-    "fql": "FQL", "deflow": "DeFlow",
-}  # fmt: skip
 _READING = (
     f"mean±std over seeds (by S - 1), in brackets the standard error of the mean over all episodes; bold: at least "
     f"{BOLD_FROM:.0%} of the row's best; {NEAR}: the gap to the best lies inside the noise, of the episodes or of the seeds "
@@ -113,8 +109,9 @@ class Table:
 
     @property
     def reference(self) -> str | None:
-        """The column that others are compared with: DeFlow's first; None without one."""
-        return next((column for column in self.columns if column.split(" ")[0] == "deflow"), None)
+        """The column that others are compared with, the first of the paper's own method; None without one."""
+        own = paper_methods()[-1]
+        return next((column for column in self.columns if column_name(column).partition(" (")[0] == own), None)
 
 
 def make_tables(runs: Sequence[FinishedRun], *, last: int | None = None) -> list[Table]:
@@ -184,7 +181,7 @@ def column_name(column: str) -> str:
         ('FQL', 'DeFlow (fixed_alpha=0.3)', 'mine')
     """
     algo, bracket, settings = column.partition(" (")
-    return NAMES.get(algo, algo) + bracket + settings
+    return (ALGORITHMS[algo].title if algo in ALGORITHMS else algo) + bracket + settings
 
 
 def column_settings(column: str) -> str:
@@ -198,10 +195,14 @@ def column_settings(column: str) -> str:
 
 
 def column_order(column: str) -> tuple[Any, ...]:
-    """Sort key of columns: the paper's order of methods, with DeFlow last, then others by name; variants by their settings."""
-    order = list(NAMES)
-    algo = column.split(" ", maxsplit=1)[0]
-    return (order.index(algo) if algo in order else len(order), algo, natural(column))
+    """Sort key of columns: by the paper's order of methods, with DeFlow last; variants by their settings.
+
+    Methods that are not in the paper's tables come first, names that this version does not know last.
+    """
+    algo, papers = column.split(" ", maxsplit=1)[0], paper_methods()
+    title = column_name(algo)
+    place = len(papers) if algo not in ALGORITHMS else papers.index(title) if title in papers else -1
+    return (place, algo, natural(column))
 
 
 def split_variants(columns: Iterable[str]) -> tuple[list[str], dict[str, list[str]]]:
@@ -242,12 +243,12 @@ def ranking_grid(table: Table) -> Grid | None:
     """Compare our order of the methods with the paper's, task by task; None where no task has two methods of the paper's."""
     lines = []
     for row in table.rows:
-        theirs = paper_means(row.name, online=table.online) if row.kind == "task" else {}
-        common = [column for column in table.columns if column in row.cells and column in theirs]
+        means = paper_means(row.name, online=table.online) if row.kind == "task" else {}
+        common = [column for column in table.columns if column in row.cells and column_name(column) in means]
         if len(common) < 2:
             continue
         ours = {column: row.cells[column].mean for column in common}
-        theirs = {column: theirs[column] for column in common}
+        theirs = {column: means[column_name(column)] for column in common}
         tau = kendall_tau(list(ours.values()), list(theirs.values()))
         pairs = list(itertools.combinations(common, 2))
         clear = [(one, other) for one, other in pairs if not row.cells[one].near(row.cells[other])]

@@ -77,8 +77,8 @@ def d4rl_task_names() -> list[str]:
 def d4rl_task(name: str) -> D4RLTask | None:
     """Look a task up by D4RL's name (``door-human-v1``) or any version of its Minari id (``D4RL/door/human-v2``).
 
-    A Minari id of D4RL's namespace with other data (``D4RL/door/mine-v0``, ``D4RL/antmaze/eval-medium-v0``) is the task
-    whose data's name begins alike, else the first of its kind. ``None`` for any other name.
+    Minari ids of D4RL's namespace with other data (``D4RL/door/mine-v0``) give the first task of their family. ``None`` for
+    any other name.
     """
     if name in _tasks():
         return _tasks()[name]
@@ -91,7 +91,7 @@ def d4rl_task(name: str) -> D4RLTask | None:
 
 
 def scoring_task(name: str, environment_id: str | None = None) -> D4RLTask | None:
-    """The task whose constants score a set: its own by name (:func:`d4rl_task`), else that of its Adroit environment.
+    """Find the task whose constants score a set: by the set's name (:func:`d4rl_task`), else by its Adroit environment.
 
     Args:
         name: D4RL's name, a Minari id, or a gymnasium id.
@@ -106,7 +106,7 @@ def scoring_task(name: str, environment_id: str | None = None) -> D4RLTask | Non
 
 
 def normalized_score(returns: _Returns, low: float, high: float) -> _Returns:
-    """D4RL's score: 100 (R - low) / (high - low), 0 for a random policy and 100 for the expert.
+    """Compute D4RL's score 100 (R - low) / (high - low): 0 for a random policy, 100 for the expert.
 
     Args:
         returns: undiscounted returns of *raw* rewards: a number, array or tensor of any shape.
@@ -140,7 +140,7 @@ def reference_returns(
             disagrees with them is reported in the log.
 
     Returns:
-        (low, high), or ``None`` where neither D4RL nor the set knows them.
+        (low, high), or ``None`` where neither D4RL nor the set has them.
 
     Examples:
         >>> reference_returns("D4RL/antmaze/umaze-v1")

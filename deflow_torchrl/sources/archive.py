@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""Arrays of an .npz archive read as a stream, so that a set larger than memory can be checked and stored."""
+"""Read the arrays of an .npz archive as streams, so that a set larger than memory can be checked and stored."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class NpzArchive:
         path: the file.
 
     Raises:
-        InputError: if it is missing or no archive. Damage inside shows when the columns are read, within :func:`readable`.
+        InputError: if it is missing or no archive. Damage inside is found when the columns are read, within :func:`readable`.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -78,11 +78,11 @@ class NpzArchive:
 
 
 class NpzColumn:
-    """One array of an archive; rows are decompressed as they are asked for, going back starts again from the beginning.
+    """One array of an archive, decompressed row by row; a step back starts again from the beginning.
 
     Attributes:
-        shape: of the array.
-        dtype: of the array.
+        shape: shape of the array.
+        dtype: data type of the array.
     """
 
     def __init__(self, archive: zipfile.ZipFile, member: str) -> None:
@@ -95,7 +95,7 @@ class NpzColumn:
             raise ValueError(f"{member} holds pickled objects, which are never loaded")
 
     def __getitem__(self, rows: slice) -> np.ndarray:
-        """Consecutive rows (step 1)."""
+        """Read consecutive rows (step 1)."""
         begin, end, _ = rows.indices(self.shape[0] if self.shape else 0)
         if self._fortran and len(self.shape) > 1:
             return self._whole()[begin:end]
@@ -143,13 +143,16 @@ def _read_header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
 
 @contextmanager
 def readable(path: Path, *, also: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Turn what a damaged file raises into one line that names it.
+    """Turn the errors that a damaged file causes into one line that names it.
 
     Args:
-        path: the file, anybody's: the advice must do for a recording too.
+        path: the file.
 
     Keyword Args:
-        also: more that reading its format may raise.
+        also: further exceptions that reading its format may raise.
+
+    Raises:
+        InputError: where the block raises one of the errors of a damaged file.
     """
     try:
         yield

@@ -1,8 +1,8 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""Local generation of OGBench data sets by OGBench's own protocol (:mod:`deflow_torchrl.sources.oracles`).
+"""Generate OGBench data sets locally, by OGBench's own protocol (:mod:`deflow_torchrl.sources.oracles`).
 
-Every episode has its own random stream, derived from (seed, split, episode): a set does not depend on how many processes
-made it, a shorter set is the beginning of a longer one, and finished episodes survive a kill.
+Every episode has its own random stream, derived from (seed, split, episode). So a set does not depend on the number of
+processes, a shorter set is the beginning of a longer one, and a repeated call keeps the episodes finished before a kill.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from deflow_torchrl.sources.oracles import GENERATED_DATASETS, EpisodeCollector,
 
 
 def generated_dataset_name(name: str) -> str:
-    """The name of a set that can be generated, given with or without its ending ``-v0``.
+    """Complete the name of a set that can be generated, given with or without its ending ``-v0``.
 
     Raises:
         InputError: if there is no generator for it, with the nearest names.
@@ -52,7 +52,7 @@ def generated_dataset_name(name: str) -> str:
 
 
 def generated_root(dataset: str, *, episodes: int, val_episodes: int, seed: int) -> Path:
-    """Default folder of a generated set; apart from downloaded data, so that it is never taken for the published set."""
+    """Default folder of a generated set, apart from downloaded data: it must not be taken for the published set."""
     return cache_home() / "generated" / f"{dataset}-{episodes}-{val_episodes}-seed{seed}"
 
 
@@ -68,9 +68,9 @@ def generate_ogbench_dataset(
 ) -> Path:
     """Generate ``root/NAME.npz`` and ``root/NAME-val.npz``, which plain ``ogbench`` loads, and ``NAME.json`` about them.
 
-    Finished episodes are kept in ``root/.NAME.DIGEST.parts``, DIGEST being that of the settings, until both files stand; a
-    repeated call goes on from there. A set that was made with the same settings is left as it is, anything else of the
-    name is refused.
+    Finished episodes are kept in ``root/.NAME.DIGEST.parts`` (DIGEST: of the settings) until both files are written; a
+    repeated call continues from there. A set that was made with the same settings is left as it is; other data of the name
+    is refused.
 
     Args:
         dataset: a key of :data:`GENERATED_DATASETS`, with or without its ``-v0``.
@@ -191,8 +191,8 @@ def _run_jobs(
             future.result()
             yield
     except BaseException:
-        # Not an orderly shutdown: it waits for whole episodes, and a second Ctrl-C would leave it with workers that never
-        # end. A part is there complete or not at all, so a kill loses only the episodes at hand.
+        # An orderly shutdown would wait for whole episodes, and after a second Ctrl-C some workers would never end. A part
+        # is complete or not there at all, so a kill loses only the episodes in progress.
         context.kill()
         pool.shutdown(wait=False, cancel_futures=True)
         raise
@@ -200,7 +200,7 @@ def _run_jobs(
 
 
 def _begin_worker(dataset: str, settings: EpisodeSettings) -> None:
-    """Let a worker do what the parent's description of the files says, also where a caller has changed the table."""
+    """Give a worker the parent's settings, which a caller may have changed in the table."""
     die_with_parent()
     GENERATED_DATASETS[dataset] = settings
 

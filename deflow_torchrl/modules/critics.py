@@ -17,11 +17,13 @@ from typing import Literal, get_args
 
 import torch
 from tensordict import TensorDictBase, TensorDictParams
-from tensordict.nn import TensorDictModuleBase
+from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 from torchrl.objectives.common import LossModule
 from torchrl.objectives.utils import _vmap_func
+
+from deflow_torchrl.modules.networks import CheckedModule, StateActionValue, is_wrapped
 
 Aggregation = Literal["mean", "min"]
 
@@ -213,8 +215,16 @@ class TwinCritic(CriticEnsemble):
         params = self._parameters_of(target=target, frozen=frozen)
         if params is None:
             return super().values(tensordict, target=target, frozen=frozen)
+        network = self.__dict__["_network"]
+        if params.batch_size[0] > 1 and not self.deactivate_vmap and not is_wrapped(network):
+            core = network.module if type(network) in (TensorDictModule, CheckedModule) else None
+            if isinstance(core, StateActionValue):
+                with params.to_module(network, preserve_module_state=False):
+                    together = core.stacked(*(tensordict[key] for key in network.in_keys))
+                if together is not None:
+                    return together.squeeze(-1)
         evaluate = _vmap_func(
-            self.__dict__["_network"],
+            network,
             (None, 0),
             randomness=getattr(self.__dict__["_loss"], "vmap_randomness", "different"),
             pseudo_vmap=self.deactivate_vmap,

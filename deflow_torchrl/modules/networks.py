@@ -212,6 +212,17 @@ class StateActionValue(nn.Module):
         """Return the value ``[..., 1]`` of ``observation [..., O]`` and ``action [..., A]``."""
         return self.mlp(torch.cat([observation, action], -1))
 
+    def stacked(self, observation: Tensor, action: Tensor) -> Tensor | None:
+        """Return values ``[J, ..., 1]`` of J networks whose stacked parameters stand in the place of this one's.
+
+        None where each network has to be called by itself: without kernels, or where calls are replaced or hooked.
+        """
+        mlp = self.mlp
+        if type(self) is not StateActionValue or not isinstance(mlp, MLP) or is_wrapped(self) or is_wrapped(mlp):
+            return None
+        x = torch.cat([observation, action], -1)
+        return None if mlp.kernel_parameters(x) is None else mlp(x)
+
 
 def make_velocity_network(
     observation_dim: int, action_dim: int, hidden_dims: Sequence[int] = PAPER_HIDDEN_DIMS

@@ -16,6 +16,7 @@ from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
+from deflow_torchrl.modules.networks import is_wrapped
 from deflow_torchrl.modules.policies import check_encoders, encode, is_flow, last_policy
 
 
@@ -54,11 +55,20 @@ def state_keys(policy: TensorDictModuleBase) -> list[NestedKey]:
 
 def act(policy: TensorDictModuleBase, state: TensorDictBase, noise: Tensor) -> Tensor:
     """Action ``[*B, A]`` of a flow or one-step policy for this state and noise ``[*B, A]``."""
-    key = noise_key(policy)
-    if key is None:
-        head = last_policy(policy)
+    key, head = noise_key(policy), last_policy(policy)
+    if key is None or not is_wrapped(head):
         return head.module(encode(policy, state)[head.in_keys[0]], noise)
     return policy(state.select(*state_keys(policy)).set(key, noise))[policy.out_keys[-1]]
+
+
+def refine(policy: TensorDictModuleBase, state: TensorDictBase, base_action: Tensor) -> tuple[Tensor, Tensor]:
+    """Return shift and action, both ``[*B, A]``, of a refinement policy."""
+    head = last_policy(policy)
+    if not is_wrapped(head):
+        return head.module(encode(policy, state)[head.observation_key], base_action)
+    keys = [key for key in policy.in_keys if key != head.base_action_key]
+    refined = policy(state.select(*keys).set(head.base_action_key, base_action))
+    return refined[head.out_keys[0]], refined[head.out_keys[1]]
 
 
 def velocity(policy: TensorDictModuleBase, state: TensorDictBase) -> Callable[[Tensor, Tensor], Tensor]:

@@ -13,7 +13,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from deflow_torchrl.modules.actor import DeFlowActor
 from deflow_torchrl.modules.flow import Precision, matmul_precision
-from deflow_torchrl.modules.policies import is_flow, last_policy
+from deflow_torchrl.modules.policies import is_flow
 from deflow_torchrl.objectives import acting
 from deflow_torchrl.objectives.base import OffPolicyLoss, Reduction, next_key
 
@@ -197,11 +197,8 @@ class RefinedActorLoss(OffPolicyLoss):
 
     def _refine(self, state: TensorDictBase, base_action: Tensor) -> tuple[Tensor, Tensor]:
         """(d, a) = (f(s, b), clip(b + d)) with gradient to the refinement; d in the type of the parameters."""
-        policy = self.actor_network.refinement_policy
-        keys = [key for key in policy.in_keys if key != self.actor_network.base_action_key]
-        shift_key, action_key = last_policy(policy).out_keys
-        refined = policy(state.select(*keys).set(self.actor_network.base_action_key, base_action))
-        return refined[shift_key].to(base_action.dtype), refined[action_key]
+        shift, action = acting.refine(self.actor_network.refinement_policy, state, base_action)
+        return shift.to(base_action.dtype), action
 
     @torch.no_grad()
     def _refined(self, following: TensorDictBase, next_base_action: Tensor) -> TensorDictBase:

@@ -219,8 +219,7 @@ class TwinCritic(CriticEnsemble):
         if params.batch_size[0] > 1 and not self.deactivate_vmap and not is_wrapped(network):
             core = network.module if type(network) in (TensorDictModule, CheckedModule) else None
             if isinstance(core, StateActionValue):
-                with params.to_module(network, preserve_module_state=False):
-                    together = core.stacked(*(tensordict[key] for key in network.in_keys))
+                together = core.stacked(*(tensordict[key] for key in network.in_keys), params.get("module"))
                 if together is not None:
                     return together.squeeze(-1)
         evaluate = _vmap_func(

@@ -212,16 +212,20 @@ class StateActionValue(nn.Module):
         """Return the value ``[..., 1]`` of ``observation [..., O]`` and ``action [..., A]``."""
         return self.mlp(torch.cat([observation, action], -1))
 
-    def stacked(self, observation: Tensor, action: Tensor) -> Tensor | None:
-        """Return values ``[J, ..., 1]`` of J networks whose stacked parameters stand in the place of this one's.
+    def stacked(self, observation: Tensor, action: Tensor, params: TensorDictBase) -> Tensor | None:
+        """Return values ``[J, ..., 1]`` of J networks of this layout, whose parameters ``params`` stacks, in one pass.
 
         None where each network has to be called by itself: without kernels, or where calls are replaced or hooked.
         """
         mlp = self.mlp
         if type(self) is not StateActionValue or not isinstance(mlp, MLP) or is_wrapped(self) or is_wrapped(mlp):
             return None
-        x = torch.cat([observation, action], -1)
-        return None if mlp.kernel_parameters(x) is None else mlp(x)
+        x, layers = torch.cat([observation, action], -1), params.get("mlp")
+        names = [name for name, layer in mlp._modules.items() if not isinstance(layer, nn.GELU)]
+        parameters = [layers.get((name, kind)) for name in names for kind in ("weight", "bias")]
+        if not mlp.is_as_built() or not kernels.usable(x, *parameters):
+            return None
+        return kernels.mlp(x, parameters, layer_norm=mlp.layer_norm)
 
 
 def make_velocity_network(

@@ -219,7 +219,8 @@ class TwinCritic(CriticEnsemble):
         if params.batch_size[0] > 1 and not self.deactivate_vmap and not is_wrapped(network):
             core = network.module if type(network) in (TensorDictModule, CheckedModule) else None
             if isinstance(core, StateActionValue):
-                together = core.stacked(*(tensordict[key] for key in network.in_keys), params.get("module"))
+                observation, action = (tensordict[key] for key in network.in_keys)
+                together = core.stacked(observation, action, params.get("module"))
                 if together is not None:
                     return together.squeeze(-1)
         evaluate = _vmap_func(

@@ -362,7 +362,7 @@ class OffPolicyLoss(LossModule):
         return state.select(*self.critics.state_keys).set(self.tensor_keys.action, action)
 
     def _bootstrap(self, tensordict: TensorDictBase, next_value: Tensor) -> Tensor:
-        """Target y = r + gamma (1 - terminated) V(s') ``[*B]``, gamma to the power of ``steps_to_next_obs`` where that is given."""
+        """Target y = r + gamma (1 - terminated) V(s') ``[*B]``; gamma to the power of ``steps_to_next_obs``, where given."""
         return self.value_estimator.value_estimate(tensordict, next_value=next_value.unsqueeze(-1)).squeeze(-1)
 
     def _td_terms(

@@ -331,7 +331,7 @@ def test_settings_with_seeds_go_to_a_file_and_back_and_name_a_folder():
     config = compose_config(["task=file:x", "seeds=[3,1]"])
     assert config.seeds == [3, 1]
     assert config_from_dict(config_to_dict(config)) == config
-    assert str(default_out(config)) == "runs/own-x-deflow-seeds3-1"
+    assert str(default_out(config)) == "runs/file-x-deflow-seeds3-1"
 
 
 def test_the_command_line_trains_resumes_and_prints_every_seed(task, tmp_path, capsys, monkeypatch):

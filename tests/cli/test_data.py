@@ -296,7 +296,7 @@ def test_a_killed_preparation_leaves_nothing_that_is_taken_for_a_set(home):
     code = (
         "import os, signal\nfrom deflow_torchrl.data import builder\n"
         "def die(self, *a, **k): os.kill(os.getpid(), signal.SIGKILL)\n"
-        "builder.TransitionBuilder.add_actions = die\n"
+        "builder.ColumnBuilder.add_actions = die\n"
         "from deflow_torchrl.cli import main\nmain(['data', 'import', 'set.npz', '--out', 'out'])"
     )
     process = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, env=os.environ)

@@ -155,8 +155,9 @@ class RefinedActorLoss(OffPolicyLoss):
         """Entries the actor reads of a state: the refinement's alone where the base action is given."""
         actor = self.actor_network
         prior = [] if self._given_base_action(state) is not None else acting.state_keys(actor.flow_policy)
-        refinement = [key for key in actor.refinement_policy.in_keys if key != self.actor_network.base_action_key]
-        return list(dict.fromkeys([*prior, *refinement]))
+        # A prior of another kind may read noise too, which it draws where it is not given.
+        given = {self.tensor_keys.noise, actor.base_action_key}
+        return [key for key in dict.fromkeys([*prior, *actor.refinement_policy.in_keys]) if key not in given]
 
     @torch.no_grad()
     def _sample_prior(self, state: TensorDictBase, noise: Tensor) -> Tensor:
@@ -172,9 +173,9 @@ class RefinedActorLoss(OffPolicyLoss):
     def _base_action(self, tensordict: TensorDictBase) -> Tensor:
         """Base action of s, given or drawn."""
         given = self._given_base_action(tensordict)
-        return (
-            self._sample_prior(tensordict, self._draw(tensordict, self.tensor_keys.noise)) if given is None else given
-        )
+        if given is not None:
+            return given
+        return self._sample_prior(tensordict, self._draw(tensordict, self.tensor_keys.noise))
 
     def _next_base_action(self, tensordict: TensorDictBase, following: TensorDictBase) -> Tensor:
         """Base action of s', given or drawn; ``following`` is :meth:`_next` of the batch."""

@@ -35,6 +35,7 @@ class DeFlowActor(TensorDictSequential):
     Examples:
         >>> import torch
         >>> from tensordict import TensorDict
+        >>> from deflow_torchrl.modules import FlowMatchingPolicy, RefinementPolicy
         >>> from deflow_torchrl.modules import make_refinement_network, make_velocity_network
         >>> flow = FlowMatchingPolicy(make_velocity_network(3, 2, (16,)), 2, out_keys=("base_action",))
         >>> actor = DeFlowActor(flow, RefinementPolicy(make_refinement_network(3, 2, (16,)), 2, low=-1.0, high=1.0))

@@ -99,6 +99,7 @@ class BestOfNPolicy(TensorDictModule):
     Examples:
         >>> import torch
         >>> from tensordict import TensorDict
+        >>> from deflow_torchrl.modules import FlowMatchingPolicy
         >>> from deflow_torchrl.modules import make_qvalue_networks, make_value_network, make_velocity_network
         >>> from deflow_torchrl.objectives import IFQLLoss
         >>> flow = FlowMatchingPolicy(make_velocity_network(3, 2, (16,)), 2)

@@ -69,10 +69,11 @@ def usable(*tensors: Tensor) -> bool:
     autocast, trace, forward-mode derivative, saved-tensor hook, tensor subclass or mode, and of the transforms of
     ``torch.func`` none but a ``vmap`` over some of them. Everything else goes through the plain layers.
     """
+    if torch.compiler.is_compiling():
+        return False
     transforms = get_interpreter_stack() or ()
     return (
-        not torch.compiler.is_compiling()
-        and os.environ.get(_SWITCH) != "0"
+        os.environ.get(_SWITCH) != "0"
         and not has_torch_function(tensors)
         and not torch._C._len_torch_dispatch_stack()
         and _top_saved_tensors_default_hooks(True) is None

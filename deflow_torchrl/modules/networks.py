@@ -218,12 +218,12 @@ class StateActionValue(nn.Module):
         None where each network has to be called by itself: without kernels, or where calls are replaced or hooked.
         """
         mlp = self.mlp
-        if type(self) is not StateActionValue or not isinstance(mlp, MLP) or is_wrapped(self) or is_wrapped(mlp):
+        if torch.compiler.is_compiling() or type(self) is not StateActionValue or not isinstance(mlp, MLP):
             return None
         x, layers = torch.cat([observation, action], -1), params.get("mlp")
         names = [name for name, layer in mlp._modules.items() if not isinstance(layer, nn.GELU)]
         parameters = [layers.get((name, kind)) for name in names for kind in ("weight", "bias")]
-        if not mlp.is_as_built() or not kernels.usable(x, *parameters):
+        if is_wrapped(self) or is_wrapped(mlp) or not mlp.is_as_built() or not kernels.usable(x, *parameters):
             return None
         return kernels.mlp(x, parameters, layer_norm=mlp.layer_norm)
 

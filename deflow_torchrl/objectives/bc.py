@@ -34,7 +34,7 @@ class BCLoss(OffPolicyLoss):
     Examples:
         >>> import torch
         >>> from tensordict import TensorDict
-        >>> from deflow_torchrl.modules import make_policy_network
+        >>> from deflow_torchrl.modules import GaussianPolicy, make_policy_network
         >>> loss = BCLoss(GaussianPolicy(make_policy_network(3, 2, (16,))))
         >>> data = TensorDict(observation=torch.randn(4, 3), action=torch.rand(4, 2), batch_size=[4])
         >>> loss(data)["loss_actor"].shape

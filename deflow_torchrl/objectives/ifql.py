@@ -42,6 +42,7 @@ class IFQLLoss(ImplicitQLoss):
         >>> import torch
         >>> from tensordict import TensorDict
         >>> from torchrl.objectives import SoftUpdate, ValueEstimators
+        >>> from deflow_torchrl.modules import FlowMatchingPolicy
         >>> from deflow_torchrl.modules import make_qvalue_networks, make_value_network, make_velocity_network
         >>> flow = FlowMatchingPolicy(make_velocity_network(3, 2, (16,)), 2)
         >>> loss = IFQLLoss(flow, make_qvalue_networks(3, 2, (16,)), make_value_network(3, (16,)))

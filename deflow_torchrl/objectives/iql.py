@@ -55,6 +55,7 @@ class IQLLoss(ImplicitQLoss):
         >>> import torch
         >>> from tensordict import TensorDict
         >>> from torchrl.objectives import SoftUpdate, ValueEstimators
+        >>> from deflow_torchrl.modules import GaussianPolicy
         >>> from deflow_torchrl.modules import make_policy_network, make_qvalue_networks, make_value_network
         >>> policy = GaussianPolicy(make_policy_network(3, 2, (16,)))
         >>> loss = IQLLoss(policy, make_qvalue_networks(3, 2, (16,)), make_value_network(3, (16,)), temperature=1.0)

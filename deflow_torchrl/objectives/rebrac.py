@@ -56,7 +56,7 @@ class ReBRACLoss(OffPolicyLoss):
         >>> import torch
         >>> from tensordict import TensorDict
         >>> from torchrl.objectives import SoftUpdate, ValueEstimators
-        >>> from deflow_torchrl.modules import make_policy_network, make_qvalue_networks
+        >>> from deflow_torchrl.modules import DeterministicPolicy, make_policy_network, make_qvalue_networks
         >>> policy = DeterministicPolicy(make_policy_network(3, 2, (16,)))
         >>> loss = ReBRACLoss(policy, make_qvalue_networks(3, 2, (16,)), actor_bc_coef=0.1, critic_bc_coef=0.01)
         >>> _ = loss.make_value_estimator(ValueEstimators.TD0, gamma=0.99)

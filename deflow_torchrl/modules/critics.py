@@ -204,6 +204,8 @@ class TwinCritic(CriticEnsemble):
         )
         self.__dict__["_network"] = critics[0]
         self.__dict__["_loss"] = loss
+        # Looked up once now: the first look-up writes to the loss, which a compiled loss must not do.
+        _ = loss.vmap_randomness
 
     def forward(self, tensordict: TensorDictBase) -> Tensor:
         """As :meth:`CriticEnsemble.forward`, one critic after the other."""

@@ -237,7 +237,9 @@ def seeds_inside_noise(first: Sequence[float], second: Sequence[float]) -> bool:
         raise ValueError("expected at least two seeds each")
     if one.var() == other.var() == 0:  # without any spread the test is undefined
         return bool(one.mean() == other.mean())
-    return bool(_scipy_stats().ttest_ind(one, other, equal_var=False).pvalue >= 0.05)
+    # From their moments: scipy warns of samples without spread, which one of the two may be.
+    moments = [number for sample in (one, other) for number in (sample.mean(), sample.std(ddof=1), sample.size)]
+    return bool(_scipy_stats().ttest_ind_from_stats(*moments, equal_var=False).pvalue >= 0.05)
 
 
 def kendall_tau(first: Sequence[float], second: Sequence[float]) -> float | None:

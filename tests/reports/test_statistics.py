@@ -233,3 +233,9 @@ def test_the_careful_error_is_above_zero_where_nothing_or_everything_succeeds():
     assert careful_standard_error(0.5, 10_000) == pytest.approx(success_standard_error(0.5, 10_000), rel=1e-3)
     with pytest.raises(ValueError, match="rate"):
         careful_standard_error(1.5, 10)
+
+
+def test_seeds_of_one_score_are_compared_with_seeds_of_several_without_a_warning():
+    assert seeds_inside_noise([0.1, 0.1], [0.0, 0.3])
+    assert not seeds_inside_noise([0.9, 0.9, 0.9], [0.1, 0.2, 0.1])
+    assert seeds_inside_noise([0.1 + 0.2, 0.3], [0.3, 0.3, 0.3])

@@ -303,5 +303,6 @@ def _resettable(module: nn.Module) -> list[nn.Module]:
 
 
 def _full_precision(values: Tensor) -> Tensor:
-    """Values of autocast networks in float32, so that targets and TD errors are not rounded once more."""
-    return values.float() if torch.is_autocast_enabled(values.device.type) else values
+    """Values that autocast computed with fewer digits in float32, so that targets and TD errors are not rounded once more."""
+    lowered = torch.is_autocast_enabled(values.device.type) and values.dtype in (torch.bfloat16, torch.float16)
+    return values.float() if lowered else values

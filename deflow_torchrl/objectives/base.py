@@ -231,6 +231,12 @@ class OffPolicyLoss(LossModule):
     def _optional_keys(self) -> list[NestedKey]:
         """Random draws, and base actions of a frozen prior, that the caller may give."""
 
+    def _sampling_keys(self) -> list[NestedKey]:
+        """Optional entries of a loss with a flow, critics and a policy that maps noise to actions."""
+        keys = self.tensor_keys
+        draws = [keys.noise, next_key(keys.noise), keys.flow_noise, keys.flow_time]
+        return [*draws, *self.critics.draw_keys, keys.valid]
+
     def _next_keys(self, *states: NestedKey) -> list[NestedKey]:
         """Entries under ``"next"`` of a TD target: those of the state and what ends and rewards it."""
         keys = self.tensor_keys
@@ -392,8 +398,8 @@ class OffPolicyLoss(LossModule):
         if valid is not None:
             critic_terms = {name: value * valid[..., -1] for name, value in critic_terms.items()}
         mask = self._mask(tensordict)
+        error = critic_terms.pop("td_error")
         reduced = {name: self._reduce(value, tensordict) for name, value in critic_terms.items()}
-        error = critic_terms["td_error"]
         # A masked row has no error: a prioritised sampler must not come back for padding.
         return {**reduced, "td_error": error if mask is None else torch.where(_expand(mask, error), error, 0.0)}
 

@@ -100,9 +100,7 @@ class FAWACLoss(OffPolicyLoss):
         return [*states, self.tensor_keys.action, *self._next_keys(*states)]
 
     def _optional_keys(self) -> list[NestedKey]:
-        keys = self.tensor_keys
-        draws = [keys.noise, next_key(keys.noise), keys.flow_noise, keys.flow_time]
-        return [*draws, *self.critics.draw_keys, keys.valid]
+        return self._sampling_keys()
 
     def _compute(self, tensordict: TensorDictBase) -> dict[str, Tensor]:
         following = self._next(tensordict)

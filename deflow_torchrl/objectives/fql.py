@@ -121,9 +121,7 @@ class FQLLoss(OffPolicyLoss):
         return [*states, self.tensor_keys.action, *self._next_keys(*actor, *critic)]
 
     def _optional_keys(self) -> list[NestedKey]:
-        keys = self.tensor_keys
-        draws = [keys.noise, next_key(keys.noise), keys.flow_noise, keys.flow_time]
-        return [*draws, *self.critics.draw_keys, keys.valid]
+        return self._sampling_keys()
 
     def _compute(self, tensordict: TensorDictBase) -> dict[str, Tensor]:
         # In this order: draws that the input lacks are taken from one generator.

@@ -82,6 +82,8 @@ class IFQLLoss(ImplicitQLoss):
             deactivate_vmap=deactivate_vmap,
             policies={"flow_policy": flow_policy},
         )
+        if num_samples < 1:
+            raise ValueError(f"num_samples must be positive, got {num_samples}")
         self.num_samples = num_samples
 
     @property

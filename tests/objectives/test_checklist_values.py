@@ -98,6 +98,7 @@ def test_renamed_and_nested_keys(kind):
         (IQLLoss, {"temperature": -1.0}, "temperature"),
         (IQLLoss, {"expectile": 1.0}, "expectile"),
         (IFQLLoss, {"expectile": 0.0}, "expectile"),
+        (IFQLLoss, {"num_samples": 0}, "num_samples"),
         (ReBRACLoss, {"actor_bc_coef": -0.1}, "actor_bc_coef"),
         (ReBRACLoss, {"noise_clip": float("nan")}, "noise_clip"),
     ],

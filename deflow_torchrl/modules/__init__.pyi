@@ -22,3 +22,6 @@ from .policies import OneStepModel as OneStepModel
 from .policies import OneStepPolicy as OneStepPolicy
 from .refinement import RefinementModel as RefinementModel
 from .refinement import RefinementPolicy as RefinementPolicy
+from .tanh_gaussian import TanhGaussianModel as TanhGaussianModel
+from .tanh_gaussian import TanhGaussianPolicy as TanhGaussianPolicy
+from .tanh_gaussian import make_tanh_gaussian_network as make_tanh_gaussian_network

@@ -98,6 +98,21 @@ def log_prob(policy: TensorDictModuleBase, state: TensorDictBase, action: Tensor
     return _core(policy).log_prob(_observation(policy, state), action)
 
 
+def check_tanh_gaussian_policy(policy: TensorDictModuleBase) -> None:
+    """Raise TypeError unless the policy gives samples with their log densities."""
+    _check(policy, hasattr(_core(policy), "sample_and_log_prob"), "TanhGaussianPolicy")
+
+
+def sample_and_log_prob(
+    policy: TensorDictModuleBase, state: TensorDictBase, noise: Tensor, *more: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Action ``[*B, A]`` and log density ``[*B]`` of a tanh-Gaussian policy, by noise ``[*B, A]``.
+
+    The network reads the observation and, behind it, ``more``: of an edit policy the base action.
+    """
+    return _core(policy).sample_and_log_prob(torch.cat([_observation(policy, state), *more], -1), noise)
+
+
 def _core(policy: TensorDictModuleBase) -> Any:
     return getattr(last_policy(policy), "module", None)
 

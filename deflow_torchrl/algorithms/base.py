@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
@@ -19,12 +20,14 @@ from torchrl.objectives.utils import TargetNetUpdater
 
 from deflow_torchrl.algorithms.settings import BootstrapConfig, given
 from deflow_torchrl.errors import InputError
+from deflow_torchrl.modules.critics import CriticEnsemble, EncodedCritics
 from deflow_torchrl.modules.flow import FlowMatchingPolicy
 from deflow_torchrl.modules.networks import make_qvalue_networks, make_value_network, make_velocity_network
+from deflow_torchrl.modules.normalizer import ObservationNormalizer
 from deflow_torchrl.modules.policies import parts
 
 _STATE = "state"
-"""Key of the one vector that stands for several observations."""
+"""Key of the one vector that an encoder makes of the observations."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class ProblemSpec:
         device: where the parameters live.
         observation_spec: entries of the state, each a vector ``[n]``; ``observation [O]`` where it is not given.
         action_spec: the action, a bounded vector ``[A]``; inside [-1, 1] where it is not given.
+        normalizer: of all observations together, ``[O]``; each part has a copy; None leaves them as they are.
 
     Raises:
         InputError: if an observation is no vector, or neither widths nor specs are given.
@@ -55,6 +59,7 @@ class ProblemSpec:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     observation_spec: Composite | None = None
     action_spec: Bounded | None = None
+    normalizer: ObservationNormalizer | None = None
 
     def __post_init__(self) -> None:
         observation, action = self.observation_spec, self.action_spec
@@ -86,8 +91,7 @@ class ProblemSpec:
     @property
     def state_key(self) -> NestedKey:
         """Where policies and critics read the state."""
-        keys = self._keys
-        return keys[0] if len(keys) == 1 else _STATE
+        return _STATE if self._is_encoded else self._keys[0]
 
     @property
     def bounds(self) -> dict[str, Any]:
@@ -96,11 +100,16 @@ class ProblemSpec:
         named = {"low": space.low, "high": space.high}
         return {name: bound[0].item() if bool((bound == bound[0]).all()) else bound for name, bound in named.items()}
 
+    def encoder(self) -> TensorDictModule | None:
+        """Make an encoder that writes ``state_key``, for one part; None where the parts read the one observation as it is."""
+        if not self._is_encoded:
+            return None
+        return TensorDictModule(_Join(copy.deepcopy(self.normalizer)), in_keys=self._keys, out_keys=[_STATE])
+
     def encoded(self, module: TensorDictModule) -> TensorDictModule:
-        """A policy or critic that reads ``state_key``, on the device, behind what joins several observations to one vector."""
-        if len(self._keys) > 1:
-            module = TensorDictSequential(TensorDictModule(_Join(), in_keys=self._keys, out_keys=[_STATE]), module)
-        return module.to(self.device)
+        """A policy or value network that reads ``state_key``, on the device, behind its encoder."""
+        encoder = self.encoder()
+        return (module if encoder is None else TensorDictSequential(encoder, module)).to(self.device)
 
     def flow_policy(self, num_steps: int, out_keys: Sequence[NestedKey] = ("action",)) -> TensorDictModule:
         """A flow over the paper's velocity network."""
@@ -118,20 +127,33 @@ class ProblemSpec:
         """The critics' network without an action: V(s)."""
         return self.encoded(make_value_network(self.sizes[0], self.hidden_dims, observation_key=self.state_key))
 
-    def critics(self) -> list[TensorDictModule]:
-        """The paper's twin critics."""
-        return [self.encoded(critic) for critic in make_qvalue_networks(*self.sizes, observation_key=self.state_key)]
+    def critics(self) -> list[TensorDictModule] | CriticEnsemble:
+        """The paper's twin critics; an encoder before them is the ensemble's."""
+        critics = make_qvalue_networks(*self.sizes, observation_key=self.state_key)
+        encoder = self.encoder()
+        if encoder is None:
+            return [critic.to(self.device) for critic in critics]
+        return EncodedCritics(encoder, critics).to(self.device)
 
     @property
     def _keys(self) -> list[NestedKey]:
         return list(cast("Composite", self.observation_spec).keys(True, True))
 
+    @property
+    def _is_encoded(self) -> bool:
+        return len(self._keys) > 1 or self.normalizer is not None
+
 
 class _Join(nn.Module):
-    """Concatenate vectors."""
+    """Concatenate vectors, and normalise the result."""
+
+    def __init__(self, normalizer: ObservationNormalizer | None) -> None:
+        super().__init__()
+        self.normalizer = normalizer
 
     def forward(self, *observations: Tensor) -> Tensor:
-        return torch.cat(observations, -1)
+        joined = torch.cat(observations, -1)
+        return joined if self.normalizer is None else self.normalizer(joined)
 
 
 class Diagnostics(Protocol):

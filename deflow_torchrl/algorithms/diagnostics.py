@@ -11,7 +11,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from deflow_torchrl.generators import generators_set_aside
-from deflow_torchrl.modules.policies import last_policy
+from deflow_torchrl.modules.policies import encode, last_policy
 from deflow_torchrl.objectives import DeFlowLoss, terms
 
 _NEIGHBOURS = 10
@@ -50,12 +50,17 @@ class DeFlowDiagnostics:
         """
         rows = torch.linspace(0, len(transitions) - 1, min(len(transitions), _REFERENCE_TRANSITIONS)).round().long()
         device = self.loss.target_divergence.device
-        states = transitions[self._observation_key][rows].to(device)
+        states = self._observation(transitions[rows].to(device))
         # A dimension that never changes has no unit: it adds nothing to a distance.
         spread = states.std(0, correction=0)
         self._scale = torch.where(spread > 0, 1 / spread, 0.0)
         self._states = states * self._scale
         self._actions = transitions[self.loss.tensor_keys.action][rows].to(device)
+
+    def _observation(self, transitions: TensorDictBase) -> Tensor:
+        """What the refinement network reads, behind its encoder."""
+        with self.loss._functional_policies():
+            return encode(self.loss.actor_network.refinement_policy, transitions)[self._observation_key]
 
     @torch.no_grad()
     def __call__(self, batch: TensorDictBase) -> dict[str, Tensor]:
@@ -98,7 +103,7 @@ class DeFlowDiagnostics:
             "td_error": batch[keys.priority].mean(),
         }
         if self._states is not None:
-            nearest = torch.cdist(batch[self._observation_key] * self._scale, self._states)
+            nearest = torch.cdist(self._observation(batch) * self._scale, self._states)
             nearest = nearest.topk(min(_NEIGHBOURS, len(self._states)), largest=False, sorted=False).indices
             near_actions = self._actions[nearest]
             for name, value in (("action_distance", action), ("action_distance_base", base)):

@@ -61,7 +61,7 @@ def build_ifql(config: IFQLConfig, problem: ProblemSpec) -> Learner:
         loss.actor_network,
         # The collector's noise is one row a state: this form draws its N rows itself, from a seed made of that row.
         exploration_policy=BestOfNPolicy(
-            flow, loss.qvalue_network, loss.qvalue_network_params, num_samples, in_keys=(problem.state_key,)
+            flow, loss.qvalue_network, loss.qvalue_network_params, num_samples, in_keys=flow.in_keys[:-1]
         ),
     )
 

@@ -14,6 +14,7 @@ from .networks import make_qvalue_networks as make_qvalue_networks
 from .networks import make_refinement_network as make_refinement_network
 from .networks import make_value_network as make_value_network
 from .networks import make_velocity_network as make_velocity_network
+from .normalizer import ObservationNormalizer as ObservationNormalizer
 from .policies import DeterministicModel as DeterministicModel
 from .policies import DeterministicPolicy as DeterministicPolicy
 from .policies import GaussianModel as GaussianModel

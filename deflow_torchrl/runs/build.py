@@ -19,6 +19,7 @@ from deflow_torchrl.data.transitions import Transitions
 from deflow_torchrl.envs.factory import make_gym_env
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.modules.kernels import enable_kernels
+from deflow_torchrl.modules.normalizer import ObservationNormalizer
 from deflow_torchrl.progress import progress_bar
 from deflow_torchrl.runs.settings import SettledConfig, TrainConfig
 from deflow_torchrl.sources.base import get_source
@@ -30,6 +31,7 @@ from deflow_torchrl.trainers.online import OnlinePhase
 from deflow_torchrl.trainers.update import Update, soft_pairs
 
 _REFERENCE_CAPACITY = 2_000_000
+_NORMALIZED_ROWS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,25 @@ def use_device(config: TrainConfig, device: str | None = None) -> torch.device:
     return found
 
 
-def build_learner(config: SettledConfig, observation_dim: int, action_dim: int, device: torch.device) -> Learner:
-    """Build the run's method for observations and actions of these widths."""
+def build_learner(
+    config: SettledConfig,
+    observation_dim: int,
+    action_dim: int,
+    device: torch.device,
+    data: TransitionDataset | None = None,
+) -> Learner:
+    """Build the run's method for observations and actions of these widths.
+
+    With ``normalize=standard`` the normalisation is fitted on ``data``; without them it is the identity until a checkpoint's
+    state is loaded.
+    """
     task = find_task(config)
+    normalizer = None
+    if config.normalize == "standard":
+        normalizer = ObservationNormalizer(torch.zeros(observation_dim), torch.ones(observation_dim))
+        if data is not None:
+            rows = data.chunks(_NORMALIZED_ROWS, doing="fit the normalisation")
+            normalizer = ObservationNormalizer.fit(part["observation"].cpu() for _, part in rows)
     problem = ProblemSpec(
         observation_dim=observation_dim,
         action_dim=action_dim,
@@ -81,6 +99,7 @@ def build_learner(config: SettledConfig, observation_dim: int, action_dim: int, 
         q_aggregation=task.q_aggregation,
         target_divergence=task.target_divergence,
         device=device,
+        normalizer=normalizer,
     )
     return get_algorithm(config.algo.name).build(config.algo, problem)
 

@@ -137,7 +137,7 @@ class Run:
         gamma = build.step_gamma(config, self.task)
         transitions = self.transitions = build.as_chunks(dataset, config.chunk, gamma)
         seed_generators(config.seed)
-        learner = self.learner = build.build_learner(config, **self.sizes, device=self.device)
+        learner = self.learner = build.build_learner(config, **self.sizes, device=self.device, data=dataset)
         with self.history.timed("load_data"):
             make = build.make_union_buffer if config.online_steps else build.make_buffer
             self.buffer = make(transitions, config, learner, self.device)

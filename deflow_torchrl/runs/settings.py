@@ -20,6 +20,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "mixing": ("uniform", "balanced", "annealed"),
     "overwrite": (None, "online", "fifo"),
     "storage": ("device", "memmap"),
+    "normalize": ("none", "standard"),
     "logger": ("none", "wandb", "tensorboard", "mlflow"),
 }
 _AT_LEAST_ONE = (
@@ -71,6 +72,8 @@ class TrainConfig:
             rewards are discounted step by step.
         hidden_dims: widths of the hidden layers of every network; where None 4 x 512, or the paper's for this method
             on this task.
+        normalize: what the networks read: observations as they are (``none``, as the paper), or ``standard``, in units of the
+            training data's standard deviation around its mean, column by column; the map is saved and exported with the policy.
         log_interval: steps between rows of metrics.
         eval_interval: steps between evaluations, 0 evaluates at the end only; the task's where None (100K).
         eval_episodes: episodes of each evaluation; the task's where None (50).
@@ -118,6 +121,7 @@ class TrainConfig:
     batch_size: int = 256
     chunk: int = 1
     hidden_dims: list[int] | None = None
+    normalize: str = "none"
     log_interval: int = 1_000
     eval_interval: int | None = None
     eval_episodes: int | None = None

@@ -110,6 +110,8 @@ def check_resumable(
     else:
         header = read_header(checkpoint)
         source, step, theirs = checkpoint, header["step"], header["identity"]
+        # Settings that came after the checkpoint's version are those that the run folder's settings were completed with.
+        theirs = {**theirs, "settings": {**saved, **theirs.get("settings", {})}}
     check_identity(source, theirs, ours)
     changes = changed_settings(theirs, ours)
     if changes and not force:

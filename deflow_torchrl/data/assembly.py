@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from deflow_torchrl.data.checks import check_pictures
 from deflow_torchrl.data.columns import Column, chunks, rows_a_chunk
 from deflow_torchrl.errors import InputError
 
@@ -152,8 +153,8 @@ def _check_shapes(source: str, observations: Column, actions: Column, next_obser
         if len(shape) not in ((2,) if name == "actions" else (2, 4)) or 0 in shape[1:]:
             expected = "[N, A]" if name == "actions" else "[N, O], or [N, H, W, C] for uint8 images"
             raise InputError(f"{source}: {name} has shape {shape}, expected {expected}")
-        if len(shape) == 4 and dtype != np.uint8:
-            raise InputError(f"{source}: {name} has shape {shape} and type {dtype}; images must be uint8")
+        if len(shape) == 4:
+            check_pictures(name, shape, dtype, source=source)
         if shape[0] != observations.shape[0]:
             raise InputError(f"{source}: {name} has {shape[0]} rows, observations {observations.shape[0]}")
     if np.dtype(actions.dtype).kind != "f":

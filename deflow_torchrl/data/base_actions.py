@@ -168,7 +168,8 @@ class BaseActionBank:
     def _read_states(self, begin: int, end: int) -> TensorDictBase:
         """Read states by their places in the table: frames, or s and s' of one row after another."""
         if self._dataset is not None:
-            return TensorDict({"observation": self._dataset.observation[begin:end]}, batch_size=[end - begin])
+            frames = torch.arange(begin, end, device=self._dataset.device)
+            return TensorDict({"observation": self._dataset.observations(frames)}, batch_size=[end - begin])
         return self._both_states(self.buffer[begin // 2 : end // 2])
 
     def _both_states(self, transitions: TensorDictBase) -> TensorDictBase:

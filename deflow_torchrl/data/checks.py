@@ -10,15 +10,19 @@ dimensions move at once, for one step. A set without smooth dimensions is not ju
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from deflow_torchrl.errors import InputError
+
 if TYPE_CHECKING:
     from deflow_torchrl.data.dataset import TransitionDataset
 
+_CHANNELS = 4  # of one picture, at most: grey, colour, colour and depth
 _SAMPLES = 100_000
 _QUANTILE = 0.99
 _SMOOTH = 0.1
@@ -81,6 +85,25 @@ class ValidationReport:
     clipped_actions: int
     duplicated_transitions: int
     jump: Jump | None = None
+
+
+def check_pictures(name: str, shape: Sequence[int], dtype: Any, *, source: str) -> None:
+    """Refuse an array ``[N, H, W, C]`` that cannot be a column of pictures.
+
+    Raises:
+        InputError: on another type than uint8, or channels before the pixels.
+    """
+    if str(dtype).removeprefix("torch.") != "uint8":
+        raise InputError(
+            f"{source}: {name} has shape {tuple(shape)} and type {dtype}; images must be uint8, 0 to 255: convert them with "
+            "(255 * x).round().astype(np.uint8) if they are 0 to 1, x.astype(np.uint8) if they are 0 to 255"
+        )
+    _, first, height, width = shape
+    if first <= _CHANNELS < min(height, width):
+        raise InputError(
+            f"{source}: {name} has shape {tuple(shape)}, channels first; channels last is meant, "
+            f"{(shape[0], height, width, first)}: convert it with x.transpose(0, 2, 3, 1)"
+        )
 
 
 def validate(dataset: TransitionDataset, *, clipped: int) -> ValidationReport:

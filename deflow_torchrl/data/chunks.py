@@ -83,6 +83,10 @@ class ChunkedDataset(Transitions):
         """Copy the set of single steps into the memory of ``device``."""
         return ChunkedDataset(self.base.to(device), self.length, gamma=self.gamma, ends=self.ends)
 
+    def stacked(self, frame_stack: int) -> ChunkedDataset:
+        """The same chunks with observations of several frames, see :meth:`deflow_torchrl.data.TransitionDataset.stacked`."""
+        return ChunkedDataset(self.base.stacked(frame_stack), self.length, gamma=self.gamma, ends=self.ends)
+
     def starts(self, rows: torch.Tensor) -> torch.Tensor:
         """Numbers of the first single steps of chunks, int64 of the shape of ``rows``."""
         episode = self._episode(rows)
@@ -92,7 +96,7 @@ class ChunkedDataset(Transitions):
         """Copy the chunks ``rows``, int64 ``[n]`` on the set's device."""
         first = self.starts(rows)
         last, steps = first + self.length - 1, first.unsqueeze(1) + self._offsets
-        frames = self.base.read("observation", torch.stack([self.base.frames(first), self.base.frames(last) + 1]))
+        frames = self.base.observations(torch.stack([self.base.frames(first), self.base.frames(last) + 1]))
         action = self.base.read("action", steps).flatten(1)
         reward = (self.base.read("reward", steps) * self._discounts).sum(1, keepdim=True)
         terminated = self.base.read("terminated", steps).any(1, keepdim=True)

@@ -4,7 +4,7 @@
 An episode of T transitions is T + 1 consecutive *frames* (observations, the last one final) and T rows of action, reward and
 ``terminated``. Transition i of episode e therefore has s in frame i + e and s' in frame i + e + 1; ``truncated`` is the last
 transition of an episode that does not terminate. Beside these columns only the number of each episode's first transition is
-stored.
+stored. A set of pictures is *stacked* when it is read: an observation is then k consecutive frames, joined along the channels.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ class TransitionDataset(Transitions):
         source: name of the data, for messages.
         about: facts about the source.
         report: findings of the validation.
+        frame_stack: k, frames of an observation, see :meth:`stacked`.
 
     Examples:
         >>> dataset = TransitionDataset.from_arrays(
@@ -80,6 +81,7 @@ class TransitionDataset(Transitions):
         source: str = "data",
         about: dict[str, Any] | None = None,
         report: ValidationReport | None = None,
+        frame_stack: int = 1,
     ) -> None:
         self.observation = observation
         self.action = action
@@ -90,12 +92,14 @@ class TransitionDataset(Transitions):
         self.source = source
         self.about = dict(about or {})
         self.report = report
+        self.frame_stack = frame_stack
         self._files = (
             {name: RowFile(folder / f"{name}.bin", column.shape, column.dtype) for name, column in self._columns()}
             if folder is not None and POSITIONAL_READS
             else {}
         )
         self._bounds = torch.cat([episode_starts, episode_starts.new_tensor([len(action)])])
+        self._first_frames = episode_starts + torch.arange(len(episode_starts), device=episode_starts.device)
 
     @classmethod
     def from_arrays(
@@ -115,6 +119,7 @@ class TransitionDataset(Transitions):
 
         Keyword Args:
             **options: the following.
+            frame_stack: frames of an observation, see :meth:`stacked`; 1 by default.
             next_observations: s', like ``observations``. Without it s' is the next row's s; an episode's last row then has no
                 successor: it is left out, except where it is terminal: its s' is never used, and s stands in for it.
             episode_ends: how ends are known that ``terminals`` and ``timeouts`` do not mark: an array ``[N]`` of episode numbers
@@ -136,7 +141,8 @@ class TransitionDataset(Transitions):
             InputError: on fewer than two transitions, wrong shapes, lengths or types, NaN or infinity, actions out of bounds,
                 episodes whose end is not marked, flags that contradict one another, or a jump inside an episode.
         """
-        return fill_from_arrays(
+        frame_stack = options.pop("frame_stack", 1)
+        dataset: TransitionDataset = fill_from_arrays(
             TransitionBuilder,
             observations=observations,
             actions=actions,
@@ -145,6 +151,7 @@ class TransitionDataset(Transitions):
             timeouts=timeouts,
             **options,
         )
+        return dataset.stacked(frame_stack)
 
     def __len__(self) -> int:
         """N, the number of transitions."""
@@ -153,7 +160,7 @@ class TransitionDataset(Transitions):
     def gather(self, rows: torch.Tensor) -> Rows:
         """Copy the transitions ``rows``, int64 ``[n]`` on the set's device."""
         frames = self.frames(rows)
-        observations = self.read("observation", torch.stack([frames, frames + 1]))
+        observations = self.observations(torch.stack([frames, frames + 1]))
         action, reward, terminated = (self.read(name, rows.unsqueeze(0)) for name in _COLUMNS[1:])
         done = self.is_last(rows) | terminated
         flags = torch.cat([terminated, done & ~terminated, done])
@@ -174,6 +181,18 @@ class TransitionDataset(Transitions):
         """Numbers of the frames that hold s; s' is in the next."""
         return rows + torch.searchsorted(self.episode_starts, rows, right=True) - 1
 
+    def observations(self, frames: torch.Tensor) -> torch.Tensor:
+        """Copy the observations whose newest frames have these numbers, ``[*frames.shape, *observation_shape]``.
+
+        Frames before an episode's start are its first frame, as the authors stack them.
+        """
+        if self.frame_stack == 1:
+            return self.read("observation", frames)
+        first = self._first_frames[torch.searchsorted(self._first_frames, frames, right=True) - 1]
+        steps = torch.arange(1 - self.frame_stack, 1, device=frames.device)
+        parts = self.read("observation", torch.maximum(frames.unsqueeze(-1) + steps, first.unsqueeze(-1)))
+        return parts.movedim(frames.ndim, -2).flatten(-2)
+
     def is_last(self, rows: torch.Tensor) -> torch.Tensor:
         """Whether transitions are the last of their episodes."""
         return rows + 1 == self._bounds[torch.searchsorted(self.episode_starts, rows, right=True)]
@@ -191,6 +210,32 @@ class TransitionDataset(Transitions):
         return column.index_select(0, rows.reshape(-1)).view(
             *rows.shape, *column.shape[1:]
         )  # twice as fast as column[rows]
+
+    def stacked(self, frame_stack: int) -> TransitionDataset:
+        """Give observations of several frames, the oldest first, joined along the last dimension; nothing is copied.
+
+        The observation of step t is the frames t - k + 1 to t, the next observation t - k + 2 to t + 1, so that the last frame of
+        an episode is seen in next observations only. Before an episode's start its first frame is repeated.
+
+        Args:
+            frame_stack: k.
+
+        Raises:
+            InputError: if it is no positive number.
+
+        Examples:
+            >>> dataset = TransitionDataset.from_arrays(
+            ...     observations=np.arange(4.0).reshape(4, 1), actions=np.zeros((4, 1)), rewards=np.ones(4),
+            ...     terminals=np.zeros(4), timeouts=np.array([0, 0, 0, 1]),
+            ... )
+            >>> dataset.stacked(3)[:]["next", "observation"].tolist()
+            [[0.0, 0.0, 1.0], [0.0, 1.0, 2.0], [1.0, 2.0, 3.0]]
+        """
+        if not isinstance(frame_stack, int) or isinstance(frame_stack, bool) or frame_stack < 1:
+            raise InputError(f"frame_stack={frame_stack!r}: a positive number of frames is needed")
+        other = TransitionDataset.__new__(TransitionDataset)
+        other.__dict__.update(self.__dict__, frame_stack=frame_stack)
+        return other
 
     def chunked(self, length: int, *, gamma: float = 0.99, ends: Literal["whole", "valid"] = "whole") -> ChunkedDataset:
         """Give chunks of ``length`` actions as single transitions, without copying anything: :mod:`deflow_torchrl.data.chunks`.
@@ -222,6 +267,12 @@ class TransitionDataset(Transitions):
         return ((name, getattr(self, name)) for name in _COLUMNS)
 
     @property
+    def observation_shape(self) -> tuple[int, ...]:
+        """Shape of one observation, ``[O]`` or ``[H, W, C]``; of stacked frames the last dimension is k times as wide."""
+        *front, last = self.observation.shape[1:]
+        return *front, self.frame_stack * last
+
+    @property
     def num_episodes(self) -> int:
         """E; an episode without a transition (a lone observation) counts."""
         return len(self.episode_starts)
@@ -246,7 +297,7 @@ class TransitionDataset(Transitions):
         if self.device == torch.device(device) and self.folder is None:
             return self
         moved = {name: getattr(self, name).to(device, copy=True) for name in (*_COLUMNS, "episode_starts")}
-        facts: Any = {"source": self.source, "about": self.about, "report": self.report}
+        facts: Any = {name: getattr(self, name) for name in ("source", "about", "report", "frame_stack")}
         return TransitionDataset(**moved, **facts)
 
     def release(self) -> None:
@@ -258,7 +309,7 @@ class TransitionDataset(Transitions):
         """Copy s of every transition, ``[N, ...]``; ``dataset[:]`` copies s' as well."""
         kept = torch.ones(len(self.observation), dtype=torch.bool, device=self.device)
         kept[self._bounds[1:] + torch.arange(self.num_episodes, device=self.device)] = False  # final observations
-        return self.observation[kept]
+        return self.observations(kept.nonzero().squeeze(1))
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write the set into ``folder``, beside and renamed; :meth:`load` maps it.
@@ -325,7 +376,9 @@ class TransitionDataset(Transitions):
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle a mapped set as the name of its folder."""
-        return {"folder": self.folder, "about": self.about} if self.folder is not None else self.__dict__
+        if self.folder is None:
+            return self.__dict__
+        return {"folder": self.folder, "about": self.about, "frame_stack": self.frame_stack}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """See :meth:`__getstate__`.
@@ -333,18 +386,17 @@ class TransitionDataset(Transitions):
         Raises:
             InputError: where the folder holds another set by now.
         """
-        about, folder = state["about"], state["folder"]
+        about, folder, frame_stack = state["about"], state["folder"], state["frame_stack"]
         if folder is not None:
             state = self.load(folder).__dict__
             if state["about"].get("fingerprint") != about.get("fingerprint"):
                 raise InputError(f"{folder} holds another set than it did; start again")
-        self.__dict__.update({**state, "about": about})
+        self.__dict__.update({**state, "about": about, "frame_stack": frame_stack})
 
     def __repr__(self) -> str:
         where = f"mapped from {self.folder}" if self.folder else f"on {self.device}"
-        return (
-            f"TransitionDataset({len(self)} transitions, {self.num_episodes} episodes, {where}, source={self.source!r})"
-        )
+        stack = "" if self.frame_stack == 1 else f", frame_stack={self.frame_stack}"
+        return f"TransitionDataset({len(self)} transitions, {self.num_episodes} episodes, {where}{stack}, source={self.source!r})"
 
 
 class TransitionBuilder(ColumnBuilder):
@@ -589,6 +641,7 @@ class TransitionReplayBuffer(TensorDictReplayBuffer):
         sampler (Sampler, optional): defaults to uniform with replacement, as in the paper.
         next_action (bool, optional): deliver ``("next", "action")`` too: the action of the transition that follows in the
             episode, at its end the transition's own. Defaults to ``False``.
+        frame_stack (int, optional): frames of an observation, see :meth:`TransitionDataset.stacked`; the set's own by default.
         **kwargs: forwarded to :class:`torchrl.data.TensorDictReplayBuffer` (``transform``, ``prefetch``, ``pin_memory``...).
     """
 
@@ -599,9 +652,10 @@ class TransitionReplayBuffer(TensorDictReplayBuffer):
         batch_size: int | None = None,
         sampler: Sampler | None = None,
         next_action: bool = False,
+        frame_stack: int | None = None,
         **kwargs: Any,
     ) -> None:
-        self.dataset = dataset
+        self.dataset = dataset = dataset if frame_stack is None else dataset.stacked(frame_stack)
         super().__init__(
             storage=TransitionStorage(dataset, next_action=next_action),
             sampler=RandomSampler() if sampler is None else sampler,

@@ -50,6 +50,10 @@ class Transitions(ABC):
     def to(self, device: torch.device | str) -> Transitions:
         """Copy the set into the memory of ``device``; the set itself if it is there already."""
 
+    @abstractmethod
+    def stacked(self, frame_stack: int) -> Transitions:
+        """The set with observations of several frames, see :meth:`deflow_torchrl.data.TransitionDataset.stacked`."""
+
     def extras(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
         """More entries ``[n, ...]`` of the transitions ``rows`` [n]; none here."""
         return {}

@@ -21,6 +21,7 @@ from tensordict import TensorDict, TensorDictBase
 from torchrl.data.replay_buffers.storages import Storage
 from torchrl.data.replay_buffers.writers import Writer
 
+from deflow_torchrl.data.checks import check_pictures
 from deflow_torchrl.data.columns import allocate
 from deflow_torchrl.data.schema import TRANSITION_KEYS, Rows
 from deflow_torchrl.data.transitions import Transitions, row_numbers
@@ -82,6 +83,8 @@ def offline_schema(columns: Columns, *, source: str) -> Schema:
     if observation.ndim < 2 or action.ndim != 2:
         found = f"{list(observation.shape)}, {list(action.shape)}"
         raise InputError(f"{source}: observation [N, ...] and action [N, A] are needed, found {found}")
+    if observation.ndim == 4:
+        check_pictures("observation", observation.shape, observation.dtype, source=source)
     return dict(zip(NAMES, entries, strict=True))
 
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,11 +11,13 @@ import numpy as np
 import torch
 
 from deflow_torchrl.data.checks import check_pictures
-from deflow_torchrl.data.columns import Column, chunks, rows_a_chunk
+from deflow_torchrl.data.columns import Column, as_column, chunks, rows_a_chunk
 from deflow_torchrl.errors import InputError
 
 # next_observations[i] and observations[i + 1] of one episode are the same number written twice; FQL's tolerance is 1e-6.
 _SAME_ABSOLUTE, _SAME_RELATIVE = 1e-6, 1e-5
+REWARDS = ("success-at-end", "zero")
+"""Rewards that stand in where the data have none."""
 
 
 def fill_from_arrays(
@@ -23,7 +25,7 @@ def fill_from_arrays(
     *,
     observations: Column,
     actions: Column,
-    rewards: Column,
+    rewards: Column | Literal["success-at-end", "zero"],
     terminals: Column | None,
     timeouts: Column | None = None,
     next_observations: Column | None = None,
@@ -39,34 +41,18 @@ def fill_from_arrays(
 
     The arrays and options are those of :meth:`deflow_torchrl.data.TransitionDataset.from_arrays`.
     """
-    if both not in ("refuse", "terminal", "timeout"):
-        raise InputError(f"both={both!r} is unknown; there are refuse, terminal and timeout")
-    observations, actions, rewards, terminals = (
-        _readable(name, array, source)
-        for name, array in (
-            ("observations", observations),
-            ("actions", actions),
-            ("rewards", rewards),
-            ("terminals", terminals),
-        )
-    )
-    timeouts = None if timeouts is None else _readable("timeouts", timeouts, source)
-    next_observations = None if next_observations is None else _readable("next_observations", next_observations, source)
+    tolerance = _tolerance(observations, next_observations)
+    observations, actions = as_column("observations", observations, source), as_column("actions", actions, source)
+    if next_observations is not None:
+        next_observations = as_column("next_observations", next_observations, source)
     _check_shapes(source, observations, actions, next_observations)
     length = actions.shape[0]
-    reward = _numbers("rewards", rewards, length, source)  # a NaN is refused when its transition is stored
-    terminal = _flags("terminals", terminals, length, source)
-    timeout = np.zeros(length, bool) if timeouts is None else _flags("timeouts", timeouts, length, source)
-    if (doubtful := terminal & timeout).any():
-        if both == "refuse":
-            raise InputError(
-                f"{source}: row {int(doubtful.argmax())} is flagged both as terminal and as timeout ({int(doubtful.sum())} rows "
-                "are); say which it is: both='terminal' or both='timeout' (--both terminal, --both timeout)"
-            )
-        if both == "timeout":
-            terminal &= ~timeout
-    ends = _ends(terminal, timeout, episode_ends, observations, next_observations, source=source)
+    reward, terminal, timeout = _outcomes(rewards, terminals, timeouts, both, length=length, source=source)
+    ends = _ends(terminal, timeout, episode_ends, observations, next_observations, source=source, tolerance=tolerance)
 
+    if isinstance(rewards, str) and rewards == REWARDS[0]:
+        reached = np.append(ends[1:], False) & ~ends if final_observation_rows else ends
+        reward, terminal = reached.astype(np.float64), terminal | reached
     successor = np.ones(length, bool)  # whether the row is a transition
     if final_observation_rows:
         successor = ~ends
@@ -74,6 +60,11 @@ def fill_from_arrays(
             terminal[:-1] |= terminal[1:] & ends[1:] & ~ends[:-1]
     elif next_observations is None:
         successor = ~ends | terminal
+    if not successor.any() and not final_observation_rows:
+        raise InputError(
+            f"{source} holds no transition: each of its {length} episodes has a single row, and what follows it is not given; "
+            "give next_observations"
+        )
     extra = ends & successor  # rows after which a frame of their own is stored
     numbers = np.cumsum(successor) - successor  # transition number of each row
     first_rows = np.concatenate([[0], np.flatnonzero(ends)[:-1] + 1])
@@ -87,23 +78,9 @@ def fill_from_arrays(
         source=source,
         folder=folder,
     )
-    rows = rows_a_chunk(observations)
-    followers = None if next_observations is None else chunks(next_observations, rows=rows)
-    before: np.ndarray | None = None  # s' of the row before the chunk
-    for begin, part in chunks(observations, rows=rows):
-        own = np.arange(begin, begin + len(part))
-        final = part
-        if followers is not None:
-            _, final = next(followers)
-            jumps = ~_follows(part, final, before) & ~ends[own - 1]
-            if jumps.any():
-                row = begin + int(jumps.argmax())
-                raise InputError(
-                    f"{source}: the observation jumps inside an episode: next_observations of row {row - 1} is not the "
-                    f"observation of row {row}; mark the episode's end there (timeouts), or say how ends are known "
-                    "(episode_ends='discontinuity', --ends discontinuity)"
-                )
-            before = final[-1:]
+    for own, part, final in _frames(
+        observations, next_observations, ends, terminal, tolerance=tolerance, source=source
+    ):
         after = np.flatnonzero(extra[own]) + 1
         frames = np.insert(part, after, final[extra[own]], axis=0)
         builder.add_frames(frames, rows=np.insert(own, after, own[extra[own]]))
@@ -121,22 +98,78 @@ def fill_from_arrays(
     )
 
 
-def _readable(name: str, array: Any, source: str) -> Any:
-    """Tensors and lists as arrays; columns as they are."""
-    if array is None:
-        hint = "; give zeros if the task never ends (--never-terminates)" if name == "terminals" else ""
-        raise InputError(f"{source}: {name} are missing{hint}")
-    if isinstance(array, torch.Tensor):
-        array = array.detach().cpu()
-        return (array.float() if array.dtype == torch.bfloat16 else array).numpy()  # numpy has no bfloat16
-    if isinstance(array, np.ma.MaskedArray):
-        raise InputError(f"{source}: {name} are a masked array; fill or drop what is masked")
-    if not hasattr(array, "dtype") or not hasattr(array, "shape"):
-        try:
-            return np.asarray(array)
-        except ValueError as error:
-            raise InputError(f"{source}: {name} are no array ({error})") from error
-    return array
+def _outcomes(
+    rewards: Any, terminals: Any, timeouts: Any, both: str, *, length: int, source: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rewards and flags, each ``[N]``."""
+    if both not in ("refuse", "terminal", "timeout"):
+        raise InputError(f"both={both!r} is unknown; there are refuse, terminal and timeout")
+    if isinstance(rewards, str):
+        if rewards not in REWARDS:
+            raise InputError(f"rewards={rewards!r} is unknown; there are an array, {' and '.join(REWARDS)}")
+        reward = np.zeros(length)
+    elif terminals is None:
+        raise InputError(f"{source}: terminals are missing; give zeros if the task never ends (--never-terminates)")
+    else:
+        reward = _numbers("rewards", rewards, length, source)  # a NaN is refused when its transition is stored
+    terminal, timeout = (
+        np.zeros(length, bool) if flags is None else _flags(name, flags, length, source)
+        for name, flags in (("terminals", terminals), ("timeouts", timeouts))
+    )
+    if (doubtful := terminal & timeout).any():
+        if both == "refuse":
+            raise InputError(
+                f"{source}: row {int(doubtful.argmax())} is flagged both as terminal and as timeout ({int(doubtful.sum())} rows "
+                "are); say which it is: both='terminal' or both='timeout' (--both terminal, --both timeout)"
+            )
+        if both == "timeout":
+            terminal &= ~timeout
+    return reward, terminal, timeout
+
+
+def _frames(
+    observations: Column,
+    next_observations: Column | None,
+    ends: np.ndarray,
+    terminal: np.ndarray,
+    *,
+    tolerance: float,
+    source: str,
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Yield (row numbers, s, s') some megabytes at a time; s stands in where s' is not given."""
+    rows = rows_a_chunk(observations)
+    followers = None if next_observations is None else chunks(next_observations, rows=rows)
+    before: np.ndarray | None = None  # s' of the row before the chunk
+    for begin, part in chunks(observations, rows=rows):
+        own = np.arange(begin, begin + len(part))
+        final = part
+        if followers is not None:
+            final = _without_placeholders(part, next(followers)[1], terminal[own], own, source)
+            jumps = ~_follows(part, final, before, tolerance) & ~ends[own - 1]
+            if jumps.any():
+                row = begin + int(jumps.argmax())
+                raise InputError(
+                    f"{source}: the observation jumps inside an episode: next_observations of row {row - 1} is not the "
+                    f"observation of row {row}; mark the episode's end there (timeouts), or say how ends are known "
+                    "(episode_ends='discontinuity', --ends discontinuity)"
+                )
+            before = final[-1:]
+        yield own, part, final
+
+
+def _without_placeholders(
+    part: np.ndarray, final: np.ndarray, terminal: np.ndarray, rows: np.ndarray, source: str
+) -> np.ndarray:
+    """Put s in the place of NaN in the s' of terminal rows, which nobody looks behind; elsewhere NaN is refused."""
+    if final.dtype.kind != "f":
+        return final
+    missing = np.isnan(final).reshape(len(final), -1).any(1)
+    if (unknown := missing & ~terminal).any():
+        raise InputError(
+            f"{source}: next_observations has a NaN or infinite value in row {rows[unknown.argmax()]}, which is not terminal; "
+            "repair or drop that trajectory"
+        )
+    return np.where(missing.reshape(-1, *[1] * (final.ndim - 1)), part, final) if missing.any() else final
 
 
 def _check_shapes(source: str, observations: Column, actions: Column, next_observations: Column | None) -> None:
@@ -152,6 +185,10 @@ def _check_shapes(source: str, observations: Column, actions: Column, next_obser
             raise InputError(f"{source}: {name} has type {dtype}, expected real numbers")
         if len(shape) not in ((2,) if name == "actions" else (2, 4)) or 0 in shape[1:]:
             expected = "[N, A]" if name == "actions" else "[N, O], or [N, H, W, C] for uint8 images"
+            if len(actions.shape) == 3:
+                expected += (
+                    "; of padded [episodes, steps, ...] keep the valid rows, array[mask], or import them with --padded"
+                )
             raise InputError(f"{source}: {name} has shape {shape}, expected {expected}")
         if len(shape) == 4:
             check_pictures(name, shape, dtype, source=source)
@@ -166,6 +203,7 @@ def _check_shapes(source: str, observations: Column, actions: Column, next_obser
 
 
 def _numbers(name: str, column: Column, length: int, source: str) -> np.ndarray:
+    column = as_column(name, column, source)
     if np.dtype(column.dtype).kind not in "fiub":
         raise InputError(f"{source}: {name} has type {np.dtype(column.dtype)}, expected real numbers")
     if tuple(column.shape) not in ((length,), (length, 1)):
@@ -191,6 +229,7 @@ def _ends(
     next_observations: Column | None,
     *,
     source: str,
+    tolerance: float,
 ) -> np.ndarray:
     """Find the last rows of the episodes, bool ``[N]``."""
     length, flagged = len(terminal), terminal | timeout
@@ -208,13 +247,13 @@ def _ends(
             )
         if next_observations is None:
             raise InputError(f"{source}: ends can be found by discontinuity only where next_observations are given")
-        return discontinuities(observations, next_observations) | flagged
+        return discontinuities(observations, next_observations, tolerance) | flagged
     if isinstance(told, (int, np.integer)) and not isinstance(told, bool):
         if told < 2 or length % told:
             raise InputError(f"{source}: {length} rows are not whole episodes of {told} rows")
         ends = np.arange(1, length + 1) % told == 0
     else:
-        numbers = np.asarray(_readable("episode_ends", told, source)[0:length]).reshape(-1)
+        numbers = np.asarray(as_column("episode_ends", told, source)[0:length]).reshape(-1)
         if len(numbers) != length:
             raise InputError(f"{source}: episode numbers for {len(numbers)} rows, there are {length}")
         ends = np.append(numbers[1:] != numbers[:-1], True)
@@ -228,8 +267,8 @@ def _ends(
     return ends
 
 
-def discontinuities(observations: Column, next_observations: Column) -> np.ndarray:
-    """Find the rows whose s' is not the next row's s, and the last row, bool ``[N]``."""
+def discontinuities(observations: Column, next_observations: Column, tolerance: float = _SAME_RELATIVE) -> np.ndarray:
+    """Find the rows whose s' is not the next row's s up to a relative ``tolerance``, and the last row, bool ``[N]``."""
     ends = np.zeros(observations.shape[0], bool)
     ends[-1] = True
     rows = rows_a_chunk(observations)
@@ -237,17 +276,33 @@ def discontinuities(observations: Column, next_observations: Column) -> np.ndarr
     for (begin, part), (_, following) in zip(
         chunks(observations, rows=rows), chunks(next_observations, rows=rows), strict=True
     ):
-        ends[begin - 1 + np.flatnonzero(~_follows(part, following, before))] = True
+        ends[begin - 1 + np.flatnonzero(~_follows(part, following, before, tolerance))] = True
         before = following[-1:]
     return ends
 
 
-def _follows(part: np.ndarray, following: np.ndarray, before: np.ndarray | None) -> np.ndarray:
+def _tolerance(observations: Any, next_observations: Any) -> float:
+    """The relative difference of numbers that are equal but were rounded to two types."""
+    steps = [_rounding(array) for array in (observations, next_observations)]
+    return max(_SAME_RELATIVE, *steps) if steps[0] != steps[1] else _SAME_RELATIVE
+
+
+def _rounding(array: Any) -> float:
+    first = array[0] if isinstance(array, (list, tuple)) and array else array
+    dtype = getattr(first, "dtype", None)
+    if str(dtype) == "bfloat16":  # of ml_dtypes
+        dtype = torch.bfloat16
+    if isinstance(dtype, torch.dtype):
+        return torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
+    return float(np.finfo(dtype).eps) if dtype is not None and np.dtype(dtype).kind == "f" else 0.0
+
+
+def _follows(part: np.ndarray, following: np.ndarray, before: np.ndarray | None, tolerance: float) -> np.ndarray:
     """Compare each row's s with the s' of the row before it, bool ``[n]``; a row without one (``before``) counts as equal."""
     previous = np.concatenate([part[:1] if before is None else before, following[:-1]])
-    dtype = part.dtype if part.dtype.kind == "f" else np.dtype(np.float32)
+    dtype = part.dtype.newbyteorder("=") if part.dtype.kind == "f" else np.dtype(np.float32)
     # A NaN is no jump: it is refused by its own name when it is stored.
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", over="ignore"):
         difference = np.abs(np.subtract(previous, part, dtype=dtype))
-        jumps = difference > _SAME_ABSOLUTE + _SAME_RELATIVE * np.abs(part)
+        jumps = difference > _SAME_ABSOLUTE + tolerance * np.abs(part)
     return ~jumps.reshape(len(part), -1).any(1)

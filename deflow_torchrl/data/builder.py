@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from deflow_torchrl.data.columns import allocate, release_pages
+from deflow_torchrl.data.columns import allocate, as_column, release_pages
 from deflow_torchrl.data.schema import ACTION_LIMIT, MIN_TRANSITIONS, ROUNDING
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.progress import patient_bar
@@ -112,8 +113,8 @@ class ColumnBuilder:
         Raises:
             InputError: on a wrong shape or type, NaN or infinity.
         """
-        reward = self._checked("rewards", np.asarray(rewards), "reward", rows, "fiub")
-        flags = self._checked("terminals", np.asarray(terminated, np.float32), "terminated", rows, "f")
+        reward = self._checked("rewards", rewards, "reward", rows, "fiub")
+        flags = self._checked("terminals", terminated, "terminated", rows, "fiub")
         if len(flags) != len(reward):
             raise InputError(f"{self.source}: {len(reward)} rewards, {len(flags)} terminals")
         self._append("reward", reward)
@@ -125,7 +126,7 @@ class ColumnBuilder:
         """Append one episode of T transitions.
 
         Keyword Args:
-            observations: ``[T + 1, ...]``, the final one included.
+            observations: ``[T + 1, ...]``, the final one included; NaN in it stands for nothing where the last row is terminal.
             actions: ``[T, A]``.
             rewards: ``[T]``.
             terminated: ``[T]``. The last transition is ``truncated`` where it is not terminated.
@@ -139,6 +140,11 @@ class ColumnBuilder:
                 f"{len(rewards)} rewards and {len(terminated)} flags; expected one more than these"
             )
         self._starts.append(self._written["action"])
+        observations = as_column("observations", observations, self.source)
+        if len(terminated) and terminated[-1] and observations.dtype.kind == "f" and np.isnan(observations[-1]).any():
+            observations = np.concatenate(
+                [observations[:-1], observations[-2:-1]]
+            )  # nobody looks behind a terminal row
         self.add_frames(observations)
         self.add_actions(actions)
         self.add_outcomes(rewards, terminated)
@@ -175,8 +181,8 @@ class ColumnBuilder:
         column[begin : begin + len(values)] = values
         release_pages(column, self.folder)
 
-    def _checked(self, name: str, values: np.ndarray, into: str, rows: np.ndarray | None, kinds: str) -> torch.Tensor:
-        column = self._columns[into]
+    def _checked(self, name: str, values: Any, into: str, rows: np.ndarray | None, kinds: str) -> torch.Tensor:
+        column, values = self._columns[into], as_column(name, values, self.source)
         if values.dtype.kind not in kinds:
             expected = {"f": "floating point in [-1, 1]", "u": "uint8"}.get(kinds, "real numbers")
             raise InputError(f"{self.source}: {name} has type {values.dtype}, expected {expected}")

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from deflow_torchrl.errors import InputError
+from deflow_torchrl.errors import InputError, one_line
 
 CHUNK_BYTES = 1 << 24
 
@@ -36,6 +36,37 @@ class Column(Protocol):
 
     def __getitem__(self, rows: slice) -> np.ndarray:
         """Consecutive rows; a stream may allow forward reading only."""
+
+
+def as_column(name: str, values: Any, source: str) -> Any:
+    """Tensors, lists, data frames and foreign arrays as numpy arrays; columns as they are.
+
+    Args:
+        name: of the field, for messages.
+        values: the array.
+        source: name of the data, for messages.
+
+    Raises:
+        InputError: if it is no array.
+    """
+    if isinstance(values, np.ma.MaskedArray):
+        raise InputError(f"{source}: {name} are a masked array; fill or drop what is masked")
+    try:
+        if isinstance(values, (list, tuple)) and values and isinstance(values[0], torch.Tensor):
+            values = torch.stack(tuple(values))
+        if isinstance(values, torch.Tensor):
+            values = values.detach().to_dense() if values.layout != torch.strided else values.detach()
+            values = values.cpu().resolve_conj().resolve_neg()
+            return (values.float() if values.dtype == torch.bfloat16 else values).numpy()  # numpy has no bfloat16
+        if hasattr(values, "to_numpy"):  # data frames
+            values = values.to_numpy()
+        if not hasattr(values, "dtype") or not hasattr(values, "shape"):
+            return np.asarray(values)
+        if np.dtype(values.dtype).name == "bfloat16":  # of ml_dtypes, which JAX uses
+            return np.asarray(values).astype(np.float32)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{source}: {name} are no array ({one_line(error)})") from error
+    return values
 
 
 def chunks(column: Column, *, rows: int | None = None) -> Iterator[tuple[int, np.ndarray]]:

@@ -88,7 +88,8 @@ class TransitionDataset(Transitions):
         self.reward = reward
         self.terminated = terminated
         self.episode_starts = episode_starts
-        self.folder = folder
+        # A process with another working folder opens the same files.
+        self.folder = folder = None if folder is None else folder.absolute()
         self.source = source
         self.about = dict(about or {})
         self.report = report
@@ -113,15 +114,16 @@ class TransitionDataset(Transitions):
         Args:
             observations: s, ``[N, O]`` of any real type (float32 inside) or ``[N, H, W, C]`` uint8.
             actions: a, ``[N, A]`` floating point inside [-1, 1]; clipped to +-(1 - 1e-5).
-            rewards: r, ``[N]`` or ``[N, 1]``.
+            rewards: r, ``[N]`` or ``[N, 1]``; where there are none, ``"success-at-end"``: 1 on each episode's last row, which is
+                made terminal, else 0; or ``"zero"``: no meaning, for methods that read no rewards.
             terminals: nonzero where the task ended (no bootstrap), ``[N]``.
             timeouts: nonzero on the last row of an episode that was cut without an end of the task, ``[N]``.
 
         Keyword Args:
             **options: the following.
             frame_stack: frames of an observation, see :meth:`stacked`; 1 by default.
-            next_observations: s', like ``observations``. Without it s' is the next row's s; an episode's last row then has no
-                successor: it is left out, except where it is terminal: its s' is never used, and s stands in for it.
+            next_observations: s', like ``observations``; that of a terminal row is never used and may be NaN. Without it s' is
+                the next row's s; an episode's last row then has no successor: it is left out, except where it is terminal.
             episode_ends: how ends are known that ``terminals`` and ``timeouts`` do not mark: an array ``[N]`` of episode numbers
                 (an end where the number changes), an integer (every episode has that many rows), or ``"discontinuity"`` (an end
                 where s' is not the next row's s; needs ``next_observations``). Never guessed: with ``None`` the flags mark all.

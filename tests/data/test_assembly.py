@@ -66,9 +66,103 @@ def test_a_terminal_row_inside_a_told_episode_only_cuts_the_bootstrap():
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_nan_and_infinity_are_refused_with_their_row(name, value):
     bad = with_successors()
-    bad[name][5] = value
-    with pytest.raises(InputError, match=r"x: .*NaN or infinite value in row 5"):
+    row = 11 if name == "next_observations" and np.isnan(value) else 5  # row 5 is terminal: nobody looks behind it
+    bad[name][row] = value
+    with pytest.raises(
+        InputError, match=rf"x: {name if np.isnan(value) else '.*'} has a NaN or infinite value in row {row}"
+    ):
         build(bad)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.array([7.0, np.nan, 9])])
+def test_nan_behind_a_terminal_row_stands_for_nothing(value):
+    given = with_successors()
+    given["next_observations"][5] = value
+    td = build(given)[:]
+    np.testing.assert_array_equal(td["next", "observation"][5], np.float32(given["observations"][5]))
+    assert td["next", "observation"].isfinite().all()
+    given["next_observations"][3] = np.nan  # inside an episode
+    with pytest.raises(
+        InputError, match="next_observations has a NaN or infinite value in row 3, which is not terminal"
+    ):
+        build(given)
+
+
+def in_big_endian(value):
+    return value.astype(value.dtype.newbyteorder(">"))
+
+
+FORMS = {
+    "bfloat16": lambda value: torch.as_tensor(value).bfloat16(),
+    "list of bfloat16": lambda value: list(torch.as_tensor(value).bfloat16()),
+    "float16": lambda value: value.astype(np.float16),
+    "longdouble": lambda value: value.astype(np.longdouble),
+    "big-endian": in_big_endian,
+    "big-endian float16": lambda value: in_big_endian(value.astype(np.float16)),
+    "Fortran": np.asfortranarray,
+    "backwards": lambda value: value[::-1].copy()[::-1],
+    "every second": lambda value: np.repeat(value, 2, axis=0)[::2],
+    "read-only": lambda value: np.lib.stride_tricks.as_strided(value, writeable=False),
+    "with gradient": lambda value: torch.as_tensor(value).requires_grad_(),
+    "sparse": lambda value: torch.as_tensor(value).to_sparse(),
+}
+
+
+@pytest.mark.parametrize("only", ["all", *with_successors()])
+@pytest.mark.parametrize("form", FORMS)
+def test_arrays_may_come_in_any_form(form, only):
+    given = with_successors()
+    changed = {name: FORMS[form](value) if only in ("all", name) else value for name, value in given.items()}
+    exact = not {"bfloat16", "float16"} & set(form.split())
+    tolerance = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-2, "atol": 1e-2}
+    torch.testing.assert_close(build(changed)[:].to_dict(), build(given)[:].to_dict(), **tolerance)
+
+
+def test_flags_may_be_bool_and_vectors_integers():
+    given = with_successors()
+    for name in ("observations", "next_observations"):
+        given[name] = np.round(given[name] * 10)
+    whole = {name: value.astype(np.int16) if name.endswith("observations") else value for name, value in given.items()}
+    whole |= {name: given[name] != 0 for name in ("terminals", "timeouts")}
+    torch.testing.assert_close(build(whole)[:].to_dict(), build(given)[:].to_dict())
+
+
+@pytest.mark.parametrize(
+    "value", ["text", {"a": 1}, object(), [[1], [1, 2]], torch.zeros(12, 2, dtype=torch.complex64)]
+)
+@pytest.mark.parametrize("name", with_successors())
+def test_what_is_no_array_of_numbers_is_one_line(name, value):
+    with pytest.raises(InputError) as error:
+        build({**with_successors(), name: value})
+    assert "\n" not in str(error.value)
+    assert name in str(error.value)
+
+
+def test_episodes_of_one_row_need_their_successors():
+    given = {**arrays(terminal=()), "timeouts": np.ones(12)}
+    with pytest.raises(InputError, match=r"12 episodes has a single row, .*give next_observations"):
+        build(given)
+    assert build({**given, "next_observations": given["observations"] + 1}).num_episodes == 12
+
+
+def test_padded_arrays_are_refused_with_advice():
+    given = {name: value.reshape(2, 6, *value.shape[1:]) for name, value in arrays().items()}
+    with pytest.raises(InputError, match=r"padded \[episodes, steps, ...\] .*--padded"):
+        build(given)
+
+
+def test_rewards_that_are_missing_can_stand_for_success_at_the_end_or_for_nothing():
+    given = arrays(terminal=())
+    none = {**given, "terminals": None}
+    td = build({**none, "rewards": "success-at-end"})[:]
+    assert td["next", "reward"].flatten().nonzero().flatten().tolist() == [5, 11]
+    assert td["next", "terminated"].flatten().nonzero().flatten().tolist() == [5, 11]
+    td = build({**none, "rewards": "success-at-end"}, final_observation_rows=True)[:]
+    assert td["next", "reward"].flatten().nonzero().flatten().tolist() == [4, 9]
+    assert td["next", "terminated"].flatten().nonzero().flatten().tolist() == [4, 9]
+    assert not build({**none, "rewards": "zero"})[:]["next", "reward"].any()
+    with pytest.raises(InputError, match="there are an array, success-at-end and zero"):
+        build({**none, "rewards": "one"})
 
 
 @pytest.mark.parametrize(

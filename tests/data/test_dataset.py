@@ -179,6 +179,33 @@ def test_a_set_built_in_files_can_be_pickled_copied_and_loaded(tmp_path):
         torch.testing.assert_close(other[:].to_dict(), expected)
 
 
+def test_a_set_in_a_folder_named_relatively_is_found_from_elsewhere(tmp_path, monkeypatch):
+    (tmp_path / "set").mkdir()
+    monkeypatch.chdir(tmp_path)
+    dataset = build(episodes(), Path("set"))
+    content = pickle.dumps(dataset)
+    monkeypatch.chdir("/")
+    for other in (
+        pickle.loads(content),
+        copy.deepcopy(dataset),
+        pickle.loads(pickle.dumps(dataset.chunked(2))).base,
+    ):
+        torch.testing.assert_close(other[:].to_dict(), build(episodes())[:].to_dict())
+
+
+def test_a_builder_takes_tensors_and_lists_and_nan_behind_a_terminal_row():
+    parts = episodes()
+    parts[1][0][-1] = np.nan  # the second episode terminates
+    expected = build(parts)
+    assert expected.observation.isfinite().all()
+    for cast in (torch.as_tensor, lambda value: value.tolist()):
+        builder = TransitionBuilder(12, frames=15, observation_shape=(2,), action_dim=2, source="test")
+        for part in parts:
+            names = ("observations", "actions", "rewards", "terminated")
+            builder.add_episode(**{name: cast(value) for name, value in zip(names, part, strict=True)})
+        torch.testing.assert_close(builder.finish()[:].to_dict(), expected[:].to_dict())
+
+
 def test_systems_without_posix_calls_keep_sets_in_files(tmp_path, monkeypatch):
     monkeypatch.delattr(os, "posix_fallocate")
     monkeypatch.setattr(dataset_module, "POSITIONAL_READS", False)

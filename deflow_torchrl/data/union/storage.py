@@ -51,6 +51,13 @@ def columns_of(transitions: TensorDictBase, *, source: str, schema: Schema | Non
             found = ", ".join(sorted(key if isinstance(key, str) else ".".join(key) for key in keys))
             raise InputError(f"{source}: {name} is {'missing' if column is None else 'no tensor'}; found {found}")
     check_schema(columns, schema or offline_schema(columns, source=source), source=source)
+    # Collectors may leave NaN behind a terminal row, where nobody looks.
+    observation, _, following, _, terminated, *_ = columns
+    if following.is_floating_point():
+        unused = following.isnan().flatten(1).any(1) & terminated.squeeze(-1)
+        if bool(unused.any()):
+            columns[2] = following.clone()
+            columns[2][unused] = observation[unused]
     for name, column in zip(NAMES, columns, strict=True):
         if column.is_floating_point() and not bool((finite := column.isfinite()).all()):
             row = int((~finite).flatten(1).any(1).nonzero()[0])

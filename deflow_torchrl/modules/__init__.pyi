@@ -6,6 +6,8 @@ from .best_of_n import BestOfNPolicy as BestOfNPolicy
 from .critics import CriticEnsemble as CriticEnsemble
 from .critics import EncodedCritics as EncodedCritics
 from .critics import TwinCritic as TwinCritic
+from .encoders import ImpalaEncoder as ImpalaEncoder
+from .encoders import make_encoder as make_encoder
 from .flow import FlowMatchingModel as FlowMatchingModel
 from .flow import FlowMatchingPolicy as FlowMatchingPolicy
 from .networks import make_one_step_network as make_one_step_network

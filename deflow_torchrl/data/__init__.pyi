@@ -4,6 +4,7 @@ from .action_variance import ActionVariance as ActionVariance
 from .action_variance import intrinsic_action_variance as intrinsic_action_variance
 from .action_variance import suggest_target_divergence as suggest_target_divergence
 from .base_actions import BaseActionBank as BaseActionBank
+from .crop import RandomCrop as RandomCrop
 from .dataset import TransitionBuilder as TransitionBuilder
 from .dataset import TransitionDataset as TransitionDataset
 from .dataset import TransitionReplayBuffer as TransitionReplayBuffer

@@ -8,16 +8,23 @@ from collections.abc import Iterable
 from pathlib import Path
 
 
+def nearest(name: str, known: Iterable[str], *, n: int = 3, cutoff: float = 0.6) -> list[str]:
+    """The known names most like an unknown one, the nearest first; ``n`` at most."""
+    return difflib.get_close_matches(name, list(known), n=n, cutoff=cutoff)
+
+
 def did_you_mean(name: str, known: Iterable[str], *, otherwise: str | None = None, n: int = 3) -> str:
-    """A hint for an unknown name: the nearest known names; if none is near, ``otherwise`` or all known names.
+    """A hint for an unknown name: the nearest known names; if none is near, ``otherwise``, by default all known names.
 
     Examples:
         >>> did_you_mean("litte", ["paper", "lite"]), did_you_mean("x", ["paper", "lite"])
         ('did you mean lite?', 'there are paper, lite')
     """
     names = list(known)
-    near = difflib.get_close_matches(name, names, n=n)
-    return f"did you mean {', '.join(near)}?" if near else otherwise or f"there are {', '.join(names)}"
+    near = nearest(name, names, n=n)
+    if otherwise is None:
+        otherwise = f"there are {', '.join(names)}"
+    return f"did you mean {', '.join(near)}?" if near else otherwise
 
 
 def one_line(error: BaseException) -> str:

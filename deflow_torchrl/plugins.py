@@ -72,6 +72,10 @@ class Registry(Mapping[str, T], Generic[T]):
             raise InputError(f"there is a {self._noun} {name!r} already; choose another name")
         self._loaded[name] = self._checked(thing, f"the {self._noun} {name!r}")
 
+    def unregister(self, name: str) -> None:
+        """Forget an object that was registered in this process."""
+        self._loaded.pop(name, None)
+
     @functools.cached_property
     def _announced(self) -> dict[str, list[EntryPoint]]:
         found: dict[str, list[EntryPoint]] = {}

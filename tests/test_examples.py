@@ -54,25 +54,30 @@ def test_a_frozen_diffusion_policy_is_refined_without_being_called(run, capsys):
     assert found["refined"] != found["diffusion policy"]
 
 
-def test_a_method_of_ones_own_is_trained_and_evaluated(run, monkeypatch, capsys):
-    from deflow_torchrl.algorithms import registry
+@pytest.fixture
+def unregistered():
+    """Looks a registered method up, which is forgotten after the test."""
+    from deflow_torchrl.algorithms.registry import ALGORITHMS, get_algorithm
 
-    monkeypatch.setattr(registry.ALGORITHMS, "_loaded", dict(registry.ALGORITHMS))  # forgotten afterwards
+    names = []
+    yield lambda name: names.append(name) or get_algorithm(name)
+    for name in names:
+        ALGORITHMS.unregister(name)
+
+
+def test_a_method_of_ones_own_is_trained_and_evaluated(run, unregistered, capsys):
     assert len((EXAMPLES / "extending_method.py").read_text().splitlines()) < 115
     learned = run("extending_method.py", "--steps", "5", "--episodes", "1")
     assert f"reward_bc: mean return {learned:.0f} after 5 steps" in capsys.readouterr().out
     assert -2000 < learned < 0, "five episodes of the pendulum"
-    assert registry.get_algorithm("reward_bc").config().temperature == 1.0
+    assert unregistered("reward_bc").config().temperature == 1.0
 
 
-def test_a_critic_of_ones_own_sees_which_returns_are_noisy(run, monkeypatch, capsys):
-    from deflow_torchrl.algorithms import registry
-
-    monkeypatch.setattr(registry.ALGORITHMS, "_loaded", dict(registry.ALGORITHMS))  # forgotten afterwards
+def test_a_critic_of_ones_own_sees_which_returns_are_noisy(run, unregistered, capsys):
     found = run("extending_critic.py", "--steps", "150")
     assert f"{found['calm']:.2f} apart in a calm state" in capsys.readouterr().out
     assert found["noisy"] > 2 * found["calm"] > 0
-    assert registry.get_algorithm("deflow_quantile").title == "DeFlow, quantile critic"
+    assert unregistered("deflow_quantile").title == "DeFlow, quantile critic"
 
 
 def test_a_source_of_ones_own_is_trained_on_and_named_in_the_record(run, tmp_path, capsys):

@@ -35,6 +35,7 @@ class DeFlowConfig(CriticConfig):
             it); or ``bfloat16``. What has a gradient, acting and evaluation are always computed in full.
     """
 
+    prior_settings: ClassVar[tuple[str, ...]] = ("flow_steps",)
     choices: ClassVar[Mapping[str, Mapping[str | None, Any]]] = {
         "divergence_reduction": {None: "mean", "paper": "sum", "released": "mean"},
         "square_fixed_alpha": {None: False, "paper": False, "released": True},

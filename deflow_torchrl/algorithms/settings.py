@@ -31,9 +31,11 @@ class MethodConfig:
     Attributes:
         name: as in ``algo=NAME``.
         lr: learning rate of the one Adam.
+        prior_settings: settings that the base actions of a frozen prior depend on.
         choices: settings, None by default, whose value is the preset's: name -> preset, None for no preset, -> value.
     """
 
+    prior_settings: ClassVar[tuple[str, ...]] = ()
     choices: ClassVar[Mapping[str, Mapping[str | None, Any]]] = {}
 
     name: str = "???"

@@ -27,7 +27,7 @@ from torchrl.data.replay_buffers.writers import ImmutableDatasetWriter
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from deflow_torchrl.data.dataset import TransitionDataset
-from deflow_torchrl.errors import InputError
+from deflow_torchrl.errors import InputError, one_line
 from deflow_torchrl.generators import generators_set_aside
 from deflow_torchrl.paths import atomic_write
 
@@ -327,7 +327,7 @@ class BaseActionBank:
                 # A view would be saved with the online zone behind it.
                 torch.save({**self._identity(), "actions": self._actions[: self._offline_states].clone()}, temporary)
         except (OSError, RuntimeError) as error:
-            raise InputError(f"cannot write {path} ({' '.join(str(error).split())}); choose another folder") from error
+            raise InputError(f"cannot write {path} ({one_line(error)}); choose another folder") from error
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Read a file written by :meth:`save` for this prior, data, K, seed and batch size; no code in it is run.

@@ -32,7 +32,7 @@ from deflow_torchrl.data.chunks import ChunkedDataset
 from deflow_torchrl.data.columns import POSITIONAL_READS, RowFile, map_column, release_pages
 from deflow_torchrl.data.schema import Rows
 from deflow_torchrl.data.transitions import Transitions, row_numbers
-from deflow_torchrl.errors import InputError
+from deflow_torchrl.errors import InputError, one_line
 from deflow_torchrl.paths import make_writable_folder, only_one_prepares, write_text
 
 _COLUMNS = ("observation", "action", "reward", "terminated")
@@ -358,9 +358,7 @@ class TransitionDataset(Transitions):
         except InputError:
             raise
         except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
-            raise InputError(
-                f"{folder} is damaged ({' '.join(str(error).split())}); delete it and make it again"
-            ) from error
+            raise InputError(f"{folder} is damaged ({one_line(error)}); delete it and make it again") from error
 
     def write_about(self, folder: Path) -> None:
         """Write what :meth:`load` needs beside the four columns."""

@@ -18,7 +18,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from deflow_torchrl.errors import InputError, MissingExtraError
+from deflow_torchrl.errors import InputError, MissingExtraError, one_line
 from deflow_torchrl.versions import package_versions
 
 RECORD_FILE = "record.json"
@@ -149,7 +149,7 @@ def load_record(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"cannot read {path} ({error.strerror})") from error
     except ValueError as error:
-        raise InputError(f"{path} is damaged: it is not JSON ({' '.join(str(error).split())})") from error
+        raise InputError(f"{path} is damaged: it is not JSON ({one_line(error)})") from error
     version = record.get("schema") if isinstance(record, dict) else None
     if version != SCHEMA:
         advice = "make the run again"

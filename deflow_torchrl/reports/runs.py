@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from deflow_torchrl.errors import InputError
+from deflow_torchrl.errors import InputError, one_line
 from deflow_torchrl.reports.paper import averaged_evaluations
 from deflow_torchrl.reports.records import METRICS, RECORD_FILE, load_record
 from deflow_torchrl.reports.statistics import success_standard_error
@@ -68,7 +68,7 @@ class FinishedRun:
         except FileNotFoundError:
             return []
         except (OSError, ValueError) as error:
-            raise InputError(f"{path} is damaged: {' '.join(str(error).split())}") from error
+            raise InputError(f"{path} is damaged: {one_line(error)}") from error
 
 
 @dataclass(frozen=True)

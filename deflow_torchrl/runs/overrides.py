@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deflow_torchrl.algorithms.registry import get_algorithm
-from deflow_torchrl.errors import InputError, MissingExtraError
+from deflow_torchrl.errors import InputError, MissingExtraError, did_you_mean
 from deflow_torchrl.runs.settings import (
     SettledConfig,
     TrainConfig,
@@ -138,11 +137,7 @@ def _check_names(overrides: Sequence[str], base: TrainConfig) -> None:
         prefix = "algo." if name.startswith("algo.") else ""
         known = setting_names(type(base.algo) if prefix else TrainConfig)
         if name.removeprefix(prefix) not in known:
-            near = difflib.get_close_matches(name.removeprefix(prefix), known, n=3)
-            listed = ", ".join(prefix + other for other in near or known)
-            raise InputError(
-                f"unknown setting {name!r}; {'did you mean' if near else 'there are'} {listed}{'?' if near else ''}"
-            )
+            raise InputError(f"unknown setting {name!r}; {did_you_mean(name, [prefix + it for it in known])}")
 
 
 def _on_top(base: TrainConfig, given: Mapping[str, Any]) -> SettledConfig:

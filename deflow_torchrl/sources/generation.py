@@ -7,7 +7,6 @@ processes, a shorter set is the beginning of a longer one, and a repeated call k
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import itertools
 import json
@@ -24,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from deflow_torchrl.envs.factory import import_ogbench
-from deflow_torchrl.errors import InputError
+from deflow_torchrl.errors import InputError, nearest
 from deflow_torchrl.paths import (
     atomic_write,
     cache_home,
@@ -46,7 +45,7 @@ def generated_dataset_name(name: str) -> str:
     for candidate in (name, f"{name}-v0"):
         if candidate in GENERATED_DATASETS:
             return candidate
-    near = difflib.get_close_matches(f"{name.removesuffix('-v0')}-v0", GENERATED_DATASETS, n=2, cutoff=0.94)
+    near = nearest(f"{name.removesuffix('-v0')}-v0", GENERATED_DATASETS, n=2, cutoff=0.94)
     hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(GENERATED_DATASETS)}"
     raise InputError(f"no generator for {name!r}; {hint}")
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
 import http.client
 import json
@@ -23,7 +22,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from deflow_torchrl.envs.factory import register_robotics
-from deflow_torchrl.errors import InputError, MissingExtraError, one_line
+from deflow_torchrl.errors import InputError, MissingExtraError, nearest, one_line
 from deflow_torchrl.paths import only_one_prepares
 
 if TYPE_CHECKING:
@@ -73,7 +72,7 @@ def open_minari_dataset(dataset_id: str, *, download: bool = True) -> MinariData
         folder = _folder(dataset_id, "D4RL/door/human-v2")
         marker = _incomplete(folder)
         if marker.exists() or not (folder / "data").exists():
-            near = difflib.get_close_matches(dataset_id, list(minari.list_local_datasets()), n=3)
+            near = nearest(dataset_id, minari.list_local_datasets())
             hint = f"; the nearest here are {', '.join(near)}" if near else ""
             if marker.exists():
                 hint += f"; a download of it was broken off (delete {marker} if the set is complete now)"

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 
-from deflow_torchrl.errors import InputError, LockHeldError, MissingExtraError
+from deflow_torchrl.errors import InputError, LockHeldError, MissingExtraError, one_line
 from deflow_torchrl.paths import hold_lock
 from deflow_torchrl.processes import available_cores
 from deflow_torchrl.reports.records import METRICS, RECORD_FILE, load_record
@@ -280,14 +280,16 @@ def run_job(job: Job, *, show_progress: bool = False) -> Outcome:
         return Outcome("refused", str(error), host)
     except Exception as error:
         _log.exception("%s failed", job.name)
-        return Outcome("failed", one_line(error), host)
+        return Outcome("failed", describe_error(error), host)
 
 
-def one_line(error: BaseException) -> str:
-    """An error in a line: those of this package by their message alone."""
-    text = " ".join(str(error).split())[:_MESSAGE]  # one that fills the pipe to the sweep would block the job
-    ours = type(error).__module__.startswith("deflow_torchrl")
-    return text if ours and text else f"{type(error).__name__}: {text}" if text else type(error).__name__
+def describe_error(error: BaseException) -> str:
+    """An error in one line; an error of another package with its type."""
+    text, kind = (
+        one_line(error)[:_MESSAGE],
+        type(error),
+    )  # a message that fills the pipe to the sweep would block the job
+    return text if kind.__module__.startswith("deflow_torchrl") or text == kind.__name__ else f"{kind.__name__}: {text}"
 
 
 def _train(job: Job, *, show_progress: bool) -> None:

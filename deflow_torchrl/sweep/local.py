@@ -20,7 +20,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from deflow_torchrl.processes import available_cores, children_ignore_ctrl_c, die_with_parent, keep_freed_memory
-from deflow_torchrl.sweep.jobs import Job, Outcome, one_line, run_job
+from deflow_torchrl.sweep.jobs import Job, Outcome, describe_error, run_job
 
 # What a job needs, imported once for all of them.
 _PRELOADED = ["deflow_torchrl.runs.run", "deflow_torchrl.reports.page", "yaml", "gymnasium"]
@@ -146,7 +146,7 @@ def _work(job: Job, results: Connection, log: str, threads: int) -> None:
         outcome = Outcome("interrupted")
     except BaseException as error:
         traceback.print_exc()
-        outcome = Outcome("failed", one_line(error))
+        outcome = Outcome("failed", describe_error(error))
     if outcome.kind != "done":
         print(f"{outcome.kind}: {outcome.message}", file=sys.stderr)  # noqa: T201 # the job's log
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import re
 from collections import Counter
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from deflow_torchrl.algorithms.registry import get_algorithm
-from deflow_torchrl.errors import InputError
+from deflow_torchrl.errors import InputError, did_you_mean
 from deflow_torchrl.runs.overrides import put, read_overrides
 from deflow_torchrl.runs.settings import (
     SettledConfig,
@@ -237,8 +236,7 @@ def _split(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
         if key not in OPTIONS:
             names = [name for name in setting_names(TrainConfig) if name not in _INSTEAD]
             if "." not in key and key not in names:
-                near = difflib.get_close_matches(key, [*OPTIONS, *names], n=3)
-                hint = f"did you mean {', '.join(near)}?" if near else f"a sweep's own are {', '.join(OPTIONS)}"
+                hint = did_you_mean(key, [*OPTIONS, *names], otherwise=f"a sweep's own are {', '.join(OPTIONS)}")
                 raise InputError(f"unknown setting {key!r}; {hint}")
             settings.append(text)
         elif key in options:
@@ -283,8 +281,7 @@ def _variant(text: str) -> Variant:
         if not equals:
             raise InputError(f"{text}: write METHOD:NAME=VALUE, for example deflow:fixed_alpha=0.3")
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=3) or known
-            raise InputError(f"{text}: {method} has no setting {name!r}; did you mean {', '.join(near)}?")
+            raise InputError(f"{text}: {method} has no setting {name!r}; {did_you_mean(name, known)}")
     return Variant(method, tuple(settings))
 
 
@@ -309,8 +306,8 @@ def _known(name: str) -> str:
     try:
         get_task(name)
     except InputError as error:
-        near = difflib.get_close_matches(name, dict.fromkeys(["all", "o2o", *families(), *family_groups()]), n=3)
-        raise InputError(f"{error}{f' (families: {chr(32).join(near)})' if near else ''}") from error
+        hint = did_you_mean(name, ["all", "o2o", *families(), *family_groups()], otherwise="see deflow tasks")
+        raise InputError(f"{error} (families: {hint})") from error
     return settled_name(name)
 
 

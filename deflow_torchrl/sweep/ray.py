@@ -12,7 +12,7 @@ import time
 from typing import Any
 
 from deflow_torchrl.errors import InputError, MissingExtraError
-from deflow_torchrl.sweep.jobs import Job, Outcome, one_line, run_job
+from deflow_torchrl.sweep.jobs import Job, Outcome, describe_error, run_job
 
 _KNOCK_SECONDS = 5.0
 _CONNECT_SECONDS = 40.0
@@ -104,7 +104,7 @@ class RayEngine:
         except errors.TaskCancelledError:
             return Outcome("interrupted")
         except errors.RayTaskError as error:  # the job's own errors are outcomes: this one is of its surroundings
-            return Outcome("failed", f"on the node: {one_line(error.cause or error)[:500]}")
+            return Outcome("failed", f"on the node: {describe_error(error.cause or error)[:500]}")
         except errors.RayError as error:  # of node, worker or memory
             return Outcome("lost", f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
 

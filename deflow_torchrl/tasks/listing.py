@@ -7,10 +7,10 @@ import re
 from collections.abc import Callable, Sequence
 
 from deflow_torchrl.tasks.paper import PaperTask
+from deflow_torchrl.tasks.tables import read_table
 
 WIDTH = 100
 _TITLES = {"offline": "Offline", "offline_to_online": "Offline to online"}
-_METHODS = ("fql", "ifql", "iql", "rebrac", "fbrac", "fawac")
 
 
 def list_tasks(setting: str, tasks: Sequence[PaperTask]) -> str:
@@ -33,8 +33,11 @@ def list_tasks(setting: str, tasks: Sequence[PaperTask]) -> str:
         lines.append(
             f"  * {', '.join(map(str, readme))} in the authors' README; deflow train --preset released takes it"
         )
-    lines += ["", *_table(rows, _METHODS, _of_methods)]
-    lines.append("  fql, fbrac: alpha; ifql: samples N; iql, fawac: inverse temperature; rebrac: actor/critic penalty")
+    meanings: dict[str, list[str]] = {}
+    for method, meaning in _listed_methods().items():
+        meanings.setdefault(meaning, []).append(method)
+    lines += ["", *_table(rows, list(_listed_methods()), _of_methods)]
+    lines.append("  " + "; ".join(f"{', '.join(methods)}: {meaning}" for meaning, methods in meanings.items()))
     return "\n".join(lines)
 
 
@@ -82,9 +85,15 @@ def _of_task(task: PaperTask) -> tuple[str, ...]:
     return str(task.horizon), f"{task.discount:g}", task.q_aggregation, f"{task.target_divergence:g}{star}"
 
 
+def _listed_methods() -> dict[str, str]:
+    """Methods with a column -> meaning of their settings."""
+    return read_table("paper.json")["listed"]
+
+
 def _of_methods(task: PaperTask) -> tuple[str, ...]:
     return tuple(
-        "/".join(f"{value:g}" for value in task.hyperparameters.get(method, {}).values()) or "-" for method in _METHODS
+        "/".join(f"{value:g}" for value in task.hyperparameters.get(method, {}).values()) or "-"
+        for method in _listed_methods()
     )
 
 

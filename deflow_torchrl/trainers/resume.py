@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from deflow_torchrl import __version__
+from deflow_torchrl.algorithms.registry import get_algorithm
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.trainers.checkpoint import check_identity, list_checkpoints, read_header, step_of
 from deflow_torchrl.versions import package_versions
@@ -181,11 +182,12 @@ class RunHistory:
 def _check_steps(done: int, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
     if done > theirs.get("offline_steps", done):
         fixed = [name for name in _FIXED_ONLINE if theirs.get(name) != ours.get(name)]
-        drawn = [settings.get("algo", {}).get("flow_steps") for settings in (theirs, ours)]
-        if ours.get("freeze_prior") and drawn[0] != drawn[1]:
-            raise InputError(
-                f"algo.flow_steps: {drawn[0]} -> {drawn[1]}: cannot change any more, the frozen prior's base actions are drawn"
-            )
+        for name in get_algorithm(ours["algo"]["name"]).config.prior_settings if ours.get("freeze_prior") else ():
+            before, after = theirs["algo"].get(name), ours["algo"].get(name)
+            if before != after:
+                raise InputError(
+                    f"algo.{name}: {before} -> {after}: cannot change any more, the frozen prior's base actions are drawn"
+                )
         if fixed:
             lines = "; ".join(f"{name}: {theirs.get(name)} -> {ours.get(name)}" for name in fixed)
             raise InputError(f"{lines}: cannot change any more, the run is in its online phase (step {done})")

@@ -25,7 +25,7 @@ from deflow_torchrl.data.dataset import TransitionReplayBuffer, as_it_is
 from deflow_torchrl.data.transitions import Transitions
 from deflow_torchrl.data.union.sampler import UnionSampler, check_count, native_sampler_state, sampler_state
 from deflow_torchrl.data.union.storage import ColumnRows, UnionStorage, UnionWriter, columns_of
-from deflow_torchrl.errors import InputError
+from deflow_torchrl.errors import InputError, one_line
 from deflow_torchrl.paths import atomic_write, make_writable_folder
 
 _STATE_FILE = "buffer.pt"
@@ -438,7 +438,7 @@ class OfflineOnlineReplayBuffer(TensorDictReplayBuffer):
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:
-            raise InputError(f"{file} is missing or damaged ({' '.join(str(error).split())[:200]})") from error
+            raise InputError(f"{file} is missing or damaged ({one_line(error)[:200]})") from error
         self.load_state_dict(state)
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import platform
 from importlib import metadata
 
@@ -21,3 +22,21 @@ def package_versions(*more: str) -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return versions
+
+
+def extension_fault() -> str | None:
+    """Why TorchRL's compiled extension, which ``PrioritizedSampler`` needs, does not load; None if it does.
+
+    A wheel of torchrl loads beside the minor version of torch it was compiled against, which its metadata do not say: that of
+    torchrl 0.14.1 was tried, and samples, with torch 2.14.1.
+    """
+    import torch
+
+    try:
+        importlib.import_module("torchrl._torchrl")
+    except ImportError:
+        return (
+            f"torchrl's compiled extension, which PrioritizedSampler needs, does not load: torchrl {metadata.version('torchrl')} "
+            f"was not compiled against torch {torch.__version__}; torchrl 0.14.1 with torch 2.14.1 works"
+        )
+    return None

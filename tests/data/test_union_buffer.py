@@ -1,7 +1,10 @@
 import contextlib
 import math
 import os
+import re
+import sys
 import warnings
+from importlib.metadata import version
 
 import numpy as np
 import pytest
@@ -22,6 +25,7 @@ from torchrl.envs.transforms import RewardScaling
 
 from deflow_torchrl.data import TRANSITION_KEYS, OfflineOnlineReplayBuffer, TransitionDataset, TransitionReplayBuffer
 from deflow_torchrl.errors import InputError
+from deflow_torchrl.versions import extension_fault
 from tests.support.episodes import build, episodes
 
 DATASET = build(episodes())  # 12 transitions, s [2], a [2]
@@ -518,6 +522,30 @@ def test_priorities_start_at_the_default_and_can_be_updated(priorities):
     assert batch["priority_weight"].shape == (50,)
     batch["td_error"] = torch.ones(50, 1)
     buffer.update_tensordict_priority(batch)
+
+
+def test_where_torchrls_extension_does_not_load_one_line_names_versions_that_fit(monkeypatch):
+    for name in ("Fp32", "Fp64"):  # as torchrl leaves them where its extension does not load
+        monkeypatch.setattr(prioritized, f"SumSegmentTree{name}", None)
+        monkeypatch.setattr(prioritized, f"MinSegmentTree{name}", None)
+    monkeypatch.setitem(sys.modules, "torchrl._torchrl", None)
+    line = rf"does not load: torchrl {version('torchrl')} .* torch {re.escape(torch.__version__)}; torchrl \S+ with torch \S+ works"
+    for call in (make, lambda sampler: make().set_sampler(sampler)):
+        with pytest.raises(InputError, match=line) as caught:
+            call(sampler=lambda: PrioritizedSampler(17, 1.0, 1.0))
+        assert "\n" not in str(caught.value)
+
+
+def test_priorities_in_torchrls_own_trees_decide_what_is_drawn():
+    if fault := extension_fault():
+        pytest.skip(fault)
+    np.random.seed(0)
+    buffer = make(sampler=lambda: PrioritizedSampler(17, 1.0, 1.0), batch_size=50)
+    buffer.update_priority(torch.arange(OFFLINE), torch.full((OFFLINE,), 1e-12))
+    buffer.update_priority(torch.tensor([2, 7]), torch.tensor([3.0, 1.0]))
+    draws = torch.stack([buffer.sample()["index"] for _ in range(40)])
+    assert set(draws.unique().tolist()) == {2, 7}
+    assert (draws == 2).float().mean() == pytest.approx(0.75, abs=0.05)
 
 
 def test_discarded_rows_have_no_priority_until_they_are_overwritten(priorities):

@@ -23,7 +23,13 @@ from torchrl.data.replay_buffers.writers import ImmutableDatasetWriter
 from deflow_torchrl.data.chunks import ChunkedDataset
 from deflow_torchrl.data.dataset import TransitionReplayBuffer, as_it_is
 from deflow_torchrl.data.transitions import Transitions
-from deflow_torchrl.data.union.sampler import UnionSampler, check_count, native_sampler_state, sampler_state
+from deflow_torchrl.data.union.sampler import (
+    UnionSampler,
+    check_count,
+    made_sampler,
+    native_sampler_state,
+    sampler_state,
+)
 from deflow_torchrl.data.union.storage import ColumnRows, UnionStorage, UnionWriter, columns_of
 from deflow_torchrl.errors import InputError, one_line
 from deflow_torchrl.paths import atomic_write, make_writable_folder
@@ -74,7 +80,8 @@ class OfflineOnlineReplayBuffer(TensorDictReplayBuffer):
         online_dir: folder for memory-mapped files of the online columns; every buffer makes new files.
         sampler: another TorchRL sampler of single transitions, in mode ``"uniform"`` only: ``PrioritizedSampler`` (its
             ``max_capacity`` must reach ``capacity``; offline rows start with the default priority),
-            ``SamplerWithoutReplacement``...
+            ``SamplerWithoutReplacement``... Give a function, ``lambda: PrioritizedSampler(...)``, and where torchrl's compiled
+            extension does not load beside this torch the error names versions that fit.
         next_action: deliver ``("next", "action")`` too: the action of the transition that follows in the trajectory; the
             transition's own at the end of the trajectory and while no later one was added.
         online_stride: distance of an online transition to the one that follows it in its trajectory: W if W trajectories
@@ -338,7 +345,7 @@ class OfflineOnlineReplayBuffer(TensorDictReplayBuffer):
         return previous
 
     def _usable(self, sampler: Sampler | Callable[[], Sampler], capacity: int) -> Sampler:
-        sampler = self._maybe_make_sampler(sampler)
+        sampler = made_sampler(sampler)
         if self.mode != "uniform":
             raise InputError(f"mode={self.mode!r} draws by itself; give sampler={sampler} with mode='uniform' only")
         if isinstance(sampler, PrioritizedSampler) and sampler.max_size < capacity:

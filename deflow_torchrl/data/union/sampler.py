@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torchrl.data.replay_buffers.storages import Storage
 
 from deflow_torchrl.data.union.storage import UnionStorage
 from deflow_torchrl.errors import InputError
+from deflow_torchrl.versions import extension_fault
 
 MODES = ("uniform", "balanced", "annealed")
 _TREES = ("_sum_tree", "_min_tree")
@@ -89,6 +91,22 @@ class UnionSampler(RandomSampler):
 
     def __repr__(self) -> str:
         return f"UnionSampler(mode={self.mode!r})"
+
+
+def made_sampler(sampler: Sampler | Callable[[], Sampler]) -> Sampler:
+    """Get a sampler from a sampler or from a function that makes it.
+
+    Raises:
+        InputError: if the function fails where TorchRL's compiled extension does not load: it names versions that fit.
+    """
+    if isinstance(sampler, Sampler):
+        return sampler
+    try:
+        return sampler()
+    except RuntimeError as error:
+        if (fault := extension_fault()) is None:
+            raise
+        raise InputError(fault) from error
 
 
 def sampler_state(sampler: Sampler) -> dict[str, Any]:

@@ -529,7 +529,10 @@ def test_where_torchrls_extension_does_not_load_one_line_names_versions_that_fit
         monkeypatch.setattr(prioritized, f"SumSegmentTree{name}", None)
         monkeypatch.setattr(prioritized, f"MinSegmentTree{name}", None)
     monkeypatch.setitem(sys.modules, "torchrl._torchrl", None)
-    line = rf"does not load: torchrl {version('torchrl')} .* torch {re.escape(torch.__version__)}; torchrl \S+ with torch \S+ works"
+    line = (
+        rf"does not load: torchrl {version('torchrl')} .* torch {re.escape(torch.__version__)}; "
+        r"torchrl \S+ with torch \S+ works"
+    )
     for call in (make, lambda sampler: make().set_sampler(sampler)):
         with pytest.raises(InputError, match=line) as caught:
             call(sampler=lambda: PrioritizedSampler(17, 1.0, 1.0))

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
@@ -166,6 +166,44 @@ class Diagnostics(Protocol):
         """Compare with these transitions of the data from now on."""
 
 
+@dataclass(frozen=True)
+class SoftTarget:
+    """A target network, or an average of weights, that moves by its own rate after a stage's step.
+
+    Attributes:
+        name: X of ``target_X_params``, which follow ``X_params``.
+        rate: share of the network that moves into the target.
+        period: it moves at every n-th update only.
+        first: update before which it does not move.
+    """
+
+    name: str
+    rate: float
+    period: int = 1
+    first: int = 0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of an update: some terms at the weights of now, a step on the parameters they train, then the targets.
+
+    Attributes:
+        terms: names of losses, each a public method ``NAME_loss`` of the loss; all of them where empty.
+        targets: what moves after the step.
+        max_grad_norm: bound of the 2-norm of all of the stage's gradients together.
+        begin: updates before the first that has the stage.
+        end: updates after which it is left out; never where None.
+        copies: name of a network -> name of the network whose weights it gets before the stage's first update.
+    """
+
+    terms: Sequence[str] = ()
+    targets: Sequence[SoftTarget] = ()
+    max_grad_norm: float | None = None
+    begin: int = 0
+    end: int | None = None
+    copies: Mapping[str, str] = field(default_factory=dict)
+
+
 @dataclass
 class Learner:
     """A method, built.
@@ -174,8 +212,10 @@ class Learner:
         loss: computes every ``loss_*`` of a batch; their sum is minimised.
         policy: the acting policy.
         evaluated_policies: name -> policy, everything worth evaluating at the end of a run.
-        param_groups: optimiser groups over the loss's parameters, in ``torch.optim`` form.
-        target_updater: moves the target networks at each update; None in a method that has none.
+        param_groups: optimiser groups over the loss's parameters, in the form of ``torch.optim.Adam``. A group's
+            ``cosine_steps`` N lets its learning rate fall to 0 along a half cosine over N updates.
+        target_updater: moves target networks before the optimiser step (of the last stage); None where there are none, or
+            the stages move them.
         prior: the part that writes the base action, which :meth:`~deflow_torchrl.trainers.UpdateStep.freeze_prior` fixes; None
             in a method that has none.
         diagnostics: explains a batch the update has just seen, in scalars; None where a method has nothing to say.
@@ -183,6 +223,10 @@ class Learner:
         term_periods: name of a loss -> n: it counts at every n-th update only, and is zero at the others (whose gradient is then
             zero too, not absent: Adam's momentum goes on moving what the term trains).
         target_period: the target networks move at every n-th update only.
+        stages: parts of an update, in this order; one of all terms where empty. Stages that begin or end in mid-run are the
+            method's phases.
+        before_update: called with the number of the update, from 1, as a tensor on the device.
+        after_update: called with losses and metadata at the end of the update.
         next_action: the loss reads ``("next", "action")``: buffers are to deliver the action of the transition that follows each
             in its trajectory, the transition's own at the trajectory's end.
     """
@@ -197,6 +241,9 @@ class Learner:
     exploration_policy: TensorDictModuleBase | None = None
     term_periods: Mapping[str, int] = field(default_factory=dict)
     target_period: int = 1
+    stages: Sequence[Stage] = ()
+    before_update: Callable[[Tensor], None] | None = None
+    after_update: Callable[[TensorDictBase], None] | None = None
     next_action: bool = False
 
     @property

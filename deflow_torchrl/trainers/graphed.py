@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from deflow_torchrl.algorithms.base import Stage
 from deflow_torchrl.generators import generators_set_aside
 from deflow_torchrl.trainers.update import Update
 
@@ -63,6 +64,7 @@ class GraphedUpdate:
         if self.updates_per_replay < 1:
             raise ValueError(f"updates_per_replay must be positive, got {self.updates_per_replay}")
         self._replays: dict[int, Once] = {}
+        self._stages: Sequence[Stage] = ()
         self.fell_back: str | None = None
         """Why the updates are eager; None if they are not."""
 
@@ -72,8 +74,13 @@ class GraphedUpdate:
         Returns:
             Losses and metadata of the last update, and its batch; the next call overwrites both.
         """
-        if count < 1:
-            raise ValueError(f"count must be positive, got {count}")
+        if count < 1 or count > self.update.updates_to_next_phase:
+            raise ValueError(f"count must be positive and end before the next phase, got {count}")
+        self.update.begin_phase()
+        stages = self.update.active_stages
+        if stages != self._stages:
+            self.reset()
+            self._stages = stages
         if not self._replays:
             self._prepare()
         done = 0

@@ -227,7 +227,7 @@ class TrainingLoop(ABC):
         began = time.perf_counter()
         count, out, batch = 1, None, None
         if self.graphed is not None:
-            count = self.schedule.steps_ahead(self.step)
+            count = int(min(self.schedule.steps_ahead(self.step), self.update.updates_to_next_phase))
             self._torn = True
             out, batch = self.graphed(count)
         else:

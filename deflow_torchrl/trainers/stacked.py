@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from torchrl.data import ReplayBuffer
 from torchrl.objectives.common import LossModule
 
+from deflow_torchrl.algorithms.base import Learner
 from deflow_torchrl.errors import CheckpointNotWritten, InputError, NonFiniteLossError
 from deflow_torchrl.trainers.checkpoint import list_checkpoints
 from deflow_torchrl.trainers.graphed import GraphedUpdate
 from deflow_torchrl.trainers.loop import Trainer, TrainingLoop
-from deflow_torchrl.trainers.update import Update, UpdateStep, soft_pairs
+from deflow_torchrl.trainers.update import Update, UpdateStep, compute_terms, soft_pairs
 
 _COUNT = "step"  # the one entry of a parameter's optimiser state that does not have the parameter's shape
 _ATTRIBUTE = " (of the loss)"
@@ -100,7 +101,11 @@ class StackedUpdate(Update):
         self._gather_optimizer()
         self._watch(next(self.learner.loss.parameters()).device, len(self.updates))
 
-    def _compute_losses(self, batch: TensorDictBase) -> TensorDictBase:
+    @property
+    def _learners(self) -> list[Learner]:
+        return [update.learner for update in self.updates]
+
+    def _compute_losses(self, batch: TensorDictBase, terms: tuple[str, ...]) -> TensorDictBase:
         """Compute losses and metadata of each seed; entries that a loss writes into its row are written into the batch."""
         template = self.learner.loss
 
@@ -109,15 +114,21 @@ class StackedUpdate(Update):
             of_seed = dict(zip(self._stack, tensors, strict=True))
             swapped = self._own.apply(lambda tensor: of_seed.get(id(tensor), tensor), filter_empty=False)
             with swapped.to_module(template, preserve_module_state=False):
-                out = template(batch)
+                out = compute_terms(template, batch, terms)
             written = {key: value for key, value in batch.items(True, True) if given.get(key) is not value}
-            return dict(out.items()), written
+            return out, written
 
         # A seed's terms depend on its own parameters only, so the gradient of the sum over seeds is each seed's gradient.
         out, written = torch.vmap(one, randomness="different")(self._tensors, batch)
         for key, value in written.items():
             batch.set(key, value)
         return TensorDict(out, batch_size=[len(self.updates)])
+
+    def _pairs_of(self, name: str) -> tuple[list[Tensor], list[Tensor]]:
+        targets, sources = (
+            [self._stack[id(tensor)].data for tensor in side] for side in self.updates[0]._pairs_of(name)
+        )
+        return targets, sources
 
     def _learned(self) -> list[Tensor]:
         return self._tensors
@@ -316,6 +327,7 @@ def _description(update: UpdateStep) -> dict[str, Any]:
         "target updater": type(updater).__name__,
         "target updater's rate": getattr(updater, "eps", None),
         "periods": (dict(update.learner.term_periods), update.learner.target_period),
+        "stages": tuple(update.learner.stages),
         "optimiser": type(update.optimizer).__name__,
     }
     for name, tensor in _state_of(loss).items():

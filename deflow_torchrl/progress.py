@@ -33,3 +33,17 @@ def byte_bar(desc: str, total: int | None, *, initial: int = 0, show: bool = Tru
         unit_scale=True,
         unit_divisor=1024,
     )
+
+
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds, from an hour on without the seconds.
+
+    Examples:
+        >>> clock(65), clock(7300), clock(200_000)
+        ('1:05', '2 h 01 min', '2 d 7 h')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours >= 48:
+        return f"{hours // 24} d {hours % 24} h"
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes}:{rest:02d}"

@@ -100,6 +100,9 @@ def generate_data(
         int | None, typer.Option(help="Validation episodes. [default: a tenth of the training episodes]")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the data.")] = 0,
+    max_steps: Annotated[
+        int | None, typer.Option(help="Steps of an episode at most. [default: the published set's, 1001 or 201]")
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="Processes. [default: all cores]")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder. [default: a folder of its own in $DEFLOW_HOME/generated]")
@@ -109,7 +112,7 @@ def generate_data(
     """Generate an OGBench data set in the simulator, by OGBench's own protocol.
 
     Sets: cube-{single,double,triple}, scene and puzzle-{3x3,4x4}, each -play and -noisy; pointmaze-{medium,large}, each
-    -navigate and -stitch.
+    -navigate and -stitch; visual-{cube-single,cube-double,scene,puzzle-3x3,puzzle-4x4}-play, pictures of the same episodes.
 
     An episode has 1000 transitions (stitch 200) and takes a core about 4 seconds (cube), 5 (scene, puzzle), 0.4 (navigate)
     or 0.1 (stitch): the default of 100 episodes is 4 to 5 minutes on two cores for cube, scene and puzzle. The published
@@ -117,14 +120,19 @@ def generate_data(
 
     The same name, episodes and seed give the same files with any number of workers, and a shorter set is the beginning of a
     longer one. After Ctrl-C or a kill the same command goes on. Other data in the folder is never overwritten.
+
+    Pictures need a GL driver (MUJOCO_GL, egl where there is no display). Without a GPU a core draws 1 to 3 of an episode's 1001
+    frames a second; the command says how long it will take. For a first look: --episodes 1 --max-steps 50.
     """
     from deflow_torchrl.progress import progress_bar
     from deflow_torchrl.sources.generation import generate_ogbench_dataset, generated_dataset_name, generated_root
+    from deflow_torchrl.sources.oracles import VISUAL_DATASETS
 
     began = time.perf_counter()
     dataset = generated_dataset_name(name)
     val_episodes = max(1, episodes // 10) if val_episodes is None else val_episodes
-    root = out or generated_root(dataset, episodes=episodes, val_episodes=val_episodes, seed=seed)
+    root = out or generated_root(dataset, episodes=episodes, val_episodes=val_episodes, seed=seed, max_steps=max_steps)
+    unit = "frame" if dataset in VISUAL_DATASETS else "episode"
     train_file = generate_ogbench_dataset(
         dataset,
         root,
@@ -132,10 +140,12 @@ def generate_data(
         val_episodes=val_episodes,
         seed=seed,
         workers=workers,
-        progress=lambda finished, total: progress_bar(finished, total=total, desc="generate", unit="episode"),
+        max_steps=max_steps,
+        progress=lambda finished, total: progress_bar(finished, total=total, desc="generate", unit=unit),
+        announce=lambda text: print(text, flush=True),
     )
     val_file, about = train_file.with_name(f"{dataset}-val.npz"), train_file.with_suffix(".json")
-    task = f"{dataset.removesuffix('-v0')}-singletask-v0"
+    task = f"{dataset.removesuffix('-v0')}-singletask{'-task1' * (dataset in VISUAL_DATASETS)}-v0"
     go_on = _train_command(task, f"data_root={override_value(str(train_file.parent))}")
     print(f"{train_file} and {val_file} are ready; go on with: {go_on}")
     return {

@@ -6,9 +6,11 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
+import importlib.util
 import io
 import os
 import pkgutil
+import subprocess
 import sys
 import warnings
 from types import ModuleType
@@ -175,6 +177,39 @@ def success_timing(task: str) -> Literal["pre", "post"] | None:
     import gymnasium
 
     return gymnasium.spec(parse_ogbench_name(task).environment_id).kwargs.get("success_timing", "post")
+
+
+def check_renderer(name: str) -> None:
+    """Check in a process of its own that pictures can be drawn here; without a display EGL is chosen where nothing is chosen.
+
+    The choice (``MUJOCO_GL``) holds for processes started from now on, and for this one if it has not imported mujoco yet.
+
+    Args:
+        name: of what is to be drawn, for the message.
+
+    Raises:
+        InputError: where the renderer cannot be used.
+    """
+    if sys.platform == "linux" and not any(os.environ.get(key) for key in ("MUJOCO_GL", "DISPLAY", "WAYLAND_DISPLAY")):
+        os.environ["MUJOCO_GL"] = "egl"
+    _check_renderer(name)
+    backend = os.environ.get("MUJOCO_GL", "")
+    if (cause := _why_no_picture(backend)) is not None:
+        raise InputError(
+            f"{name} is drawn, and with MUJOCO_GL={backend} there is no GL driver here ({cause}); install its packages "
+            "(Debian: libegl1 and libgl1-mesa-dri for egl, libosmesa6 for osmesa) or choose another (egl, osmesa, glfw)"
+        )
+
+
+@functools.cache
+def _why_no_picture(backend: str) -> str | None:
+    """Draw one picture of nothing; what went wrong."""
+    if importlib.util.find_spec("mujoco") is None:
+        raise MissingExtraError("mujoco", "ogbench")
+    code = "import mujoco; mujoco.Renderer(mujoco.MjModel.from_xml_string('<mujoco/>'), 8, 8).render()"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    lines = run.stderr.strip().splitlines()
+    return None if run.returncode == 0 else lines[-1] if lines else f"exit code {run.returncode}"
 
 
 def _check_renderer(environment_id: str) -> None:

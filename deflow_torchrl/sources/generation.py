@@ -2,27 +2,31 @@
 """Generate OGBench data sets locally, by OGBench's own protocol (:mod:`deflow_torchrl.sources.oracles`).
 
 Every episode has its own random stream, derived from (seed, split, episode). So a set does not depend on the number of
-processes, a shorter set is the beginning of a longer one, and a repeated call keeps the episodes finished before a kill.
+processes, a shorter set is the beginning of a longer one, and a repeated call keeps the episodes finished before a kill. A set of
+pictures has the episodes of its set of states.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
 import os
 import shutil
+import time
 import zipfile
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed, wait
 from contextlib import closing, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from deflow_torchrl.envs.factory import import_ogbench
+from deflow_torchrl.data.schema import MIN_TRANSITIONS
+from deflow_torchrl.envs.factory import check_renderer, import_ogbench
 from deflow_torchrl.errors import InputError, nearest
 from deflow_torchrl.paths import (
     atomic_write,
@@ -33,7 +37,17 @@ from deflow_torchrl.paths import (
     write_text,
 )
 from deflow_torchrl.processes import KillableSpawnContext, available_cores, children_ignore_ctrl_c, die_with_parent
-from deflow_torchrl.sources.oracles import GENERATED_DATASETS, EpisodeCollector, EpisodeSettings
+from deflow_torchrl.progress import clock
+from deflow_torchrl.sources.oracles import (
+    GENERATED_DATASETS,
+    VISUAL_DATASETS,
+    EpisodeCollector,
+    EpisodeSettings,
+    episode_settings,
+)
+
+_TIMED_FRAMES = 3
+_LOOK_SECONDS = 0.2
 
 
 def generated_dataset_name(name: str) -> str:
@@ -42,17 +56,19 @@ def generated_dataset_name(name: str) -> str:
     Raises:
         InputError: if there is no generator for it, with the nearest names.
     """
+    known = [*GENERATED_DATASETS, *VISUAL_DATASETS]
     for candidate in (name, f"{name}-v0"):
-        if candidate in GENERATED_DATASETS:
+        if candidate in known:
             return candidate
-    near = nearest(f"{name.removesuffix('-v0')}-v0", GENERATED_DATASETS, n=2, cutoff=0.94)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(GENERATED_DATASETS)}"
+    near = nearest(f"{name.removesuffix('-v0')}-v0", known, n=2, cutoff=0.94)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
     raise InputError(f"no generator for {name!r}; {hint}")
 
 
-def generated_root(dataset: str, *, episodes: int, val_episodes: int, seed: int) -> Path:
+def generated_root(dataset: str, *, episodes: int, val_episodes: int, seed: int, max_steps: int | None = None) -> Path:
     """Default folder of a generated set, apart from downloaded data: it must not be taken for the published set."""
-    return cache_home() / "generated" / f"{dataset}-{episodes}-{val_episodes}-seed{seed}"
+    steps = "" if max_steps is None else f"-{max_steps}steps"
+    return cache_home() / "generated" / f"{dataset}-{episodes}-{val_episodes}{steps}-seed{seed}"
 
 
 def generate_ogbench_dataset(
@@ -63,7 +79,9 @@ def generate_ogbench_dataset(
     val_episodes: int,
     seed: int = 0,
     workers: int | None = None,
+    max_steps: int | None = None,
     progress: Callable[[Iterator[None], int], Iterator[None]] | None = None,
+    announce: Callable[[str], object] = lambda _: None,
 ) -> Path:
     """Generate ``root/NAME.npz`` and ``root/NAME-val.npz``, which plain ``ogbench`` loads, and ``NAME.json`` about them.
 
@@ -72,7 +90,7 @@ def generate_ogbench_dataset(
     is refused.
 
     Args:
-        dataset: a key of :data:`GENERATED_DATASETS`, with or without its ``-v0``.
+        dataset: a key of :data:`GENERATED_DATASETS` or :data:`VISUAL_DATASETS`, with or without its ``-v0``.
         root: folder to write in.
 
     Keyword Args:
@@ -80,30 +98,38 @@ def generate_ogbench_dataset(
         val_episodes: validation episodes.
         seed: seed of the set.
         workers: processes; all cores by default.
-        progress: wraps the iterator of finished episodes (iterator, total), for a progress bar.
+        max_steps: steps of an episode at most (rows of the file; the transitions are one fewer); the set's own by default.
+        progress: wraps the iterator of finished episodes, of sets of pictures frames (iterator, total), for a progress bar.
+        announce: is told how long a set of pictures will take, measured on a few frames, before they are drawn.
 
     Returns:
         Path of the training file.
 
     Raises:
-        InputError: on an unknown set, a number below 1, a read-only folder, a full disk, other data of this name in the
-            folder, or where another process is writing it there.
+        InputError: on an unknown set, a number below 1 (``max_steps`` below 3), no GL driver, a read-only folder, a full disk,
+            other data of this name in the folder, or where another process is writing it there.
         MissingExtraError: if the ``ogbench`` extra is not installed.
     """
     dataset = generated_dataset_name(dataset)
-    settings = GENERATED_DATASETS[dataset]
+    settings = episode_settings(dataset)
     workers = available_cores() if workers is None else workers
+    if max_steps is not None:
+        if max_steps < MIN_TRANSITIONS + 1:
+            raise InputError(f"max_steps={max_steps}: an episode has at least {MIN_TRANSITIONS + 1} steps")
+        settings = replace(settings, episode_steps=min(max_steps, settings.episode_steps))
     if min(episodes, val_episodes, workers) < 1 or seed < 0:
         raise InputError(
             f"episodes, val_episodes and workers must be at least 1 and seed at least 0, "
             f"got {episodes}, {val_episodes}, {workers} and {seed}"
         )
+    if dataset in VISUAL_DATASETS:
+        check_renderer(dataset)
     about = {"dataset": dataset, "seed": seed, "settings": asdict(settings), "versions": _versions()}
     folder = make_writable_folder(Path(root).expanduser())
     numbers = {"train": episodes, "val": val_episodes}
     files = {split: dataset_path(dataset, folder, split) for split in numbers}
     description = folder / f"{dataset}.json"
-    with only_one_prepares(dataset, folder), _failures_in_one_line(folder):
+    with only_one_prepares(dataset, folder), _failures_in_one_line(folder), _in_table(dataset, settings):
         if any(path.is_file() for path in files.values()):
             _check_same(description, {**about, "episodes": numbers})
         if not all(path.is_file() for path in files.values()):
@@ -113,9 +139,13 @@ def generate_ogbench_dataset(
             parts.mkdir(exist_ok=True)
             jobs = [(split, episode) for split, number in numbers.items() for episode in range(number)]
             open_jobs = [job for job in jobs if not _part_path(parts, *job).is_file()]
+            total, run = len(open_jobs), _run_jobs
+            if dataset in VISUAL_DATASETS:
+                total *= settings.episode_steps
+                run = functools.partial(_run_drawn_jobs, total=total, announce=announce)
             # Closed here: after an error in the progress bar the workers must not wait for the garbage collector.
-            with closing(_run_jobs(dataset, seed, open_jobs, parts, min(workers, len(open_jobs)))) as finished:
-                for _ in finished if progress is None else progress(finished, len(open_jobs)):
+            with closing(run(dataset, seed, open_jobs, parts, min(workers, len(open_jobs)))) as finished:
+                for _ in finished if progress is None else progress(finished, total):
                     pass
             about |= {
                 "provenance": "regenerated locally with the ogbench package's oracle; not the published set",
@@ -128,6 +158,20 @@ def generate_ogbench_dataset(
         for parts in folder.glob(f".{dataset}.*parts"):  # of other settings too: a set that stands refuses them
             shutil.rmtree(parts, ignore_errors=True)
     return files["train"]
+
+
+@contextmanager
+def _in_table(dataset: str, settings: EpisodeSettings) -> Iterator[None]:
+    """Put settings into the table, from which :func:`generate_episode` takes them, during the block."""
+    before = GENERATED_DATASETS.get(dataset)
+    GENERATED_DATASETS[dataset] = settings
+    try:
+        yield
+    finally:
+        if before is None:
+            del GENERATED_DATASETS[dataset]
+        else:
+            GENERATED_DATASETS[dataset] = before
 
 
 @contextmanager
@@ -176,19 +220,60 @@ def _part_path(parts: Path, split: str, episode: int) -> Path:
 def _run_jobs(
     dataset: str, seed: int, jobs: list[tuple[str, int]], parts: Path, workers: int
 ) -> Generator[None, None, None]:
+    """Write episodes; yields at the end of each."""
     if not jobs:
         return
-    # spawn: a forked child would inherit torch's threads and the parent's simulator state.
-    context = KillableSpawnContext()
-    pool = ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_begin_worker, initargs=(dataset, GENERATED_DATASETS[dataset])
-    )
-    try:
+    with _workers(dataset, workers) as (pool, _):
         with children_ignore_ctrl_c():
             futures = [pool.submit(_write_episode, dataset, seed, split, episode, parts) for split, episode in jobs]
         for future in as_completed(futures):
             future.result()
             yield
+
+
+def _run_drawn_jobs(
+    dataset: str,
+    seed: int,
+    jobs: list[tuple[str, int]],
+    parts: Path,
+    workers: int,
+    *,
+    total: int,
+    announce: Callable[[str], object],
+) -> Generator[None, None, None]:
+    """Write episodes of pictures; yields at each frame, after it has said how long all of them take."""
+    if not jobs:
+        return
+    with _workers(dataset, workers) as (pool, frames):
+        with children_ignore_ctrl_c():
+            timed = [pool.submit(_seconds_a_frame, dataset) for _ in range(workers)]
+        seconds = sum(future.result() for future in timed) / workers
+        announce(
+            f"{total:,} frames take about {clock(total * seconds / workers)}: {seconds:.2g} s each in {workers} "
+            f"process{'es' if workers > 1 else ''}; after a kill the same command goes on, with the episodes that are finished"
+        )
+        pending = {pool.submit(_write_episode, dataset, seed, split, episode, parts) for split, episode in jobs}
+        seen = 0
+        while pending:
+            done, pending = wait(pending, timeout=_LOOK_SECONDS)
+            for future in done:
+                future.result()
+            for _ in range(frames.value - seen):
+                seen += 1
+                yield
+
+
+@contextmanager
+def _workers(dataset: str, workers: int) -> Iterator[tuple[ProcessPoolExecutor, Any]]:
+    """Processes that write episodes, and the number of steps they have made."""
+    # spawn: a forked child would inherit torch's threads and the parent's simulator state.
+    context = KillableSpawnContext()
+    steps = context.Value("q", 0)
+    pool = ProcessPoolExecutor(
+        workers, mp_context=context, initializer=_begin_worker, initargs=(dataset, GENERATED_DATASETS[dataset], steps)
+    )
+    try:
+        yield pool, steps
     except BaseException:
         # An orderly shutdown would wait for whole episodes, and after a second Ctrl-C some workers would never end. A part
         # is complete or not there at all, so a kill loses only the episodes in progress.
@@ -198,10 +283,31 @@ def _run_jobs(
     pool.shutdown()
 
 
-def _begin_worker(dataset: str, settings: EpisodeSettings) -> None:
+_SHARED: dict[str, Any] = {}  # "steps": of all workers together
+
+
+def _begin_worker(dataset: str, settings: EpisodeSettings, steps: Any) -> None:
     """Give a worker the parent's settings, which a caller may have changed in the table."""
     die_with_parent()
+    os.environ.setdefault("LP_NUM_THREADS", "1")  # a renderer in software would take all cores for each worker
     GENERATED_DATASETS[dataset] = settings
+    _SHARED["steps"] = steps
+
+
+def _count_step() -> None:
+    if (steps := _SHARED.get("steps")) is not None:
+        with steps.get_lock():
+            steps.value += 1
+
+
+def _seconds_a_frame(dataset: str) -> float:
+    """Time a few steps of the simulator that this worker keeps."""
+    collector = _collector(dataset, GENERATED_DATASETS[dataset])
+    observation = collector.begin(0)
+    began = time.perf_counter()
+    for _ in range(_TIMED_FRAMES):
+        observation, *_ = collector.env.step(np.clip(collector.act(observation), -1, 1))
+    return (time.perf_counter() - began) / _TIMED_FRAMES
 
 
 def _write_episode(dataset: str, seed: int, split: str, episode: int, parts: Path) -> None:
@@ -217,7 +323,7 @@ def generate_episode(dataset: str, *, seed: int, split: str, episode: int) -> di
     """Run one episode of a data set in this process; numpy's global generator is reseeded.
 
     Args:
-        dataset: a key of :data:`GENERATED_DATASETS`.
+        dataset: a key of :data:`GENERATED_DATASETS` or :data:`VISUAL_DATASETS`.
 
     Keyword Args:
         seed: seed of the set.
@@ -225,27 +331,41 @@ def generate_episode(dataset: str, *, seed: int, split: str, episode: int) -> di
         episode: number of the episode in its split.
 
     Returns:
-        ``observations [T, O]``, ``actions [T, A]``, ``terminals [T]``, ``qpos``, ``qvel`` and, where the environment has
-        buttons, ``button_states``; T is the episode's steps.
+        ``observations [T, O]`` (pictures: ``[T, 64, 64, 3]`` uint8), ``actions [T, A]``, ``terminals [T]``, ``qpos``, ``qvel``
+        and, where the environment has buttons, ``button_states``; T is the episode's steps.
     """
-    settings = GENERATED_DATASETS[dataset]
-    if dataset not in _COLLECTORS or _COLLECTORS[dataset][0] is not settings:
-        _COLLECTORS[dataset] = settings, settings.collector()
-    collector = _COLLECTORS[dataset][1]
+    settings = episode_settings(dataset)
+    collectors = [_collector(dataset, settings)]
+    if dataset in VISUAL_DATASETS and getattr(settings, "visible_cube", None) is not None:
+        # Whether an episode belongs into the set is known before it is drawn.
+        states = VISUAL_DATASETS[dataset]
+        environment_id = GENERATED_DATASETS[states].environment_id
+        collectors.insert(0, _collector(states, replace(settings, environment_id=environment_id)))
     for attempt in itertools.count():
         spawn_key = (attempt,) if attempt else ()
         stream = np.random.SeedSequence(
             [seed, ("train", "val").index(split), episode], spawn_key=spawn_key
         ).generate_state(2)
-        np.random.seed(stream[0])  # the oracles draw from numpy's global generator
-        arrays = collector.run(int(stream[1]))
-        if arrays is not None:
+        for collector in collectors:
+            np.random.seed(stream[0])  # the oracles draw from numpy's global generator
+            drawn = collector is collectors[-1]
+            arrays = collector.run(int(stream[1]), _count_step if drawn else lambda: None)
+            if arrays is None:
+                break
+        else:
             return arrays
     raise AssertionError("unreachable")
 
 
+def _collector(dataset: str, settings: EpisodeSettings) -> EpisodeCollector:
+    """The simulator that this process keeps for a set with these settings."""
+    if dataset not in _COLLECTORS or _COLLECTORS[dataset][0] != settings:
+        _COLLECTORS[dataset] = settings, settings.collector()
+    return _COLLECTORS[dataset][1]
+
+
 def _join_parts(paths: list[Path], target: Path) -> None:
-    """Write the episodes one after another into ``target``, one array of the set in memory at a time."""
+    """Write the episodes one after another into ``target``."""
     with np.load(paths[0], allow_pickle=False) as first:
         names = first.files
     with atomic_write(target) as temporary, zipfile.ZipFile(temporary, "w") as archive:
@@ -254,7 +374,17 @@ def _join_parts(paths: list[Path], target: Path) -> None:
             entry = zipfile.ZipInfo(f"{name}.npy")
             entry.compress_type = zipfile.ZIP_DEFLATED
             with archive.open(entry, "w", force_zip64=True) as file:
-                np.lib.format.write_array(file, np.concatenate([_read_array(path, name) for path in paths]))
+                _write_joined(file, paths, name)
+
+
+def _write_joined(file: Any, paths: list[Path], name: str) -> None:
+    """Write an array of all episodes in NumPy's format, one episode in memory at a time."""
+    first = _read_array(paths[0], name)
+    rows = sum(len(_read_array(path, "terminals")) for path in paths)
+    header = {"descr": first.dtype.str, "fortran_order": False, "shape": (rows, *first.shape[1:])}
+    np.lib.format.write_array_header_1_0(file, header)
+    for path in paths:
+        file.write(_read_array(path, name).tobytes())
 
 
 def _read_array(path: Path, name: str) -> np.ndarray:

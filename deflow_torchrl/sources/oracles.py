@@ -14,8 +14,8 @@ from __future__ import annotations
 import importlib
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -132,8 +132,13 @@ class EpisodeCollector(ABC):
             settings.environment_id, terminate_at_goal=False, max_episode_steps=settings.episode_steps, **options
         )
 
-    def run(self, seed: int) -> dict[str, np.ndarray] | None:
-        """Run one episode whose reset has this seed; ``None`` if it fails the set's condition and is to be made anew."""
+    def run(self, seed: int, on_step: Callable[[], object] = lambda: None) -> dict[str, np.ndarray] | None:
+        """Run one episode whose reset has this seed; ``None`` if it fails the set's condition and is to be made anew.
+
+        Args:
+            seed: of the reset.
+            on_step: called after each step.
+        """
         observation = self.begin(seed)
         rows = defaultdict(list)
         done = False
@@ -147,9 +152,12 @@ class EpisodeCollector(ABC):
             for name, value in row.items():
                 rows[name].append(value)
             observation = following
+            on_step()
         if not self.accepts(np.asarray(rows["qpos"])):
             return None
-        return {name: np.asarray(values, dtype=_DTYPES.get(name, np.float32)) for name, values in rows.items()}
+        pictures = {"observations": np.dtype(np.uint8)} if observation.dtype == np.uint8 else {}
+        dtypes = _DTYPES | pictures
+        return {name: np.asarray(values, dtype=dtypes.get(name, np.float32)) for name, values in rows.items()}
 
     @abstractmethod
     def begin(self, seed: int) -> np.ndarray:
@@ -301,3 +309,23 @@ GENERATED_DATASETS: dict[str, EpisodeSettings] = {
     **_point_maze("pointmaze-large"),
 }
 """Data sets that can be generated here, by the name of their file."""
+
+VISUAL_DATASETS = {
+    f"visual-{name}": name
+    for name in (
+        "cube-single-play-v0",
+        "cube-double-play-v0",
+        "scene-play-v0",
+        "puzzle-3x3-play-v0",
+        "puzzle-4x4-play-v0",
+    )
+}
+"""The paper's sets of pictures -> the sets of states that have the same episodes."""
+
+
+def episode_settings(dataset: str) -> EpisodeSettings:
+    """Settings of a set that can be generated; those of a set of pictures are its set of states', drawn."""
+    if dataset in GENERATED_DATASETS or dataset not in VISUAL_DATASETS:
+        return GENERATED_DATASETS[dataset]
+    states = GENERATED_DATASETS[VISUAL_DATASETS[dataset]]
+    return replace(states, environment_id=f"visual-{states.environment_id}")

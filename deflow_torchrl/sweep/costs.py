@@ -21,13 +21,13 @@ from deflow_torchrl.errors import InputError, MissingExtraError
 from deflow_torchrl.generators import generators_set_aside
 from deflow_torchrl.modules.kernels import enable_kernels
 from deflow_torchrl.processes import available_cores
-from deflow_torchrl.progress import progress_bar
+from deflow_torchrl.progress import clock, progress_bar
 from deflow_torchrl.reports.records import RECORD_FILE, hardware, load_record
 from deflow_torchrl.runs.build import build_learner, find_task
 from deflow_torchrl.runs.settings import SettledConfig
 from deflow_torchrl.sources.base import get_source
 from deflow_torchrl.sweep.jobs import Job, JobProgress, check_devices, is_done, jobs_at_once, plan_jobs
-from deflow_torchrl.sweep.plan import Cell, SweepPlan, clock, is_gpu, seeds_text
+from deflow_torchrl.sweep.plan import Cell, SweepPlan, is_gpu, seeds_text
 from deflow_torchrl.tasks.data import load_task_data
 from deflow_torchrl.trainers import StackedUpdate, UpdateStep
 

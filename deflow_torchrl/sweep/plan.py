@@ -401,17 +401,3 @@ def seeds_text(seeds: Sequence[int]) -> str:
     if len(seeds) > 2 and list(seeds) == list(range(seeds[0], seeds[-1] + 1)):
         return f"{seeds[0]}..{seeds[-1]}"
     return ",".join(map(str, seeds))
-
-
-def clock(seconds: float) -> str:
-    """Hours, minutes and seconds, from an hour on without the seconds.
-
-    Examples:
-        >>> clock(65), clock(7300), clock(200_000)
-        ('1:05', '2 h 01 min', '2 d 7 h')
-    """
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours >= 48:
-        return f"{hours // 24} d {hours % 24} h"
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes}:{rest:02d}"

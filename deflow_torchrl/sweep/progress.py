@@ -11,8 +11,9 @@ from typing import Any
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn
 
+from deflow_torchrl.progress import clock
 from deflow_torchrl.sweep.jobs import JobProgress
-from deflow_torchrl.sweep.plan import clock, seeds_text
+from deflow_torchrl.sweep.plan import seeds_text
 
 _ROWS = 30  # bars at most: the other jobs are counted
 _LINE_SECONDS = 60.0

@@ -348,11 +348,10 @@ def generate_episode(dataset: str, *, seed: int, split: str, episode: int) -> di
         ).generate_state(2)
         for collector in collectors:
             np.random.seed(stream[0])  # the oracles draw from numpy's global generator
-            drawn = collector is collectors[-1]
-            arrays = collector.run(int(stream[1]), _count_step if drawn else lambda: None)
+            arrays = collector.run(int(stream[1]), _count_step if collector is collectors[-1] else lambda: None)
             if arrays is None:
                 break
-        else:
+        if arrays is not None:
             return arrays
     raise AssertionError("unreachable")
 

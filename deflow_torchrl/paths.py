@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -72,37 +75,105 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def hold_lock(path: Path, *, busy: str | None = None, note: str = "") -> Iterator[None]:
+def hold_lock(
+    path: Path, *, busy: str | None = None, note: str | None = None, distrust_hosts: bool = False
+) -> Iterator[None]:
     """Hold the lock file ``path`` during the block and remove it afterwards.
 
-    The system frees the lock when the process that holds it dies.
+    The system frees the lock when the process that holds it dies. Network file systems may not pass locks on to other hosts, and
+    a few file systems have none; there the content of the file decides.
 
     Args:
         path: the lock file; its folder is created.
 
     Keyword Args:
-        busy: message of the error raised where another process holds the lock; ``None`` waits for it instead.
-        note: content of the lock file while it is held.
+        busy: start of the message of the error raised where another process holds the lock, which goes on with that process's
+            id, host and time and the lock file's path; ``None`` waits for it instead.
+        note: content of the lock file while it is held; by default the holder, for :func:`lock_holder`.
+        distrust_hosts: also refuse a lock file that a process on another host has left, which may or may not have ended.
 
     Raises:
-        LockHeldError: where another process holds the lock, with ``busy``.
+        LockHeldError: where another process holds the lock, if ``busy`` is given.
         InputError: where the folder cannot hold a lock.
     """
     lock = FileLock(make_writable_folder(path.parent) / path.name)
+    left = lock_holder(path)
     try:
         lock.acquire(timeout=-1 if busy is None else 0)
     except Timeout as error:
-        raise LockHeldError(busy or "") from error
+        raise LockHeldError(f"{busy}{lock_holder(path) or ''} (lock file {path})") from error
     except OSError as error:
         raise InputError(f"cannot lock {path} ({error.strerror}); choose a folder on another disk") from error
     try:
+        if busy is not None and left is not None and (left.alive or (distrust_hosts and not left.here)):
+            advice = "" if left.here else "; if that process has ended, remove the file and try again"
+            raise LockHeldError(f"{busy}{left} (lock file {path}){advice}")
         with suppress(PermissionError):  # on Windows, as with unlink: the file is open
-            path.write_text(note, encoding="utf-8")
-        yield
+            path.write_text(LockHolder.current().line if note is None else note, encoding="utf-8")
+        try:
+            yield
+        finally:
+            with suppress(PermissionError):
+                path.unlink(missing_ok=True)  # before the release: filelock refuses a lock on a file that was removed
     finally:
-        with suppress(PermissionError):
-            path.unlink(missing_ok=True)  # before the release: filelock refuses a lock on a file that was removed
         lock.release()
+
+
+@dataclass(frozen=True)
+class LockHolder:
+    """The process that a lock file names.
+
+    Attributes:
+        host: its host.
+        pid: its id there.
+        ticks: clock ticks from the host's start to its own, which tell it from a later process of the same id; 0 where unknown.
+        since: when it took the lock, ISO 8601.
+    """
+
+    host: str
+    pid: int
+    ticks: int
+    since: str
+
+    @classmethod
+    def current(cls) -> LockHolder:
+        """This process, from now on."""
+        since = datetime.now().astimezone().isoformat(timespec="seconds")
+        return cls(socket.gethostname(), os.getpid(), _start_ticks(os.getpid()), since)
+
+    @property
+    def here(self) -> bool:
+        """Whether it is of this host."""
+        return self.host == socket.gethostname()
+
+    @property
+    def alive(self) -> bool:
+        """Whether it is known to be another running process of this host."""
+        return self.here and self.pid != os.getpid() and 0 < self.ticks == _start_ticks(self.pid)
+
+    @property
+    def line(self) -> str:
+        """The content of a lock file."""
+        return f"{self.host} {self.pid} {self.ticks} {self.since}"
+
+    def __str__(self) -> str:
+        return f": process {self.pid} on host {self.host}, since {self.since}"
+
+
+def lock_holder(path: Path) -> LockHolder | None:
+    """The process that a lock file of :func:`hold_lock` names; None where it names none or cannot be read."""
+    try:
+        host, pid, ticks, since = path.read_text(encoding="utf-8").split()
+        return LockHolder(host, int(pid), int(ticks), since)
+    except (OSError, ValueError):
+        return None
+
+
+def _start_ticks(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 def only_one_prepares(dataset: str, folder: Path) -> AbstractContextManager[None]:
@@ -112,7 +183,7 @@ def only_one_prepares(dataset: str, folder: Path) -> AbstractContextManager[None
         InputError: on entry, where another process does so already.
     """
     return hold_lock(
-        folder / f".{dataset}.lock", busy=f"another process is preparing {dataset} in {folder}; wait for it"
+        folder / f".{dataset}.lock", busy=f"another process is preparing {dataset} in {folder}, wait for it"
     )
 
 

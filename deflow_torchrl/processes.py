@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""Cores, memory and child processes."""
+"""Cores, memory, child processes, and the signals that ask a process to stop."""
 
 from __future__ import annotations
 
@@ -7,13 +7,26 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import stat
 import sys
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnContext, SpawnProcess
-from typing import Any
+from types import FrameType
+from typing import Any, cast
+
+STOP_SIGNALS = tuple(
+    signal.Signals[name]
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGBREAK")
+    if name in signal.Signals.__members__  # Windows lacks some, and other systems the last
+)
+"""What terminals, schedulers and supervisors send to a process that is to end or to save."""
+
+_ONE_CTRL_C = 0.3  # seconds: a wrapper such as srun passes on the signal that the terminal has sent already
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
 
@@ -39,17 +52,131 @@ def keep_freed_memory() -> None:
             libc.mallopt(_M_TOP_PAD, 64 << 20)
 
 
+class _Stop:
+    """Whether a signal has asked this process to stop."""
+
+    asked: float | None = None  # when, on the monotonic clock
+    forced = False  # by a second Ctrl-C
+    delays = 0  # nested blocks of signals_delayed()
+
+
+def _handle(number: int, frame: FrameType | None) -> None:
+    now, first = time.monotonic(), _Stop.asked is None
+    if not first and (number != signal.SIGINT or now - cast("float", _Stop.asked) < _ONE_CTRL_C):
+        return
+    _Stop.asked, _Stop.forced = now, not first
+    if number == getattr(signal, "SIGHUP", None):
+        _leave_terminal()
+    if _Stop.forced or not _Stop.delays:
+        raise KeyboardInterrupt
+
+
+def _leave_terminal() -> None:
+    """Send further output to nowhere where the terminal is gone: writing to it would be an error."""
+    for descriptor in (1, 2):
+        with suppress(OSError):
+            if stat.S_ISCHR(os.fstat(descriptor).st_mode) and not os.isatty(descriptor):
+                with open(os.devnull, "w") as nowhere:
+                    os.dup2(nowhere.fileno(), descriptor)
+
+
+def take_stop_signals() -> dict[signal.Signals, Any]:
+    """Let each of :data:`STOP_SIGNALS` raise KeyboardInterrupt in the main thread, except in :func:`signals_delayed` blocks.
+
+    Further signals then change nothing, except that a second Ctrl-C raises KeyboardInterrupt at once, everywhere. A signal that
+    is ignored stays so (``nohup``), and SIGHUP, SIGUSR1 and SIGUSR2 stay with a handler that the program has set itself.
+
+    Returns:
+        The handlers that were replaced.
+    """
+    previous = {}
+    for number in STOP_SIGNALS:
+        handler = signal.getsignal(number)
+        ours = handler in (signal.SIG_DFL, signal.default_int_handler, _handle)
+        if ours or (callable(handler) and number in (signal.SIGINT, signal.SIGTERM)):
+            previous[number] = signal.signal(number, _handle)
+    if _handle not in previous.values():
+        _Stop.asked, _Stop.forced = None, False
+    return previous
+
+
 @contextmanager
-def children_ignore_ctrl_c() -> Iterator[None]:
-    """Let processes that are started in this block ignore Ctrl-C, which a terminal sends to them too; the parent ends them."""
+def interruptible() -> Iterator[None]:
+    """:func:`take_stop_signals` for a block; outside the main thread, where Python delivers no signals, without effect."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)  # an ignored signal stays ignored in a spawned process
+    previous = take_stop_signals()
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def raise_if_stopped() -> None:
+    """Raise KeyboardInterrupt if a signal has asked this process to stop, also inside :func:`signals_delayed`."""
+    if _Stop.asked is not None and threading.current_thread() is threading.main_thread():
+        raise KeyboardInterrupt
+
+
+def stop_forced() -> bool:
+    """Whether a second Ctrl-C has raised KeyboardInterrupt at an arbitrary place."""
+    return _Stop.forced
+
+
+@contextmanager
+def signals_delayed(*, closing: bool = False) -> Iterator[None]:
+    """Delay stop signals to the end of the block, so that none leaves it half done.
+
+    Keyword Args:
+        closing: raise nothing at the block's beginning and end either, since the process is about to end or checks later.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    if not closing:
+        raise_if_stopped()  # where the exception was lost, as in a destructor
+    _Stop.delays += 1
+    try:
+        yield
+    finally:
+        _Stop.delays -= 1
+    if not closing and not _Stop.delays:
+        raise_if_stopped()
+
+
+@contextmanager
+def children_ignore_signals() -> Iterator[None]:
+    """Let processes that are started in this block not notice stop signals: the parent ends them.
+
+    A terminal, Slurm and systemd send their signals to all processes of a job. A signal to this process is delayed.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    with signals_delayed(closing=True):
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # children inherit what is blocked
+        try:
+            # Python's own child, which removes the semaphores of a process that was killed.
+            resource_tracker.ensure_running()
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # before Python 3.12 its start unblocks some
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def ignore_stop_signals() -> None:
+    """Ignore stop signals in this child process, but not in the programs that it starts; see :func:`children_ignore_signals`."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda *_: None)
+    unblock_stop_signals()
+
+
+def unblock_stop_signals() -> None:
+    """Receive stop signals in a process that was started by :func:`children_ignore_signals`."""
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 class KillableSpawnContext(SpawnContext):

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.support.generation import DATASET, generation_in_process
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a suite started in the background, whose tests press Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Importing it, as the search for doctests does, changes what a process's runs write.
 collect_ignore = ["support/without_page.py"]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from deflow_torchrl.processes import interruptible
 from deflow_torchrl.sweep import parse_sweep
 from deflow_torchrl.tasks import protocols
 from deflow_torchrl.tasks.protocols import get_protocol
@@ -309,14 +310,12 @@ def call_in_process(monkeypatch, capsys, name, *arguments):
     """Run a script as `python benchmarks/NAME.py` does, without the seconds that importing torch takes: code, out, err."""
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
     monkeypatch.setattr(sys, "argv", [f"benchmarks/{name}.py", *map(str, arguments)])
-    handler = signal.getsignal(signal.SIGTERM)
     try:
-        runpy.run_path(str(SCRIPT.with_name(f"{name}.py")), run_name="__main__")
+        with interruptible():
+            runpy.run_path(str(SCRIPT.with_name(f"{name}.py")), run_name="__main__")
         code = 0
     except SystemExit as end:
         code = end.code or 0
-    finally:
-        signal.signal(signal.SIGTERM, handler)
     return (code, *capsys.readouterr())
 
 

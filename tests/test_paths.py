@@ -1,10 +1,17 @@
+import dataclasses
 import fcntl
+import os
+import signal
+import socket
+import subprocess
+import sys
 import threading
 
 import pytest
 
-from deflow_torchrl.errors import InputError
-from deflow_torchrl.paths import hold_lock
+from deflow_torchrl import paths
+from deflow_torchrl.errors import InputError, LockHeldError
+from deflow_torchrl.paths import LockHolder, hold_lock, lock_holder
 
 
 def test_a_held_lock_shows_its_note_also_to_whom_it_refuses(tmp_path):
@@ -70,3 +77,82 @@ def test_a_folder_that_cannot_hold_a_lock_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", unsupported)
     with pytest.raises(InputError, match=r"cannot lock .*not supported"), hold_lock(tmp_path / ".lock"):
         pass
+
+
+def test_a_refusal_names_host_process_time_and_file(tmp_path):
+    path = tmp_path / ".lock"
+    with hold_lock(path, busy="busy"):
+        holder = lock_holder(path)
+        assert (holder.host, holder.pid) == (socket.gethostname(), os.getpid())
+        with pytest.raises(LockHeldError) as refused, hold_lock(path, busy="busy"):
+            pass
+    said = str(refused.value)
+    assert (
+        said == f"busy: process {os.getpid()} on host {socket.gethostname()}, since {holder.since} (lock file {path})"
+    )
+
+
+def leave(path, **changes):
+    """Write the lock file of a process as a kill leaves it."""
+    path.write_text(dataclasses.replace(LockHolder.current(), **changes).line)
+
+
+def test_what_a_dead_process_has_left_is_no_obstacle_also_where_its_id_is_in_use_again(tmp_path):
+    path = tmp_path / ".lock"
+    process = subprocess.Popen([sys.executable, "-c", "pass"])
+    process.wait()
+    parent = LockHolder.current()
+    for changes in (
+        {"pid": process.pid},
+        {"pid": os.getppid(), "ticks": parent.ticks + 1},
+        {"pid": os.getppid(), "ticks": 0},
+    ):
+        leave(path, **changes)
+        with hold_lock(path, busy="busy", distrust_hosts=True):
+            assert lock_holder(path).pid == os.getpid()
+    for garbage in ("", "a b c d", "\0" * 40, "host"):
+        path.write_text(garbage)
+        with hold_lock(path, busy="busy", distrust_hosts=True):
+            pass
+
+
+def test_a_live_process_of_this_host_is_seen_where_the_file_system_has_no_locks(tmp_path):
+    path = tmp_path / ".lock"
+    leave(path, pid=os.getppid(), ticks=paths._start_ticks(os.getppid()))  # nobody holds the system's lock
+    with pytest.raises(LockHeldError, match=f"busy: process {os.getppid()} on host"), hold_lock(path, busy="busy"):
+        pass
+    assert path.exists()
+
+
+def test_what_a_process_of_another_host_has_left_is_refused_where_that_is_asked_for(tmp_path):
+    path = tmp_path / ".lock"
+    leave(path, host="elsewhere")
+    with (
+        pytest.raises(LockHeldError, match=rf"busy: process \d+ on host elsewhere.*{path}\); if .* remove the file"),
+        hold_lock(path, busy="busy", distrust_hosts=True),
+    ):
+        pass
+    assert lock_holder(path).host == "elsewhere"
+    with hold_lock(path, busy="busy"):
+        assert lock_holder(path).here
+
+
+def test_a_forked_child_does_not_keep_the_lock_of_a_dead_parent(tmp_path):
+    """As an environment that forks does, when its run is killed."""
+    path = tmp_path / ".lock"
+    code = (
+        "import os, signal, sys, time\nfrom pathlib import Path\nfrom deflow_torchrl.paths import hold_lock\n"
+        "with hold_lock(Path(sys.argv[1]), busy='busy'):\n"
+        "    child = os.fork()\n"
+        "    if child == 0:\n        time.sleep(60)\n        os._exit(0)\n"
+        "    print(child, flush=True)\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    process = subprocess.run([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True, check=False)
+    child = int(process.stdout)
+    try:
+        os.kill(child, 0)
+        assert path.exists()
+        with hold_lock(path, busy="busy", distrust_hosts=True):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)

@@ -144,7 +144,8 @@ def test_ctrl_c_and_a_kill_of_the_sweep_cost_nothing(swept, task, tmp_path):
 
     second = start(arguments, tmp_path / "second")
     wait_for(lambda: trained(runs[0], begun + 10), second)
-    workers = [int(path.read_text().split()[1]) for path in runs[0].parent.glob(".seed*.lock")]
+    workers = [int(path.read_text().split()[1]) for path in runs[0].parent.glob("*/.lock")]
+    assert workers
     second.kill()
     second.wait()
     for worker in workers:  # nobody is left behind that would go on with the runs

@@ -5,15 +5,12 @@ from __future__ import annotations
 
 import importlib
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Sequence
-from types import FrameType
-from typing import NoReturn
 
 from deflow_torchrl.errors import MissingExtraError
-from deflow_torchrl.processes import keep_freed_memory
+from deflow_torchrl.processes import keep_freed_memory, take_stop_signals
 
 try:
     from deflow_torchrl.cli.shared import app
@@ -40,10 +37,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     keep_freed_memory()
-    signal.signal(signal.SIGTERM, _interrupt)  # SIGTERM saves a checkpoint, as Ctrl-C does
+    take_stop_signals()
     warnings.filterwarnings("ignore", category=FutureWarning, module="(torch|tensordict|torchrl)")
     app(prog_name="deflow")
-
-
-def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
-    raise KeyboardInterrupt

@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from deflow_torchrl.errors import InputError
-from deflow_torchrl.paths import write_text
+from deflow_torchrl.paths import hold_lock, write_text
 from deflow_torchrl.runs.settings import SettledConfig
 
 CONFIG_FILE = "config.yaml"
@@ -18,6 +20,45 @@ GROUP_FILE = "group.yaml"  # beside the run folders of seeds that are trained to
 SUMMARY_FILE = "summary.json"
 BANK_FILE = "base_actions.pt"
 CHECKPOINTS = "checkpoints"
+LOCK_FILE = ".lock"  # there while a process works on the folder
+
+_held: dict[Path, int] = {}  # folder -> the thread of this process that holds it
+
+
+@contextmanager
+def hold_folders(folders: Sequence[Path], *, distrust_hosts: bool = True) -> Iterator[None]:
+    """Keep other processes from writing in run folders during the block; blocks of one thread may be nested.
+
+    Folders that were created for it and stay empty are removed at the end.
+
+    Args:
+        folders: run folders, or a group's folder and those of its runs.
+
+    Keyword Args:
+        distrust_hosts: as in :func:`~deflow_torchrl.paths.hold_lock`.
+
+    Raises:
+        LockHeldError: where another process works in one of them: names it and the lock file.
+        InputError: where they cannot be written.
+    """
+    new = [path for out in folders for path in (out, *out.parents) if not path.exists()]
+    with ExitStack() as stack:
+        stack.callback(_remove_empty, new)
+        for out in folders:
+            key = out.resolve()
+            if _held.get(key) == threading.get_ident():
+                continue
+            busy = f"another process works in {out}"
+            stack.enter_context(hold_lock(out / LOCK_FILE, busy=busy, distrust_hosts=distrust_hosts))
+            _held[key] = threading.get_ident()
+            stack.callback(_held.pop, key)
+        yield
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    for path in folders:
+        with suppress(OSError):
+            path.rmdir()
 
 
 def read_settings(path: Path) -> dict[str, Any]:

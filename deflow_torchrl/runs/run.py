@@ -30,6 +30,7 @@ from deflow_torchrl.errors import (
 )
 from deflow_torchrl.generators import seed_generators
 from deflow_torchrl.paths import make_writable_folder, write_text
+from deflow_torchrl.processes import children_ignore_signals, interruptible
 from deflow_torchrl.reports import build_record, check_report_extra, plot_learning_curve, write_html_report
 from deflow_torchrl.reports.records import RECORD_FILE
 from deflow_torchrl.runs import build, folder
@@ -313,22 +314,23 @@ def train(
 
     Raises:
         InputError: on data, device, settings or folder that cannot be used; nothing is left behind then.
+        LockHeldError: if another process works in the folder.
         NonFiniteLossError: if a loss became NaN or infinite.
-        RunInterrupted: on Ctrl-C, after checkpoints were saved.
+        RunInterrupted: on one of :data:`~deflow_torchrl.processes.STOP_SIGNALS`, after checkpoints were saved.
     """
     out = Path(config.out or default_out(config))
     config = with_absolute_paths(replace(with_task_defaults(config), out=str(out)))
-    folder.check_free(out)
-    for own in folder.seed_configs(config):
-        folder.check_free(Path(own.out or ""))
-    runs = _make_runs(
-        config,
-        [command],
-        final_episodes=final_episodes,
-        extra_seconds=extra_seconds,
-        show_progress=show_progress,
-    )
-    return _go(config, runs, [None] * len(runs))
+    with _working_on(config, command):
+        for path in (out, *(Path(own.out or "") for own in folder.seed_configs(config))):
+            folder.check_free(path)
+        runs = _make_runs(
+            config,
+            [command],
+            final_episodes=final_episodes,
+            extra_seconds=extra_seconds,
+            show_progress=show_progress,
+        )
+        return _go(config, runs, [None] * len(runs))
 
 
 def resume(
@@ -368,33 +370,34 @@ def resume(
         raise InputError(f"{settings_file} is damaged: it names no seeds")
     _check_fixed(out, saved, overrides)
     config = replace(with_absolute_paths(apply_overrides(saved, overrides)), out=str(out))
-    before, after = folder.seed_configs(replace(saved, out=str(out))), folder.seed_configs(config)
-    if settings["finished"]:
-        for own in before:
-            check_not_gone_on(own)
-    if grouped:
-        checkpoints = common_checkpoints([Path(own.out or "") for own in before], out=out, step=step)
-    else:
-        checkpoints = [find_checkpoint(out / folder.CHECKPOINTS, step)]
-    changes = [
-        check_resumable(
-            config_to_dict(new),
-            saved=config_to_dict(old),
-            checkpoint=checkpoint,
-            config_file=settings_file,
-            force=force,
+    with _working_on(config, command):
+        before, after = folder.seed_configs(replace(saved, out=str(out))), folder.seed_configs(config)
+        if settings["finished"]:
+            for own in before:
+                check_not_gone_on(own)
+        if grouped:
+            checkpoints = common_checkpoints([Path(own.out or "") for own in before], out=out, step=step)
+        else:
+            checkpoints = [find_checkpoint(out / folder.CHECKPOINTS, step)]
+        changes = [
+            check_resumable(
+                config_to_dict(new),
+                saved=config_to_dict(old),
+                checkpoint=checkpoint,
+                config_file=settings_file,
+                force=force,
+            )
+            for new, old, checkpoint in zip(after, before, checkpoints, strict=True)
+        ]
+        commands = [*filter(None, [settings["command"]]), command]
+        runs = _make_runs(
+            config,
+            commands,
+            final_episodes=settings["final_episodes"],
+            stacked=settings["stacked"],
+            show_progress=show_progress,
         )
-        for new, old, checkpoint in zip(after, before, checkpoints, strict=True)
-    ]
-    commands = [*filter(None, [settings["command"]]), command]
-    runs = _make_runs(
-        config,
-        commands,
-        final_episodes=settings["final_episodes"],
-        stacked=settings["stacked"],
-        show_progress=show_progress,
-    )
-    return _go(config, runs, checkpoints, resume=True, keep_settings=any(changes), saved=saved)
+        return _go(config, runs, checkpoints, resume=True, keep_settings=any(changes), saved=saved)
 
 
 def with_absolute_paths(config: SettledConfig) -> SettledConfig:
@@ -454,35 +457,30 @@ def _go(
             about = {"final_episodes": first.final_episodes, "command": first.history.commands[0], "finished": finished}
             folder.write_settings(out / folder.GROUP_FILE, {"config": config_to_dict(config), **about})
 
-    with with_resume_hint(
-        out, config.offline_steps + config.online_steps, [run.out / folder.CHECKPOINTS for run in runs]
-    ):
-        # The new settings only when every seed has a checkpoint with them: a kill before that changes nothing.
-        write_group(saved or config, finished=False)
-        with open_evaluator(first.task, config, first.device) as evaluator:
-            for run, checkpoint in zip(runs, checkpoints, strict=True):
-                make_writable_folder(run.out)
-                if not resume:
-                    run.write_config()
-                if checkpoint is None:
-                    drop_later_checkpoints(run.out / folder.CHECKPOINTS, -1)  # those that other seeds lack
-                run.open(evaluator, resume=resume, checkpoint=checkpoint, keep_settings=keep_settings)
-            write_group(config, finished=False)
-            trainer = (
-                first.trainer if config.seeds is None else _stacked(config.seeds, runs, new=checkpoints[0] is None)
-            )
-            with ExitStack() as timed:
-                for run in runs:
-                    timed.enter_context(run.history.timed("train_and_evaluate"))
-                trainer.run()
+    # The new settings only when every seed has a checkpoint with them: a kill before that changes nothing.
+    write_group(saved or config, finished=False)
+    with open_evaluator(first.task, config, first.device) as evaluator:
+        for run, checkpoint in zip(runs, checkpoints, strict=True):
+            make_writable_folder(run.out)
+            if not resume:
+                run.write_config()
+            if checkpoint is None:
+                drop_later_checkpoints(run.out / folder.CHECKPOINTS, -1)  # those that other seeds lack
+            run.open(evaluator, resume=resume, checkpoint=checkpoint, keep_settings=keep_settings)
+        write_group(config, finished=False)
+        trainer = first.trainer if config.seeds is None else _stacked(config.seeds, runs, new=checkpoints[0] is None)
+        with ExitStack() as timed:
             for run in runs:
-                run.evaluate_if_missing()
-        records = [run.report() for run in runs]
-        if config.seeds is None:
-            return records[0]
-        summary = summarize_group(out, config.seeds, records)
-        write_text(out / folder.SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
-        write_group(config, finished=True)
+                timed.enter_context(run.history.timed("train_and_evaluate"))
+            trainer.run()
+        for run in runs:
+            run.evaluate_if_missing()
+    records = [run.report() for run in runs]
+    if config.seeds is None:
+        return records[0]
+    summary = summarize_group(out, config.seeds, records)
+    write_text(out / folder.SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
+    write_group(config, finished=True)
     return summary
 
 
@@ -503,36 +501,45 @@ def _stacked(seeds: Sequence[int], runs: Sequence[Run], *, new: bool) -> Stacked
 
 
 @contextmanager
-def with_resume_hint(out: Path, steps: int, folders: Sequence[Path]) -> Iterator[None]:
-    """Add the command that resumes the run to an exception that ends the block.
+def _working_on(config: SettledConfig, command: str) -> Iterator[None]:
+    """Keep other processes from the folders of a run or group; say in an exception that ends the block how to go on.
+
+    Each of :data:`~deflow_torchrl.processes.STOP_SIGNALS` is such an exception.
 
     Args:
-        out: the folder that ``deflow resume`` takes.
-        steps: steps of the whole run.
-        folders: the runs' folders of checkpoints.
+        config: its settings.
+        command: the command line.
     """
-    go_on = f"deflow resume {shlex.quote(str(out))}"
+    out, steps = Path(config.out or ""), config.offline_steps + config.online_steps
+    runs = [Path(own.out or "") for own in folder.seed_configs(config)]
+
+    def go_on() -> str:
+        begun = (out / folder.CONFIG_FILE).is_file() or folder.is_group(out)
+        return f"deflow resume {shlex.quote(str(out))}" if begun else command
 
     def newest() -> Path | None:
         """A checkpoint of the newest step of which every run has one."""
-        kept = [{step_of(path): path for path in list_checkpoints(folder)} for folder in folders]
+        kept = [{step_of(path): path for path in list_checkpoints(run / folder.CHECKPOINTS)} for run in runs]
         common = set.intersection(*map(set, kept))
         return kept[0][max(common)] if common else None
 
     try:
-        yield
+        with children_ignore_signals():
+            pass  # buffers have semaphores: their keeper is started now, so that no signal ends it
+        with interruptible(), folder.hold_folders(list(dict.fromkeys([out, *runs]))):
+            yield
     except KeyboardInterrupt as error:
         found = newest()
         state = f"saved at step {step_of(found)}" if found else "before anything was trained"
-        raise RunInterrupted(f"interrupted, {state} of {steps}; go on with: {go_on}") from error
+        raise RunInterrupted(f"interrupted, {state} of {steps}; go on with: {go_on()}") from error
     except NonFiniteLossError as error:
         found = newest()
         where = "there was no checkpoint yet"
         if found is not None:
-            where = f"checkpoint is {found}" if len(folders) == 1 else f"checkpoints are of step {step_of(found)}"
+            where = f"checkpoint is {found}" if len(runs) == 1 else f"checkpoints are of step {step_of(found)}"
             where = f"the last good {where}"
         raise NonFiniteLossError(f"{error}; {where}") from error
     except CheckpointNotWritten as error:
-        raise CheckpointNotWritten(error.path, error.cause, f"make room and go on with: {go_on}") from error
+        raise CheckpointNotWritten(error.path, error.cause, f"make room and go on with: {go_on()}") from error
     except EnvironmentFaultError as error:
-        raise EnvironmentFaultError(f"{error}; when it is mended go on with: {go_on}") from error
+        raise EnvironmentFaultError(f"{error}; when it is mended go on with: {go_on()}") from error

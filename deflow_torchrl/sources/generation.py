@@ -36,7 +36,13 @@ from deflow_torchrl.paths import (
     only_one_prepares,
     write_text,
 )
-from deflow_torchrl.processes import KillableSpawnContext, available_cores, children_ignore_ctrl_c, die_with_parent
+from deflow_torchrl.processes import (
+    KillableSpawnContext,
+    available_cores,
+    children_ignore_signals,
+    die_with_parent,
+    raise_if_stopped,
+)
 from deflow_torchrl.progress import clock
 from deflow_torchrl.sources.oracles import (
     GENERATED_DATASETS,
@@ -224,8 +230,9 @@ def _run_jobs(
     if not jobs:
         return
     with _workers(dataset, workers) as (pool, _):
-        with children_ignore_ctrl_c():
+        with children_ignore_signals():
             futures = [pool.submit(_write_episode, dataset, seed, split, episode, parts) for split, episode in jobs]
+        raise_if_stopped()
         for future in as_completed(futures):
             future.result()
             yield
@@ -245,8 +252,9 @@ def _run_drawn_jobs(
     if not jobs:
         return
     with _workers(dataset, workers) as (pool, frames):
-        with children_ignore_ctrl_c():
+        with children_ignore_signals():
             timed = [pool.submit(_seconds_a_frame, dataset) for _ in range(workers)]
+        raise_if_stopped()
         seconds = sum(future.result() for future in timed) / workers
         announce(
             f"{total:,} frames take about {clock(total * seconds / workers)}: {seconds:.2g} s each in {workers} "
@@ -268,7 +276,8 @@ def _workers(dataset: str, workers: int) -> Iterator[tuple[ProcessPoolExecutor, 
     """Processes that write episodes, and the number of steps they have made."""
     # spawn: a forked child would inherit torch's threads and the parent's simulator state.
     context = KillableSpawnContext()
-    steps = context.Value("q", 0)
+    with children_ignore_signals():
+        steps = context.Value("q", 0)
     pool = ProcessPoolExecutor(
         workers, mp_context=context, initializer=_begin_worker, initargs=(dataset, GENERATED_DATASETS[dataset], steps)
     )

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import socket
 import time
 from collections.abc import Sequence
@@ -17,10 +16,9 @@ from typing import Any, Literal
 import torch
 
 from deflow_torchrl.errors import InputError, LockHeldError, MissingExtraError, one_line
-from deflow_torchrl.paths import hold_lock
 from deflow_torchrl.processes import available_cores
 from deflow_torchrl.reports.records import METRICS, RECORD_FILE, load_record
-from deflow_torchrl.runs.folder import CONFIG_FILE, GROUP_FILE, read_settings, seed_folder
+from deflow_torchrl.runs.folder import CONFIG_FILE, GROUP_FILE, LOCK_FILE, hold_folders, read_settings, seed_folder
 from deflow_torchrl.runs.overrides import override_value
 from deflow_torchrl.runs.run import resume, train
 from deflow_torchrl.runs.settings import config_from_dict, config_to_dict
@@ -80,9 +78,8 @@ class Job:
 
     @property
     def lock(self) -> Path:
-        """Lock file of the process that works on it; holds the process's host and id."""
-        out = Path(self.out)
-        return out.parent / f".{out.name}.lock"
+        """Lock file of the process that works on it."""
+        return Path(self.out) / LOCK_FILE
 
     def log(self, sweep: Path) -> Path:
         """File of what it prints (``local``)."""
@@ -258,21 +255,21 @@ def run_job(job: Job, *, show_progress: bool = False) -> Outcome:
     waits as long as the run's files change.
     """
     host = socket.gethostname()
-    busy, note = f"somebody else works on {job.name}", f"{host} {os.getpid()}"
+    folders = list(dict.fromkeys([Path(job.out), *job.folders]))
     try:
-        Path(job.out).parent.mkdir(parents=True, exist_ok=True)
         since, seen = time.monotonic(), _signs_of_life(job)
         while True:
             try:
-                with hold_lock(job.lock, busy=busy, note=note):
+                # A lost host's lock file is no obstacle: the folder's file system has working locks (docs/sweeps.md).
+                with hold_folders(folders, distrust_hosts=False):
                     _train(job, show_progress=show_progress)
                 return Outcome("done", host=host)
-            except LockHeldError:  # of the job, or of the preparation of its data
+            except LockHeldError as error:  # of the job, or of the preparation of its data
                 signs = _signs_of_life(job)
                 if signs != seen:
                     since, seen = time.monotonic(), signs
                 if time.monotonic() - since > _PATIENCE:
-                    raise
+                    raise InputError(f"somebody else works on {job.name}") from error
                 time.sleep(_LOOK)
     except KeyboardInterrupt as error:
         return Outcome("interrupted", str(error), host)

@@ -16,10 +16,17 @@ from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
-from deflow_torchrl.processes import available_cores, children_ignore_ctrl_c, die_with_parent, keep_freed_memory
+from deflow_torchrl.processes import (
+    available_cores,
+    children_ignore_signals,
+    die_with_parent,
+    keep_freed_memory,
+    signals_delayed,
+    take_stop_signals,
+    unblock_stop_signals,
+)
 from deflow_torchrl.sweep.jobs import Job, Outcome, describe_error, run_job
 
 # What a job needs, imported once for all of them.
@@ -58,7 +65,7 @@ class LocalEngine:
     def __enter__(self) -> LocalEngine:
         if not self._gpu:
             self._context.set_forkserver_preload(_PRELOADED)
-            with children_ignore_ctrl_c(), _few_threads(self.threads):
+            with children_ignore_signals(), _few_threads(self.threads):
                 forkserver.ensure_running()
         return self
 
@@ -77,7 +84,7 @@ class LocalEngine:
         results, theirs = self._context.Pipe(duplex=False)
         arguments = (job, theirs, str(log), self.threads)
         process = self._context.Process(target=_work, args=arguments, name=job.name)
-        with children_ignore_ctrl_c(), _few_threads(self.threads):
+        with children_ignore_signals(), _few_threads(self.threads):
             process.start()
         theirs.close()
         self._running.append(_Running(job, process, results))
@@ -134,9 +141,10 @@ def _work(job: Job, results: Connection, log: str, threads: int) -> None:
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115 # for the life of the process
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     die_with_parent()
-    signal.signal(signal.SIGTERM, _interrupt)
     warnings.filterwarnings("ignore", category=FutureWarning, module="(torch|tensordict|torchrl)")
     try:
+        take_stop_signals()
+        unblock_stop_signals()
         import torch
 
         keep_freed_memory()
@@ -149,19 +157,15 @@ def _work(job: Job, results: Connection, log: str, threads: int) -> None:
         outcome = Outcome("failed", describe_error(error))
     if outcome.kind != "done":
         print(f"{outcome.kind}: {outcome.message}", file=sys.stderr)  # noqa: T201 # the job's log
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    results.send(outcome)
-    results.close()
+    with signals_delayed(closing=True):
+        results.send(outcome)
+        results.close()
 
 
 def _kill_group(pid: int) -> None:
     """End a job's process and those it has started, which step its environments."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signal.SIGKILL)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
-    raise KeyboardInterrupt
 
 
 @contextlib.contextmanager

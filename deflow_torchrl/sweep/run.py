@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import socket
 import time
 from collections import deque
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from deflow_torchrl import __version__
 from deflow_torchrl.errors import InputError, MissingExtraError, RunInterrupted
 from deflow_torchrl.paths import hold_lock, make_writable_folder, write_text
+from deflow_torchrl.processes import interruptible, raise_if_stopped
 from deflow_torchrl.sweep.jobs import (
     Job,
     JobProgress,
@@ -77,8 +77,8 @@ def run_sweep(plan: SweepPlan, *, show_progress: bool = True, live: bool | None 
         RunInterrupted: on Ctrl-C, when every running job has saved; the same call goes on.
     """
     make_writable_folder(plan.out)
-    busy = f"another sweep works in {plan.out}; wait for it, or choose another folder with out="
-    with hold_lock(plan.out / ".sweep.lock", busy=busy, note=f"{socket.gethostname()} {os.getpid()}"):
+    busy = f"another sweep works in {plan.out}, wait for it or choose another folder with out="
+    with interruptible(), hold_lock(plan.out / ".sweep.lock", busy=busy, distrust_hosts=True):
         return _Sweep(plan).run(show_progress=show_progress, live=live)
 
 
@@ -150,6 +150,7 @@ class _Sweep:
         running: set[str] = set()
         try:
             while waiting or running:
+                raise_if_stopped()
                 while waiting and engine.free > 0:
                     job = waiting.popleft()
                     self._start(engine, job)

@@ -191,14 +191,14 @@ class _HashingFile:
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
         self.hash = hashlib.sha256()
-        self.error: OSError | None = None
+        self.error: BaseException | None = None
 
     def write(self, data: bytes) -> int:
         if self.error is None:
-            self.hash.update(data)
             try:
+                self.hash.update(data)
                 self.file.write(data)
-            except OSError as error:
+            except BaseException as error:  # a second Ctrl-C, too
                 self.error = error
         return memoryview(data).nbytes
 

@@ -11,7 +11,6 @@ import contextlib
 import functools
 import hashlib
 import logging
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +23,7 @@ from torchrl.collectors import Collector, MultiSyncCollector
 
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.generators import generators_set_aside
-from deflow_torchrl.processes import children_ignore_ctrl_c, die_with_parent
+from deflow_torchrl.processes import children_ignore_signals, die_with_parent, ignore_stop_signals
 
 _GRACE_S = 5.0  # from a worker's death until its chunk is abandoned
 
@@ -96,7 +95,7 @@ class ProcessSource:
     def __init__(self, envs: Sequence[Callable[[], Any]], policy: TensorDictModuleBase, steps: int) -> None:
         # TorchRL takes one of this process's threads for each worker, and gives them back at its shutdown; with another number
         # of threads the learner computes other last digits.
-        with _threads_kept(), children_ignore_ctrl_c():
+        with _threads_kept(), children_ignore_signals():
             try:
                 self._collector = MultiSyncCollector(
                     list(envs),
@@ -213,7 +212,7 @@ def acting(policy: TensorDictModuleBase) -> Callable[[TensorDictBase], TensorDic
 
 
 def _prepare_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ignore_stop_signals()
     die_with_parent()
     logging.getLogger("deflow_torchrl").setLevel(logging.ERROR)  # the parent logs warnings
 

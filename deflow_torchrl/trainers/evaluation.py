@@ -12,6 +12,7 @@ import contextlib
 import itertools
 import logging
 import multiprocessing
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +27,7 @@ from tensordict.nn import TensorDictModuleBase
 from deflow_torchrl.envs.d4rl import normalized_score
 from deflow_torchrl.envs.factory import make_gym_env
 from deflow_torchrl.generators import generators_set_aside
-from deflow_torchrl.processes import children_ignore_ctrl_c
+from deflow_torchrl.processes import children_ignore_signals, ignore_stop_signals, raise_if_stopped
 
 MakeEnv = Callable[[], Any]
 """Makes one environment; sent to processes."""
@@ -111,6 +112,8 @@ class Evaluator:
         group = _LocalGroup if workers == 1 else _RemoteGroup
         make = partial(make_gym_env, task, chunk=chunk)
         self._groups = [group(make, numbers) for numbers in slots]
+        # Also at the interpreter's exit, before multiprocessing waits for the processes.
+        self._close = weakref.finalize(self, _close_all, self._groups)
 
     def __enter__(self) -> Evaluator:
         return self
@@ -120,9 +123,7 @@ class Evaluator:
 
     def close(self) -> None:
         """End the processes and close the environments."""
-        for group in self._groups:
-            group.close()
-        self._groups = []
+        self._close()
 
     @torch.no_grad()
     def run(
@@ -167,6 +168,7 @@ class Evaluator:
             noise_shape = (self._ask("action_dim", {0: None})[0],)
         with generators_set_aside(seed):  # for a policy that draws random numbers itself
             while running:
+                raise_if_stopped()
                 seeds = {slot: int(outcome.seeds[episode]) for slot, episode in starting.items()}
                 for slot, observation in self._ask("reset", seeds).items():
                     if not observations.size:
@@ -210,6 +212,11 @@ class Evaluator:
         return {slot: answer for group in asked for slot, answer in group.receive().items()}
 
 
+def _close_all(groups: list[_LocalGroup | _RemoteGroup]) -> None:
+    for group in groups:
+        group.close()
+
+
 class _LocalGroup:
     """A part of the environments, stepped in this process."""
 
@@ -250,7 +257,7 @@ class _RemoteGroup:
 
     def send(self, command: str, values: dict[int, Any]) -> None:
         if self._process.pid is None:
-            with children_ignore_ctrl_c():
+            with children_ignore_signals():
                 self._process.start()
             self._theirs.close()
         self._pipe.send((command, values))
@@ -269,12 +276,13 @@ class _RemoteGroup:
         self._theirs.close()
         if self._process.pid is not None:
             self._process.join(timeout=5)
-            self._process.terminate()
+            self._process.kill()
             self._process.join()
 
 
 def _serve(pipe: Connection, make: MakeEnv, slots: list[int]) -> None:
     """Execute the commands that come through a pipe, and send back the answers or exceptions."""
+    ignore_stop_signals()
     logging.getLogger("deflow_torchrl").setLevel(logging.ERROR)  # the parent logs warnings
     with contextlib.suppress(EOFError, BrokenPipeError), contextlib.ExitStack() as stack:
         group = None

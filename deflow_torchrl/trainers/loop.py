@@ -5,15 +5,11 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
-import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -22,6 +18,7 @@ from torchrl.data import ReplayBuffer
 
 from deflow_torchrl.errors import EnvironmentFaultError, NonFiniteLossError
 from deflow_torchrl.generators import capture_generators, generators_set_aside, restore_generators
+from deflow_torchrl.processes import interruptible, signals_delayed, stop_forced
 from deflow_torchrl.progress import progress_bar
 from deflow_torchrl.trainers.alarms import Alarms
 from deflow_torchrl.trainers.checkpoint import CheckpointNotWritten, load_checkpoint, save_checkpoint
@@ -91,50 +88,11 @@ class TrainerSchedule:
         return after - before
 
 
-class Interrupts:
-    """Context in which SIGINT and SIGTERM raise KeyboardInterrupt, except inside :meth:`deferred` blocks.
-
-    An exception in the middle of an update would leave networks, optimiser and random generators at different steps, and such
-    a state could not be resumed exactly. Outside the main thread, where Python delivers no signals, it does nothing.
-    """
-
-    def __init__(self) -> None:
-        self._deferring = False
-        self._pending = False
-        self._previous: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> Interrupts:
-        if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if not self._deferring:
-            raise KeyboardInterrupt
-        self._pending = True
-
-    @contextmanager
-    def deferred(self) -> Iterator[None]:
-        """Delay signals to the end of the block."""
-        self._deferring = True
-        try:
-            yield
-        finally:
-            self._deferring = False
-        if self._pending:
-            self._pending = False
-            raise KeyboardInterrupt
-
-
 class TrainingLoop(ABC):
     """Takes the steps of a schedule; each is trained, then evaluated, then finished.
 
-    Several steps may be trained at once if nothing is due between them. Training and finishing a step are not interrupted:
-    Ctrl-C takes effect before them, after them, or during an evaluation.
+    Several steps may be trained at once if nothing is due between them. A step is not interrupted: a signal
+    (:data:`~deflow_torchrl.processes.STOP_SIGNALS`) takes effect after it, or between two environment steps of its evaluation.
 
     Attributes:
         update: the update to call.
@@ -161,24 +119,25 @@ class TrainingLoop(ABC):
             unit="step",
             disable=not self.show_progress,
         )
-        with bar, Interrupts() as interrupts:
+        with bar, interruptible():
             try:
                 while self.unfinished or self.step < self.schedule.steps:
                     if not self.unfinished:
                         self._prepare_step()
-                        with interrupts.deferred():
+                    # An exception anywhere in it would leave networks, optimiser and random generators at different steps.
+                    with signals_delayed():
+                        if not self.unfinished:
                             before = self.step
                             self._train_step()
                             self._torn = False
                             bar.update(self.step - before)
-                    self.evaluate_step()
-                    with interrupts.deferred():
+                        self.evaluate_step()
                         self._finish_step()
             except NonFiniteLossError:
                 raise
             except (KeyboardInterrupt, Exception):
                 # The steps before a failed evaluation are saved.
-                with interrupts.deferred():
+                with signals_delayed(closing=True):
                     self._save_whole_step()
                 raise
             finally:
@@ -240,8 +199,8 @@ class TrainingLoop(ABC):
         return count, out, batch, time.perf_counter() - began
 
     def _save_whole_step(self) -> None:
-        """Save before an error or Ctrl-C ends the run, unless the state is between two steps or already saved."""
-        if self._torn or (self._saved_step == self.step and not self.unfinished):
+        """Save before an error or a signal ends the run, unless the state is between two steps or already saved."""
+        if stop_forced() or self._torn or (self._saved_step == self.step and not self.unfinished):
             return
         if self.restorable:
             self._save_or_warn()

@@ -77,9 +77,14 @@ class OnlinePhase:
                 self.bank.load_state_dict(self._restored["bank"])
             update.freeze_prior()
         experience = self.make_experience(self._add, self.buffer.discard)
-        if self._restored is not None:
-            experience.load_state_dict(self._restored["experience"])
-        if not experience.replayable:  # measured now: the simulator may fail later
+        try:
+            if self._restored is not None:
+                experience.load_state_dict(self._restored["experience"])
+            replayable = experience.replayable  # measured now: the simulator may fail later
+        except BaseException:
+            experience.close()
+            raise
+        if not replayable:
             _log.warning(
                 "the environment does not repeat itself: checkpoints fall on the end of an episode, or, with worker processes "
                 "and longer collections, a resume cuts the running episodes short"

@@ -12,15 +12,17 @@ import pytest
 def deflow(*arguments, cwd=None, env=None):
     """Run the command line in this process: a fresh one would spend most of its time importing torch."""
     from deflow_torchrl.cli import main
+    from deflow_torchrl.processes import interruptible
 
     out, err = io.StringIO(), io.StringIO()
-    saved, handler = sys.argv, signal.getsignal(signal.SIGTERM)
+    saved = sys.argv
     code = 0
     try:
         with (
             pytest.MonkeyPatch.context() as patch,
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),
+            interruptible(),
         ):
             for name, value in (env or {}).items():
                 patch.setenv(name, value)
@@ -31,7 +33,6 @@ def deflow(*arguments, cwd=None, env=None):
         code = end.code or 0
     finally:
         sys.argv = saved
-        signal.signal(signal.SIGTERM, handler)
     return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 

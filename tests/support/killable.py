@@ -12,9 +12,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -52,12 +54,22 @@ class Children:
         self._server.wait(timeout=60)
         self._server.stdout.close()
 
-    def start(self, out: Path, config: dict | None = None, *, die: tuple[str, int] | None = None) -> int:
+    def start(
+        self,
+        out: Path,
+        config: dict | None = None,
+        *,
+        die: tuple[str, int] | None = None,
+        by: signal.Signals = signal.SIGKILL,
+        delay: float = 0.0,
+    ) -> int:
         """Train a new run with these settings, or resume the run where there are none; returns the child's number.
 
-        ``die=(moment, n)`` has it killed at the n-th time of a moment inside the writing of a checkpoint; see :func:`_die`.
+        ``die=(moment, n)`` sends it a signal so many seconds after the n-th time of a moment; see :func:`_die`.
         """
-        self._server.stdin.write(json.dumps({"out": str(out), "config": config, "die": die}) + "\n")
+        self._server.stdin.write(
+            json.dumps({"out": str(out), "config": config, "die": die, "by": by, "delay": delay}) + "\n"
+        )
         self._server.stdin.flush()
         return int(self._server.stdout.readline())
 
@@ -65,9 +77,9 @@ class Children:
         """The child's exit code; minus the signal's number, if one killed it."""
         return int(self._server.stdout.readline())
 
-    def run(self, out: Path, config: dict | None = None, *, die: tuple[str, int] | None = None) -> int:
+    def run(self, out: Path, config: dict | None = None, **options: Any) -> int:
         """:meth:`start` and :meth:`wait`."""
-        self.start(out, config, die=die)
+        self.start(out, config, **options)
         return self.wait()
 
     def kill_after(self, out: Path, seconds: float, config: dict | None = None) -> bool:
@@ -81,12 +93,16 @@ class Children:
         return self.wait() == -signal.SIGKILL
 
 
-def _die(moment: str, number: int) -> None:
-    """Have this process killed in the writing of a checkpoint, the ``number``-th time it comes there.
+def _die(moment: str, number: int, by: signal.Signals, delay: float) -> None:
+    """Send this process a signal, the ``number``-th time it comes to a moment.
 
-    ``writing``: some of the temporary file is there; ``written``: all of it; ``renamed``: the old ones are still there too.
+    In the writing of a checkpoint: ``writing``: some of the temporary file is there; ``written``: all of it; ``renamed``: the
+    old ones are still there too. At their beginning: ``loading`` data, an ``offline`` or ``online`` step, what lies ``between``
+    the phases, an environment step of ``evaluating``, ``reporting``.
     """
-    from deflow_torchrl.trainers import checkpoint
+    from deflow_torchrl.runs import run
+    from deflow_torchrl.trainers import Evaluator, Trainer, checkpoint
+    from deflow_torchrl.trainers.online import OnlinePhase
 
     count = 0
 
@@ -94,8 +110,31 @@ def _die(moment: str, number: int) -> None:
         nonlocal count
         count += place == moment
         if place == moment and count == number:
-            os.kill(os.getpid(), signal.SIGKILL)
+            if delay:
+                threading.Timer(delay, os.kill, (os.getpid(), by)).start()
+            else:
+                os.kill(os.getpid(), by)
 
+    def begins(place: str, owner: Any, name: str) -> None:
+        function = getattr(owner, name)
+
+        def begin(*arguments: Any, **options: Any) -> Any:
+            at(place)
+            return function(*arguments, **options)
+
+        setattr(owner, name, begin)
+
+    begins("loading", run.build, "load_data")
+    begins("between", OnlinePhase, "begin")
+    begins("evaluating", Evaluator, "_ask")
+    begins("reporting", run, "build_record")
+    train_step = Trainer._train_step
+
+    def step(self):
+        at("online" if self.schedule.is_online(self.step + 1) else "offline")
+        train_step(self)
+
+    Trainer._train_step = step
     write, replace, sync_folder = checkpoint._HashingFile.write, os.replace, checkpoint._sync_folder
 
     def write_and_die(self, data):
@@ -125,7 +164,7 @@ def _child(job: dict) -> None:
     # The page with its curve takes as long as a tiny run and is drawn from what the tests compare.
     run.plot_learning_curve = run.write_html_report = lambda *_, **__: None
     if job["die"] is not None:
-        _die(*job["die"])
+        _die(*job["die"], signal.Signals(job["by"]), job["delay"])
     out = Path(job["out"])
     if job["config"] is None:
         run.resume(out, command="resume", show_progress=False)
@@ -144,6 +183,7 @@ def _serve(log: Path) -> None:
     import deflow_torchrl.envs.factory
     import deflow_torchrl.runs.run
     import tests.support.pendulum  # noqa: F401 # the environment
+    from deflow_torchrl.processes import interruptible
 
     deflow_torchrl.envs.factory.register_robotics()
     _say("ready")
@@ -155,11 +195,16 @@ def _serve(log: Path) -> None:
                 descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
                 os.dup2(descriptor, 1)
                 os.dup2(descriptor, 2)
-                _child(json.loads(line))
+                with interruptible():
+                    _child(json.loads(line))
                 code = 0
+            except KeyboardInterrupt as error:
+                print(error)  # noqa: T201 # the log
+                code = 130
             except BaseException:
                 traceback.print_exc()
             finally:
+                sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(code)
         _say(child)

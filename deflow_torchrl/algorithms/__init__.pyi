@@ -15,6 +15,7 @@ from .rebrac import ReBRACConfig as ReBRACConfig
 from .registry import ALGORITHMS as ALGORITHMS
 from .registry import get_algorithm as get_algorithm
 from .registry import register_algorithm as register_algorithm
+from .rlpd import RLPDConfig as RLPDConfig
 from .settings import Algorithm as Algorithm
 from .settings import BootstrapConfig as BootstrapConfig
 from .settings import CriticConfig as CriticConfig

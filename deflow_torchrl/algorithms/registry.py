@@ -8,7 +8,7 @@ from deflow_torchrl.errors import InputError
 from deflow_torchrl.plugins import Registry
 
 # DeFlow, which the package is about and which runs by default, comes first.
-_NAMES = ("deflow", "bc", "fawac", "fbrac", "flow_bc", "fql", "ifql", "iql", "rebrac")
+_NAMES = ("deflow", "bc", "fawac", "fbrac", "flow_bc", "fql", "ifql", "iql", "rebrac", "rlpd")
 
 ALGORITHMS: Registry[Algorithm] = Registry(
     Algorithm,

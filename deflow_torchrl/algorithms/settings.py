@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
 
 from deflow_torchrl.algorithms.alarms import AlarmRule
@@ -81,6 +81,27 @@ class CriticConfig(BootstrapConfig):
         need(self.q_aggregation in (None, "mean", "min"), "algo.q_aggregation", self.q_aggregation, "mean or min")
 
 
+FOOTINGS = ("common", "original")
+"""What ``algo.footing=`` chooses between: the family's steps, networks and optimiser, or those of the method's own authors."""
+
+
+@dataclass
+class FootedConfig(CriticConfig):
+    """Settings of methods that were published with budgets and networks of their own.
+
+    Attributes:
+        footing: ``common``, what all methods here are compared by, or ``original``: steps, batches, networks and optimiser of
+            the method's own publication.
+    """
+
+    footing: str = "common"
+
+    def check(self, need: Need) -> None:
+        """As :meth:`MethodConfig.check`."""
+        super().check(need)
+        need(self.footing in FOOTINGS, "algo.footing", self.footing, " or ".join(FOOTINGS))
+
+
 def _no_build(config: Any, problem: ProblemSpec) -> Learner:
     raise InputError(f"the method {config.name!r} was registered without a function that builds it")
 
@@ -95,6 +116,9 @@ class Algorithm:
         config: dataclass of its settings, each with a default; a :class:`MethodConfig`.
         build: settings and problem to :class:`~deflow_torchrl.algorithms.base.Learner`.
         alarms: what in its rows of metrics says that a run is going wrong.
+        run_settings: settings of a run, by name, that are the method's where they are not given.
+        original: further ones with ``algo.footing=original``.
+        trains_offline: whether it learns from data alone; if not, a run with offline steps is refused.
     """
 
     name: str
@@ -102,6 +126,9 @@ class Algorithm:
     config: type[Any] = MethodConfig
     build: Callable[[Any, ProblemSpec], Learner] = _no_build
     alarms: tuple[AlarmRule, ...] = ()
+    run_settings: Mapping[str, Any] = field(default_factory=dict)
+    original: Mapping[str, Any] = field(default_factory=dict)
+    trains_offline: bool = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.title, str):  # (name, config, build), as in 0.1

@@ -11,4 +11,5 @@ from .implicit_q import ImplicitQLoss as ImplicitQLoss
 from .iql import IQLLoss as IQLLoss
 from .rebrac import ReBRACLoss as ReBRACLoss
 from .refinement import RefinementLoss as RefinementLoss
+from .rlpd import RLPDLoss as RLPDLoss
 from .td_critic import TDCriticLoss as TDCriticLoss

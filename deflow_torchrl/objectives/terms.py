@@ -52,6 +52,11 @@ def multiplier(log_alpha: Tensor, excess: Tensor) -> Tensor:
     return -log_alpha * excess.detach()
 
 
+def temperature(alpha: Tensor, log_prob: Tensor, target_entropy: float) -> Tensor:
+    """``alpha (-sg[log pi] - H)``: alpha = exp(log alpha) rises where the entropy is below H (FQL's SAC)."""
+    return alpha * (-log_prob.detach() - target_entropy)
+
+
 def distillation(output: Tensor, taught: Tensor) -> Tensor:
     """``|mu(s, z) - sg[b(s, z)]|^2``, mean over action dimensions (FQL)."""
     return (output - taught.detach()).square().mean(-1)

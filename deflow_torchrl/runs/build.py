@@ -172,7 +172,7 @@ def _check_environment(task: Task, dataset: TransitionDataset) -> None:
 
 
 def make_buffer(
-    dataset: Transitions, config: TrainConfig, learner: Learner, device: torch.device, *, batches: int = 1
+    dataset: Transitions, config: SettledConfig, learner: Learner, device: torch.device, *, batches: int = 1
 ) -> TransitionReplayBuffer:
     """A buffer of a data set that samples so many batches' transitions at once, on the learner's device."""
     buffer = TransitionReplayBuffer(dataset, batch_size=batches * config.batch_size, next_action=learner.next_action)
@@ -255,7 +255,7 @@ def make_online_phase(
 
 
 def make_graphed(
-    update: Update, config: TrainConfig, learner: Learner, data: Transitions, *shape: int
+    update: Update, config: SettledConfig, learner: Learner, data: Transitions, *shape: int
 ) -> GraphedUpdate | None:
     """``update`` in CUDA graphs, on batches ``[*shape, B]`` of ``data``; None where the device or the settings have none."""
     if data.device.type != "cuda" or not config.cuda_graph:

@@ -17,7 +17,7 @@ from deflow_torchrl.tasks import get_task, paper_settings, paper_task, usual_pro
 
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "preset": (None, *PRESETS),
-    "mixing": ("uniform", "balanced", "annealed"),
+    "mixing": (None, "uniform", "balanced", "annealed"),
     "overwrite": (None, "online", "fifo"),
     "storage": ("device", "memmap"),
     "normalize": ("none", "standard"),
@@ -30,7 +30,7 @@ _AT_LEAST_ONE = (
 _AT_LEAST_ZERO = (
     "offline_steps", "online_steps", "warmup_steps", "collector_workers", "eval_interval", "save_interval", "seed",
 )  # fmt: skip
-_OF_THE_TASK = ("offline_steps", "overwrite", "hidden_dims", "eval_interval", "eval_episodes")
+_OF_THE_TASK = ("offline_steps", "overwrite", "hidden_dims", "eval_interval", "eval_episodes", "batch_size", "mixing")
 
 
 @dataclass
@@ -56,7 +56,7 @@ class TrainConfig:
         utd: gradient steps per environment step.
         warmup_steps: environment steps before the first online gradient step.
         mixing: how batches mix data set and experience: ``uniform`` over their union (the paper's), ``balanced`` (a fixed
-            share) or ``annealed`` (a share that moves).
+            share) or ``annealed`` (a share that moves); ``uniform`` where None, or what the method is defined by.
         offline_fraction: ``balanced``: the data set's share of a batch; ``annealed``: ``[START,END]``.
         anneal_steps: ``annealed``: environment steps from START to END; all online steps where None.
         overwrite: what new experience replaces when there is no room: the oldest experience (``online``), or the oldest
@@ -67,7 +67,7 @@ class TrainConfig:
         collector_workers: processes that act; 0 acts in the learner's process, with the weights of the very last update.
         steps_per_collection: environment steps acted with the same weights (for processes: a multiple of them).
         max_fault_share: share of online episodes that may fail (an environment that raises or returns NaN).
-        batch_size: transitions per gradient step.
+        batch_size: transitions per gradient step; 256 where None, or what the method's footing says.
         chunk: actions chosen at once and executed open loop (Q-chunking); the transitions are chunks of so many steps, whose
             rewards are discounted step by step.
         hidden_dims: widths of the hidden layers of every network; where None 4 x 512, or the paper's for this method
@@ -108,7 +108,7 @@ class TrainConfig:
     online_steps: int = 0
     utd: float = 1.0
     warmup_steps: int = 0
-    mixing: str = "uniform"
+    mixing: str | None = None
     offline_fraction: Any = 0.5
     anneal_steps: int | None = None
     overwrite: str | None = None
@@ -118,7 +118,7 @@ class TrainConfig:
     collector_workers: int = 0
     steps_per_collection: int = 1
     max_fault_share: float = 0.1
-    batch_size: int = 256
+    batch_size: int | None = None
     chunk: int = 1
     hidden_dims: list[int] | None = None
     normalize: str = "none"
@@ -152,6 +152,8 @@ if TYPE_CHECKING:
         hidden_dims: list[int]
         eval_interval: int
         eval_episodes: int
+        batch_size: int
+        mixing: str
 
 else:
     SettledConfig = TrainConfig
@@ -203,8 +205,14 @@ def with_run_defaults(config: TrainConfig) -> SettledConfig:
             name: task.released[name] for name in values if config.preset == "released" and name in task.released
         }
     values["hidden_dims"] = list(values["hidden_dims"])
-    values["overwrite"] = "fifo" if config.preset == "released" else "online"
+    values |= {"overwrite": "fifo" if config.preset == "released" else "online", "batch_size": 256, "mixing": "uniform"}
+    method = get_algorithm(config.algo.name)
+    values |= {**method.run_settings, **(method.original if _is_original(config) else {})}
     return cast("SettledConfig", replace(config, **{name: values[name] for name in missing}))
+
+
+def _is_original(config: TrainConfig) -> bool:
+    return getattr(config.algo, "footing", "common") == "original"
 
 
 def method_values(config: TrainConfig) -> dict[str, Any]:
@@ -294,6 +302,13 @@ def _check(config: TrainConfig) -> None:
     widths = config.hidden_dims
     _need(widths is None or (bool(widths) and min(widths) >= 1), "hidden_dims", widths, "positive widths")
     _check_online(config)
+    if not get_algorithm(config.algo.name).trains_offline and (config.offline_steps or not config.online_steps):
+        raise InputError(
+            f"algo={config.algo.name} learns from its own experience beside the data and has no offline phase; set "
+            "online_steps, and leave offline_steps out"
+        )
+    if _is_original(config) and config.protocol not in (None, "paper"):
+        raise InputError(f"algo.footing=original belongs to protocol=paper, not to protocol={config.protocol}")
     if config.seeds is not None:
         _check_seeds(config, config.seeds)
     for name, value in vars(config.algo).items():

@@ -1,17 +1,18 @@
-"""BC, IQL, IFQL and ReBRAC as runs: offline, online, several seeds, killed and resumed, evaluated and exported."""
+"""BC, IQL, IFQL, ReBRAC and RLPD as runs: offline, online, several seeds, killed and resumed, evaluated and exported."""
 
 import signal
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from tensordict import TensorDict
 
 pytest.importorskip("gymnasium", reason="needs gymnasium's pendulum")
 pytest.importorskip("hydra", reason="needs the extra cli")
 
 from deflow_torchrl import export
-from deflow_torchrl.algorithms import BCConfig, IFQLConfig, IQLConfig, ReBRACConfig, get_algorithm
+from deflow_torchrl.algorithms import BCConfig, IFQLConfig, IQLConfig, ReBRACConfig, RLPDConfig, get_algorithm
 from deflow_torchrl.deploy import load_policy
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.runs.evaluate import evaluate_run, load_run
@@ -29,13 +30,16 @@ METHODS = {
     "iql": IQLConfig(temperature=2.0),
     "ifql": IFQLConfig(num_samples=4, flow_steps=2),
     "rebrac": ReBRACConfig(actor_bc_coef=0.3, critic_bc_coef=0.2),
+    "rlpd": RLPDConfig(),
 }
 TERMS = {
     "bc": {"actor"},
     "iql": {"value", "qvalue", "actor"},
     "ifql": {"value", "qvalue", "flow"},
     "rebrac": {"qvalue", "actor"},
+    "rlpd": {"qvalue", "actor", "alpha"},
 }
+OFFLINE = [name for name in METHODS if name != "rlpd"]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +52,7 @@ def settings(task, out, name, **changes):
         **{
             "task": task, "env": ENVIRONMENT, "batch_size": 8, "hidden_dims": [8], "log_interval": 1, "eval_interval": 0,
             "eval_episodes": 2, "eval_workers": 1, "save_interval": 7, "offline_steps": 8, "online_steps": 18, "out": str(out),
-            "algo": METHODS[name], **changes,
+            "algo": METHODS[name], **({} if name in OFFLINE else {"offline_steps": None}), **changes,
         }
     )  # fmt: skip
 
@@ -76,7 +80,7 @@ def test_a_run_trains_every_term_acts_online_and_is_evaluated_under_its_name(fin
     # A policy that has hardly learned acts near 0. Exploring, BC and IQL are at a bound a third of the time, ReBRAC adds at most
     # 0.5 to it, with a standard deviation of 0.2; IFQL's flow starts from noise.
     assert actions.std() > 0.12
-    assert (actions.abs() == 1).any().item() == (name != "rebrac")
+    assert (actions.abs() == 1).any().item() == (name not in ("rebrac", "rlpd"))
     repeated = evaluate_run(out / name, episodes=2, show_progress=False)["evaluations"]
     assert repeated == records[name]["evaluations"], "eval repeats the run's own numbers"
 
@@ -91,7 +95,16 @@ def test_the_best_of_n_is_evaluated_the_same_by_any_number_of_processes(finished
     assert other != first
 
 
-@pytest.mark.parametrize("name", METHODS)
+def test_rlpd_has_no_offline_phase_and_batches_that_are_half_data(finished, task, tmp_path):
+    config = yaml.safe_load((finished[0] / "rlpd" / "config.yaml").read_text())["config"]
+    assert (config["offline_steps"], config["mixing"], config["offline_fraction"]) == (0, "balanced", 0.5)
+    assert rows(finished[0] / "rlpd")[0]["phase"] == "online"
+    for steps in ({"offline_steps": 5}, {"online_steps": 0}):
+        with pytest.raises(InputError, match=r"algo=rlpd .* no offline phase; set online_steps"):
+            compose_config([f"task={task}", f"env={ENVIRONMENT}", "algo=rlpd", *(f"{k}={v}" for k, v in steps.items())])
+
+
+@pytest.mark.parametrize("name", OFFLINE)
 def test_seeds_are_trained_together(task, tmp_path, name, monkeypatch):
     undrawn(monkeypatch)
     config = settings(task, tmp_path / "group", name, online_steps=0, seeds=[3, 1], eval_episodes=1)
@@ -117,7 +130,7 @@ def test_rebrac_killed_between_an_odd_and_an_even_update_is_bit_for_bit_the_unin
     assert len(set(moves)) > 10
 
 
-@pytest.mark.parametrize("name", ["bc", "iql", "rebrac"])
+@pytest.mark.parametrize("name", ["bc", "iql", "rebrac", "rlpd"])
 def test_policies_without_noise_are_exported(finished, name, tmp_path):
     out = tmp_path / "policy.pt2"
     manifest = export.export_run(finished[0] / name, out=out)

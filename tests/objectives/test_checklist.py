@@ -13,6 +13,7 @@ from deflow_torchrl.modules import (
     FlowMatchingPolicy,
     OneStepPolicy,
     RefinementPolicy,
+    TanhGaussianPolicy,
     make_qvalue_networks,
 )
 from deflow_torchrl.objectives import (
@@ -25,6 +26,7 @@ from deflow_torchrl.objectives import (
     ImplicitQLoss,
     IQLLoss,
     RefinementLoss,
+    RLPDLoss,
     TDCriticLoss,
 )
 from tests.support import value_losses
@@ -35,8 +37,8 @@ from tests.support.networks import (
     assert_compiled_equals_eager,
     make_actor,
     make_critics,
-    make_flow,
     make_one_step,
+    make_tanh_gaussian,
     total,
 )
 from tests.support.value_losses import make_batch
@@ -129,9 +131,11 @@ def test_noise_given_equals_noise_drawn_with_the_same_seed(kind):
     drawn = loss(batch.clone())
     torch.manual_seed(5)
     given = batch.clone()
+    if kind is RLPDLoss:
+        given["next", "noise"] = torch.randn(8, ACTION_DIM)
     if kind not in (FlowMatchingLoss, TDCriticLoss):
         given["noise"] = torch.randn(8, ACTION_DIM)
-    if kind in WITH_CRITIC:
+    if kind in WITH_CRITIC and kind is not RLPDLoss:
         given["next", "noise"] = torch.randn(8, ACTION_DIM)
     if kind in WITH_FLOW:
         given["flow_noise"] = torch.randn(8, ACTION_DIM)
@@ -289,6 +293,9 @@ def test_renamed_and_nested_keys(kind):
         loss = kind(as_policy, one_step, critics)
     elif kind in (FBRACLoss, FAWACLoss):
         loss = kind(as_policy, critics)
+    elif kind is RLPDLoss:
+        network = make_tanh_gaussian().module.network
+        loss = kind(TanhGaussianPolicy(network, in_keys=(("sensors", "s"),), out_keys=(("agent", "act"),)), critics)
     else:
         loss = kind(actor, critics, **({"target_divergence": 1e-3} if kind is RefinementLoss else {}))
     loss.set_keys(**names)
@@ -344,7 +351,12 @@ def test_the_acting_policy_is_where_trainers_look_for_it(kind):
         pytest.skip("flow matching alone has no composite actor")
     loss = build(kind)
     policy = loss.get_stateful_net("actor_network", copy=False)
-    kinds = {FQLLoss: OneStepPolicy, FBRACLoss: FlowMatchingPolicy, FAWACLoss: FlowMatchingPolicy}
+    kinds = {
+        FQLLoss: OneStepPolicy,
+        FBRACLoss: FlowMatchingPolicy,
+        FAWACLoss: FlowMatchingPolicy,
+        RLPDLoss: TanhGaussianPolicy,
+    }
     assert isinstance(policy, kinds.get(kind, DeFlowActor))
     assert {id(p) for p in policy.parameters()} <= {id(p) for p in loss.parameters()}
 
@@ -366,10 +378,7 @@ def test_value_estimators_other_than_td0_are_refused(kind):
 
 @pytest.mark.parametrize("kind", [kind for kind in WITH_CRITIC if kind not in value_losses.TERMS])
 def test_the_target_warning_is_there_until_a_soft_update_is_built(kind):
-    if kind is FQLLoss:
-        loss = kind(make_flow(), make_one_step(), make_critics())
-    else:
-        loss = kind(make_flow() if kind in (FBRACLoss, FAWACLoss) else make_actor(), make_critics())
+    loss = build(kind, updated=False)
     with pytest.warns(UserWarning, match="No target network updater"):
         loss(make_batch())
     SoftUpdate(loss, tau=0.1)

@@ -18,10 +18,12 @@ from deflow_torchrl.modules import (
     GaussianPolicy,
     OneStepPolicy,
     RefinementPolicy,
+    TanhGaussianPolicy,
     make_one_step_network,
     make_policy_network,
     make_qvalue_networks,
     make_refinement_network,
+    make_tanh_gaussian_network,
     make_value_network,
     make_velocity_network,
 )
@@ -38,6 +40,7 @@ from deflow_torchrl.objectives import (
     IQLLoss,
     ReBRACLoss,
     RefinementLoss,
+    RLPDLoss,
     TDCriticLoss,
 )
 from tests.support import networks
@@ -51,7 +54,7 @@ TD = pytest.mark.parametrize(
 )
 METHODS = pytest.mark.parametrize(
     "kind",
-    [FlowMatchingLoss, DeFlowLoss, FQLLoss, FBRACLoss, FAWACLoss, BCLoss, IQLLoss, IFQLLoss, ReBRACLoss],
+    [FlowMatchingLoss, DeFlowLoss, FQLLoss, FBRACLoss, FAWACLoss, BCLoss, IQLLoss, IFQLLoss, ReBRACLoss, RLPDLoss],
     ids=lambda kind: kind.__name__,
 )
 ENCODED = 5
@@ -109,6 +112,9 @@ def build_encoded(kind, *, critics=None, in_keys=OBSERVATIONS, flow_steps=3, **k
     )
     gaussian = behind(GaussianPolicy(make_policy_network(*sizes), in_keys=("actor_state",)), "actor_state")
     deterministic = behind(DeterministicPolicy(make_policy_network(*sizes), in_keys=("actor_state",)), "actor_state")
+    tanh_gaussian = behind(
+        TanhGaussianPolicy(make_tanh_gaussian_network(*sizes), in_keys=("actor_state",)), "actor_state"
+    )
     value = behind(make_value_network(ENCODED, HIDDEN, observation_key="value_state"), "value_state")
     members = make_qvalue_networks(*sizes, observation_key="critic_state")
     critics = EncodedCritics(encoder("critic_state", in_keys), members) if critics is None else critics
@@ -126,13 +132,14 @@ def build_encoded(kind, *, critics=None, in_keys=OBSERVATIONS, flow_steps=3, **k
         ImplicitQLoss: lambda: ImplicitQLoss(critics, value, **kwargs),
         IQLLoss: lambda: IQLLoss(gaussian, critics, value, temperature=2.0, **kwargs),
         IFQLLoss: lambda: IFQLLoss(flow, critics, value, num_samples=4, **kwargs),
+        RLPDLoss: lambda: RLPDLoss(tanh_gaussian, critics, **kwargs),
         ReBRACLoss: lambda: ReBRACLoss(deterministic, critics, actor_bc_coef=0.3, critic_bc_coef=0.2, **kwargs),
     }[kind]()
     if "loss_qvalue" in TERMS[kind]:
         loss.make_value_estimator(ValueEstimators.TD0, gamma=0.9)
         SoftUpdate(loss, tau=0.005)
     encoders = {"prior": prior, "refinement": refinement, "flow": flow, "one_step": one_step, "gaussian": gaussian,
-                "deterministic": deterministic, "value": value}  # fmt: skip
+                "deterministic": deterministic, "tanh_gaussian": tanh_gaussian, "value": value}  # fmt: skip
     found = {name: sequence[0].module for name, sequence in encoders.items()}
     return loss, {**found, "critic": critics.encoder.module}
 
@@ -159,6 +166,7 @@ PARTS = {  # term -> the encoders that it trains
     IQLLoss: {"loss_value": {"value"}, "loss_qvalue": {"critic"}, "loss_actor": {"gaussian"}},
     IFQLLoss: {"loss_value": {"value"}, "loss_qvalue": {"critic"}, "loss_flow": {"flow"}},
     ReBRACLoss: {"loss_qvalue": {"critic"}, "loss_actor": {"deterministic"}},
+    RLPDLoss: {"loss_actor": {"tanh_gaussian"}, "loss_alpha": set(), "loss_qvalue": {"critic"}},
 }  # fmt: skip
 
 

@@ -254,10 +254,10 @@ def test_a_run_folder_holds_every_value_and_resumes_with_them(tmp_path, capsys, 
 
 @pytest.mark.parametrize("name", list(ALGORITHMS))
 def test_every_method_is_complete_on_each_task_that_the_paper_has_values_for(name):
-    ran = 0
+    ran, method = 0, ALGORITHMS[name]
     for setting in SETTINGS:
-        for task in paper_tasks(setting):
-            algo = ALGORITHMS[name].config()
+        for task in paper_tasks(setting) if method.trains_offline else paper_tasks("offline_to_online"):
+            algo = method.config()
             config = TrainConfig(task=task.name, online_steps=task.online_steps, algo=algo)
             values = paper_task(task.name).hyperparameters.get(name, {}) | task.hyperparameters.get(name, {})
             if set(values) != set(paper_settings(name)):
@@ -266,7 +266,7 @@ def test_every_method_is_complete_on_each_task_that_the_paper_has_values_for(nam
                 continue
             filled = with_task_defaults(config)
             assert {key: getattr(filled.algo, key) for key in values} == values
-            assert filled.offline_steps == task.offline_steps
+            assert filled.offline_steps == (task.offline_steps if method.trains_offline else 0)
             assert config_from_dict(config_to_dict(filled)) == filled, "the table's values are in range"
             ran += 1
-    assert ran >= 50
+    assert ran >= (50 if method.trains_offline else 30)

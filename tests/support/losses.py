@@ -9,13 +9,14 @@ from deflow_torchrl.objectives import (
     FlowMatchingLoss,
     FQLLoss,
     RefinementLoss,
+    RLPDLoss,
     TDCriticLoss,
 )
 from tests.support import value_losses
-from tests.support.networks import make_actor, make_critics, make_flow, make_one_step
+from tests.support.networks import make_actor, make_critics, make_flow, make_one_step, make_tanh_gaussian
 
 
-def build(kind, *, flow_steps=10, **kwargs):
+def build(kind, *, flow_steps=10, updated=True, **kwargs):
     if kind in value_losses.TERMS:
         return value_losses.build(kind, **kwargs)
     if kind is FlowMatchingLoss:
@@ -24,12 +25,14 @@ def build(kind, *, flow_steps=10, **kwargs):
         loss = RefinementLoss(make_actor(), make_critics(), target_divergence=1e-3, **kwargs)
     elif kind is FQLLoss:
         loss = FQLLoss(make_flow(flow_steps), make_one_step(), make_critics(), **kwargs)
+    elif kind is RLPDLoss:
+        loss = kind(make_tanh_gaussian(), make_critics(), **kwargs)
     else:
         policy = make_flow(flow_steps) if kind in (FBRACLoss, FAWACLoss) else make_actor()
         loss = kind(policy, make_critics(), **kwargs)
     if kind in WITH_CRITIC:
         loss.make_value_estimator(ValueEstimators.TD0, gamma=0.9)
-        if kwargs.get("delay_qvalue", True):
+        if updated and kwargs.get("delay_qvalue", True):
             SoftUpdate(loss, tau=0.005)
     return loss
 
@@ -42,6 +45,7 @@ TERMS = {
     FQLLoss: {"loss_flow", "loss_actor", "loss_qvalue"},
     FBRACLoss: {"loss_flow", "loss_actor", "loss_qvalue"},
     FAWACLoss: {"loss_flow", "loss_qvalue"},
+    RLPDLoss: {"loss_actor", "loss_alpha", "loss_qvalue"},
     **value_losses.TERMS,
 }
 WITH_CRITIC = [kind for kind, terms in TERMS.items() if "loss_qvalue" in terms]

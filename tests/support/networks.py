@@ -11,9 +11,11 @@ from deflow_torchrl.modules import (
     FlowMatchingPolicy,
     OneStepPolicy,
     RefinementPolicy,
+    TanhGaussianPolicy,
     make_one_step_network,
     make_qvalue_networks,
     make_refinement_network,
+    make_tanh_gaussian_network,
     make_velocity_network,
 )
 from deflow_torchrl.objectives import DeFlowLoss
@@ -27,6 +29,10 @@ NEEDED = {  # what a method's settings leave to the task or the user
     "ifql": {"num_samples": 4},
     "rebrac": {"actor_bc_coef": 0.3, "critic_bc_coef": 0.2},
 }
+
+
+def make_tanh_gaussian() -> TanhGaussianPolicy:
+    return TanhGaussianPolicy(make_tanh_gaussian_network(OBSERVATION_DIM, ACTION_DIM, HIDDEN))
 
 
 def make_actor(observation_dim=OBSERVATION_DIM, action_dim=ACTION_DIM, hidden=HIDDEN) -> DeFlowActor:

@@ -158,7 +158,10 @@ def generate_data(
 @verb(data, "import")
 def import_data(
     files: Annotated[
-        list[str], typer.Argument(metavar="FILE...", help="npz, HDF5, CSV or Parquet, all of one layout.")
+        list[str],
+        typer.Argument(
+            metavar="FILE|FOLDER...", help="npz, HDF5, CSV, Parquet, or LeRobot folders, all of one layout."
+        ),
     ],
     *,
     out: Annotated[Path, typer.Option(help="Folder to write.")],
@@ -166,8 +169,11 @@ def import_data(
         list[str] | None, typer.Option("--column", metavar="FIELD=NAME", help="A field's name in the files; repeat it.")
     ] = None,
     ends: Annotated[
-        str, typer.Option(help="How ends of episodes are known: flags, file, discontinuity, ROWS, column:NAME.")
-    ] = "flags",
+        str | None,
+        typer.Option(
+            help="How ends of episodes are known: flags, file, discontinuity, ROWS, column:NAME. [default: the layout's; flags]"
+        ),
+    ] = None,
     never_terminates: Annotated[
         bool, typer.Option("--never-terminates", help="The task has no terminal states.")
     ] = False,
@@ -181,10 +187,30 @@ def import_data(
     action_bounds: Annotated[
         tuple[float, float] | None, typer.Option(metavar="LOW HIGH", help="The actions' bounds, mapped to [-1, 1].")
     ] = None,
+    split: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Episodes that the files list under this name. [default: all]")
+    ] = None,
+    obs_keys: Annotated[
+        str | None,
+        typer.Option(metavar="KEY,KEY...", help="Observations to put side by side. [default: all vectors, by name]"),
+    ] = None,
+    reward: Annotated[
+        str | None,
+        typer.Option(
+            metavar="success-at-end|zero",
+            help="Rewards of files without: 1 at each episode's end, or none (cloning methods).",
+        ),
+    ] = None,
+    padded: Annotated[
+        bool,
+        typer.Option("--padded", help="Arrays are [episodes, steps, ...]; rows after an episode's end are padding."),
+    ] = False,
     allow_jumps: ALLOW_JUMPS = False,
     json_: JSON = False,
 ) -> dict[str, Any]:
     """Turn your own files into a checked data set that trains: deflow train task=file:OUT [env=GYMNASIUM_ID]
+
+    Files of robomimic, LeRobot (folders too), d3rlpy and D4RL are recognised by their content. Of others:
 
     Fields: observations, actions, rewards, terminals (1 where the task ended), and, where you have them, timeouts (1 on the
     last row of an episode that was cut), next_observations. Fields under their usual names (obs, action, terminated,
@@ -214,12 +240,21 @@ def import_data(
         final_observation_rows=final_observation_rows,
         both=both,
         action_bounds=action_bounds,
+        split=split,
+        observation_keys=[] if obs_keys is None else obs_keys.split(","),
+        reward=reward,
+        padded=padded,
         allow_jumps=allow_jumps,
     )
     go_on = _train_command(override_value(f"file:{out}"))
     taken = ", ".join(f"{field}={name}" for field, name in dataset.about["columns"].items())
     print(f"{out}: {card['transitions']} transitions, {card['episodes']} episodes; see {out / 'card.md'}")
-    print(f"columns: {taken}")
+    print(f"columns: {taken}" + (f" ({dataset.about['layout']}'s layout)" if "layout" in dataset.about else ""))
+    for note in [
+        *dataset.about.get("notes", []),
+        *(dataset.about[key] for key in ("reward", "rewards") if key in dataset.about),
+    ]:
+        print(f"note: {note}")
     print(f"go on with: {go_on}")
     return {"out": str(out), "card": card, "train": go_on}
 

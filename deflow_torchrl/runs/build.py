@@ -83,6 +83,9 @@ def build_learner(
 
     With ``normalize=standard`` the normalisation is fitted on ``data``; without them it is the identity until a checkpoint's
     state is loaded.
+
+    Raises:
+        InputError: if the data have no rewards and the method reads them.
     """
     task = find_task(config)
     normalizer = None
@@ -101,7 +104,13 @@ def build_learner(
         device=device,
         normalizer=normalizer,
     )
-    return get_algorithm(config.algo.name).build(config.algo, problem)
+    learner = get_algorithm(config.algo.name).build(config.algo, problem)
+    if data is not None and "rewards" in data.about and ("next", "reward") in learner.loss.in_keys:
+        raise InputError(
+            f"task={config.task}: rewards are {data.about['rewards']}, and algo={config.algo.name} learns from rewards; clone "
+            "the actions (algo=flow_bc, algo=bc), or import the files with --reward success-at-end"
+        )
+    return learner
 
 
 def step_gamma(config: TrainConfig, task: Task) -> float:

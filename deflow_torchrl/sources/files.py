@@ -1,48 +1,42 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""Files of the user's own as transitions: npz, HDF5, CSV and Parquet, with a mapping of columns."""
+"""Files of the user's own as transitions: layouts that are recognised, or any file with a mapping of columns."""
 
 from __future__ import annotations
 
 import fnmatch
-import importlib
 import math
 import os
 import re
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from deflow_torchrl.data.assembly import discontinuities
+from deflow_torchrl.data.assembly import REWARDS, discontinuities
 from deflow_torchrl.data.columns import Column
 from deflow_torchrl.data.dataset import TransitionDataset
-from deflow_torchrl.errors import InputError, MissingExtraError
+from deflow_torchrl.errors import InputError
 from deflow_torchrl.paths import file_sha256, folder_sha256
-from deflow_torchrl.sources.archive import NpzArchive, readable
 from deflow_torchrl.sources.base import Source
+from deflow_torchrl.sources.layouts import Arranged, Wanted, arrange, by_number, lerobot_folder, unpadded
+from deflow_torchrl.sources.tables import ArrowTable, LazyColumn, OpenFiles, Table, joined, reading, side_by_side
 
-FIELDS = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
+FIELDS = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations", "mask")
 """Fields that a mapping may name; the first four are required."""
-FILE_ENDINGS = (".npz", ".h5", ".hdf5", ".csv", ".parquet")
-"""Endings of the files that can be imported."""
 _VECTORS = ("observations", "actions", "next_observations")
-_MOST_OPEN = 8  # files at once; some systems allow a hundred per process
-# Raised by h5py and zipfile on damaged content, in addition to the usual errors.
-_ODD_DAMAGE = (RuntimeError, LookupError, TypeError, OverflowError)
 
-# Names that need no mapping: those of D4RL, OGBench and Gymnasium, and common short ones. "done" is not among them because it
-# does not say whether the task ended or time ran out.
+# Names that need no mapping: those of D4RL, OGBench and Gymnasium, and common short ones, each also numbered (obs_0, obs_1...).
+# "done" is not among them because it does not say whether the task ended or time ran out.
 _ALIASES = {
-    "observations": ("observations", "observation", "obs", "states", "state"),
-    "actions": ("actions", "action", "act"),
+    "observations": ("observations", "observation", "obs", "states", "state", "o", "s"),
+    "actions": ("actions", "action", "act", "a"),
     "rewards": ("rewards", "reward", "rew"),
     "terminals": ("terminals", "terminal", "terminated", "terminations"),
     "timeouts": ("timeouts", "timeout", "truncated", "truncations"),
     "next_observations": ("next_observations", "next_observation", "next_obs", "next_states", "next_state"),
+    "mask": ("mask", "valid"),
 }
 
 
@@ -76,33 +70,46 @@ def import_files(
     paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     *,
     columns: Mapping[str, str] | None = None,
-    ends: str = "flags",
+    ends: str | None = None,
     never_terminates: bool = False,
     final_observation_rows: bool = False,
     both: str = "refuse",
     action_bounds: tuple[float, float] | None = None,
     allow_jumps: bool = False,
+    split: str | None = None,
+    observation_keys: Sequence[str] = (),
+    reward: str | None = None,
+    padded: bool = False,
     folder: Path | None = None,
 ) -> TransitionDataset:
     """Read files of the same layout, one after another, as a validated set.
 
     Args:
-        paths: one or several files that end in ``.npz``, ``.h5``, ``.hdf5``, ``.csv`` or ``.parquet``. No episode continues in
-            the next file.
+        paths: one or several files that end in ``.npz``, ``.h5``, ``.hdf5``, ``.csv`` or ``.parquet``, or LeRobot folders. No
+            episode continues in the next file.
 
     Keyword Args:
         columns: field (:data:`FIELDS`) -> name in the files: an array (HDF5: its path), a table's column, or, for vectors in
             CSV and Parquet, several columns by pattern (``obs_*``, in the order of their numbers) or list (``x,y,theta``).
-            Other fields are looked for under their usual names. ``about["columns"]`` lists the columns that were used.
+            Other fields are those of the file's layout (:data:`deflow_torchrl.sources.layouts.LAYOUTS`), or are looked for under
+            their usual names. ``about["columns"]`` lists the columns that were used.
         ends: how ends of episodes are known: ``"flags"`` (terminals and timeouts mark them all, a file's last row too),
             ``"file"`` (each file is an episode), ``"discontinuity"``, a number (rows of every episode, each file a multiple),
-            or ``"column:NAME"`` (an end where that column's value changes). See
+            or ``"column:NAME"`` (an end where that column's value changes). By default as the layout has it, else flags. See
             :meth:`~deflow_torchrl.data.TransitionDataset.from_arrays`.
-        never_terminates: the task has no terminal states; no column ``terminals`` is needed.
+        never_terminates: the task has no terminal states; no column ``terminals`` is needed, and a layout's ``done`` flags are
+            the ends of recordings.
         final_observation_rows: see :meth:`~deflow_torchrl.data.TransitionDataset.from_arrays`.
         both: see :meth:`~deflow_torchrl.data.TransitionDataset.from_arrays`.
         action_bounds: (low, high) of the files' actions, which are mapped to [-1, 1]; rounding errors beyond them are allowed.
         allow_jumps: see :meth:`~deflow_torchrl.data.TransitionDataset.from_arrays`.
+        split: a list of episodes that the files name (robomimic's ``mask/NAME``, LeRobot's ``splits``); all by default.
+        observation_keys: which observations of a layout with several are put side by side, in this order; by default all
+            vectors, in the order of their names.
+        reward: ``"success-at-end"`` or ``"zero"`` in the place of rewards that the files do not have, see
+            :meth:`~deflow_torchrl.data.TransitionDataset.from_arrays`.
+        padded: arrays are ``[episodes, steps, ...]``, and an episode ends with its first terminal or timeout. A field ``mask``
+            ``[episodes, steps]`` says instead which rows are valid; where there is one, arrays are known to be padded.
         folder: see :meth:`~deflow_torchrl.data.TransitionDataset.from_arrays`.
 
     Raises:
@@ -110,39 +117,99 @@ def import_files(
         MissingExtraError: if the ``files`` extra is not installed, for HDF5, CSV and Parquet.
     """
     given = [paths] if isinstance(paths, (str, os.PathLike)) else paths
-    files = [Path(path).expanduser() for path in given]
     mapping = columns or {}
-    _check_options(files, mapping, ends, action_bounds)
-    with _OpenFiles() as opened:
-        parts = [_examine(path, opened, mapping, ends, never_terminates) for path in files]
+    wanted, folders = _expanded(given, split, tuple(observation_keys))
+    _check_options(mapping, ends, action_bounds, reward)
+    options = _Options(mapping, ends, never_terminates=never_terminates, reward=reward, padded=padded)
+    with _Files(wanted) as opened:
+        parts = [_examine(path, opened, options) for path in wanted]
+        _check_lerobot(folders, parts, whole=split is None)
+        parts = [part for part in parts if part.rows] if split is not None else parts
+        for part in parts:
+            if part.rows == 0:
+                raise InputError(f"{part.path} holds no transition")
+        if not parts:
+            raise InputError(f"{', '.join(map(str, given))}: split {split} holds no transition")
         _check_alike(parts)
-        episode_ends = _told(ends, parts)
-        joined = {name: _joined([part.fields[name] for part in parts]) for name in parts[0].fields}
-        joined.setdefault("terminals", np.zeros(sum(part.rows for part in parts), bool))
+        episode_ends = _told(parts)
+        fields = {name: joined([part.fields[name] for part in parts]) for name in parts[0].fields}
+        fields.setdefault("terminals", np.zeros(sum(part.rows for part in parts), bool))
         if action_bounds is not None:
-            joined["actions"] = _rescaled(joined["actions"], *action_bounds)
+            fields["actions"] = _rescaled(fields["actions"], *action_bounds)
+        about: dict[str, Any] = {
+            "provenance": "own",
+            "files": _digests([path for path in wanted if wanted[path].info is None], folders),
+            "columns": {name: ",".join(names) for name, names in parts[0].names.items()},
+            "action_bounds": None if action_bounds is None else list(action_bounds),
+        }
+        about |= {"layout": parts[0].layout} if parts[0].layout else {}
+        about |= {"split": split} if split else {}
+        about |= (
+            {"notes": notes} if (notes := list(dict.fromkeys(note for part in parts for note in part.notes))) else {}
+        )
+        about |= {} if reward is None else _REWARD_FACTS[reward]
         return TransitionDataset.from_arrays(
-            **joined,
+            **{"rewards": reward, **fields},
             episode_ends=episode_ends,
             both=both,
             final_observation_rows=final_observation_rows,
             allow_jumps=allow_jumps,
-            source=str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more",
+            source=str(given[0]) if len(given) == 1 else f"{given[0]} and {len(given) - 1} more",
             folder=folder,
-            about={
-                "provenance": "own",
-                "files": {str(path): file_sha256(path) for path in files},
-                "columns": {name: ",".join(names) for name, names in parts[0].names.items()},
-                "action_bounds": None if action_bounds is None else list(action_bounds),
-            },
+            about=about,
         )
 
 
-def _check_options(
-    files: Sequence[Path], columns: Mapping[str, str], ends: str, action_bounds: tuple[float, float] | None
-) -> None:
-    if not files:
+_REWARD_FACTS = {
+    "success-at-end": {
+        "reward": "success-at-end: 1 on the last row of each episode, which is terminal; none in the files"
+    },
+    "zero": {"rewards": "none in the files; zeros stand in, for methods that read no rewards"},
+}
+
+
+def _expanded(
+    given: Sequence[str | os.PathLike[str]], split: str | None, observation_keys: tuple[str, ...]
+) -> tuple[dict[Path, Wanted], dict[Path, dict[str, Any]]]:
+    """Files in order, with what is wanted of each; and the LeRobot folders among ``given``, with their ``info.json``."""
+    if not given:
         raise InputError("no file to import")
+    wanted: dict[Path, Wanted] = {}
+    folders: dict[Path, dict[str, Any]] = {}
+    for path in (Path(item).expanduser() for item in given):
+        files, info = [path], None
+        if path.is_dir():
+            files, info = lerobot_folder(path)
+            folders[path] = info
+        for file in files:
+            if file in wanted:
+                raise InputError(f"{file} is given twice")
+            wanted[file] = Wanted(file, split, observation_keys, info)
+    return wanted, folders
+
+
+def _digests(files: Sequence[Path], folders: Mapping[Path, Any]) -> dict[str, str]:
+    return {str(path): file_sha256(path) for path in files} | {
+        str(path): folder_sha256(path / "data", "*.parquet") for path in folders
+    }
+
+
+def _check_lerobot(folders: Mapping[Path, Mapping[str, Any]], parts: Sequence[_Part], *, whole: bool) -> None:
+    """Refuse folders that hold fewer rows than they say."""
+    for folder, info in folders.items():
+        rows = sum(part.rows for part in parts if folder in part.path.parents)
+        if whole and info.get("total_frames") not in (None, rows):
+            raise InputError(
+                f"{folder} holds {rows} rows, meta/info.json says {info['total_frames']}; download the whole folder again"
+            )
+
+
+def _check_options(
+    columns: Mapping[str, str],
+    ends: str | None,
+    action_bounds: tuple[float, float] | None,
+    reward: str | None,
+) -> None:
     if unknown := sorted(set(columns) - set(FIELDS)):
         raise InputError(f"unknown field {unknown[0]!r} in the mapping (--column); there are {', '.join(FIELDS)}")
     if action_bounds is not None:
@@ -151,25 +218,13 @@ def _check_options(
             raise InputError(
                 f"action bounds {low:g} and {high:g} (--action-bounds): both must be finite, and the first must be the smaller"
             )
-    if ends not in ("flags", "file", "discontinuity") and not ends.isdecimal() and not ends.startswith("column:"):
+    known = ends is None or ends in ("flags", "file", "discontinuity") or ends.isdecimal() or ends.startswith("column:")
+    if not known:
         raise InputError(
             f"ends={ends!r} is unknown; there are flags, file, discontinuity, a number of rows and column:NAME (--ends)"
         )
-
-
-# -- columns that are read when their rows are asked for -------------------------------------------------------------
-
-
-@dataclass
-class _Rows:
-    """A column whose rows are computed when they are asked for."""
-
-    shape: tuple[int, ...]
-    dtype: Any
-    read: Callable[[slice], np.ndarray]
-
-    def __getitem__(self, rows: slice) -> np.ndarray:
-        return self.read(rows)
+    if reward is not None and reward not in REWARDS:
+        raise InputError(f"reward={reward!r} is unknown; there are {' and '.join(REWARDS)} (--reward)")
 
 
 def _rescaled(column: Column, low: float, high: float) -> Column:
@@ -186,176 +241,35 @@ def _rescaled(column: Column, low: float, high: float) -> Column:
         values = (np.asarray(column[rows], np.float64) - low) * scale - 1
         return np.where(np.abs(values) <= limit, values.clip(-1, 1), values)
 
-    return _Rows(column.shape, np.dtype(np.float64), read)
-
-
-def _joined(columns: Sequence[Column]) -> Column:
-    """Columns of several files, one after another."""
-    if len(columns) == 1:
-        return columns[0]
-    begins = np.cumsum([0, *(column.shape[0] for column in columns)]).tolist()
-
-    def read(rows: slice) -> np.ndarray:
-        begin, end, _ = rows.indices(begins[-1])
-        parts = [np.asarray(columns[0][0:0])]
-        for column, first in zip(columns, begins, strict=False):
-            low, high = max(begin - first, 0), min(end - first, column.shape[0])
-            if low < high:
-                parts.append(np.asarray(column[low:high]))
-        return np.concatenate(parts[1:] or parts)
-
-    return _Rows((begins[-1], *columns[0].shape[1:]), np.result_type(*(column.dtype for column in columns)), read)
-
-
-# -- the formats -----------------------------------------------------------------------------------------------------
-
-
-class Table(Protocol):
-    """A file's columns by name."""
-
-    @property
-    def names(self) -> list[str]:
-        """Names of all columns."""
-
-    def __getitem__(self, name: str) -> Column:
-        """One column."""
-
-
-class _Hdf5:
-    """Data sets of an HDF5 file by their path."""
-
-    def __init__(self, file: Any, dataset_type: type) -> None:
-        self._file = file
-        self.names: list[str] = []
-        file.visititems(lambda name, item: self.names.append(name) if isinstance(item, dataset_type) else None)
-
-    def __getitem__(self, name: str) -> Any:
-        return self._file[name]
-
-
-class _Arrow:
-    """Columns of a CSV or Parquet file as numpy arrays, converted on access; lists become vectors.
-
-    Args:
-        names: of the columns.
-        read: gives the arrow column of a name.
-
-    Keyword Args:
-        text: whether the file is text, where a column of integers may be real numbers that happen to be whole.
-    """
-
-    def __init__(self, names: list[str], read: Callable[[str], Any], *, text: bool) -> None:
-        self.names, self._read, self.text = names, read, text
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self._numpy(name, self._read(name))
-
-    def first_missing(self, name: str) -> int | None:
-        """The first row whose value, or an element of whose list, is missing."""
-        from pyarrow import compute
-
-        column = self._read(name)
-        while column.null_count == 0:
-            if not _is_list(column.type) or len(column) == 0:
-                return None
-            parents, column = compute.list_parent_indices(column), compute.list_flatten(column)
-            if column.null_count:
-                return int(parents.to_numpy()[column.is_null().to_numpy().argmax()])
-        return int(column.is_null().to_numpy().argmax())
-
-    def _numpy(self, name: str, column: Any) -> np.ndarray:
-        from pyarrow import compute, float64, types
-
-        if _is_list(column.type):
-            lengths = compute.unique(compute.list_value_length(column)).to_pylist()
-            if len(lengths) > 1:
-                raise ValueError(f"column {name} holds lists of different lengths")
-            return self._numpy(name, compute.list_flatten(column)).reshape(len(column), *lengths)
-        blank = column.null_count and types.is_boolean(column.type)
-        if blank or types.is_null(column.type) or types.is_decimal(column.type):
-            column = column.cast(float64())  # a missing value is NaN
-        return column.to_numpy()
-
-
-def _is_list(arrow_type: Any) -> bool:
-    from pyarrow import types
-
-    return types.is_list(arrow_type) or types.is_large_list(arrow_type) or types.is_fixed_size_list(arrow_type)
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Turn errors of any reader into one line that names the file."""
-    with readable(path, also=_ODD_DAMAGE):
-        yield
-
-
-def _open(path: Path, stack: ExitStack) -> Table:
-    """Open a file; ``stack`` closes it."""
-    if not path.is_file():
-        raise InputError(f"no data file {path}")
-    ending = path.suffix.lower()
-    if ending not in FILE_ENDINGS:
-        raise InputError(f"{path}: files end in {', '.join(FILE_ENDINGS)}; {path.suffix or 'no ending'} is unknown")
-    with _reading(path):
-        if ending == ".npz":
-            return stack.enter_context(NpzArchive(path))
-        if ending == ".csv":
-            table = _module("pyarrow.csv").read_csv(path)
-            return _Arrow(table.column_names, table.column, text=True)
-        if ending == ".parquet":
-            file = stack.enter_context(_module("pyarrow.parquet").ParquetFile(path))
-            return _Arrow(file.schema_arrow.names, lambda name: file.read(columns=[name]).column(name), text=False)
-        h5py = _module("h5py")
-        return _Hdf5(stack.enter_context(h5py.File(path)), h5py.Dataset)
-
-
-def _module(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(name.partition(".")[0], "files") from error
-
-
-class _OpenFiles:
-    """Files that are opened on access; the most recently used ones stay open."""
-
-    def __init__(self) -> None:
-        self._tables: OrderedDict[Path, tuple[Table, ExitStack]] = OrderedDict()
-
-    def __enter__(self) -> _OpenFiles:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        while self._tables:
-            self._close_oldest()
-
-    def __getitem__(self, path: Path) -> Table:
-        if path not in self._tables:
-            if len(self._tables) >= _MOST_OPEN:
-                self._close_oldest()
-            with ExitStack() as stack:
-                table = _open(path, stack)
-                self._tables[path] = table, stack.pop_all()
-        self._tables.move_to_end(path)
-        return self._tables[path][0]
-
-    def column(self, path: Path, name: str) -> Column:
-        """A column of a file, which is opened again if it was closed; errors name the file."""
-        with _reading(path):
-            column = self[path][name]
-
-        def read(rows: slice) -> np.ndarray:
-            with _reading(path):
-                return np.asarray(self[path][name][rows])
-
-        return _Rows(tuple(column.shape or ()), np.dtype(column.dtype), read)
-
-    def _close_oldest(self) -> None:
-        self._tables.popitem(last=False)[1][1].close()
+    return LazyColumn(column.shape, np.dtype(np.float64), read)
 
 
 # -- the fields of a file --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What the user says about the fields."""
+
+    columns: Mapping[str, str]
+    ends: str | None
+    never_terminates: bool
+    reward: str | None
+    padded: bool
+
+
+class _Files(OpenFiles):
+    """Opened files, arranged by their layouts."""
+
+    def __init__(self, wanted: Mapping[Path, Wanted]) -> None:
+        super().__init__(self._arranged)
+        self._wanted = wanted
+        self.found: dict[Path, tuple[str | None, Arranged]] = {}
+
+    def _arranged(self, path: Path, table: Table) -> Table:
+        layout, arranged = arrange(table, self._wanted[path])
+        self.found[path] = layout, arranged
+        return arranged.table
 
 
 @dataclass
@@ -364,12 +278,18 @@ class _Part:
 
     Attributes:
         path: the file.
+        ends: how ends of episodes are known.
+        layout: name of its layout.
+        notes: what the user should know about it.
         fields: field -> column, for the fields that the file has.
         names: field -> names of its columns in the file.
         numbers: episode number of each row ``[N]``, if a column gives them.
     """
 
     path: Path
+    ends: str
+    layout: str | None
+    notes: list[str]
     fields: dict[str, Column] = field(default_factory=dict)
     names: dict[str, list[str]] = field(default_factory=dict)
     numbers: np.ndarray | None = None
@@ -379,30 +299,71 @@ class _Part:
         return self.fields["actions"].shape[0]
 
 
-def _examine(path: Path, opened: _OpenFiles, columns: Mapping[str, str], ends: str, never_terminates: bool) -> _Part:
+def _examine(path: Path, opened: _Files, options: _Options) -> _Part:
     """Find the fields of a file, and check names, shapes and types."""
-    table, part = opened[path], _Part(path)
+    table = opened[path]
+    layout, arranged = opened.found[path]
+    part = _Part(path, options.ends or arranged.ends, layout, arranged.notes)
     for name in FIELDS:
-        wanted = columns.get(name) or next((alias for alias in _ALIASES[name] if alias in table.names), None)
-        if wanted is not None:
-            part.names[name] = _matching(table, wanted, name, path)
-            part.fields[name] = _column(table, part.names[name], name, path, opened)
-        elif name in FIELDS[:4] and not (name == "terminals" and never_terminates):
-            hint = ", or say that the task never terminates (--never-terminates)" if name == "terminals" else ""
+        if name == "mask" and name not in options.columns and len(part.fields["actions"].shape) < 3:
+            continue  # "valid" may mean anything beside rows
+        names = _names_of(name, table, arranged, options, path)
+        if names:
+            if name == "rewards" and options.reward is not None:
+                raise InputError(f"{path} has rewards ({','.join(names)}); --reward is for files without")
+            part.names[name] = names
+            part.fields[name] = _column(table, names, name, path, opened)
+        elif name in _required(options):
+            hint = {
+                "rewards": ", or say what stands in for them: --reward success-at-end, --reward zero (for cloning)",
+                "terminals": ", or say that the task never terminates (--never-terminates)",
+            }.get(name, "")
             raise InputError(
                 f"{path} has no {name}; name the column with --column {name}=NAME{hint}; there are {_listed(table.names)}"
             )
+    if arranged.done_note and part.names.get("terminals") == arranged.fields.get("terminals"):
+        part.notes.append(arranged.done_note)
+    mask = part.fields.pop("mask", None)
     _check_part(part)
-    if ends.startswith("column:"):
-        name = "the episode's number"
-        column = _column(table, _matching(table, ends.removeprefix("column:"), name, path), name, path, opened)
+    if options.padded or mask is not None:
+        if len(part.fields["actions"].shape) < 3:
+            raise InputError(
+                f"{path}: actions has shape {tuple(part.fields['actions'].shape)}; padded arrays are [episodes, steps, A]"
+            )
+        with reading(path):
+            part.fields, part.numbers = unpadded(part.fields, mask, path=path)
+    elif part.ends.startswith("column:"):
+        name, wanted = "the episode's number", part.ends.removeprefix("column:")
+        column = _column(table, _matching(table, wanted, name, path), name, path, opened)
         if column.shape[:1] != (part.rows,):
             raise InputError(
-                f"{path}: {ends} has shape {tuple(column.shape)}, expected one for each of {part.rows} rows"
+                f"{path}: {part.ends} has shape {tuple(column.shape)}, expected one for each of {part.rows} rows"
             )
-        values = np.asarray(column[0 : part.rows]).reshape(part.rows, -1)
-        part.numbers = np.concatenate([[0], np.cumsum((values[1:] != values[:-1]).any(1))])
+        values = np.asarray(column[0 : part.rows]).reshape(part.rows, *column.shape[1:] or [1])
+        part.numbers = np.concatenate([[0], np.cumsum((values[1:] != values[:-1]).any(1))])[: part.rows]
     return part
+
+
+def _required(options: _Options) -> tuple[str, ...]:
+    """Fields that a file must have."""
+    if options.reward is not None:
+        return FIELDS[:2]
+    return FIELDS[:3] if options.never_terminates else FIELDS[:4]
+
+
+def _names_of(name: str, table: Table, arranged: Arranged, options: _Options, path: Path) -> list[str]:
+    """Names of a field's columns: the user's, the layout's, or usual ones; none if the file does not have it."""
+    if name in options.columns:
+        return _matching(table, options.columns[name], name, path)
+    if name in arranged.fields:
+        return [] if name == "terminals" and options.never_terminates else arranged.fields[name]
+    for alias in _ALIASES[name]:
+        if alias in table.names:
+            return [alias]
+    for alias in _ALIASES[name]:
+        if numbered := [own for own in table.names if re.fullmatch(rf"{alias}_\d+", own)]:
+            return sorted(numbered, key=by_number)
+    return []
 
 
 def _matching(table: Table, wanted: str, name: str, path: Path) -> list[str]:
@@ -412,39 +373,34 @@ def _matching(table: Table, wanted: str, name: str, path: Path) -> list[str]:
     names: list[str] = []
     for part in wanted.split(","):
         # "pos[0]" is first a name, then a pattern.
-        matching = [part] if part in table.names else sorted(fnmatch.filter(table.names, part), key=_by_number)
+        matching = [part] if part in table.names else sorted(fnmatch.filter(table.names, part), key=by_number)
         if not matching:
             raise InputError(f"{path} has no column {part!r} for {name}; there are {_listed(table.names)}")
         names += matching
     return names
 
 
-def _by_number(name: str) -> list[Any]:
-    """Sort key that puts obs_2 before obs_10."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
-
-
-def _column(table: Table, names: Sequence[str], name: str, path: Path, opened: _OpenFiles) -> Column:
+def _column(table: Table, names: Sequence[str], name: str, path: Path, opened: _Files) -> Column:
     """One column, or several side by side; vectors get two dimensions."""
     parts = [_single(table, part, name, path, opened) for part in names]
     if len(parts) > 1:
-        if any(len(part.shape) != 1 for part in parts):
+        if any(len(part.shape) not in (1, 2) for part in parts):
             raise InputError(
-                f"{path}: {','.join(names)!r} are not columns of one number a row; name one array for {name}"
+                f"{path}: {','.join(names)!r} are not columns of one number a row, nor vectors; name one array for {name}"
             )
-        if len({part.shape for part in parts}) > 1:
+        if len({part.shape[0] for part in parts}) > 1:
             raise InputError(f"{path}: {','.join(names)!r} differ in length; name columns of one length for {name}")
-        return np.stack([np.asarray(part[0 : part.shape[0]]) for part in parts], axis=1)
+        return side_by_side(parts)
     column = parts[0]
     if name in _VECTORS and len(column.shape) == 1:
-        return _Rows((*column.shape, 1), column.dtype, lambda rows: np.asarray(column[rows])[:, None])
+        return LazyColumn((*column.shape, 1), column.dtype, lambda rows: np.asarray(column[rows])[:, None])
     return column
 
 
-def _single(table: Table, column_name: str, name: str, path: Path, opened: _OpenFiles) -> Column:
-    if not isinstance(table, _Arrow):
+def _single(table: Table, column_name: str, name: str, path: Path, opened: _Files) -> Column:
+    if not isinstance(table, ArrowTable):
         return opened.column(path, column_name)
-    with _reading(path):
+    with reading(path):
         # A next observation may be missing where it is not used.
         missing = None if name == "next_observations" else table.first_missing(column_name)
         if missing is not None:
@@ -469,13 +425,15 @@ def _check_part(part: _Part) -> None:
             expected = "floating point in [-1, 1]" if name == "actions" else "real numbers"
             held = "text or objects" if kind in "OUS" else f"type {np.dtype(column.dtype)}"
             raise InputError(f"{part.path}: {name} has {held} ({','.join(part.names[name])}), expected {expected}")
-    if part.rows == 0:
-        raise InputError(f"{part.path} holds no transition")
 
 
 def _check_alike(parts: Sequence[_Part]) -> None:
     """Refuse files of different layouts."""
     first = parts[0]
+    for part in parts:
+        if part.layout != first.layout:
+            kinds = [f"{own.path} is {own.layout or 'of no known layout'}" for own in (part, first)]
+            raise InputError(f"{', '.join(kinds)}; import files of one layout at a time")
     for name in FIELDS:
         having = [part.path for part in parts if name in part.fields]
         lacking = [part.path for part in parts if name not in part.fields]
@@ -501,9 +459,11 @@ def _check_alike(parts: Sequence[_Part]) -> None:
 # -- where episodes end ----------------------------------------------------------------------------------------------
 
 
-def _told(ends: str, parts: Sequence[_Part]) -> Any:
+def _told(parts: Sequence[_Part]) -> Any:
     """``episode_ends`` of :meth:`TransitionDataset.from_arrays`; the last row of a file always ends an episode."""
-    several = len(parts) > 1
+    several, ends = len(parts) > 1, parts[0].ends
+    if parts[0].numbers is not None:
+        ends = "numbers"
     if ends == "flags":
         for part in parts if several else ():
             if not _flagged(part, slice(part.rows - 1, part.rows)).any():

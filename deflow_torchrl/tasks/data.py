@@ -12,8 +12,9 @@ from deflow_torchrl.data.dataset import TransitionDataset
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.paths import cache_home
 from deflow_torchrl.sources.base import get_source
-from deflow_torchrl.sources.files import FILE_ENDINGS, import_files
+from deflow_torchrl.sources.files import import_files
 from deflow_torchrl.sources.ogbench import is_ogbench_layout, load_ogbench_file, ogbench_file
+from deflow_torchrl.sources.tables import FILE_ENDINGS
 from deflow_torchrl.tasks.registry import Task, get_task, ogbench_dataset_name
 
 

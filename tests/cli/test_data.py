@@ -344,3 +344,22 @@ def test_the_columns_taken_are_printed_and_stand_on_the_card(home):
     result = deflow("data", "import", "set.npz", "--out", "out")
     assert "columns: observations=obs, actions=actions, rewards=rewards, terminals=terminals" in result.stdout
     assert json.loads((home / "out" / "card.json").read_text())["about"]["columns"]["observations"] == "obs"
+
+
+def test_a_set_without_rewards_trains_cloning_methods_only(home):
+    given = arrays(terminal=())
+    del given["rewards"], given["terminals"]
+    np.savez(home / "set.npz", **given)
+    assert_one_line(deflow("data", "import", "set.npz", "--out", "out"), "set.npz has no rewards", "--reward zero")
+    result = deflow("data", "import", "set.npz", "--out", "out", "--reward", "zero")
+    assert result.returncode == 0, result.stderr
+    assert "note: none in the files; zeros stand in" in result.stdout
+    small = ["task=file:out", "hidden_dims=[8]", "offline_steps=2", "batch_size=4", "threads=1"]
+    for method in ("deflow", "ifql"):
+        assert_one_line(
+            deflow("train", *small, f"algo={method}", f"out={method}"), "learns from rewards", "algo=flow_bc"
+        )
+        assert not (home / method).exists()
+    for method in ("bc", "flow_bc"):
+        trained = deflow("train", *small, f"algo={method}", f"out={method}")
+        assert trained.returncode == 0, trained.stderr

@@ -355,7 +355,7 @@ def test_a_set_without_rewards_trains_cloning_methods_only(home):
     assert result.returncode == 0, result.stderr
     assert "note: none in the files; zeros stand in" in result.stdout
     small = ["task=file:out", "hidden_dims=[8]", "offline_steps=2", "batch_size=4", "threads=1"]
-    for method in ("deflow", "ifql"):
+    for method in ("deflow", "iql"):
         assert_one_line(
             deflow("train", *small, f"algo={method}", f"out={method}"), "learns from rewards", "algo=flow_bc"
         )

@@ -168,7 +168,7 @@ def plot_learning_curve(
         Diagnostic("divergence D against delta", "", divergence, "mean squared shift per dimension", True, delta),
         Diagnostic("multiplier alpha", "", {"train/alpha": "multiplier alpha"}, "alpha", True),
     ]
-    panels = [it for it in panels if (it is outcome and final) or any(it.name in row for row in rows)]
+    panels = [it for it in panels if (it is outcome and final) or any(it.name in row for row in rows)] or [outcome]
     columns = min(len(panels), 3)
     lines = math.ceil(len(panels) / columns)
     figure, axes = _figure((4.2 * columns, 3.6 * lines), lines, columns)

@@ -92,7 +92,7 @@ class ExportParityError(RunError, RuntimeError):
 
 
 class EnvironmentFaultError(RunError, RuntimeError):
-    """Too many episodes failed in the environment: the message names the share, the cause and what to set."""
+    """The environment failed in an evaluation, or in too many online episodes: the message names where, how often and why."""
 
 
 class CollectorError(RunError, RuntimeError):

@@ -71,7 +71,9 @@ def register_robotics() -> None:
 def make_gym_env(task: str, *, chunk: int = 1, **kwargs: Any) -> gymnasium.Env:
     """Make the gymnasium environment of a task; its actions are in [-1, 1].
 
-    ``reset(seed=...)`` fixes the whole episode (see :class:`deflow_torchrl.envs.seeding.SeededReset`).
+    Observations are float32 (pictures uint8), rewards floats and flags bools, whatever numbers the simulator gives; what is no
+    number raises (:class:`deflow_torchrl.envs.checked.CheckedSteps`). ``reset(seed=...)`` fixes the whole episode (see
+    :class:`deflow_torchrl.envs.seeding.SeededReset`).
 
     Args:
         task: an OGBench single-task name (``info["success"]`` is its outcome), ``minari:ID`` for a Minari set's environment
@@ -85,8 +87,8 @@ def make_gym_env(task: str, *, chunk: int = 1, **kwargs: Any) -> gymnasium.Env:
         **kwargs: forwarded to ``gymnasium.make``.
 
     Raises:
-        InputError: on a malformed or unknown name, or an environment without bounded continuous actions, of
-            dictionaries or without a time limit.
+        InputError: on a malformed or unknown name, or an environment without bounded continuous actions, whose observations
+            are no array, or without a time limit.
         MissingExtraError: if the extra it needs is not installed.
     """
     prefix, colon, rest = task.partition(":")
@@ -94,6 +96,9 @@ def make_gym_env(task: str, *, chunk: int = 1, **kwargs: Any) -> gymnasium.Env:
         env = pkgutil.resolve_name(_MAKERS[prefix])(rest, **kwargs)
     else:
         env = make_env_by_id(parse_ogbench_name(task).environment_id, **kwargs)
+    from deflow_torchrl.envs.checked import CheckedSteps
+
+    env = CheckedSteps(env)
     if chunk > 1:
         from deflow_torchrl.envs.wrappers import OpenLoopActions
 
@@ -117,11 +122,19 @@ def make_registered_env(environment_id: str, **kwargs: Any) -> gymnasium.Env:
     except (gymnasium.error.Error, ImportError, TypeError, ValueError) as error:
         raise InputError(f"env={environment_id} cannot be made: {one_line(error)}") from error
     space, wrong = env.action_space, None
-    if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1 or not space.is_bounded("both"):
-        wrong = f" takes actions in {space}; a bounded vector of real numbers is needed"
+    if (
+        not isinstance(space, gymnasium.spaces.Box)
+        or len(space.shape) != 1
+        or space.dtype.kind != "f"
+        or not space.is_bounded("both")
+    ):
+        kind = f" of {space.dtype}" if isinstance(space, gymnasium.spaces.Box) else ""
+        wrong = f" takes actions in {space}{kind}; a bounded vector of real numbers is needed"
     elif isinstance(env.observation_space, gymnasium.spaces.Dict):
         names = ", ".join(env.observation_space.spaces)
         wrong = f": observations are a dictionary of {names}; name a flat one or wrap it (gymnasium.wrappers)"
+    elif env.observation_space.shape is None:
+        wrong = f": observations are {env.observation_space}; an array is needed: wrap it (gymnasium.wrappers)"
     elif env.spec is None or env.spec.max_episode_steps is None:
         wrong = " has no time limit, so that an evaluation might never end; register it with max_episode_steps"
     if wrong is not None:

@@ -25,6 +25,7 @@ from torchrl.data import Binary, Unbounded
 from torchrl.envs.gym_like import default_info_dict_reader
 
 from deflow_torchrl.envs.factory import make_gym_env
+from deflow_torchrl.errors import InputError, one_line
 
 if TYPE_CHECKING:
     from torchrl.envs import EnvBase
@@ -86,9 +87,6 @@ class OnlineEpisodes(gymnasium.Wrapper):
     ) -> None:
         self._make = functools.partial(make_gym_env, task, **kwargs)
         super().__init__(self._make())
-        space = self.env.observation_space
-        if space.dtype != np.uint8:  # images keep their dtype
-            self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, space.shape, np.float32)
         self._seed = seed
         self._stride = stride
         self._start = start or EpisodeStart(first, np.zeros((0, self._action_dim), np.float32))
@@ -114,12 +112,10 @@ class OnlineEpisodes(gymnasium.Wrapper):
                     self.env.close()
                 self.env = self._make()
                 self._broken = False
-            observation, _ = self.env.reset(seed=reset_seed(self._seed, self._episode), options=options)
-            self._observation = self._checked(observation)
+            self._observation, _ = self.env.reset(seed=reset_seed(self._seed, self._episode), options=options)
             for action in actions:
                 self._draw()
-                observation, _, terminated, truncated, _ = self.env.step(action)
-                self._observation = self._checked(observation)
+                self._observation, _, terminated, truncated, _ = self.env.step(action)
                 if terminated or truncated:
                     raise RuntimeError("the replayed episode ended before its last recorded action")
         except Exception as error:  # simulators raise anything
@@ -130,24 +126,11 @@ class OnlineEpisodes(gymnasium.Wrapper):
         """Step the environment; a fault of this step, or of the reset before it, truncates the episode."""
         if not self._cause:
             try:
-                observation, reward, terminated, truncated, info = self.env.step(action)
-                observation, reward = self._checked(observation), float(reward)
-                if not np.isfinite(reward):
-                    raise FloatingPointError(f"the reward is {reward}")
-                self._observation = observation
-                success = bool(info.get("success", False))
-                return observation, reward, bool(terminated), bool(truncated), self._info(success)
+                self._observation, reward, terminated, truncated, info = self.env.step(action)
+                return self._observation, float(reward), terminated, truncated, self._info(info.get("success", False))
             except Exception as error:  # simulators raise anything
                 self._fail("step", error)
         return self._observation, 0.0, False, True, self._info()
-
-    def _checked(self, observation: Any) -> np.ndarray:
-        with np.errstate(over="ignore"):  # numbers too large for float32 become infinite and are found below
-            # Always a copy: some simulators overwrite the array that they return.
-            array = np.array(observation, self.observation_space.dtype)
-        if not np.isfinite(array).all():
-            raise FloatingPointError("the observation is not finite")
-        return array
 
     def _fail(self, where: str, error: Exception) -> None:
         self._broken = True
@@ -225,6 +208,23 @@ def make_online_env(
     env = GymWrapper(episodes, device="cpu")
     env.set_info_dict_reader(_EpisodeReader(int(np.prod(episodes.action_space.shape or ()))))
     return TransformedEnv(env, RenameTransform(["pixels"], ["observation"])) if env.from_pixels else env
+
+
+def check_online_environment(task: str, **kwargs: Any) -> None:
+    """Reset the environment of :func:`make_online_env` and step it once; arguments as there.
+
+    Raises:
+        InputError: if it cannot be made, or fails.
+    """
+    with contextlib.closing(make_online_env(task, seed=0, **kwargs)) as env:
+        try:
+            start = env.reset()
+            start["action"] = torch.zeros(env.action_spec.shape)
+            after = env.step(start)["next"]
+        except Exception as error:  # of any kind, by what its spaces declare
+            raise InputError(f"{task} cannot act online: {type(error).__name__}: {one_line(error)}") from error
+        if after["fault"].item():
+            raise InputError(f"{task} cannot act online: {decode_cause(after['cause'])}")
 
 
 @functools.cache

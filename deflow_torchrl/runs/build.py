@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -143,7 +144,7 @@ def load_data(config: TrainConfig, task: Task, device: torch.device) -> TaskData
     if train.observation.ndim != 2:
         raise images_refused(config.task)
     validation = load(split="val")
-    _check_environment(task, train)
+    _check_environment(config, task, train)
     about = {key: value for key, value in train.about.items() if key not in ("fingerprint", "sha256")}
     described = {
         **get_source(task.source).describe(task.dataset, root=config.data_root),
@@ -162,22 +163,28 @@ def images_refused(task: str) -> InputError:
     )
 
 
-def _check_environment(task: Task, dataset: TransitionDataset) -> None:
-    """Make the environment once, before anything is written or trained, and compare its widths with the data's."""
-    if task.environment is None or get_source(task.source).fixed_environment:
-        return  # of the latter the loader has done so
+def _check_environment(config: TrainConfig, task: Task, dataset: TransitionDataset) -> None:
+    """Reset and step the task's environment, and that of the online phase, once, before anything is written or trained."""
+    if task.environment is None:
+        return
+    from deflow_torchrl.envs.checked import check_environment
+    from deflow_torchrl.envs.online import check_online_environment
+
     try:
-        env = make_gym_env(task.environment)
-    except InputError as error:
-        raise InputError(f"{error} (env=none trains without evaluating)") from error
-    spaces = {"observations": env.observation_space.shape, "actions": env.action_space.shape}
-    env.close()
-    for name, shape in (("observations", dataset.observation.shape[1:]), ("actions", dataset.action.shape[1:])):
-        if tuple(shape) != spaces[name]:
-            raise InputError(
-                f"{task.dataset}: {name} have shape {tuple(shape)}, those of {task.environment} {spaces[name]}; "
-                "the data belong to another environment"
+        with closing(make_gym_env(task.environment)) as env:
+            check_environment(
+                env,
+                task.environment,
+                observation_shape=tuple(dataset.observation.shape[1:]),
+                action_shape=tuple(dataset.action.shape[1:]),
+                action_bounds=dataset.about.get("action_bounds"),
             )
+        if config.online_steps:
+            check_online_environment(task.environment, chunk=config.chunk)
+    except InputError as error:
+        if get_source(task.source).fixed_environment:
+            raise
+        raise InputError(f"{error} (env=none trains without evaluating)") from error
 
 
 def make_buffer(

@@ -13,7 +13,7 @@ import itertools
 import logging
 import multiprocessing
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
@@ -26,6 +26,7 @@ from tensordict.nn import TensorDictModuleBase
 
 from deflow_torchrl.envs.d4rl import normalized_score
 from deflow_torchrl.envs.factory import make_gym_env
+from deflow_torchrl.errors import EnvironmentFaultError
 from deflow_torchrl.generators import generators_set_aside
 from deflow_torchrl.processes import children_ignore_signals, ignore_stop_signals, raise_if_stopped
 
@@ -224,22 +225,40 @@ class _LocalGroup:
         self.slots = slots
         self._envs = {slot: make() for slot in slots}
         self._answer: dict[int, Any] = {}
+        self._episodes: dict[int, list[int]] = {}  # slot -> seed and steps of its episode
 
     def send(self, command: str, values: dict[int, Any]) -> None:
-        self._answer = {slot: getattr(self, f"_{command}")(self._envs[slot], value) for slot, value in values.items()}
+        self._answer = {slot: getattr(self, f"_{command}")(slot, value) for slot, value in values.items()}
 
     def receive(self) -> dict[int, Any]:
         return self._answer
 
-    def _action_dim(self, env: Any, _: None) -> int:
-        return int(np.prod(env.action_space.shape or ()))
+    def _action_dim(self, slot: int, _: None) -> int:
+        return int(np.prod(self._envs[slot].action_space.shape or ()))
 
-    def _reset(self, env: Any, seed: int) -> np.ndarray:
-        return env.reset(seed=seed)[0]
+    def _reset(self, slot: int, seed: int) -> np.ndarray:
+        self._episodes[slot] = [seed, 0]
+        with self._faults_named(slot):
+            return self._envs[slot].reset(seed=seed)[0]
 
-    def _step(self, env: Any, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool]:
-        observation, reward, terminated, truncated, info = env.step(action)
+    def _step(self, slot: int, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool]:
+        self._episodes[slot][1] += 1
+        with self._faults_named(slot):
+            observation, reward, terminated, truncated, info = self._envs[slot].step(action)
         return observation, float(reward), bool(terminated or truncated), bool(info.get("success", False))
+
+    @contextlib.contextmanager
+    def _faults_named(self, slot: int) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # simulators raise anything
+            from deflow_torchrl.envs.checked import fault
+
+            seed, steps = self._episodes[slot]
+            where = f"step {steps}" if steps else "the reset"
+            raise EnvironmentFaultError(
+                f"the environment failed in {where} of the evaluation's episode of seed {seed} ({fault(error)})"
+            ) from error
 
     def close(self) -> None:
         for env in self._envs.values():

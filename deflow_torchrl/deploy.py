@@ -29,7 +29,7 @@ from deflow_torchrl.processes import available_cores
 FORMAT = 1
 MANIFEST = "deflow_policy.json"  # its name among a pt2 archive's extra files and an ONNX model's properties
 _ZIP = b"PK"  # how a pt2 file begins
-PROBE_TOLERANCE = 1e-4  # processors round differently; damage moves an action by more
+PROBE_TOLERANCE = 1e-4  # of half an action's range; processors round differently, and damage moves an action by more
 
 Array = NDArray[np.float32]
 
@@ -176,7 +176,9 @@ class Policy:
         probe = self.manifest["probe"]
         expected = np.asarray(probe["action"], np.float32)
         rows = _numbers(probe["observation"], "observation", self.observation_dim)
-        difference = np.abs(self._choose(rows, probe.get("noise")) - expected).max()
+        low, high = (1.0, 1.0) if self.low is None else self._bounds
+        half = np.maximum(1.0, np.subtract(high, low) / 2)
+        difference = (np.abs(self._choose(rows, probe.get("noise")) - expected) / half).max()
         if not difference <= PROBE_TOLERANCE:
             raise InputError(
                 f"{where} computes another action here than where it was made (they differ by {difference:.2g}): the file is "

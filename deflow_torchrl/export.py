@@ -21,7 +21,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from tensordict import TensorDict
@@ -45,6 +45,8 @@ TOLERANCE = 1e-5
 _BATCH_SIZES = (1, 2, 7, 64)
 _OPSET = 20  # the first with GELU's tanh form as one operation
 _ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+Units: TypeAlias = tuple[Tensor, Tensor]
+"""Low end and half width of each dimension of an action, ``[A]``."""
 
 
 def export_run(
@@ -83,7 +85,8 @@ def export_run(
         "checkpoint_sha256": file_sha256(loaded.checkpoint),
     }
     sizes = {key: loaded.state[key] for key in ("observation_dim", "action_dim")}
-    return export_policy(chosen, out, format=format, about=about, force=force, **sizes)
+    bounds = loaded.state.get("action_bounds")
+    return export_policy(chosen, out, format=format, about=about, force=force, action_bounds=bounds, **sizes)
 
 
 def export_policy(
@@ -95,6 +98,7 @@ def export_policy(
     format: str | None = None,
     about: Mapping[str, Any] | None = None,
     force: bool = False,
+    action_bounds: Sequence[Any] | None = None,
     observation_key: NestedKey = "observation",
     noise_key: NestedKey = "noise",
     action_key: NestedKey = "action",
@@ -111,6 +115,8 @@ def export_policy(
         format: ``onnx`` or ``pt2``; by default the ending of ``out``, else ``onnx``.
         about: plain values for the manifest.
         force: overwrite ``out``.
+        action_bounds: (low, high), numbers or one for each dimension of an action: the exported actions are mapped to them from
+            [-1, 1]. The policy's own units by default.
         observation_key: where the policy reads its observation.
         noise_key: where it reads its noise, if it does.
         action_key: where it writes its action.
@@ -144,11 +150,12 @@ def export_policy(
     widths = {"observation": observation_dim}
     if noise_key in policy.in_keys:
         widths["noise"] = action_dim
-    eager = _Actor(copy.deepcopy(policy).to("cpu", torch.float32), keys, action_key).eval().requires_grad_(False)
+    units = _units(action_bounds, action_dim)
+    eager = _Actor(copy.deepcopy(policy).to("cpu", torch.float32), keys, action_key, units).eval().requires_grad_(False)
     program = _trace(eager, _random_inputs(widths, rows=2))
     write = {"onnx": _onnx_writer, "pt2": _pt2_writer}[format](program, list(widths))
     parity = _parity(eager, open_graph(write("{}"), str(out)), widths)
-    low, high = _bounds(policy, action_dim)
+    low, high = _bounds(policy, action_dim, units)
     example = _random_inputs(widths, rows=1)
     manifest = {
         "format": FORMAT,
@@ -184,18 +191,21 @@ def _format(format: str | None, out: Path | None) -> str:
 
 
 class _Actor(nn.Module):
-    """A TensorDict policy as a function of tensors."""
+    """A TensorDict policy as a function of tensors; its actions are mapped to ``units``."""
 
-    def __init__(self, policy: TensorDictModuleBase, keys: Mapping[str, NestedKey], action_key: NestedKey) -> None:
+    def __init__(
+        self, policy: TensorDictModuleBase, keys: Mapping[str, NestedKey], action_key: NestedKey, units: Units | None
+    ) -> None:
         super().__init__()
-        self.policy, self.keys, self.action_key = policy, keys, action_key
+        self.policy, self.keys, self.action_key, self.units = policy, keys, action_key, units
 
     def forward(self, observation: Tensor, noise: Tensor | None = None) -> Tensor:
         entries = TensorDict({})
         entries[self.keys["observation"]] = observation
         if noise is not None:
             entries[self.keys["noise"]] = noise
-        return self.policy(entries)[self.action_key]
+        action = self.policy(entries)[self.action_key]
+        return action if self.units is None else _mapped(action, self.units)
 
 
 class _UnrolledFlow(BoundedModel):
@@ -294,17 +304,33 @@ def _onnx_writer(program: ExportedProgram, names: Sequence[str]) -> Callable[[st
     return write
 
 
+def _units(bounds: Sequence[Any] | None, action_dim: int) -> Units | None:
+    """Low end and half width ``[A]`` of bounds; those of a single action are repeated for each of a chunk."""
+    if bounds is None:
+        return None
+    low, high = (torch.as_tensor(bound, dtype=torch.float64).reshape(-1) for bound in bounds)
+    repeats = action_dim // len(low)
+    return low.repeat(repeats).float(), ((high - low) / 2).repeat(repeats).float()
+
+
+def _mapped(action: Tensor, units: Units) -> Tensor:
+    """Map an action ``[..., A]`` from [-1, 1]."""
+    low, half = units
+    return low + (action + 1) * half
+
+
 def _parity(eager: _Actor, graph: Graph, widths: Mapping[str, int]) -> float:
-    """Largest difference of the graph's actions from the policy's."""
-    largest = 0.0
+    """Largest difference of the graph's actions from the policy's, in the policy's units."""
+    largest, half = 0.0, torch.ones(1) if eager.units is None else eager.units[1]
     for rows in _BATCH_SIZES:
         inputs = _random_inputs(widths, rows=rows).values()
         with torch.no_grad():
             difference = eager(*inputs) - torch.from_numpy(graph(*(value.numpy() for value in inputs)))
-        largest = max(largest, float(difference.abs().max()))
-        if not difference.abs().max() <= TOLERANCE:
+        size = float((difference.abs() / half).max())
+        largest = max(largest, size)
+        if not size <= TOLERANCE:
             raise ExportParityError(
-                f"the exported actions differ from the policy's by {difference.abs().max():.2g} at batch size {rows} "
+                f"the exported actions differ from the policy's by {size:.2g} at batch size {rows} "
                 f"({TOLERANCE:g} is allowed); no file was written"
             )
     return largest
@@ -315,14 +341,15 @@ def _random_inputs(widths: Mapping[str, int], *, rows: int) -> dict[str, Tensor]
     return {name: torch.randn(rows, width, generator=generator) for name, width in widths.items()}
 
 
-def _bounds(policy: nn.Module, action_dim: int) -> tuple[list[float] | None, list[float] | None]:
-    """Bounds of the last part that clips; none where nothing does."""
+def _bounds(policy: nn.Module, action_dim: int, units: Units | None) -> tuple[list[float] | None, list[float] | None]:
+    """Bounds of the last part that clips, in the exported units; none where nothing does."""
     clipping = [
         module for module in policy.modules() if {"low", "high"} <= dict(module.named_buffers(recurse=False)).keys()
     ]
     if not clipping:
         return None, None
-    low, high = (clipping[-1].get_buffer(name).expand(action_dim).tolist() for name in ("low", "high"))
+    ends = (clipping[-1].get_buffer(name).cpu().float().expand(action_dim) for name in ("low", "high"))
+    low, high = ((end if units is None else _mapped(end, units)).tolist() for end in ends)
     return low, high
 
 

@@ -135,6 +135,7 @@ class Run:
             "observation_dim": dataset.observation.shape[-1],
             "action_dim": config.chunk * dataset.action.shape[-1],
         }
+        self.action_bounds = dataset.about.get("action_bounds")
         gamma = build.step_gamma(config, self.task)
         transitions = self.transitions = build.as_chunks(dataset, config.chunk, gamma)
         seed_generators(config.seed)
@@ -201,7 +202,10 @@ class Run:
             identity=run_identity(config_to_dict(config), data_sha256=self.data.about["sha256"]),
             history=self.history,
             alarms=self.alarms,
-            extra_state=self.sizes,  # enough to build the networks without the data
+            # Enough to build and export the networks without the data.
+            extra_state=self.sizes
+            if self.action_bounds is None
+            else {**self.sizes, "action_bounds": self.action_bounds},
             validation=self.validation,
             show_progress=self.show_progress,
             label="" if self.stacked is None else f"seed {config.seed}, ",

@@ -248,6 +248,7 @@ def _read(
             **{key: metadata[key] for key in _SAID_BY_THE_SET if metadata.get(key)},
             "reward_shift": reward_shift,
             "actions_rescaled": bounds is not None,
+            "action_bounds": None if bounds is None else [bound.tolist() for bound in bounds],
         }
     )
     if loaded.report is not None and loaded.report.jump is not None:

@@ -61,6 +61,20 @@ class Drawing(Odd):
         return np.float32(np.random.normal(size=2)), *rest
 
 
+class Echo(Odd):
+    """Shows the action it executes as its first observation."""
+
+    def step(self, action):
+        _, *rest = super().step(action)
+        return np.float32([action[0], 0.0]), *rest
+
+
+gymnasium.register(
+    "OddEcho-v0",
+    entry_point=Echo,
+    max_episode_steps=EPISODE_STEPS,
+    kwargs={"actions": BOX(0.0, 255.0, (1,), np.float32)},
+)
 gymnasium.register("OddDrawing-v0", entry_point=Drawing, max_episode_steps=EPISODE_STEPS)
 
 

@@ -332,8 +332,15 @@ def test_train_goes_on_online(generated, tmp_path, options):
 
 
 class BrokenInMidEpisode(gymnasium.Wrapper):
+    def reset(self, **options):
+        self.steps = 0
+        return self.env.reset(**options)
+
     def step(self, action):
-        raise RuntimeError("mj_step failed")
+        self.steps += 1
+        if self.steps > 1:  # a first step that fails is found before the training
+            raise RuntimeError("mj_step failed")
+        return self.env.step(action)
 
 
 def test_an_environment_that_keeps_failing_ends_the_run_in_one_line(generated, tmp_path, monkeypatch):

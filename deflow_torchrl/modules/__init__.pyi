@@ -10,6 +10,10 @@ from .encoders import ImpalaEncoder as ImpalaEncoder
 from .encoders import make_encoder as make_encoder
 from .flow import FlowMatchingModel as FlowMatchingModel
 from .flow import FlowMatchingPolicy as FlowMatchingPolicy
+from .flow_critic import FlowCritic as FlowCritic
+from .flow_critic import FlowCriticEnsemble as FlowCriticEnsemble
+from .flow_critic import FlowCriticModel as FlowCriticModel
+from .flow_critic import make_flow_critic_network as make_flow_critic_network
 from .networks import make_one_step_network as make_one_step_network
 from .networks import make_policy_network as make_policy_network
 from .networks import make_qvalue_networks as make_qvalue_networks

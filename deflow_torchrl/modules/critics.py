@@ -57,12 +57,17 @@ class CriticEnsemble(nn.Module):
         action_key: which of them is the action.
         draw_keys: random draws that :meth:`td_terms` reads from the input where it has them.
         loss_names: terms that :meth:`td_terms` returns.
+        metadata_names: what else it returns of every sample, detached; metadata of the loss.
+        next_samples: how many actions a' of s' its target needs: ``[*B, n, A]``; None is one, ``[*B, A]``. Losses whose
+            acting policy is a function of noise draw n of them.
     """
 
     in_keys: list[NestedKey]
     action_key: NestedKey = "action"
     draw_keys: Sequence[NestedKey] = ()
     loss_names: Sequence[str] = ("loss_qvalue",)
+    metadata_names: Sequence[str] = ()
+    next_samples: int | None = None
 
     def forward(self, tensordict: TensorDictBase) -> Tensor:
         """Return Q_j(s, a) ``[J, *B]`` by the parameters that the networks hold now."""
@@ -83,7 +88,7 @@ class CriticEnsemble(nn.Module):
         """
         params = self._parameters_of(target=target, frozen=frozen)
         with contextlib.nullcontext() if params is None else params.to_module(self, preserve_module_state=False):
-            return _full_precision(self(tensordict))
+            return full_precision(self(tensordict))
 
     def td_terms(
         self,
@@ -231,7 +236,7 @@ class TwinCritic(CriticEnsemble):
             randomness=getattr(self.__dict__["_loss"], "vmap_randomness", "different"),
             pseudo_vmap=self.deactivate_vmap,
         )
-        return _full_precision(evaluate(tensordict.select(*self.in_keys), params).get(self.value_key).squeeze(-1))
+        return full_precision(evaluate(tensordict.select(*self.in_keys), params).get(self.value_key).squeeze(-1))
 
 
 class EncodedCritics(CriticEnsemble):
@@ -302,7 +307,7 @@ def _resettable(module: nn.Module) -> list[nn.Module]:
     return [layer for layer in module.modules() if callable(getattr(layer, "reset_parameters", None))]
 
 
-def _full_precision(values: Tensor) -> Tensor:
+def full_precision(values: Tensor) -> Tensor:
     """Values that autocast computed with fewer digits in float32, so that targets and TD errors are not rounded once more."""
     lowered = torch.is_autocast_enabled(values.device.type) and values.dtype in (torch.bfloat16, torch.float16)
     return values.float() if lowered else values

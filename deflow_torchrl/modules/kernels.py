@@ -127,6 +127,37 @@ def sample_flow(observation: Tensor, noise: Tensor, parameters: Sequence[Tensor]
         return _call(functools.partial(_flow, num_steps), *flat, *parameters, rows=2).reshape(noise.shape)
 
 
+def integrate_returns(
+    condition: Tensor,
+    starts: Tensor,
+    parameters: Sequence[Tensor],
+    *,
+    num_steps: int,
+    embed: Callable[[Tensor], Tensor],
+    embed_time: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Integrate ``z <- z + v(cat([condition, embed(z), embed_time(i / M)])) / M`` by N networks, without gradient.
+
+    Args:
+        condition: rows ``[R, D]`` of states and actions, whose share of the first layer is computed once.
+        starts: z of each row ``[R, n]``.
+        parameters: as in :func:`mlp` with ``layer_norm``, of N networks ``[N, ...]``.
+
+    Keyword Args:
+        num_steps: M.
+        embed: ``[..., 1]`` to the features of z.
+        embed_time: ``[1]`` to those of the time.
+
+    Returns:
+        z after M steps ``[N, R, n]``.
+    """
+    count = parameters[0].shape[0]
+    integrate = functools.partial(_integrate_returns, num_steps=num_steps, embed=embed, embed_time=embed_time)
+    with torch.no_grad():
+        rows = [part.expand(count, *part.shape) for part in (condition, starts)]
+        return _call(functools.partial(_returns, integrate), *rows, *parameters, rows=2)
+
+
 _Function = Callable[..., Tensor]
 """Takes rows ``[R, in]`` and parameters as in :func:`mlp`, or all of them with one more dimension ``[N, ...]`` in front."""
 
@@ -290,6 +321,52 @@ def _integrate(num_steps: int, observation: Tensor, noise: Tensor, *parameters: 
             h.mul_(_gate(h, out=gate))
         x.add_(affine(last_bias, h, last, out=velocity), alpha=1 / num_steps)
     return x.contiguous()
+
+
+def _returns(integrate: _Function, condition: Tensor, starts: Tensor, *parameters: Tensor) -> Tensor:
+    # One network after the other, and as many rows at once as keep a buffer in the cache.
+    rows = max(_CACHED // 2 // (starts.shape[-1] * parameters[0].shape[-2]), 1)
+    return torch.stack(
+        [
+            torch.cat([integrate(*block, own) for block in zip(states.split(rows), z.split(rows), strict=True)])
+            for states, z, *own in zip(condition, starts, *parameters, strict=True)
+        ]
+    )
+
+
+def _integrate_returns(
+    condition: Tensor,
+    z: Tensor,
+    parameters: Sequence[Tensor],
+    *,
+    num_steps: int,
+    embed: Callable[[Tensor], Tensor],
+    embed_time: Callable[[Tensor], Tensor],
+) -> Tensor:
+    (first, first_bias, *norm), *hidden = _hidden(parameters, layer_norm=True)
+    layers = []
+    for weight, bias, *own_norm in (*hidden, parameters[-2:]):
+        # The LayerNorm before a layer has no gain and shift of its own: they are put into the layer.
+        gain, shift = norm
+        layers.append(((weight * gain).mT, torch.addmv(bias, weight, shift)))
+        norm = own_norm
+    times = torch.arange(num_steps, dtype=z.dtype, device=z.device).unsqueeze(-1) / num_steps
+    features = embed_time(times)
+    of_time = features.shape[-1]
+    of_condition = condition.shape[-1]
+    shares = first.mT.split([of_condition, first.shape[-1] - of_condition - of_time, of_time])
+    fixed = torch.addmm(first_bias, condition, shares[0]).unsqueeze(1)
+    moving = features @ shares[2]
+    buffer, gates = (z.new_empty(z.numel(), first.shape[-2]) for _ in range(2))
+    for step in range(num_steps):
+        h = torch.mm(embed(z.reshape(-1, 1)), shares[1], out=buffer)
+        h.view(*z.shape, -1).add_(fixed + moving[step])
+        for weight, bias in layers:
+            h.mul_(_gate(h, out=gates if h.shape == gates.shape else None))
+            normal = torch.native_layer_norm(h, h.shape[-1:], _row(1.0, h), None, LAYER_NORM_EPS)[0]
+            h = torch.addmm(bias, normal, weight, out=buffer if len(bias) == buffer.shape[-1] else None)
+        z = torch.add(z, h.view(z.shape), alpha=1 / num_steps)
+    return z
 
 
 def _start(buffer: Tensor, shape: Sequence[int]) -> Tensor:

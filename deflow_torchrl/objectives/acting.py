@@ -54,20 +54,20 @@ def state_keys(policy: TensorDictModuleBase) -> list[NestedKey]:
 
 
 def act(policy: TensorDictModuleBase, state: TensorDictBase, noise: Tensor) -> Tensor:
-    """Action ``[*B, A]`` of a flow or one-step policy for this state and noise ``[*B, A]``."""
+    """Action of a flow or one-step policy for this state ``[*B]`` and noise ``[*B, A]``, or n of each for ``[*B, n, A]``."""
     key, head = noise_key(policy), last_policy(policy)
     if key is None or not is_wrapped(head):
-        return head.module(encode(policy, state)[head.in_keys[0]], noise)
-    return policy(state.select(*state_keys(policy)).set(key, noise))[policy.out_keys[-1]]
+        return head.module(_each(encode(policy, state)[head.in_keys[0]], noise), noise)
+    return policy(each_state(state, noise).select(*state_keys(policy)).set(key, noise))[policy.out_keys[-1]]
 
 
 def refine(policy: TensorDictModuleBase, state: TensorDictBase, base_action: Tensor) -> tuple[Tensor, Tensor]:
-    """Return shift and action, both ``[*B, A]``, of a refinement policy."""
+    """Return shift and action of a refinement policy, both of the shape of the base action, ``[*B, A]`` or ``[*B, n, A]``."""
     head = last_policy(policy)
     if not is_wrapped(head):
-        return head.module(encode(policy, state)[head.observation_key], base_action)
+        return head.module(_each(encode(policy, state)[head.observation_key], base_action), base_action)
     keys = [key for key in policy.in_keys if key != head.base_action_key]
-    refined = policy(state.select(*keys).set(head.base_action_key, base_action))
+    refined = policy(each_state(state, base_action).select(*keys).set(head.base_action_key, base_action))
     return refined[head.out_keys[0]], refined[head.out_keys[1]]
 
 
@@ -111,6 +111,18 @@ def sample_and_log_prob(
     The network reads the observation and, behind it, ``more``: of an edit policy the base action.
     """
     return _core(policy).sample_and_log_prob(torch.cat([_observation(policy, state), *more], -1), noise)
+
+
+def each_state(state: TensorDictBase, rows: Tensor) -> TensorDictBase:
+    """A state ``[*B]`` as ``[*B, n]`` where ``rows [*B, n, A]`` has n rows of each; else as it is, ``[*B]``."""
+    return state if rows.ndim == state.ndim + 1 else state.unsqueeze(-1).expand(*rows.shape[:-1])
+
+
+def _each(observation: Tensor, rows: Tensor) -> Tensor:
+    """As :func:`each_state`, of an encoded observation, so that encoders run once per state."""
+    if observation.ndim == rows.ndim:
+        return observation
+    return observation.unsqueeze(-2).expand(*rows.shape[:-1], observation.shape[-1])
 
 
 def _core(policy: TensorDictModuleBase) -> Any:

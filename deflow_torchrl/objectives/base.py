@@ -133,11 +133,17 @@ class OffPolicyLoss(LossModule):
     qvalue_network: nn.Module
     qvalue_network_params: TensorDictParams
     target_qvalue_network_params: TensorDictParams
+    flow_critic_network: nn.Module
+    flow_critic_network_params: TensorDictParams
+    target_flow_critic_network_params: TensorDictParams
 
+    out_keys: list[str]
     reduction: str
     q_aggregation: str | float = "mean"
     normalize_q_loss: bool = False
     _functional: tuple[str, ...] = ()
+    _gives_samples: bool = False
+    """Whether it draws as many a' of s' as the critics want (``CriticEnsemble.next_samples``)."""
 
     def __init__(self, *, reduction: Reduction | None = None) -> None:
         self._in_keys: list[NestedKey] | None = None
@@ -185,8 +191,18 @@ class OffPolicyLoss(LossModule):
             single = isinstance(qvalue_network, nn.Module) and not isinstance(qvalue_network, nn.ModuleList)
             listed = copies(qvalue_network, num_qvalue_nets) if single else list(qvalue_network)
             critics = TwinCritic(listed, deactivate_vmap=deactivate_vmap)
+        if critics.next_samples is not None and not self._gives_samples:
+            raise TypeError(
+                f"a {type(critics).__name__} wants {critics.next_samples} actions of each next state, and {type(self).__name__} "
+                "gives one"
+            )
         critics.bind(self, create_target_params=create_target_params)
         self.__dict__["_critics"] = [critics]  # in a list: a module here would be listed among the networks
+        own = [*critics.loss_names, *critics.metadata_names]
+        if "loss_qvalue" in self.out_keys and own != ["loss_qvalue"]:
+            place = self.out_keys.index("loss_qvalue")
+            terms_of = [*self.out_keys[:place], *critics.loss_names, *self.out_keys[place + 1 :]]
+            self.out_keys = [*terms_of, *critics.metadata_names]
         self._forward_value_estimator_keys()
 
     @property
@@ -329,7 +345,9 @@ class OffPolicyLoss(LossModule):
             }
         td_out = TensorDict(out, batch_size=tensordict.batch_size if self.reduction == "none" else [])
         names = [
-            f"{prefix}{name}_params" for name in (*self._functional, "qvalue_network") for prefix in ("", "target_")
+            f"{prefix}{name}_params"
+            for name in (*self._functional, "qvalue_network", "flow_critic_network")
+            for prefix in ("", "target_")
         ]
         self._clear_weakrefs(tensordict, td_out, *names)
         return td_out
@@ -340,6 +358,15 @@ class OffPolicyLoss(LossModule):
         """Noise N(0, I) given under ``key``, or drawn: shape and type of the data's action."""
         noise = tensordict.get(key, None)
         return torch.randn_like(tensordict[self.tensor_keys.action]) if noise is None else noise
+
+    def _draw_next(self, tensordict: TensorDictBase) -> Tensor:
+        """Noise of the target's actions a', given or drawn: one ``[*B, A]``, or as many as the critics want ``[*B, n, A]``."""
+        key, samples = next_key(self.tensor_keys.noise), self.critics.next_samples
+        given = tensordict.get(key, None)
+        if samples is None or given is not None:
+            return self._draw(tensordict, key)
+        action = tensordict[self.tensor_keys.action]
+        return torch.randn_like(action.unsqueeze(-2).expand(*action.shape[:-1], samples, action.shape[-1]))
 
     def _flow_error(self, flow_policy: TensorDictModuleBase, tensordict: TensorDictBase) -> Tensor:
         """Flow matching error of every sample, with gradient to the flow; draws ``flow_noise``, then ``flow_time``."""
@@ -399,9 +426,22 @@ class OffPolicyLoss(LossModule):
             critic_terms = {name: value * valid[..., -1] for name, value in critic_terms.items()}
         mask = self._mask(tensordict)
         error = critic_terms.pop("td_error")
-        reduced = {name: self._reduce(value, tensordict) for name, value in critic_terms.items()}
+        reduced = {
+            name: self._reduce(value, tensordict) if name.startswith("loss_") else self._statistic(value, tensordict)
+            for name, value in critic_terms.items()
+        }
         # A masked row has no error: a prioritised sampler must not come back for padding.
         return {**reduced, "td_error": error if mask is None else torch.where(_expand(mask, error), error, 0.0)}
+
+    def _one_critic_term(self, name: str, out: dict[str, Tensor]) -> Terms:
+        """One term of the critics and what all of them return beside their terms.
+
+        Raises:
+            RuntimeError: if the critics have no such term.
+        """
+        if name not in out:
+            raise RuntimeError(f"these critics have no {name}, they have {', '.join(self.critics.loss_names)}")
+        return out[name], {key: value for key, value in out.items() if not key.startswith("loss_")}
 
     def _q_scale(self, qvalue: Tensor, tensordict: TensorDictBase) -> Tensor | float:
         """Lambda of an actor's Q term: sg(1 / mean|Q|) where ``normalize_q_loss``, else 1."""

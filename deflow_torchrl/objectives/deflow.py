@@ -72,7 +72,8 @@ class DeFlowLoss(RefinedActorLoss):
         ValueError: on a non-positive delta or alpha, crossed bounds or an unknown option.
 
     Random draws may be given in the input, else they are drawn from torch's global generator in this order: ``noise``,
-    ``("next", "noise")``, ``flow_noise`` (all N(0, I), ``[..., A]``), ``flow_time`` (U[0, 1), ``[..., 1]``). With a frozen
+    ``("next", "noise")``, ``flow_noise`` (all N(0, I), ``[..., A]``), ``flow_time`` (U[0, 1), ``[..., 1]``). Those of a
+    :class:`~deflow_torchrl.modules.FlowCriticEnsemble` come first, ``noise`` then comes last. With a frozen
     prior ``base_action`` and ``("next", "base_action")`` may be given, each in the place of its noise.
 
     Examples:
@@ -160,7 +161,7 @@ class DeFlowLoss(RefinedActorLoss):
             *self._actor_keys(tensordict),
             *critic,
             self.tensor_keys.action,
-            *self._next_keys(*self._actor_keys(following), *critic),
+            *self._next_keys(*self._actor_keys(following, self.critics.next_samples), *critic),
         ]
 
     def _optional_keys(self) -> list[NestedKey]:
@@ -169,17 +170,32 @@ class DeFlowLoss(RefinedActorLoss):
         return [*draws, *map(next_key, draws), *self.critics.draw_keys, *flow, keys.valid]
 
     def _compute(self, tensordict: TensorDictBase) -> dict[str, Tensor]:
-        following = self._next(tensordict)
-        base_action, next_base_action = self._base_actions(tensordict, following)
-        flow = {} if self.prior_frozen else {"loss_flow": self._flow_term(tensordict)}
-        loss_actor, divergence = self._actor_term(tensordict, base_action)
+        if self.critics.next_samples is not None:
+            critic_terms = self._critic_terms(tensordict)  # theirs are the first draws of the reference
+            flow = self._flow_terms(tensordict)
+            loss_actor, divergence = self._actor_term(tensordict, self._base_action(tensordict))
+        else:
+            following = self._next(tensordict)
+            base_action, next_base_action = self._base_actions(tensordict, following)
+            flow = self._flow_terms(tensordict)
+            loss_actor, divergence = self._actor_term(tensordict, base_action)
+            critic_terms = self._td_terms(tensordict, lambda: self._refined(following, next_base_action))
         return {
             **flow,
             "loss_actor": loss_actor,
             "loss_alpha": self._alpha_term(tensordict, divergence),
             **self._multiplier_metadata(tensordict, divergence),
-            **self._td_terms(tensordict, lambda: self._refined(following, next_base_action)),
+            **critic_terms,
         }
+
+    def _critic_terms(self, tensordict: TensorDictBase) -> dict[str, Tensor]:
+        """Eq. 2, or the terms of critics of another kind, at a' of the actor, without gradient to it."""
+        following = self._next(tensordict)
+        base_action = self._next_base_action(tensordict, following)
+        return self._td_terms(tensordict, lambda: self._refined(following, base_action))
+
+    def _flow_terms(self, tensordict: TensorDictBase) -> dict[str, Tensor]:
+        return {} if self.prior_frozen else {"loss_flow": self._flow_term(tensordict)}
 
     def _flow_term(self, tensordict: TensorDictBase) -> Tensor:
         """Eq. 5: the prior follows the data, whatever the critics say."""
@@ -247,7 +263,19 @@ class DeFlowLoss(RefinedActorLoss):
         Returns:
             The loss and metadata ``td_error [...]``, detached.
         """
-        following = self._next(tensordict)
-        base_action = self._next_base_action(tensordict, following)
-        critic_terms = self._td_terms(tensordict, lambda: self._refined(following, base_action))
-        return critic_terms.pop("loss_qvalue"), critic_terms
+        return self._one_critic_term("loss_qvalue", self._critic_terms(tensordict))
+
+    @term
+    def flow_critic_loss(self, tensordict: TensorDictBase) -> Terms:
+        """Compute ``loss_flow_critic`` of a :class:`~deflow_torchrl.modules.FlowCriticEnsemble`.
+
+        Args:
+            tensordict: as in :meth:`qvalue_loss`, and the critics' draws.
+
+        Returns:
+            The loss and metadata ``td_error [...]`` and ``return_std``, detached.
+
+        Raises:
+            RuntimeError: if the critics are of another kind.
+        """
+        return self._one_critic_term("loss_flow_critic", self._critic_terms(tensordict))

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from deflow_torchrl.modules.critics import check_aggregation
 from deflow_torchrl.objectives import acting, terms
-from deflow_torchrl.objectives.base import Critics, OffPolicyLoss, Reduction, Terms, next_key, term
+from deflow_torchrl.objectives.base import Critics, OffPolicyLoss, Reduction, Terms, term
 
 
 class FQLLoss(OffPolicyLoss):
@@ -57,7 +57,8 @@ class FQLLoss(OffPolicyLoss):
     .. note:: gamma belongs to the value estimator: ``loss.make_value_estimator(ValueEstimators.TD0, gamma=0.99)``.
 
     Random draws may be given in the input, else they are drawn from torch's global generator in this order: ``noise``,
-    ``("next", "noise")``, ``flow_noise`` (all N(0, I), ``[..., A]``), ``flow_time`` (U[0, 1), ``[..., 1]``).
+    ``("next", "noise")``, ``flow_noise`` (all N(0, I), ``[..., A]``), ``flow_time`` (U[0, 1), ``[..., 1]``). Those of a
+    :class:`~deflow_torchrl.modules.FlowCriticEnsemble` come first, ``noise`` then comes last.
 
     Examples:
         >>> import torch
@@ -82,6 +83,7 @@ class FQLLoss(OffPolicyLoss):
 
     out_keys = ["loss_flow", "loss_actor", "loss_qvalue", "distillation", "q"]
     _schedulable_buffers = frozenset({"alpha"})
+    _gives_samples = True
 
     alpha: Tensor
 
@@ -125,11 +127,16 @@ class FQLLoss(OffPolicyLoss):
 
     def _compute(self, tensordict: TensorDictBase) -> dict[str, Tensor]:
         # In this order: draws that the input lacks are taken from one generator.
-        noise = self._draw(tensordict, self.tensor_keys.noise)
-        next_noise = self._draw(tensordict, next_key(self.tensor_keys.noise))
-        loss_flow = self._flow_term(tensordict)
-        loss_actor, metadata = self._actor_term(tensordict, noise)
-        critic_terms = self._critic_terms(tensordict, next_noise)
+        if self.critics.next_samples is not None:
+            critic_terms = self._critic_terms(tensordict, self._draw_next(tensordict))
+            loss_flow = self._flow_term(tensordict)
+            loss_actor, metadata = self._actor_term(tensordict, self._draw(tensordict, self.tensor_keys.noise))
+        else:
+            noise = self._draw(tensordict, self.tensor_keys.noise)
+            next_noise = self._draw_next(tensordict)
+            loss_flow = self._flow_term(tensordict)
+            loss_actor, metadata = self._actor_term(tensordict, noise)
+            critic_terms = self._critic_terms(tensordict, next_noise)
         return {"loss_flow": loss_flow, "loss_actor": loss_actor, **metadata, **critic_terms}
 
     def _flow_term(self, tensordict: TensorDictBase) -> Tensor:
@@ -178,5 +185,9 @@ class FQLLoss(OffPolicyLoss):
     @term
     def qvalue_loss(self, tensordict: TensorDictBase) -> Terms:
         """Compute ``loss_qvalue``; inputs and metadata as in :meth:`DeFlowLoss.qvalue_loss`."""
-        out = self._critic_terms(tensordict, self._draw(tensordict, next_key(self.tensor_keys.noise)))
-        return out.pop("loss_qvalue"), out
+        return self._one_critic_term("loss_qvalue", self._critic_terms(tensordict, self._draw_next(tensordict)))
+
+    @term
+    def flow_critic_loss(self, tensordict: TensorDictBase) -> Terms:
+        """Compute ``loss_flow_critic``; inputs and metadata as in :meth:`DeFlowLoss.flow_critic_loss`."""
+        return self._one_critic_term("loss_flow_critic", self._critic_terms(tensordict, self._draw_next(tensordict)))

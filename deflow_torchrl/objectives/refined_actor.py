@@ -37,6 +37,7 @@ class RefinedActorLoss(OffPolicyLoss):
     target_divergence: Tensor
     min_alpha: Tensor | None
     max_alpha: Tensor | None
+    _gives_samples = True
     prior_frozen: bool = False
     sampler_precision: Precision = "highest"
     """Of the matrix products that sample base actions; everything that has a gradient is computed in full."""
@@ -144,17 +145,21 @@ class RefinedActorLoss(OffPolicyLoss):
         state_dict.setdefault(f"{prefix}_extra_state", torch.tensor(False))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _given_base_action(self, state: TensorDictBase | None) -> Tensor | None:
-        return state.get(self.actor_network.base_action_key, None) if self.prior_frozen and state is not None else None
+    def _given_base_action(self, state: TensorDictBase | None, samples: int | None = None) -> Tensor | None:
+        """Base action in the input, ``[*B, A]``; ``[*B, n, A]`` where ``samples`` n are needed: fewer will not do."""
+        if not self.prior_frozen or state is None:
+            return None
+        given = state.get(self.actor_network.base_action_key, None)
+        return given if given is None or samples is None or given.ndim == state.ndim + 2 else None
 
     def _draw_keys(self) -> list[NestedKey]:
         """What may be given of a base action: its noise, and that of a frozen prior itself."""
         return [self.tensor_keys.noise, *([self.actor_network.base_action_key] if self.prior_frozen else [])]
 
-    def _actor_keys(self, state: TensorDictBase | None = None) -> list[NestedKey]:
+    def _actor_keys(self, state: TensorDictBase | None = None, samples: int | None = None) -> list[NestedKey]:
         """Entries the actor reads of a state: the refinement's alone where the base action is given."""
         actor = self.actor_network
-        prior = [] if self._given_base_action(state) is not None else acting.state_keys(actor.flow_policy)
+        prior = [] if self._given_base_action(state, samples) is not None else acting.state_keys(actor.flow_policy)
         # A prior of another kind may read noise too, which it draws where it is not given.
         given = {self.tensor_keys.noise, actor.base_action_key}
         return [key for key in dict.fromkeys([*prior, *actor.refinement_policy.in_keys]) if key not in given]
@@ -168,7 +173,7 @@ class RefinedActorLoss(OffPolicyLoss):
                 return acting.act(prior, state, noise)
             # A prior of another kind explores in its own way; under the deterministic mode of losses it would not.
             with set_exploration_type(ExplorationType.RANDOM):
-                return prior(state.copy())[self.actor_network.base_action_key]
+                return prior(acting.each_state(state, noise).copy())[self.actor_network.base_action_key]
 
     def _base_action(self, tensordict: TensorDictBase) -> Tensor:
         """Base action of s, given or drawn."""
@@ -178,10 +183,9 @@ class RefinedActorLoss(OffPolicyLoss):
         return self._sample_prior(tensordict, self._draw(tensordict, self.tensor_keys.noise))
 
     def _next_base_action(self, tensordict: TensorDictBase, following: TensorDictBase) -> Tensor:
-        """Base action of s', given or drawn; ``following`` is :meth:`_next` of the batch."""
-        given = self._given_base_action(following)
-        noise_key = next_key(self.tensor_keys.noise)
-        return self._sample_prior(following, self._draw(tensordict, noise_key)) if given is None else given
+        """Base action of s', or n where the critics want n, given or drawn; ``following`` is :meth:`_next` of the batch."""
+        given = self._given_base_action(following, self.critics.next_samples)
+        return self._sample_prior(following, self._draw_next(tensordict)) if given is None else given
 
     def _base_actions(self, tensordict: TensorDictBase, following: TensorDictBase) -> tuple[Tensor, Tensor]:
         """Base actions of s and s', independent draws.

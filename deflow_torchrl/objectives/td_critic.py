@@ -83,7 +83,8 @@ class TDCriticLoss(RefinedActorLoss):
     def _required_keys(self, tensordict: TensorDictBase | None = None) -> list[NestedKey]:
         following = None if tensordict is None else tensordict.get("next", None)
         states = self.critics.state_keys
-        return [*states, self.tensor_keys.action, *self._next_keys(*self._actor_keys(following), *states)]
+        actor = self._actor_keys(following, self.critics.next_samples)
+        return [*states, self.tensor_keys.action, *self._next_keys(*actor, *states)]
 
     def _optional_keys(self) -> list[NestedKey]:
         return [*map(next_key, self._draw_keys()), *self.critics.draw_keys, self.tensor_keys.valid]
@@ -96,5 +97,9 @@ class TDCriticLoss(RefinedActorLoss):
     @term
     def qvalue_loss(self, tensordict: TensorDictBase) -> Terms:
         """Compute ``loss_qvalue``; see :meth:`DeFlowLoss.qvalue_loss`."""
-        out = self._compute(tensordict)
-        return out.pop("loss_qvalue"), out
+        return self._one_critic_term("loss_qvalue", self._compute(tensordict))
+
+    @term
+    def flow_critic_loss(self, tensordict: TensorDictBase) -> Terms:
+        """Compute ``loss_flow_critic``; see :meth:`DeFlowLoss.flow_critic_loss`."""
+        return self._one_critic_term("loss_flow_critic", self._compute(tensordict))

@@ -187,6 +187,9 @@ def import_data(
     action_bounds: Annotated[
         tuple[float, float] | None, typer.Option(metavar="LOW HIGH", help="The actions' bounds, mapped to [-1, 1].")
     ] = None,
+    action_bounds_of: Annotated[
+        str | None, typer.Option(metavar="ENV", help="Take the actions' bounds from this environment.")
+    ] = None,
     split: Annotated[
         str | None, typer.Option(metavar="NAME", help="Episodes that the files list under this name. [default: all]")
     ] = None,
@@ -225,6 +228,14 @@ def import_data(
     from deflow_torchrl.sources.importing import import_folder
 
     out = out.expanduser()
+    bounds: tuple[Any, Any] | None = action_bounds
+    if action_bounds_of is not None:
+        from deflow_torchrl.envs.factory import environment_action_bounds
+        from deflow_torchrl.tasks import get_task
+
+        if action_bounds is not None:
+            raise InputError("--action-bounds and --action-bounds-of name the same bounds; give one of the two")
+        bounds = environment_action_bounds(get_task(f"file:{out}", environment=action_bounds_of).environment or "none")
     columns = {}
     for item in column or []:
         field, _, column_name = item.partition("=")
@@ -239,7 +250,7 @@ def import_data(
         never_terminates=never_terminates,
         final_observation_rows=final_observation_rows,
         both=both,
-        action_bounds=action_bounds,
+        action_bounds=bounds,
         split=split,
         observation_keys=[] if obs_keys is None else obs_keys.split(","),
         reward=reward,

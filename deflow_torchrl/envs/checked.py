@@ -149,6 +149,16 @@ def check_environment(
             _warn_outside(name, observation, space)
 
 
+def own_action_space(env: gymnasium.Env) -> Any:
+    """The space of the simulator's actions, before they were mapped to [-1, 1]."""
+    own, inner = env.action_space, env
+    while isinstance(inner, gymnasium.Wrapper):
+        inner = inner.env
+        if isinstance(inner, gymnasium.wrappers.RescaleAction):
+            own = inner.env.action_space
+    return own
+
+
 def _check_bounds(env: gymnasium.Env, name: str, of_data: tuple[Any, Any] | None) -> None:
     """Refuse an environment in which an action would mean another one than in the data."""
     outer: Any = env.action_space
@@ -156,11 +166,7 @@ def _check_bounds(env: gymnasium.Env, name: str, of_data: tuple[Any, Any] | None
         raise InputError(f"{name} takes actions in {outer}; policies act in [-1, 1]")
     if of_data is None:
         return
-    own, inner = outer, env
-    while isinstance(inner, gymnasium.Wrapper):
-        inner = inner.env
-        if isinstance(inner, gymnasium.wrappers.RescaleAction):
-            own = inner.env.action_space
+    own = own_action_space(env)
     for data, bound in zip(of_data, (own.low, own.high), strict=True):
         if not np.allclose(np.asarray(data, np.float64), bound, rtol=1e-6, atol=1e-6):
             raise InputError(

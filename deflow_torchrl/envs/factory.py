@@ -170,6 +170,22 @@ def _make(environment_id: str, **kwargs: Any) -> gymnasium.Env:
         return gymnasium.make(environment_id, disable_env_checker=True, **kwargs)
 
 
+def environment_action_bounds(task: str) -> tuple[list[float], list[float]]:
+    """Low and high of each dimension of the actions that a task's simulator takes, before they are mapped to [-1, 1].
+
+    Args:
+        task: as :func:`make_gym_env` takes it.
+
+    Raises:
+        InputError: if the environment cannot be made.
+    """
+    from deflow_torchrl.envs.checked import own_action_space
+
+    with contextlib.closing(make_gym_env(task)) as env:
+        space = own_action_space(env)
+    return space.low.tolist(), space.high.tolist()
+
+
 def success_timing(task: str) -> Literal["pre", "post"] | None:
     """Return whether a task's environment computes success, reward and ``terminated`` on s, before a step, or on s', after it.
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import fnmatch
-import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -74,7 +73,7 @@ def import_files(
     never_terminates: bool = False,
     final_observation_rows: bool = False,
     both: str = "refuse",
-    action_bounds: tuple[float, float] | None = None,
+    action_bounds: tuple[Any, Any] | None = None,
     allow_jumps: bool = False,
     split: str | None = None,
     observation_keys: Sequence[str] = (),
@@ -101,7 +100,9 @@ def import_files(
             the ends of recordings.
         final_observation_rows: see :meth:`~deflow_torchrl.data.TransitionDataset.from_arrays`.
         both: see :meth:`~deflow_torchrl.data.TransitionDataset.from_arrays`.
-        action_bounds: (low, high) of the files' actions, which are mapped to [-1, 1]; rounding errors beyond them are allowed.
+        action_bounds: (low, high) of the files' actions, numbers or one for each dimension, which are mapped to [-1, 1]; rounding
+            errors beyond them are allowed. By default the arrays ``action_low`` and ``action_high [A]`` of the files, if they
+            have them. Exported policies act in these units.
         allow_jumps: see :meth:`~deflow_torchrl.data.TransitionDataset.from_arrays`.
         split: a list of episodes that the files name (robomimic's ``mask/NAME``, LeRobot's ``splits``); all by default.
         observation_keys: which observations of a layout with several are put side by side, in this order; by default all
@@ -134,13 +135,15 @@ def import_files(
         episode_ends = _told(parts)
         fields = {name: joined([part.fields[name] for part in parts]) for name in parts[0].fields}
         fields.setdefault("terminals", np.zeros(sum(part.rows for part in parts), bool))
+        if action_bounds is None:
+            action_bounds = _stated_bounds(parts, opened)
         if action_bounds is not None:
             fields["actions"] = _rescaled(fields["actions"], *action_bounds)
         about: dict[str, Any] = {
             "provenance": "own",
             "files": _digests([path for path in wanted if wanted[path].info is None], folders),
             "columns": {name: ",".join(names) for name, names in parts[0].names.items()},
-            "action_bounds": None if action_bounds is None else list(action_bounds),
+            "action_bounds": None if action_bounds is None else [np.asarray(bound).tolist() for bound in action_bounds],
         }
         about |= {"layout": parts[0].layout} if parts[0].layout else {}
         about |= {"split": split} if split else {}
@@ -207,17 +210,13 @@ def _check_lerobot(folders: Mapping[Path, Mapping[str, Any]], parts: Sequence[_P
 def _check_options(
     columns: Mapping[str, str],
     ends: str | None,
-    action_bounds: tuple[float, float] | None,
+    action_bounds: tuple[Any, Any] | None,
     reward: str | None,
 ) -> None:
     if unknown := sorted(set(columns) - set(FIELDS)):
         raise InputError(f"unknown field {unknown[0]!r} in the mapping (--column); there are {', '.join(FIELDS)}")
     if action_bounds is not None:
-        low, high = action_bounds
-        if not (low < high and math.isfinite(high - low)):
-            raise InputError(
-                f"action bounds {low:g} and {high:g} (--action-bounds): both must be finite, and the first must be the smaller"
-            )
+        _check_bounds(action_bounds, "--action-bounds")
     known = ends is None or ends in ("flags", "file", "discontinuity") or ends.isdecimal() or ends.startswith("column:")
     if not known:
         raise InputError(
@@ -227,15 +226,46 @@ def _check_options(
         raise InputError(f"reward={reward!r} is unknown; there are {' and '.join(REWARDS)} (--reward)")
 
 
-def _rescaled(column: Column, low: float, high: float) -> Column:
-    """Map a column of floating point actions from [low, high] to [-1, 1], in double precision.
+def _check_bounds(bounds: tuple[Any, Any], where: str) -> None:
+    """Refuse bounds of actions that are no pair of finite numbers, or of vectors of them, the lower ones first."""
+    low, high = (np.asarray(bound, np.float64) for bound in bounds)
+    if low.shape != high.shape or low.ndim > 1 or not (np.isfinite(high - low).all() and (low < high).all()):
+        shown = f"{low:g} and {high:g}" if low.ndim == high.ndim == 0 else f"{low.tolist()} and {high.tolist()}"
+        raise InputError(f"action bounds {shown} ({where}): both must be finite, and the first must be the smaller")
+
+
+def _stated_bounds(parts: Sequence[_Part], opened: _Files) -> tuple[Any, Any] | None:
+    """The bounds that files state beside their rows; None if they state none."""
+    stated = {}
+    for part in parts:
+        if {"action_low", "action_high"} <= set(opened[part.path].names):
+            columns = [opened.column(part.path, name) for name in ("action_low", "action_high")]
+            with reading(part.path):
+                stated[part.path] = [np.asarray(column[0 : column.shape[0]], np.float64) for column in columns]
+    if not stated:
+        return None
+    first, (low, high) = next(iter(stated.items()))
+    _check_bounds((low, high), f"action_low and action_high of {first}")
+    for part in parts:
+        if part.path not in stated or not np.array_equal(stated[part.path], [low, high]):
+            raise InputError(
+                f"{part.path} does not state the bounds of actions that {first} states; give those of all files (--action-bounds)"
+            )
+    return low, high
+
+
+def _rescaled(column: Column, low: Any, high: Any) -> Column:
+    """Map a column of floating point actions from [low, high], numbers or ``[A]``, to [-1, 1], in double precision.
 
     A decimal bound such as 20.3 is not exactly a float32: actions up to one float32 step beyond it count as the bound.
     """
+    low, high = np.asarray(low, np.float64), np.asarray(high, np.float64)
+    if low.ndim and low.shape != column.shape[1:]:
+        raise InputError(f"action bounds of {len(low)} dimensions for actions of shape {tuple(column.shape[1:])}")
     scale = 2 / (high - low)
     # float64 columns often hold values that were float32 before.
     kept = np.float16 if np.dtype(column.dtype) == np.float16 else np.float32
-    limit = 1 + float(np.spacing(kept(max(abs(low), abs(high))))) * scale
+    limit = 1 + np.spacing(np.maximum(abs(low), abs(high)).astype(kept)).astype(np.float64) * scale
 
     def read(rows: slice) -> np.ndarray:
         values = (np.asarray(column[rows], np.float64) - low) * scale - 1

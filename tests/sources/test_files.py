@@ -10,6 +10,7 @@ from deflow_torchrl.data import card_markdown, data_card, import_files
 from deflow_torchrl.data.dataset import TransitionDataset, make_folder
 from deflow_torchrl.errors import InputError
 from tests.support.arrays import arrays, walk, with_successors, write
+from tests.support.command_line import assert_one_line, deflow
 
 pa = pytest.importorskip("pyarrow", reason="needs the extra files")
 h5py = pytest.importorskip("h5py", reason="needs the extra files")
@@ -381,3 +382,52 @@ def test_what_was_taken_for_each_field_is_recorded(tmp_path):
     ):
         import_files(files)
     assert import_files(files, columns={"observations": "state"}).num_episodes == 4
+
+
+def bounded(path, rows=8, low=(-0.1, 0.0), high=(0.3, 255.0), **more):
+    """A file with two actions of these bounds."""
+    rng = np.random.default_rng(0)
+    actions = rng.uniform(low, high, (rows, 2))
+    np.savez(
+        path, observations=rng.normal(size=(rows, 3)), actions=actions, rewards=np.ones(rows),
+        terminals=np.arange(rows) == rows - 1, **more,
+    )  # fmt: skip
+    return actions
+
+
+def test_bounds_that_a_file_states_for_each_dimension_are_taken(tmp_path):
+    path, low, high = tmp_path / "arm.npz", np.array([-0.1, 0.0]), np.array([0.3, 255.0])
+    actions = bounded(path, action_low=low, action_high=high)
+    for read in (import_files(path), import_files(path, action_bounds=(low, high))):
+        np.testing.assert_allclose(read.action, 2 * (actions - low) / (high - low) - 1, atol=2e-5)
+        assert read.about["action_bounds"] == [low.tolist(), high.tolist()]
+    bounded(tmp_path / "other.npz", action_low=low, action_high=high + 1)
+    bounded(tmp_path / "none.npz")
+    for other in ("other.npz", "none.npz"):
+        with pytest.raises(InputError, match=f"{other} does not state the bounds of actions that .*arm.npz states"):
+            import_files([path, tmp_path / other])
+    with pytest.raises(InputError, match="action bounds of 3 dimensions for actions of shape"):
+        import_files(path, action_bounds=([-1, -1, -1], [1, 1, 300]))
+    bounded(path, action_low=high, action_high=low)
+    with pytest.raises(InputError, match=r"action_low and action_high of .*: both must be finite, and the first"):
+        import_files(path)
+
+
+def test_bounds_of_an_environment_are_taken_by_its_name(tmp_path):
+    pytest.importorskip("gymnasium", reason="needs the extra ogbench or minari")
+    path, out = tmp_path / "torque.npz", tmp_path / "torque"
+    rng = np.random.default_rng(0)
+    torque = rng.uniform(-2, 2, (8, 1))
+    np.savez(
+        path, observations=rng.normal(size=(8, 3)), actions=torque, rewards=np.ones(8), terminals=np.arange(8) == 7
+    )
+    done = deflow("data", "import", str(path), "--out", str(out), "--action-bounds-of", "Pendulum-v1")
+    assert done.returncode == 0, done.stderr
+    read = TransitionDataset.load(out)
+    np.testing.assert_allclose(read.action, torque / 2, atol=2e-5)
+    assert read.about["action_bounds"] == [[-2.0], [2.0]]
+    again = deflow(
+        "data", "import", str(path), "--out", str(tmp_path / "other"), "--action-bounds-of", "Pendulum-v1",
+        "--action-bounds", "-2", "2",
+    )  # fmt: skip
+    assert_one_line(again, "name the same bounds")

@@ -20,7 +20,13 @@ except ModuleNotFoundError as missing:
 
 __all__ = ["app", "main"]
 
-for _verbs in ("train", "sweep", "report", "data"):  # each adds its verbs to the application, in the order of --help
+for _verbs in (
+    "train",
+    "sweep",
+    "report",
+    "data",
+    "doctor",
+):  # each adds its verbs to the application, in the order of --help
     importlib.import_module(f"{__name__}.{_verbs}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -30,6 +31,18 @@ def data_root(root: str | os.PathLike[str] | None = None) -> Path:
 def dataset_path(dataset: str, root: Path, split: str) -> Path:
     """Path of one split of a data set, as the ``ogbench`` package names it: ``NAME.npz`` or ``NAME-val.npz``."""
     return root / f"{dataset}{'' if split == 'train' else '-val'}.npz"
+
+
+def file_name(name: str) -> str:
+    """A text, such as a task's name, as a name of files and folders that every system accepts.
+
+    Examples:
+        >>> file_name("minari:D4RL/door/human-v2"), file_name("aux")
+        ('minari-D4RL-door-human-v2', '_aux')
+    """
+    made = re.sub(r"[^\w.-]+", "-", name).strip("-").rstrip(".-")
+    device = re.match(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", made, re.IGNORECASE)  # of Windows, with any ending
+    return f"_{made}" if device or not made else made
 
 
 def make_writable_folder(path: Path) -> Path:

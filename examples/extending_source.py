@@ -36,7 +36,7 @@ class Logbook(Source):
             raise InputError("a logbook is kept in memory: leave storage=memmap away")
         observations, actions, rewards, ends = [], [], [], []
         for file in self._files(name):
-            for line in file.read_text().splitlines():
+            for line in file.read_text(encoding="utf-8").splitlines():
                 step = {key: float(value) for key, value in (entry.split("=") for entry in line.split())}
                 observations.append([np.cos(step["angle"]), np.sin(step["angle"]), step["speed"]])
                 actions.append([step["torque"] / 2])  # torques go from -2 to 2, actions from -1 to 1
@@ -74,7 +74,7 @@ def write_logbook(folder: Path, episodes: int) -> None:
             after, reward, _, end, _ = env.step(np.array([torque], np.float32))
             lines.append(f"angle={np.arctan2(sin, cos):.4f} speed={speed:.4f} torque={torque:.4f} cost={-reward:.4f}")
             cos, sin, speed = after
-        (folder / f"{episode:03d}.txt").write_text("\n".join(lines) + "\n")
+        (folder / f"{episode:03d}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def main() -> dict:

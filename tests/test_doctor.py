@@ -87,7 +87,9 @@ def test_versions_that_do_not_fit_are_faults(tmp_path, monkeypatch):
     assert "tensordict 0.1.0 (tested: " in pins[0]
 
 
-@pytest.mark.skipif(torch.version.cuda is not None or os.name == "nt", reason="of a torch without CUDA; writes a script")
+@pytest.mark.skipif(
+    torch.version.cuda is not None or os.name == "nt", reason="of a torch without CUDA; writes a script"
+)
 def test_a_gpu_that_this_torch_cannot_use_is_a_note(tmp_path, monkeypatch):
     tool = tmp_path / "nvidia-smi"
     tool.write_text("#!/bin/sh\necho NVIDIA H200, 580.1\n")

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 import time
 from pathlib import Path
@@ -289,7 +288,7 @@ def describe_data(
     FILE is an .npz in OGBench's layout or another file with the usual names of columns. The card is written as JSON and
     Markdown.
     """
-    from deflow_torchrl.paths import cache_home
+    from deflow_torchrl.paths import cache_home, file_name
     from deflow_torchrl.sources.card import card_markdown, data_card, write_card
     from deflow_torchrl.tasks.data import load_any
 
@@ -297,7 +296,7 @@ def describe_data(
     meaning = None if task is None else task.reward_meaning
     card = data_card(dataset, name=name, reward_meaning=meaning)
     print(card_markdown(card))
-    folder = out or dataset.folder or cache_home() / "cards" / re.sub(r"[^\w.-]+", "-", name).strip("-")
+    folder = out or dataset.folder or cache_home() / "cards" / file_name(name)
     try:
         write_card(card, folder)
         print(f"written to {folder / 'card.json'} and {folder / 'card.md'}")

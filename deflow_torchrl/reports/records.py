@@ -296,7 +296,9 @@ def hardware() -> dict[str, Any]:
     import torch
 
     cpuinfo = Path("/proc/cpuinfo")
-    named = re.search(r"^model name\s*:\s*(.+)", cpuinfo.read_text() if cpuinfo.is_file() else "", re.MULTILINE)
+    named = re.search(
+        r"^model name\s*:\s*(.+)", cpuinfo.read_text(encoding="utf-8") if cpuinfo.is_file() else "", re.MULTILINE
+    )
     return {
         "cpu": named[1] if named else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),

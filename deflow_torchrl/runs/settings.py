@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from deflow_torchrl.algorithms.registry import get_algorithm
 from deflow_torchrl.algorithms.settings import PRESETS, needed
 from deflow_torchrl.errors import InputError
+from deflow_torchrl.paths import file_name
 from deflow_torchrl.tasks import get_task, paper_settings, paper_task, usual_protocol
 
 _CHOICES: dict[str, tuple[str | None, ...]] = {
@@ -269,9 +269,8 @@ def method_variant(config: TrainConfig) -> dict[str, Any]:
 
 def default_out(config: TrainConfig) -> Path:
     """The run folder where none is given."""
-    name = re.sub(r"[^\w.-]+", "-", config.task).strip("-")
     seed = f"seed{config.seed}" if config.seeds is None else f"seeds{'-'.join(map(str, config.seeds))}"
-    return Path("runs") / f"{name}-{config.algo.name}-{seed}"
+    return Path("runs") / f"{file_name(config.task)}-{config.algo.name}-{seed}"
 
 
 def setting_names(config: type[Any]) -> list[str]:

@@ -44,7 +44,7 @@ class LocalEngine:
     """A process for each job, so that a crash or a lack of memory ends one job only.
 
     On a CPU the processes are forked from one that has only imported the package. On a GPU, which a forked process may not use,
-    each process starts anew.
+    and on Windows, each process starts anew.
 
     Args:
         jobs: how many run at once.
@@ -58,12 +58,12 @@ class LocalEngine:
         self.jobs = jobs
         self.threads = max(1, available_cores() // jobs)
         self._sweep = sweep
-        self._context: Any = multiprocessing.get_context("spawn" if gpu else "forkserver")
-        self._gpu = gpu
+        self._forked = not gpu and "forkserver" in multiprocessing.get_all_start_methods()
+        self._context: Any = multiprocessing.get_context("forkserver" if self._forked else "spawn")
         self._running: list[_Running] = []
 
     def __enter__(self) -> LocalEngine:
-        if not self._gpu:
+        if self._forked:
             self._context.set_forkserver_preload(_PRELOADED)
             with children_ignore_signals(), _few_threads(self.threads):
                 forkserver.ensure_running()
@@ -133,13 +133,14 @@ def _outcome(running: _Running) -> Outcome:
 
 def _work(job: Job, results: Connection, log: str, threads: int) -> None:
     """Run a job in this process of its own."""
-    os.setsid()  # Ctrl-C in the terminal is the sweep's to hand on
+    if hasattr(os, "setsid"):
+        os.setsid()  # Ctrl-C in the terminal is the sweep's to hand on
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)
-    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115 # for the life of the process
-    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", buffering=1, encoding="utf-8", closefd=False)  # noqa: SIM115 # for the life of the process
+    sys.stderr = open(2, "w", buffering=1, encoding="utf-8", closefd=False)  # noqa: SIM115
     die_with_parent()
     warnings.filterwarnings("ignore", category=FutureWarning, module="(torch|tensordict|torchrl)")
     try:
@@ -163,7 +164,9 @@ def _work(job: Job, results: Connection, log: str, threads: int) -> None:
 
 
 def _kill_group(pid: int) -> None:
-    """End a job's process and those it has started, which step its environments."""
+    """End a job's process and those it has started, which step its environments and on Windows end by themselves."""
+    if not hasattr(os, "killpg"):
+        return
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signal.SIGKILL)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from deflow_torchrl.algorithms.registry import get_algorithm
 from deflow_torchrl.errors import InputError, did_you_mean
+from deflow_torchrl.paths import file_name
 from deflow_torchrl.runs.overrides import put, read_overrides
 from deflow_torchrl.runs.settings import (
     SettledConfig,
@@ -74,7 +75,7 @@ class Cell:
     @property
     def name(self) -> str:
         """``TASK/ALGO``, its folder below the sweep's."""
-        return f"{folder_name(self.task)}/{self.variant.label}"
+        return f"{file_name(self.task)}/{self.variant.label}"
 
     @property
     def settled(self) -> SettledConfig:
@@ -174,7 +175,7 @@ def parse_sweep(arguments: Sequence[str], *, command: str | None = None) -> Swee
     if double := _double(variant.label for variant in variants):
         raise InputError(f"algos={options['algos']}: {double} is there twice")
     tasks = _tasks(_list(options["tasks"], "tasks"))
-    if double := _double(folder_name(task) for task, _, _ in tasks):
+    if double := _double(file_name(task) for task, _, _ in tasks):
         raise InputError(
             f"tasks={options['tasks']}: two of them have the folder {double}; give each a sweep of its own"
         )
@@ -202,11 +203,6 @@ OPTIONS = (
     "tasks", "algos", "seeds", "out", "engine", "ray_address", "jobs", "stacked", "retries", "num_cpus", "num_gpus", "protocol",
 )  # fmt: skip
 _INSTEAD = {"task": "tasks", "algo": "algos", "seed": "seeds"}
-
-
-def folder_name(task: str) -> str:
-    """A task's name as a folder's."""
-    return re.sub(r"[^\w.-]+", "-", task).strip("-")
 
 
 def can_stack(config: TrainConfig) -> bool:

@@ -103,14 +103,15 @@ def check_versions() -> Iterator[Finding]:
         lines = file.read_text(encoding="utf-8").splitlines()
         pins = dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
         have = {name: version for name in pins if (version := _version(name))}
-        other = [
-            f"{name} {have[name]} (tested: {pin})"
+        other = {
+            name: pin
             for name, pin in pins.items()
             if name in have and not Requirement(f"{name}=={pin}").specifier.contains(have[name])
-        ]
+        }
         found = f"{len(have) - len(other)} of {len(have)} packages have the tested version"
-        advice = f"to have them all: pip install -c {file} PACKAGES" if other else ""
-        yield Finding("pins", "note" if other else "ok", "; ".join([found, *other]), advice)
+        found += "".join(f"; {name} is {have[name]}" for name in other)
+        advice = "pip install " + " ".join(f"{name}=={pin}" for name, pin in other.items()) if other else ""
+        yield Finding("pins", "note" if other else "ok", found, advice)
 
 
 def check_extension() -> Iterator[Finding]:

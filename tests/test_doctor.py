@@ -83,8 +83,9 @@ def test_versions_that_do_not_fit_are_faults(tmp_path, monkeypatch):
     assert len(faults) == 1
     assert "torchrl needs tensordict" in faults[0]
     assert faults[0].endswith("0.1.0 is installed")
-    pins = [found for _, found, _ in findings if "tested version" in found]
-    assert "tensordict 0.1.0 (tested: " in pins[0]
+    ((found, advice),) = [(found, advice) for _, found, advice in findings if "tested version" in found]
+    assert "; tensordict is 0.1.0" in found
+    assert " tensordict==0.14" in advice
 
 
 @pytest.mark.skipif(

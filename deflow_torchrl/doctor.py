@@ -27,17 +27,20 @@ from deflow_torchrl.progress import progress_bar
 from deflow_torchrl.versions import extension_fault, package_versions
 
 PROJECT = "deflow-torchrl"
-EXTRAS = {
-    "cli": ("the deflow command", ("typer", "rich", "hydra")),
-    "ogbench": ("OGBench's tasks and data", ("ogbench", "mujoco", "gymnasium", "requests")),
-    "minari": ("Minari's sets, D4RL's tasks", ("minari", "gymnasium_robotics")),
-    "files": ("data from HDF5 and Parquet", ("h5py", "pyarrow.parquet")),
-    "reports": ("report pages, curves, intervals", ("matplotlib.pyplot", "jinja2", "jsonschema", "scipy.stats")),
-    "export": ("deflow export", ("onnx", "onnxscript", "onnxruntime")),
-    "wandb": ("logger=wandb", ("wandb",)),
-    "tensorboard": ("logger=tensorboard", ("tensorboard", "torch.utils.tensorboard")),
-    "mlflow": ("logger=mlflow", ("mlflow",)),
-    "ray": ("sweeps on a cluster, engine=ray", ("ray",)),
+EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
+    extra: (gives, tuple(modules))
+    for extra, gives, *modules in (
+        ("cli", "the deflow command", "typer", "rich", "hydra"),
+        ("ogbench", "OGBench's tasks and data", "ogbench", "mujoco", "gymnasium", "requests"),
+        ("minari", "Minari's sets, D4RL's tasks", "minari", "gymnasium_robotics"),
+        ("files", "data from HDF5 and Parquet", "h5py", "pyarrow.parquet"),
+        ("reports", "report pages, curves, intervals", "matplotlib.pyplot", "jinja2", "jsonschema", "scipy.stats"),
+        ("export", "deflow export", "onnx", "onnxscript", "onnxruntime"),
+        ("wandb", "logger=wandb", "wandb"),
+        ("tensorboard", "logger=tensorboard", "tensorboard", "torch.utils.tensorboard"),
+        ("mlflow", "logger=mlflow", "mlflow"),
+        ("ray", "sweeps on a cluster, engine=ray", "ray"),
+    )
 }
 """Extra -> what it gives, and the modules that must import for it to work."""
 _TIMEOUT = 180.0  # seconds for a child process; a cold import of a large package from a network disk takes a minute

@@ -1,6 +1,7 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
 
 from .bc import BCLoss as BCLoss
+from .calql import CalQLLoss as CalQLLoss
 from .deflow import DeFlowLoss as DeFlowLoss
 from .fawac import FAWACLoss as FAWACLoss
 from .fbrac import FBRACLoss as FBRACLoss

@@ -29,26 +29,11 @@ ALLOW_JUMPS = Annotated[
 
 @verb(data, "download")
 def download_data(
-    name: Annotated[
-        str,
-        typer.Argument(
-            metavar="NAME",
-            help="Data set or task, with or without -v0: cube-single-play, antmaze-large-navigate-singletask.",
-        ),
-    ],
+    name: str,
     *,
-    mirror: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="URL",
-            help="Folder asked after OGBench's host; repeat for more, in order. [default: those in $DEFLOW_MIRRORS]",
-        ),
-    ] = None,
-    from_file: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="FILE", help="Install this file instead; repeat for the second."),
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder. [default: $DEFLOW_HOME/data]")] = None,
+    mirror: list[str] | None = None,
+    from_file: list[Path] | None = None,
+    out: Path | None = None,
     json_: JSON = False,
 ) -> dict[str, Any]:
     """Download a published OGBench data set, or install files of it that you have.
@@ -61,6 +46,12 @@ def download_data(
     training file, two are the training and the validation file, in this order. Other data is never overwritten.
 
     Example: deflow data download cube-single-play --mirror https://example.org/ogbench
+
+    Args:
+        name NAME: Data set or task, with or without -v0: cube-single-play, antmaze-large-navigate-singletask.
+        mirror URL: Folder asked after OGBench's host; repeat for more, in order. [default: those in $DEFLOW_MIRRORS]
+        from_file FILE: Install this file instead; repeat for the second.
+        out: Folder. [default: $DEFLOW_HOME/data]
     """
     from deflow_torchrl.paths import data_root, dataset_path
     from deflow_torchrl.sources.download import download_ogbench_dataset, install_files
@@ -273,10 +264,7 @@ def import_data(
 def describe_data(
     name: DATA_NAME,
     *,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Folder of the card. [default: an imported folder itself, else $DEFLOW_HOME/cards]"),
-    ] = None,
+    out: Path | None = None,
     data_root: DATA_ROOT = None,
     download: DOWNLOAD = True,
     allow_jumps: ALLOW_JUMPS = False,
@@ -287,6 +275,9 @@ def describe_data(
     NAME is any task= of deflow train (cube-single-play-singletask-task2-v0, door-human-v1, minari:ID, file:FOLDER);
     FILE is an .npz in OGBench's layout or another file with the usual names of columns. The card is written as JSON and
     Markdown.
+
+    Args:
+        out: Folder of the card. [default: an imported folder itself, else $DEFLOW_HOME/cards]
     """
     from deflow_torchrl.paths import cache_home, file_name
     from deflow_torchrl.sources.card import card_markdown, data_card, write_card
@@ -311,21 +302,15 @@ def describe_data(
 def iav(
     name: DATA_NAME,
     *,
-    k: Annotated[int, typer.Option("--k", help="Neighbours of a state.")] = 5,
-    queries: Annotated[int, typer.Option(help="States to average over.")] = 20_000,
-    include_self: Annotated[
-        bool, typer.Option("--include-self", help="Count a state among its own k neighbours.")
-    ] = False,
-    normalize: Annotated[
-        bool, typer.Option("--normalize", help="Divide observations by their standard deviation.")
-    ] = False,
-    domain: Annotated[
-        str | None, typer.Option(help="Rule for a file: manipulation, navigation or d4rl. [default: the task's; all]")
-    ] = None,
+    k: int = 5,
+    queries: int = 20_000,
+    include_self: bool = False,
+    normalize: bool = False,
+    domain: str | None = None,
     data_root: DATA_ROOT = None,
     download: DOWNLOAD = True,
     allow_jumps: ALLOW_JUMPS = False,
-    seed: Annotated[int, typer.Option(help="Seed of the states and of the interval.")] = 0,
+    seed: int = 0,
     json_: JSON = False,
 ) -> dict[str, Any]:
     """Measure a data set's intrinsic action variance and suggest target_divergence (delta) by the paper's rule.
@@ -334,6 +319,14 @@ def iav(
     half a minute for 100,000 transitions on two CPU cores.
 
     Example: deflow iav cube-single-play-singletask-task2-v0
+
+    Args:
+        k: Neighbours of a state.
+        queries: States to average over.
+        include_self: Count a state among its own k neighbours.
+        normalize: Divide observations by their standard deviation.
+        domain: Rule for a file: manipulation, navigation or d4rl. [default: the task's; all]
+        seed: Seed of the states and of the interval.
     """
     from deflow_torchrl.tasks.variance import measure_action_variance
 
@@ -380,13 +373,9 @@ def iav(
 
 @verb(app)
 def tasks(
-    family: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="A family or several: cube, cube-single, antmaze, d4rl... [default: all]"),
-    ] = None,
-    setting: Annotated[
-        str | None, typer.Option(metavar="offline|offline_to_online", help="One setting. [default: both]")
-    ] = None,
+    *,
+    family: str | None = None,
+    setting: str | None = None,
     json_: JSON = False,
 ) -> dict[str, Any]:
     """List the paper's tasks, 73 offline and 15 offline to online, with the protocol and the values of each (docs/tasks.md).
@@ -395,6 +384,10 @@ def tasks(
     line has every field, of methods that this package does not train too.
 
     Example: deflow tasks --family cube
+
+    Args:
+        family NAME: A family or several: cube, cube-single, antmaze, d4rl... [default: all]
+        setting offline|offline_to_online: One setting. [default: both]
     """
     from deflow_torchrl.tasks.listing import list_tasks
     from deflow_torchrl.tasks.paper import SETTINGS, paper_tasks

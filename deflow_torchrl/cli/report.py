@@ -17,28 +17,14 @@ from deflow_torchrl.errors import InputError
 
 @verb(app)
 def report(
-    paths: Annotated[
-        list[Path] | None,
-        typer.Argument(
-            metavar="DIR...", help="Run folders, or folders of them; with --check and --write Markdown files."
-        ),
-    ] = None,
+    paths: list[Path] | None = None,
     *,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write one self-contained page.")] = None,
-    md: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the tables as Markdown.")] = None,
-    label: Annotated[str | None, typer.Option(metavar="TEXT", help="The first note of page and tables.")] = None,
-    last: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Average each run's last evaluations [default: of offline runs on OGBench as long as the paper's its three, of "
-            "others 1].",
-        ),
-    ] = None,
-    check: Annotated[
-        bool, typer.Option("--check", help="Compare the marked numbers of Markdown files with their records.")
-    ] = False,
-    write: Annotated[bool, typer.Option("--write", help="Write the records' numbers into the marked places.")] = False,
+    html: Path | None = None,
+    md: Path | None = None,
+    label: str | None = None,
+    last: Annotated[int | None, typer.Option(min=1)] = None,
+    check: bool = False,
+    write: bool = False,
     json_: JSON = False,
 ) -> dict[str, Any] | None:
     """Tables of finished runs in the paper's layout, with errors and intervals, beside the paper's own numbers.
@@ -50,6 +36,16 @@ def report(
     benchmarks/results/**/*.md of this folder, prints one line for each that differs and then exits with 1; --write corrects them.
 
     Example: deflow report runs/lite --html report.html --md report.md --label "regenerated data, lite protocol"
+
+    Args:
+        paths DIR...: Run folders, or folders of them; with --check and --write Markdown files.
+        html FILE: Write one self-contained page.
+        md FILE: Write the tables as Markdown.
+        label TEXT: The first note of page and tables.
+        last: Average each run's last evaluations [default: of offline runs on OGBench as long as the paper's its three, of
+            others 1].
+        check: Compare the marked numbers of Markdown files with their records.
+        write: Write the records' numbers into the marked places.
     """
     if check or write:
         if html or md or label or last is not None:
@@ -76,27 +72,16 @@ def report(
 
 @verb(app)
 def landscape(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder of a method with critics.")],
-    second: Annotated[
-        Path | None, typer.Argument(metavar="RUN2", help="Run of the same task whose samples are shown too.")
-    ] = None,
+    run: Path,
+    second: Path | None = None,
     *,
-    state: Annotated[int, typer.Option("--state", metavar="INDEX", help="Which transition of the training data.")],
-    out: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help=".png or .svg, overwritten. [default: RUN/landscape-stateINDEX.png]"),
-    ] = None,
-    dims: Annotated[
-        str | None, typer.Option(metavar="I,J", help="Two action dimensions, the others at the base samples' mean.")
-    ] = None,
-    principal: Annotated[
-        bool, typer.Option("--principal", help="The base samples' two leading principal directions; the default.")
-    ] = False,
-    samples: Annotated[int, typer.Option(min=2, max=4096, help="Actions of each policy.")] = 256,
-    neighbours: Annotated[
-        int, typer.Option(min=2, max=4096, help="Nearest states of the data whose actions are shown.")
-    ] = 64,
-    seed: Annotated[int, typer.Option(min=0, max=2**31, help="Seed of the noise.")] = 0,
+    state: int,
+    out: Path | None = None,
+    dims: str | None = None,
+    principal: bool = False,
+    samples: Annotated[int, typer.Option(min=2, max=4096)] = 256,
+    neighbours: Annotated[int, typer.Option(min=2, max=4096)] = 64,
+    seed: Annotated[int, typer.Option(min=0, max=2**31)] = 0,
     json_: JSON = False,
 ) -> dict[str, Any]:
     """Draw Q over a slice of actions at one state of the data, with where the data's and the policies' actions lie in it.
@@ -107,6 +92,17 @@ def landscape(
     number of modes.
 
     Example: deflow landscape runs/cube-deflow runs/cube-fql --state 1000 --out landscape.svg
+
+    Args:
+        run RUN: Run folder of a method with critics.
+        second RUN2: Run of the same task whose samples are shown too.
+        state INDEX: Which transition of the training data.
+        out FILE: .png or .svg, overwritten. [default: RUN/landscape-stateINDEX.png]
+        dims I,J: Two action dimensions, the others at the base samples' mean.
+        principal: The base samples' two leading principal directions; the default.
+        samples: Actions of each policy.
+        neighbours: Nearest states of the data whose actions are shown.
+        seed: Seed of the noise.
     """
     from deflow_torchrl.runs import draw_landscape
 
@@ -142,16 +138,14 @@ def landscape(
 
 @verb(app)
 def export(
-    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    run: Path,
     *,
-    format: Annotated[
-        str | None, typer.Option(metavar="onnx|pt2", help="Format of the file. [default: the ending of FILE; onnx]")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="The file. [default: RUN/POLICY.FORMAT]")] = None,
+    format: str | None = None,
+    out: Path | None = None,
     policy: Annotated[
         str | None, typer.Option(metavar="NAME", help=POLICY_HELP % ("Which policy", "the method's own"))
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
+    force: bool = False,
     json_: JSON = False,
 ) -> dict[str, Any]:
     """Write a policy of a run's last checkpoint as one self-contained file that runs without torchrl (docs/deploy.md).
@@ -161,6 +155,12 @@ def export(
     most, else exit code 1. A policy that chooses among candidates by its critics (ifql) cannot be exported.
 
     Example: deflow export runs/cube --format onnx --out cube.onnx
+
+    Args:
+        run: Run folder.
+        format onnx|pt2: Format of the file. [default: the ending of FILE; onnx]
+        out FILE: The file. [default: RUN/POLICY.FORMAT]
+        force: Overwrite the file.
     """
     from deflow_torchrl.export import export_run
 

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
+import re
 import shlex
 import sys
 from collections.abc import Callable
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, get_args, get_origin
 
 import typer
 
@@ -49,6 +51,9 @@ def verb(
 ) -> Callable[[Callable[..., Any]], Callable[..., None]]:
     """Make a function a verb of ``group``.
 
+    Parameters are arguments, keyword-only ones options; a false one is a flag. The section ``Args:`` at the end of the docstring
+    holds the help of each, after its name and, where it has one, its METAVAR; the rest of the docstring is the verb's help.
+
     Its result is printed as one line of JSON where ``--json`` is given. Errors that a user can cause become one line on
     standard error and an exit code.
     """
@@ -72,10 +77,31 @@ def verb(
             if options.get("json_") and result is not None:
                 print(json.dumps(result))
 
-        group.command(name, epilog=epilog)(run)
+        text, _, arguments = (inspect.getdoc(function) or "").partition("\nArgs:\n")
+        run.__signature__ = _with_help(function, inspect.cleandoc(arguments))  # type: ignore[attr-defined]
+        group.command(name, help=text, epilog=epilog)(run)
         return run
 
     return register
+
+
+def _with_help(function: Callable[..., Any], documented: str) -> inspect.Signature:
+    """The function's signature, each parameter annotated with the METAVAR and the help that are documented."""
+    entries = re.findall(r"^(\w+)(?: ([^:\n]+))?: (.*(?:\n .*)*)", documented, re.M)
+    texts = {name: {"metavar": metavar or None, "help": " ".join(text.split())} for name, metavar, text in entries}
+    signature = inspect.signature(function, eval_str=True)
+    parameters = []
+    for name, parameter in signature.parameters.items():
+        if name in texts:
+            annotation, option = parameter.annotation, parameter.kind is parameter.KEYWORD_ONLY
+            info = typer.Option(*([f"--{name.replace('_', '-')}"] if parameter.default is False else ()))
+            info = info if option else typer.Argument()
+            if get_origin(annotation) is Annotated:
+                annotation, info = get_args(annotation)
+            vars(info).update(texts[name])
+            parameter = parameter.replace(annotation=Annotated[annotation, info])  # noqa: PLW2901
+        parameters.append(parameter)
+    return signature.replace(parameters=parameters)
 
 
 def command_line() -> str:

@@ -4,22 +4,16 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from deflow_torchrl.cli.shared import EXIT_FAILED, JSON, app, command_line, verb
 
 
 @verb(app)
 def sweep(
-    settings: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="The sweep's settings, then those of its runs.")
-    ] = None,
+    settings: list[str] | None = None,
     *,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the jobs and their cost, by steps/s measured here.")
-    ] = False,
+    dry_run: bool = False,
     json_: JSON = False,
 ) -> dict[str, Any]:
     """Train every task with every method and seed: deflow sweep tasks=A,B algos=deflow,fql seeds=0..7 out=DIR [KEY=VALUE...]
@@ -37,6 +31,10 @@ def sweep(
     and seeds. All other settings are those of deflow train.
 
     Example: deflow sweep tasks=cube-single,puzzle-3x3 algos=deflow,fql seeds=0..2 protocol=lite out=runs/lite --dry-run
+
+    Args:
+        settings KEY=VALUE...: The sweep's settings, then those of its runs.
+        dry_run: Print the jobs and their cost, by steps/s measured here.
     """
     from deflow_torchrl.sweep import parse_sweep
 

@@ -41,17 +41,21 @@ def _settings_help() -> str:
 
 @verb(app)
 def demo(
-    seed: Annotated[int, typer.Option(help="Seed of networks, batches and noise.")] = 0,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Every phase on less data, under three minutes, no success target.")
-    ] = False,
-    out: Annotated[Path | None, typer.Option(help="Run folder. [default: runs/demo-seedN]")] = None,
+    *,
+    seed: int = 0,
+    quick: bool = False,
+    out: Path | None = None,
     json_: Annotated[bool, typer.Option("--json", help="Print nothing but the JSON object.")] = False,
 ) -> None:
     """Generate cube-single data, train DeFlow on it, compare it with its prior and write a report.
 
     About a quarter of an hour on two CPU cores. The data is generated once, into $DEFLOW_HOME (default
     ~/.cache/deflow_torchrl), and found there by later runs. The last line of output is one JSON object.
+
+    Args:
+        seed: Seed of networks, batches and noise.
+        quick: Every phase on less data, under three minutes, no success target.
+        out: Run folder. [default: runs/demo-seedN]
     """
     from deflow_torchrl.runs.demo import FULL, QUICK, describe, run_demo
 
@@ -63,14 +67,9 @@ def demo(
 
 @verb(app, epilog=_settings_help())
 def train(
-    settings: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="Settings, as in Hydra.")] = None,
-    preset: Annotated[
-        str | None,
-        typer.Option(
-            metavar="paper|released",
-            help="Whose values to take where the paper and its authors' code disagree. [default: docs/tasks.md]",
-        ),
-    ] = None,
+    settings: list[str] | None = None,
+    *,
+    preset: str | None = None,
     json_: JSON = False,
 ) -> dict[str, Any]:
     """Train a method on a data set, then online: deflow train task=NAME [online_steps=N] [KEY=VALUE...]
@@ -87,6 +86,10 @@ def train(
     and its authors' code disagree; settings that are given are as given (docs/tasks.md).
 
     Example: deflow train task=cube-single-play-singletask-task2-v0 seed=1 offline_steps=200000 online_steps=50000 out=runs/cube
+
+    Args:
+        settings KEY=VALUE...: Settings, as in Hydra.
+        preset paper|released: Whose values to take where the paper and its authors' code disagree. [default: docs/tasks.md]
     """
     from deflow_torchrl.runs import compose_config, default_out
     from deflow_torchrl.runs import train as train_run
@@ -102,16 +105,11 @@ def train(
 
 @verb(app)
 def resume(
-    run: Annotated[Path, typer.Argument(help="Run folder.")],
-    settings: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="Settings to change, as in Hydra.")
-    ] = None,
+    run: Path,
+    settings: list[str] | None = None,
     *,
-    force: Annotated[bool, typer.Option("--force", help="Go on although settings differ.")] = False,
-    step: Annotated[
-        int | None,
-        typer.Option(min=0, help="Go on from this kept checkpoint; later ones are removed. [default: the last]"),
-    ] = None,
+    force: bool = False,
+    step: Annotated[int | None, typer.Option(min=0)] = None,
     json_: JSON = False,
 ) -> dict[str, Any]:
     """Go on with an interrupted run from its last checkpoint; on a CPU the result is that of a run never interrupted.
@@ -122,6 +120,12 @@ def resume(
     settings; out, data_root, download, eval_workers, logger and save_interval may change freely.
 
     Example: deflow resume runs/cube online_steps=200000 --force
+
+    Args:
+        run: Run folder.
+        settings KEY=VALUE...: Settings to change, as in Hydra.
+        force: Go on although settings differ.
+        step: Go on from this kept checkpoint; later ones are removed. [default: the last]
     """
     from deflow_torchrl.runs import resume as resume_run
 
@@ -131,25 +135,17 @@ def resume(
 
 @verb(app, "eval")
 def evaluate(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
+    runs: list[Path],
     *,
-    paired: Annotated[
-        bool, typer.Option("--paired", help="Compare two runs of one task episode by episode: B - A with an interval.")
-    ] = False,
-    episodes: Annotated[int | None, typer.Option(min=1, help="Episodes of each policy. [default: the run's]")] = None,
+    paired: bool = False,
+    episodes: Annotated[int | None, typer.Option(min=1)] = None,
     policy: Annotated[
         str | None,
         typer.Option(metavar="NAME", help=POLICY_HELP % ("This policy alone", "all; with --paired the method's own")),
     ] = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(min=1, help="Processes that step environments; they change no number. [default: the run's]"),
-    ] = None,
-    seed: Annotated[
-        int | None,
-        typer.Option(min=0, max=2**31, help="Seed of starts and noise. [default: that of training's evaluations]"),
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="Device of the policies. [default: the run's]")] = None,
+    workers: Annotated[int | None, typer.Option(min=1)] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**31)] = None,
+    device: str | None = None,
     json_: JSON = False,
 ) -> dict[str, Any]:
     """Evaluate the policies of a run's last checkpoint on common starts; the same run gives the same numbers twice.
@@ -159,6 +155,14 @@ def evaluate(
     success also how often both, only one or neither succeeded, with the exact p-value of that.
 
     Example: deflow eval runs/offline runs/online --paired --episodes 200
+
+    Args:
+        runs RUN...: Run folders.
+        paired: Compare two runs of one task episode by episode: B - A with an interval.
+        episodes: Episodes of each policy. [default: the run's]
+        workers: Processes that step environments; they change no number. [default: the run's]
+        seed: Seed of starts and noise. [default: that of training's evaluations]
+        device: Device of the policies. [default: the run's]
     """
     if paired and len(runs) != 2:
         raise InputError(f"--paired compares two runs, {len(runs)} given: deflow eval RUN_A RUN_B --paired")

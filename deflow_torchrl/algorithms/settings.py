@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
 
 from deflow_torchrl.algorithms.alarms import AlarmRule
+from deflow_torchrl.algorithms.panels import Panel
 from deflow_torchrl.errors import InputError
 
 if TYPE_CHECKING:
@@ -119,6 +120,7 @@ class Algorithm:
         run_settings: settings of a run, by name, that are the method's where they are not given.
         original: further ones with ``algo.footing=original``.
         trains_offline: whether it learns from data alone; if not, a run with offline steps is refused.
+        panels: further panels of a run's report.
     """
 
     name: str
@@ -129,6 +131,7 @@ class Algorithm:
     run_settings: Mapping[str, Any] = field(default_factory=dict)
     original: Mapping[str, Any] = field(default_factory=dict)
     trains_offline: bool = True
+    panels: tuple[Panel, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.title, str):  # (name, config, build), as in 0.1

@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from deflow_torchrl.algorithms.panels import Panel
 from deflow_torchrl.errors import MissingExtraError
 from deflow_torchrl.paths import atomic_write
 from deflow_torchrl.reports.records import METRICS
@@ -34,94 +37,10 @@ _STYLES: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass(frozen=True)
-class Diagnostic:
-    """A panel of curves over a run's steps.
-
-    Attributes:
-        title: heading.
-        reading: how to read it, in one sentence.
-        curves: column of the rows -> label.
-        unit: of the vertical axis.
-        logarithmic: whether that axis is.
-        level: label and value of a horizontal line.
-    """
-
-    title: str
-    reading: str
-    curves: Mapping[str, str]
-    unit: str
-    logarithmic: bool = False
-    level: tuple[str, float] | None = None
-
-    @property
-    def name(self) -> str:
-        """The column of its first curve."""
-        return next(iter(self.curves))
-
-
-DIAGNOSTICS = (
-    Diagnostic(
-        "divergence over delta",
-        "How far the refinement shifts the prior's actions, squared, in units of the allowed delta: it should settle near 1; "
-        "above, the trust region does not hold (yet), far below, the critics see nothing to gain.",
-        {"train/divergence_ratio": "D / delta"},
-        "D / delta",
-        logarithmic=True,
-        level=("delta", 1.0),
-    ),
-    Diagnostic(
-        "multiplier alpha",
-        "The price of shifting an action: it rises while the divergence exceeds delta, falls while it does not, and should "
-        "level off.",
-        {"train/alpha": "alpha"},
-        "alpha",
-        logarithmic=True,
-    ),
-    Diagnostic(
-        "action dimensions at a bound",
-        "Share of the refined actions' dimensions that are clipped: it should stay near the data's own share; one that climbs "
-        "towards 1 means the refinement runs into the corners of the action space.",
-        {"train/saturation": "refined", "train/saturation_data": "data"},
-        "share",
-    ),
-    Diagnostic(
-        "Q of base and of refined actions",
-        "What the critics promise for the prior's actions and for the refined ones: refined should lie a little above base; "
-        "a gap that keeps growing, or values no return can reach, means that the critics' errors are being exploited.",
-        {"train/q_base": "base action", "train/q_refined": "refined action"},
-        "mean Q",
-    ),
-    Diagnostic(
-        "TD error",
-        "How far the critics are from their own targets: small against the scale of Q, it should level off; a jump where the "
-        "online phase begins is experience they had not seen, and should come down again.",
-        {"train/td_error": "|TD error|"},
-        "mean of the largest |TD error|",
-        logarithmic=True,
-    ),
-    Diagnostic(
-        "distance to the data's actions",
-        "Root-mean-square difference per dimension to the nearest action that the data took in like states: the refined curve "
-        "should stay within about sqrt(delta) of the base curve; a widening gap means that it leaves what the data knows.",
-        {"train/action_distance": "refined action", "train/action_distance_base": "base action"},
-        "action units",
-    ),
-    Diagnostic(
-        "share of online data",
-        "Share of a batch that is the run's own experience: with uniform mixing it grows with the experience, with balanced "
-        "mixing it stands still.",
-        {"train/online_share": "online"},
-        "share of the batch",
-    ),
-    Diagnostic(
-        "episodes while learning",
-        "Mean return of the online episodes that ended since the row before: what the acting policy earned while it learned, "
-        "noisier than an evaluation.",
-        {"online/return": "return"},
-        "sum of rewards",
-    ),
+DIAGNOSTICS = tuple(
+    Panel(**row) for row in json.loads(resources.files(__package__).joinpath("panels.json").read_text(encoding="utf-8"))
 )
+"""The panels of every run, drawn where its rows have their columns."""
 
 
 def check_report_extra(*modules: str) -> None:
@@ -158,15 +77,15 @@ def plot_learning_curve(
     Raises:
         MissingExtraError: without the ``reports`` extra.
     """
-    outcome = Diagnostic(METRICS[metric].title, "", {f"eval/{metric}": ""}, METRICS[metric].axis)
+    outcome = Panel(METRICS[metric].title, "", {f"eval/{metric}": ""}, METRICS[metric].axis)
     delta = None if target_divergence is None else ("delta", target_divergence)
     divergence = {"train/divergence": "divergence"}
     panels = [
         outcome,
-        Diagnostic("flow loss", "", {"train/loss_flow": "flow loss"}, "mean squared velocity error"),
-        Diagnostic("critic loss", "", {"train/loss_qvalue": "critic loss"}, "mean squared TD error", True),
-        Diagnostic("divergence D against delta", "", divergence, "mean squared shift per dimension", True, delta),
-        Diagnostic("multiplier alpha", "", {"train/alpha": "multiplier alpha"}, "alpha", True),
+        Panel("flow loss", "", {"train/loss_flow": "flow loss"}, "mean squared velocity error"),
+        Panel("critic loss", "", {"train/loss_qvalue": "critic loss"}, "mean squared TD error", True),
+        Panel("divergence D against delta", "", divergence, "mean squared shift per dimension", True, delta),
+        Panel("multiplier alpha", "", {"train/alpha": "multiplier alpha"}, "alpha", True),
     ]
     panels = [it for it in panels if (it is outcome and final) or any(it.name in row for row in rows)] or [outcome]
     columns = min(len(panels), 3)
@@ -191,17 +110,18 @@ def plot_learning_curve(
     return path
 
 
-def draw_diagnostics(rows: Sequence[Mapping[str, Any]]) -> list[tuple[Diagnostic, bytes]]:
-    """Draw each diagnostic that the rows have, as a PNG.
+def draw_diagnostics(rows: Sequence[Mapping[str, Any]], own: Sequence[Panel] = ()) -> list[tuple[Panel, bytes]]:
+    """Draw each panel that the rows have columns of, as a PNG.
 
     Args:
         rows: rows of ``metrics.jsonl``.
+        own: panels of the run's method (``Algorithm.panels``), drawn after :data:`DIAGNOSTICS`.
 
     Raises:
         MissingExtraError: without the ``reports`` extra.
     """
     drawn = []
-    for diagnostic in DIAGNOSTICS:
+    for diagnostic in (*DIAGNOSTICS, *own):
         if any(name in row for row in rows for name in diagnostic.curves):
             figure, (axis,) = _figure((5.0, 3.2))
             _draw(axis, rows, diagnostic)
@@ -249,7 +169,7 @@ def draw_outcomes(
 
 
 def draw_diagnostic_of_runs(
-    diagnostic: Diagnostic, runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], *, colours: Mapping[str, Any]
+    diagnostic: Panel, runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], *, colours: Mapping[str, Any]
 ) -> bytes | None:
     """Draw a diagnostic's first curve, a line a run and a colour a label, as a PNG; None where no run has it.
 
@@ -380,7 +300,7 @@ def _figure(size: tuple[float, float], rows: int = 1, columns: int = 1) -> tuple
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
-def _draw(axis: Axes, rows: Sequence[Mapping[str, Any]], panel: Diagnostic) -> None:
+def _draw(axis: Axes, rows: Sequence[Mapping[str, Any]], panel: Panel) -> None:
     """Draw a panel's curves over the rows' steps, with the boundary between the phases."""
     for name, label in panel.curves.items():
         if points := [(row["step"], row[name]) for row in rows if name in row]:
@@ -390,7 +310,7 @@ def _draw(axis: Axes, rows: Sequence[Mapping[str, Any]], panel: Diagnostic) -> N
     _finish(axis, panel, [row.get(name, 1.0) for row in rows for name in panel.curves])
 
 
-def _finish(axis: Axes, panel: Diagnostic, values: Iterable[float]) -> None:
+def _finish(axis: Axes, panel: Panel, values: Iterable[float]) -> None:
     if panel.level is not None:
         axis.axhline(panel.level[1], linestyle=":", color="black", label=panel.level[0])
     if panel.logarithmic and min(values, default=1.0) > 0:

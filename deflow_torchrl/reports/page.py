@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -12,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from deflow_torchrl.algorithms.panels import Panel
 from deflow_torchrl.algorithms.registry import ALGORITHMS
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.paths import write_text
 from deflow_torchrl.reports.figures import (
     DIAGNOSTICS,
-    Diagnostic,
     check_report_extra,
     colours_of,
     draw_diagnostic_of_runs,
@@ -45,7 +46,6 @@ from deflow_torchrl.reports.tables import (
     variant_grids,
 )
 
-_TRUST_REGION = ("train/divergence_ratio", "train/alpha", "train/action_distance")
 _CURVE_RESAMPLES = 2_000
 
 
@@ -79,7 +79,9 @@ def write_html_report(
         "title": title,
         "record": record,
         "figure": figure.read_bytes(),
-        "diagnostics": draw_diagnostics(rows),
+        "diagnostics": draw_diagnostics(
+            rows, ALGORITHMS[record["algo"]].panels if record["algo"] in ALGORITHMS else ()
+        ),
         "settings": flat_settings(record),
         "target_divergence": target_divergence,
     }
@@ -272,22 +274,16 @@ def learning_curve(runs: Sequence[FinishedRun]) -> list[tuple[int, float, float,
     return points
 
 
-def _draw_trust_region(runs: Sequence[FinishedRun]) -> list[tuple[str, list[tuple[Diagnostic, bytes]]]]:
-    drawn = []
+def _draw_trust_region(runs: Sequence[FinishedRun]) -> list[tuple[str, list[tuple[Panel, bytes]]]]:
+    compared, drawn = [panel for panel in DIAGNOSTICS if panel.compared], []
     for name, columns in _by_task(runs).items():
         rows = {column_name(column): [run.rows() for run in members] for column, members in columns.items()}
         # Methods without a trust region are not in the legend.
-        rows = {
-            label: own
-            for label, own in rows.items()
-            if any(key in row for one in own for row in one for key in _TRUST_REGION)
-        }
-        panels = []
-        for diagnostic in DIAGNOSTICS:
-            if diagnostic.name in _TRUST_REGION:
-                png = draw_diagnostic_of_runs(diagnostic, rows, colours=_colours(rows))
-                panels += [(diagnostic, png)] if png is not None else []
-        drawn += [(name, panels)] if panels else []
+        named = {label: set(itertools.chain(*itertools.chain(*own))) for label, own in rows.items()}
+        rows = {label: rows[label] for label, names in named.items() if any(panel.name in names for panel in compared)}
+        pictures = [(panel, draw_diagnostic_of_runs(panel, rows, colours=_colours(rows))) for panel in compared]
+        if panels := [(panel, png) for panel, png in pictures if png is not None]:
+            drawn.append((name, panels))
     return drawn
 
 

@@ -11,8 +11,8 @@ from .flow_bc import FlowBCConfig as FlowBCConfig
 from .fql import FQLConfig as FQLConfig
 from .ifql import IFQLConfig as IFQLConfig
 from .iql import IQLConfig as IQLConfig
-from .rebrac import ReBRACConfig as ReBRACConfig
 from .panels import Panel as Panel
+from .rebrac import ReBRACConfig as ReBRACConfig
 from .registry import ALGORITHMS as ALGORITHMS
 from .registry import get_algorithm as get_algorithm
 from .registry import register_algorithm as register_algorithm

@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,28 @@ class Grid:
             "| " + " | ".join(text.replace("|", r"\|") for text in texts) + " |" for texts in [self.headers, *rows]
         ]
         return [lines[0], "|" + "---|" * len(self.headers), *lines[1:]]
+
+
+@functools.cache
+def _texts() -> Mapping[str, Any]:
+    return json.loads(resources.files(__package__).joinpath("grids.json").read_text(encoding="utf-8"))
+
+
+def make_grid(kind: str, rows: Sequence[GridRow], *, columns: Sequence[str] = (), **values: Any) -> Grid:
+    """A table with the title, caption and headers that ``grids.json`` has for its kind.
+
+    Args:
+        kind: a key of the file; of tables copied from the paper it begins with ``paper``.
+        rows: of the table.
+
+    Keyword Args:
+        columns: headers after those of the file.
+        **values: what the names in its texts stand for.
+    """
+    text = _texts()[kind]
+    headers = (*(header.format(**values) for header in text["headers"]), *columns)
+    title, caption = (text[name].format(**values) for name in ("title", "caption"))
+    return Grid(title, caption, headers, rows, copied=kind.startswith("paper"))
 
 
 def grid_row(*cells: Entry | str | int, kind: str = "task") -> GridRow:

@@ -11,10 +11,9 @@ from importlib import resources
 from typing import Any
 
 from deflow_torchrl.errors import InputError
-from deflow_torchrl.reports.grids import Entry, Grid, grid_row
+from deflow_torchrl.reports.grids import Entry, Grid, grid_row, make_grid
 from deflow_torchrl.tasks import PaperTask, paper_task, paper_tasks
 
-COPIED = "Copied from the paper"
 _PHASES = {"offline_training": "offline update", "online_training": "online update", "inference": "one action"}
 
 
@@ -100,20 +99,16 @@ def paper_grids(tasks: Sequence[str], online_tasks: Sequence[str], *, ablation: 
     online = [(task, paper_cells(task, online=True)) for task in online_tasks]
     grids = []
     if families:
-        caption = "Tables 1 and 7: success in % or normalised score, mean±std over 8 seeds (pixels 4; from prior work without ±)"
-        grids.append(_grid(f"{COPIED}: offline", caption, [row for rows in families.values() for row in rows]))
-    if any(cells for _, cells in online):
-        caption = "Table 2: before → after 1M online steps, mean±std over 8 seeds (from prior work without ±)"
-        rows = [(family_of(task), task, "task", cells) for task, cells in online if cells]
-        grids.append(_grid(f"{COPIED}: offline to online", caption, rows))
+        grids.append(_grid("paper_offline", [row for rows in families.values() for row in rows]))
+    if rows := [(family_of(task), task, "task", cells) for task, cells in online if cells]:
+        grids.append(_grid("paper_online", rows))
     if ablation:
-        caption = "Table 5: DeFlow with a fixed multiplier, before → after 1M online steps, mean±std"
         names = ["0.03", "0.1", "0.3", "1", "3", "adaptive"]
         rows = [
             (family_of(task), task, "task", {f"alpha {name}": cells.get(name) for name in names})
             for task, cells in tables["alpha_ablation"].items()
         ]
-        grids.append(_grid(f"{COPIED}: fixed alpha", caption, rows))
+        grids.append(_grid("paper_ablation", rows))
     return grids
 
 
@@ -123,16 +118,16 @@ def paper_runtime() -> Grid:
         grid_row(method, _PHASES[phase], Entry(_number(mean, std), mean))
         for method, phase, mean, std in paper_tables()["runtime_ms"]
     ]
-    return Grid(f"{COPIED}: time", "Table 4, RTX 3090, mean±std", ("method", "phase", "ms per step"), rows, copied=True)
+    return make_grid("paper_time", rows)
 
 
-def _grid(title: str, caption: str, rows: Sequence[tuple[str, str, str, Mapping[str, Any]]]) -> Grid:
+def _grid(kind: str, rows: Sequence[tuple[str, str, str, Mapping[str, Any]]]) -> Grid:
     columns = list(dict.fromkeys(name for *_, cells in rows for name in cells))
     lines = [
-        grid_row(family, task, *(_cell(cells.get(name)) for name in columns), kind=kind)
-        for family, task, kind, cells in rows
+        grid_row(family, task, *(_cell(cells.get(name)) for name in columns), kind=row_kind)
+        for family, task, row_kind, cells in rows
     ]
-    return Grid(title, caption, ("family", "task", *columns), lines, copied=True)
+    return make_grid(kind, lines, columns=columns)
 
 
 def _cell(cell: Sequence[float] | None) -> Entry:

@@ -13,7 +13,7 @@ import numpy as np
 
 from deflow_torchrl.algorithms.registry import ALGORITHMS
 from deflow_torchrl.errors import InputError
-from deflow_torchrl.reports.grids import Entry, Grid, grid_row
+from deflow_torchrl.reports.grids import Entry, Grid, grid_row, make_grid
 from deflow_torchrl.reports.paper import family_of, paper_means, paper_methods, task_order
 from deflow_torchrl.reports.records import METRICS
 from deflow_torchrl.reports.runs import FinishedRun, natural, score_of, standard_error
@@ -31,11 +31,6 @@ from deflow_torchrl.reports.statistics import (
 
 BOLD_FROM = 0.95  # share of the row's best from which the paper prints a mean in bold
 NEAR = "≈"
-_READING = (
-    f"mean±std over seeds (by S - 1), in brackets the standard error of the mean over all episodes; bold: at least "
-    f"{BOLD_FROM:.0%} of the row's best; {NEAR}: the gap to the best lies inside the noise, of the episodes or of the seeds "
-    "(two-sided 95%, Welch's test over seeds)"
-)
 
 
 @dataclass(frozen=True)
@@ -257,16 +252,7 @@ def ranking_grid(table: Table) -> Grid | None:
         agreement = Entry("" if tau is None else f"{tau:+.2f}", tau)
         counts = (Entry(f"{near} of {len(pairs)}", near), Entry(f"{agreeing} of {len(clear)}", agreeing))
         lines.append(grid_row(row.name, _order(ours), _order(theirs), agreement, *counts))
-    if not lines:
-        return None
-    caption = (
-        "Methods that both have, by their means; tau: Kendall's tau-b of the two orders, 1 for the same and -1 for the reverse. "
-        "Pairs inside our noise have no order of their own in our runs; the last column counts those of the other pairs that "
-        "stand as in the paper. Other data, steps or networks than the paper's can change an order without either being wrong"
-    )
-    headers = ("task", "our order", "the paper's order (copied)", "tau", "pairs inside our noise")
-    title = f"Ranking beside the paper's, {table.phase}"
-    return Grid(title, caption, (*headers, "other pairs as in the paper"), lines)
+    return make_grid("ranking", lines, phase=table.phase) if lines else None
 
 
 def aggregate_grid(table: Table) -> Grid | None:
@@ -300,16 +286,9 @@ def aggregate_grid(table: Table) -> Grid | None:
             else:
                 entries += [Entry(""), Entry("")]
         lines.append(grid_row(column_name(column), len(mine), *entries))
-    headers = ["method", "tasks", "IQM", "95% interval"]
-    caption = (
-        "Interquartile mean of all runs, with a bootstrap interval that resamples seeds within each task (none of single seeds; "
-        "of few seeds too narrow). Columns with other tasks are not comparable"
-    )
-    if reference is not None:
-        name = column_name(reference)
-        headers += [f"P({name} better)", "95% interval"]
-        caption += f"; P: how often a run of {name} beats one of the row's method on the same task, ties half"
-    return Grid(f"Over tasks, {table.phase}", caption, headers, lines)
+    if reference is None:
+        return make_grid("aggregate", lines, phase=table.phase)
+    return make_grid("improvement", lines, phase=table.phase, name=column_name(reference))
 
 
 def paired_grid(table: Table) -> Grid | None:
@@ -326,16 +305,9 @@ def paired_grid(table: Table) -> Grid | None:
             gap = Entry(f"{result.mean * scale:+.1f}", result.mean)
             interval = _range(result.low * scale, result.high * scale, "+.1f")
             lines.append(grid_row(row.name, column_name(column), gap, interval, result.pairs))
-    if not lines:
-        return None
-    name, units = column_name(reference), dict.fromkeys(METRICS[row.metric].unit for row in table.rows)
-    caption = (
-        f"{name} minus the other method, {' or '.join(units)}, over episodes of the same start in the "
-        "final evaluations of the same seed of training, with a 95% bootstrap interval over these pairs: the noise of the "
-        "episodes under these very policies, not that of training"
-    )
-    headers = ("task", "method", f"{name} minus method", "95% interval", "pairs")
-    return Grid(f"Paired differences, {table.phase}", caption, headers, lines)
+    units = dict.fromkeys(METRICS[row.metric].unit for row in table.rows)
+    named = {"name": column_name(reference), "units": " or ".join(units), "phase": table.phase}
+    return make_grid("paired", lines, **named) if lines else None
 
 
 def time_grid(runs: Sequence[FinishedRun]) -> Grid:
@@ -354,8 +326,7 @@ def time_grid(runs: Sequence[FinishedRun]) -> Grid:
         mean = float(np.mean(each))
         text = "" if math.isnan(mean) else f"{mean:.2f}" + (f"±{np.std(each, ddof=1):.2f}" if len(each) > 1 else "")
         rows.append(grid_row(column_name(column), machine, len(each), Entry(text, mean)))
-    caption = "Wall time of drawing batches and updating, without acting and evaluating, by gradient steps; mean±std over runs"
-    return Grid("Time", caption, ("method", "machine", "runs", "ms per gradient step"), rows)
+    return make_grid("time", rows)
 
 
 def online_progress(records: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -418,9 +389,17 @@ def _results(title: str, table: Table, rows: Sequence[Row], columns: Sequence[st
         entries = [_entry(row, row.cells[column], best) if column in row.cells else Entry("") for column in columns]
         name = f"{row.name} ({METRICS[row.metric].unit})" if len(units) > 1 else row.name
         lines.append(grid_row(row.family, name, *entries, kind=row.kind))
-    arrow = "end of the offline phase → end of the run; " if table.online else ""
-    caption = f"{arrow}{' or '.join(units)}; {_READING}. A seed's score is {_evaluations(rows, columns)}"
-    return Grid(title, caption, ("family", "task", *headers), lines)
+    return make_grid(
+        "results",
+        lines,
+        columns=headers,
+        title=title,
+        arrow="end of the offline phase → end of the run; " if table.online else "",
+        units=" or ".join(units),
+        bold=BOLD_FROM,
+        near=NEAR,
+        evaluations=_evaluations(rows, columns),
+    )
 
 
 def _entry(row: Row, cell: Cell, best: Cell) -> Entry:

@@ -59,7 +59,7 @@ class OracleSettings:
 
 @dataclass(frozen=True)
 class VisibleCube:
-    """The region where the scene's cube must stay, in metres: elsewhere it may be hidden, and goal images be ambiguous.
+    """Region in which the scene's cube must stay, in metres; outside it the cube may be hidden and goal images ambiguous.
 
     Attributes:
         below_y: bound of y; the cube stays below it.
@@ -88,7 +88,7 @@ class ManipulationSettings(EpisodeSettings):
         max_noise: upper end of the noise level, which is drawn once per episode.
         random_action_probability: share of uniformly random actions.
         stacking_probability: interval from which an episode's probability of stacking cubes is drawn.
-        visible_cube: condition on an episode; one that fails it is made anew.
+        visible_cube: condition on an episode; an episode that fails it is generated again.
     """
 
     oracles: dict[str, OracleSettings]
@@ -104,12 +104,12 @@ class ManipulationSettings(EpisodeSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class PointMazeSettings(EpisodeSettings):
-    """A maze set of the point agent, which acts by the direction it is to go.
+    """A maze set of the point agent, whose action is the direction of its next step.
 
     Attributes:
         noise: standard deviation of the Gaussian action noise.
-        goal_distance: path length in cells from the start to the episode's one goal (``stitch``); with ``None`` goals are
-            drawn from the corners, junctions and dead ends, a new one whenever one is reached (``navigate``).
+        goal_distance: path length in cells from the start to the only goal of an episode (``stitch``). If ``None``, goals are
+            corners, junctions and dead ends, and a new one is drawn when one is reached (``navigate``).
     """
 
     noise: float = 0.5
@@ -120,7 +120,7 @@ class PointMazeSettings(EpisodeSettings):
 
 
 class EpisodeCollector(ABC):
-    """A simulator, kept between episodes, and the policy that acts in it. Draws come from numpy's global generator.
+    """A simulator, which is kept between episodes, and the policy that acts in it. Draws use numpy's global generator.
 
     Args:
         settings: the data set's.
@@ -133,7 +133,7 @@ class EpisodeCollector(ABC):
         )
 
     def run(self, seed: int, on_step: Callable[[], object] = lambda: None) -> dict[str, np.ndarray] | None:
-        """Run one episode whose reset has this seed; ``None`` if it fails the set's condition and is to be made anew.
+        """Run one episode from a reset with this seed; ``None`` if it fails the set's condition and must be generated again.
 
         Args:
             seed: of the reset.
@@ -169,10 +169,10 @@ class EpisodeCollector(ABC):
 
     @abstractmethod
     def after_step(self, info: dict[str, Any]) -> None:
-        """Set a new target where the step has reached the old one."""
+        """Set a new target if the step has reached the current one."""
 
     def accepts(self, qpos: np.ndarray) -> bool:
-        """Whether an episode with these positions ``[T, Q]`` belongs into the set."""
+        """Whether an episode with these positions ``[T, Q]`` belongs in the set."""
         return True
 
 
@@ -253,7 +253,7 @@ class PointMazeCollector(EpisodeCollector):
 
     def after_step(self, info: dict[str, Any]) -> None:  # noqa: D102
         if info["success"] and self.settings.goal_distance is None:
-            # The environment draws a goal near the cell too, but then marks it at a NaN position in its model.
+            # The environment's own method draws a goal near the cell too, but marks it at a NaN position in its model.
             goal = self.maze.ij_to_xy(_draw(self.goal_cells))
             self.maze.set_goal(goal_xy=self.maze.add_noise(goal))
 
@@ -269,7 +269,7 @@ def _manipulation(
     options: Mapping[str, float | bool] = MappingProxyType({}),
     **common: Any,
 ) -> dict[str, EpisodeSettings]:
-    """The play set and the noisy set of an environment, whose targets are of these kinds."""
+    """The play and the noisy set of an environment; ``kinds`` are the kinds of targets."""
     play, noisy = {"noise": 0.1, "noise_smoothing": 0.5}, {"min_norm": 0.4}
     return {
         f"{environment}-{data}-v0": ManipulationSettings(

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""Estimates of what a sweep costs, from the updates per second of runs in its folder, or else of updates that are timed here."""
+"""Estimate the cost of a sweep from the updates per second of runs in its folder or, without such runs, of updates timed here."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _WIDTHS = (64, 16)  # observations and actions are counted in so many
 
 
 class _Kind(NamedTuple):
-    """Updates that take the same time."""
+    """Key of updates that take the same time."""
 
     method: str
     observation_dim: int
@@ -61,13 +61,13 @@ def estimate_costs(plan: SweepPlan, *, show_progress: bool = True) -> dict[str, 
         show_progress: show a progress bar on standard error.
 
     Returns:
-        ``cells`` (task, algo, seeds, how many of them are done, steps of each, folder, updates a second, hours still to go),
-        ``jobs``, their number, ``left_out`` (cell -> why it cannot be trained), ``speeds``, ``at_once``, ``threads`` (of a job),
-        ``core_hours`` and ``wall_hours`` (as if all ran on this machine, ``at_once`` jobs together).
+        ``cells`` (task, algo, seeds, number of finished seeds, steps of each, folder, updates per second, remaining hours),
+        ``jobs`` (their number), ``left_out`` (cell -> reason), ``speeds``, ``at_once`` (jobs that run at once), ``threads`` (of a
+        job), ``core_hours`` and ``wall_hours`` (of all jobs on this machine, ``at_once`` at a time).
 
     Raises:
-        InputError: if a folder holds runs of other settings, or a device, or an environment or data set that is needed for its
-            sizes, cannot be had.
+        InputError: if a folder holds runs of other settings, or a device, or an environment or data set that gives the widths,
+            is not available.
     """
     check_devices(plan)
     jobs = plan_jobs(plan)
@@ -119,7 +119,7 @@ def estimate_costs(plan: SweepPlan, *, show_progress: bool = True) -> dict[str, 
 
 
 def describe_costs(estimate: Mapping[str, Any]) -> str:
-    """An estimate for a reader: a line for each cell, then the sums."""
+    """Format an estimate as text: a line for each cell, then the sums."""
     line = "{:<48} {:<24} {:>8} {:>10} {:>10}  {}"
     lines = [line.format("task", "method", "seeds", "steps", "hours", "folder")]
     for row in estimate["cells"]:
@@ -141,7 +141,7 @@ def describe_costs(estimate: Mapping[str, Any]) -> str:
 
 
 def describe_left_out(left_out: Mapping[str, str]) -> list[str]:
-    """A line for each reason: how many cells, of which methods and tasks.
+    """Give a line for each reason: the number of cells, their methods and tasks.
 
     Examples:
         >>> describe_left_out({"a-task1-v0/iql": "no value", "a-task2-v0/iql": "no value"})
@@ -161,7 +161,7 @@ def describe_left_out(left_out: Mapping[str, str]) -> list[str]:
 
 
 def _row(cell: Cell, jobs: Sequence[Job], speed: float) -> tuple[dict[str, Any], list[float]]:
-    """A cell's line of the estimate, and the seconds of each of its jobs that is not finished."""
+    """A cell's row of the estimate, and the seconds that each of its unfinished jobs needs."""
     config, seconds, finished = cell.settled, [], 0
     for job in jobs:
         if is_done(job):
@@ -187,7 +187,7 @@ def _row(cell: Cell, jobs: Sequence[Job], speed: float) -> tuple[dict[str, Any],
 
 
 def _wall(seconds: Sequence[float], at_once: int) -> float:
-    """Seconds until all jobs are done, the longest started first."""
+    """Seconds until all jobs are done if the longest are started first."""
     ends = [0.0] * at_once
     for duration in sorted(seconds, reverse=True):
         heapq.heapreplace(ends, ends[0] + duration)
@@ -196,8 +196,8 @@ def _wall(seconds: Sequence[float], at_once: int) -> float:
 
 def _kind_of(cell: Cell, sizes: dict[str, tuple[int, int]]) -> _Kind:
     config = cell.settled
-    # A learning rate does not change the time of an update; counts of steps or samples, widths and precisions do. No update uses
-    # num_samples, which is for acting.
+    # Counts of steps or samples, widths and precisions change the time of an update; a learning rate does not. num_samples is
+    # used for acting only.
     neutral = ("q_aggregation", "num_samples")
     counts = {
         name: value
@@ -212,9 +212,9 @@ def _kind_of(cell: Cell, sizes: dict[str, tuple[int, int]]) -> _Kind:
 
 
 def _sizes(config: SettledConfig, known: dict[str, tuple[int, int]]) -> tuple[int, int]:
-    """Widths of a task's observations and actions: of D4RL's table, of the environment, or of one's own data."""
+    """Widths of a task's observations and actions, from D4RL's table, the environment or the user's own data."""
     task = find_task(config)
-    # Tasks of one set have the same sizes, and to make an environment takes a second.
+    # Tasks that share a data set have the same widths, and making an environment takes a second.
     if task.data_name in known:
         return known[task.data_name]
     facts = d4rl_task(task.dataset)
@@ -229,14 +229,14 @@ def _sizes(config: SettledConfig, known: dict[str, tuple[int, int]]) -> tuple[in
         spaces = env.observation_space.shape, env.action_space.shape
         env.close()
         if spaces[0] is None or spaces[1] is None:
-            raise InputError(f"{config.task}: {task.environment} has no vectors for observations and actions")
+            raise InputError(f"{config.task}: {task.environment} has observations or actions that are not vectors")
         widths = spaces[0][-1], spaces[1][-1]
     known[task.data_name] = widths
     return widths
 
 
 def _measure(config: SettledConfig, kind: _Kind, stack: int, seconds: float) -> float:
-    """Updates of one seed a second, of ``stack`` seeds together."""
+    """Time updates of ``stack`` seeds trained together; returns updates per second, summed over the seeds."""
     device = torch.device(config.device)
     enable_kernels(config.kernels)
     with generators_set_aside():
@@ -273,7 +273,7 @@ def _finish(device: torch.device) -> None:
 
 
 def _recorded_speeds(plan: SweepPlan, kinds: Mapping[str, _Kind], threads: int) -> dict[_Kind, float]:
-    """Updates per second in the sweep's folder, of records made with this machine's processor and as many threads."""
+    """Updates per second of records in the sweep's folder that were made on this processor with the same number of threads."""
     here = {**hardware(), "torch_threads": threads}
     found: dict[_Kind, list[float]] = {}
     for cell in plan.trained:
@@ -287,7 +287,7 @@ def _recorded_speeds(plan: SweepPlan, kinds: Mapping[str, _Kind], threads: int) 
 
 
 def _records(folder: Path) -> Iterator[dict[str, Any]]:
-    """The records of a cell that can be read."""
+    """The readable records of a cell."""
     for path in sorted(folder.glob(f"seed*/{RECORD_FILE}")):
         try:
             yield load_record(path)

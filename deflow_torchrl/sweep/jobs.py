@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""The jobs of a sweep: what one process works on, the state of its folder, and how it is run."""
+"""Jobs of a sweep: the runs that one process trains, the state of their folder, and how a job is run."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ _TAIL = 1 << 16  # bytes of metrics that are read
 
 @dataclass(frozen=True)
 class Job:
-    """What one process works on: a run, or the runs of a cell's seeds that train together.
+    """The work of one process: a run, or the runs of those seeds of a cell that train together.
 
     Attributes:
-        name: ``TASK/ALGO/seedN``, or ``TASK/ALGO`` of seeds that train together.
+        name: ``TASK/ALGO/seedN``; ``TASK/ALGO`` if several seeds train together.
         cell: name of the cell.
         task: the task's name.
         algo: the variant's label.
@@ -73,7 +73,7 @@ class Job:
 
     @property
     def settings_file(self) -> Path:
-        """The settings in its folder, once it was begun."""
+        """File of settings in its folder; exists once the job was started."""
         return Path(self.out) / (GROUP_FILE if self.stacked else CONFIG_FILE)
 
     @property
@@ -82,7 +82,7 @@ class Job:
         return Path(self.out) / LOCK_FILE
 
     def log(self, sweep: Path) -> Path:
-        """File of what it prints (``local``)."""
+        """File that the engine ``local`` writes its output to."""
         return sweep / LOGS / f"{self.name.replace('/', '--')}.log"
 
 
@@ -91,9 +91,9 @@ class Outcome:
     """How a job's process ended.
 
     Attributes:
-        kind: ``done``; ``failed``, worth trying again; ``refused``, on input that trying again does not mend; ``lost``, with
-            its machine or process, through no fault of its own; ``interrupted``.
-        message: why, in a line; empty where done.
+        kind: ``done``; ``failed``: may succeed if tried again; ``refused``: bad input, trying again does not help; ``lost``:
+            its machine or process ended for another reason than the job; ``interrupted``.
+        message: the reason in one line; empty if done.
         host: where it ran; None where unknown.
     """
 
@@ -129,7 +129,7 @@ class JobProgress:
     score: float | None = None
 
     def look(self) -> None:
-        """Read the last rows of its runs' metrics."""
+        """Update ``step`` and ``score`` from the last rows of its runs' metrics."""
         rows = [_last_row(folder / "metrics.jsonl") for folder in self.job.folders]
         self.step = self.job.steps if self.state == "done" else min(int(row.get("step", 0)) for row in rows)
         for name in METRICS:
@@ -138,7 +138,7 @@ class JobProgress:
                 break
 
     def describe(self) -> str:
-        """Its state in words."""
+        """Describe its state in words."""
         text = self.state
         if self.state == "running" and self.host is not None:
             text += f" on {self.host}"
@@ -148,7 +148,7 @@ class JobProgress:
 
 
 def _last_row(path: Path) -> dict[str, Any]:
-    """The last numbers under each name in a ``metrics.jsonl`` that grows."""
+    """The latest value under each name in a ``metrics.jsonl`` that is being written."""
     row: dict[str, Any] = {}
     with contextlib.suppress(OSError), path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - _TAIL))
@@ -159,14 +159,14 @@ def _last_row(path: Path) -> dict[str, Any]:
 
 
 def jobs_at_once(plan: SweepPlan) -> int:
-    """How many jobs a plan runs at once on this machine: one a core, or one where they use a GPU."""
+    """Number of jobs that run at once on this machine: one per core, or one if they use a GPU."""
     if plan.jobs is not None:
         return plan.jobs
     return 1 if uses_gpu(plan) else max(1, min(available_cores(), len(plan.trained) * len(plan.seeds)))
 
 
 def plan_jobs(plan: SweepPlan) -> list[Job]:
-    """The jobs of a plan; seeds that were begun together in its folder stay one job.
+    """The jobs of a plan. Seeds that were started together in its folder stay one job.
 
     Raises:
         InputError: if a folder holds a run or a group of other settings, or is damaged.
@@ -187,9 +187,9 @@ def is_done(job: Job) -> bool:
 
 
 def have_data(plan: SweepPlan, jobs: Sequence[Job], *, show_progress: bool = True) -> None:
-    """Check that the data of these jobs are available, and fetch what is missing, once for all jobs of a set.
+    """Check that the data of these jobs are available, and fetch missing sets, each once.
 
-    Where jobs run on other machines, data in folders of each machine are not looked at.
+    If jobs run on other machines, data in folders of those machines are not checked.
 
     Raises:
         InputError: where a set cannot be found or fetched.
@@ -213,7 +213,7 @@ def have_data(plan: SweepPlan, jobs: Sequence[Job], *, show_progress: bool = Tru
         except InputError as error:
             missing.append((data, error))
             if config.download:
-                break  # where one host does not answer, to ask it for each set takes minutes
+                break  # a host that does not answer would cost minutes for each further set
     if missing:
         (data, reason), *others = missing
         more = f"; {len(others)} more are missing: {', '.join(name for name, _ in others)}" if others else ""
@@ -232,14 +232,14 @@ def check_devices(plan: SweepPlan) -> None:
 
 
 def check_folder(job: Job) -> None:
-    """Raise InputError if the job's folder holds something of other settings."""
+    """Raise InputError if the job's folder holds a run of other settings."""
     wanted = {job.settings_file: job.config}
-    if job.stacked:  # a finished group's runs may have gone on by themselves since
+    if job.stacked:  # runs of a finished group may have been resumed one by one
         for seed, folder in zip(job.seeds, job.folders, strict=True):
             wanted[folder / CONFIG_FILE] = {**job.config, "seed": seed, "seeds": None}
     for path, config in wanted.items():
         if path.is_file():
-            # What earlier versions left open is filled in by reading it.
+            # Reading fills in settings that earlier versions did not write.
             saved = config_to_dict(config_from_dict(read_settings(path)["config"]))
             if changes := changed_settings({"settings": saved}, {"settings": config}):
                 raise InputError(
@@ -251,8 +251,8 @@ def check_folder(job: Job) -> None:
 def run_job(job: Job, *, show_progress: bool = False) -> Outcome:
     """Run a job in this process: from its start or its last checkpoints, or not at all where it is done.
 
-    Its folder is locked meanwhile. Where another process holds the lock (perhaps one that its sweep counts as lost), this one
-    waits as long as the run's files change.
+    Its folder is locked while it runs. If another process holds the lock (perhaps one that its sweep counts as lost), this
+    process waits as long as the run's files change.
     """
     host = socket.gethostname()
     folders = list(dict.fromkeys([Path(job.out), *job.folders]))
@@ -295,7 +295,7 @@ def _train(job: Job, *, show_progress: bool) -> None:
     options: dict[str, Any] = {"command": job.command, "show_progress": show_progress}
     if job.settings_file.is_file():
         saved = read_settings(job.settings_file)["config"]
-        # What may change, and has changed since the run was begun.
+        # Settings that may change, and differ from those the run was started with.
         changed = [name for name in sorted(NEUTRAL_SETTINGS - {"out"}) if saved.get(name) != job.config.get(name)]
         overrides = [f"{name}={override_value(job.config[name])}" for name in changed]
         resume(Path(job.out), overrides=overrides, **options)
@@ -306,7 +306,7 @@ def _train(job: Job, *, show_progress: bool) -> None:
 def _signs_of_life(job: Job) -> list[tuple[str, int, int]]:
     signs = []
     for path in sorted(path for folder in job.folders for path in folder.rglob("*")):
-        with contextlib.suppress(OSError):  # gone meanwhile, as checkpoints are
+        with contextlib.suppress(OSError):  # removed in the meantime, as old checkpoints are
             about = path.stat()
             signs.append((str(path), about.st_mtime_ns, about.st_size))
     return signs

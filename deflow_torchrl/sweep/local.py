@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""The engine ``local``: a process for each job, as many at once as this machine has cores for."""
+"""The engine ``local``: one process per job, as many at once as this machine has cores."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from deflow_torchrl.processes import (
 )
 from deflow_torchrl.sweep.jobs import Job, Outcome, describe_error, run_job
 
-# What a job needs, imported once for all of them.
+# Modules that every job needs, imported once.
 _PRELOADED = ["deflow_torchrl.runs.run", "deflow_torchrl.reports.page", "yaml", "gymnasium"]
 
 
@@ -41,14 +41,14 @@ class _Running:
 
 
 class LocalEngine:
-    """A process for each job, so that a crash or a lack of memory ends one job only.
+    """Run each job in a process of its own, so that a crash or a lack of memory ends that job only.
 
-    On a CPU the processes are forked from one that has only imported the package. On a GPU, which a forked process may not use,
-    and on Windows, each process starts anew.
+    On a CPU the processes are forked from a process that has only imported the package. A forked process cannot use a GPU, so
+    there, and on Windows, each process is started anew.
 
     Args:
         jobs: how many run at once.
-        sweep: the sweep's folder, for what the jobs print.
+        sweep: the sweep's folder; the jobs' output is written below it.
 
     Keyword Args:
         gpu: whether they use an accelerator.
@@ -74,7 +74,7 @@ class LocalEngine:
 
     @property
     def free(self) -> int:
-        """How many more jobs can start now."""
+        """Number of further jobs that can start now."""
         return self.jobs - len(self._running)
 
     def start(self, job: Job) -> None:
@@ -90,7 +90,7 @@ class LocalEngine:
         self._running.append(_Running(job, process, results))
 
     def wait(self, seconds: float) -> list[tuple[Job, Outcome]]:
-        """Jobs that have ended, at once or within so many seconds."""
+        """Wait up to so many seconds for a job to end; returns the jobs that have ended."""
         if not self._running:
             time.sleep(seconds)
             return []
@@ -106,7 +106,7 @@ class LocalEngine:
                 os.kill(running.process.pid, signal.SIGTERM)
 
     def kill(self) -> None:
-        """End what still runs at once; checkpoints are whole at any moment."""
+        """Kill every running job; checkpoints are whole at any moment."""
         for running in self._running:
             _kill_group(running.process.pid)
             running.process.kill()
@@ -121,7 +121,7 @@ def _outcome(running: _Running) -> Outcome:
         if running.results.poll():
             outcome = running.results.recv()
     running.results.close()
-    _kill_group(process.pid)  # whatever it has left behind
+    _kill_group(process.pid)  # processes that it has left running
     if outcome is not None:
         return outcome
     if process.exitcode is not None and process.exitcode < 0:
@@ -134,7 +134,7 @@ def _outcome(running: _Running) -> Outcome:
 def _work(job: Job, results: Connection, log: str, threads: int) -> None:
     """Run a job in this process of its own."""
     if hasattr(os, "setsid"):
-        os.setsid()  # Ctrl-C in the terminal is the sweep's to hand on
+        os.setsid()  # Ctrl-C in the terminal reaches the sweep, which interrupts its jobs
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -149,7 +149,7 @@ def _work(job: Job, results: Connection, log: str, threads: int) -> None:
         import torch
 
         keep_freed_memory()
-        torch.set_num_threads(threads)  # settings of the job's own come later
+        torch.set_num_threads(threads)  # the job's own setting of threads overrides it later
         outcome = run_job(job)
     except KeyboardInterrupt:
         outcome = Outcome("interrupted")
@@ -164,7 +164,7 @@ def _work(job: Job, results: Connection, log: str, threads: int) -> None:
 
 
 def _kill_group(pid: int) -> None:
-    """End a job's process and those it has started, which step its environments and on Windows end by themselves."""
+    """Kill a job's process and the processes it has started to step its environments; on Windows those end by themselves."""
     if not hasattr(os, "killpg"):
         return
     with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -173,7 +173,7 @@ def _kill_group(pid: int) -> None:
 
 @contextlib.contextmanager
 def _few_threads(number: int) -> Iterator[None]:
-    """Set the threads of processes that start in this block; :func:`_work` does so where OpenMP does not bind torch's."""
+    """Set the number of threads of processes started in this block; :func:`_work` sets it again for builds without OpenMP."""
     saved = os.environ.copy()
     os.environ["OMP_NUM_THREADS"] = str(number)
     if "OMP_WAIT_POLICY" not in os.environ:

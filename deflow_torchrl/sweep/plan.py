@@ -30,12 +30,12 @@ from deflow_torchrl.tasks.protocols import get_protocol
 PLAN_FILE = "sweep.json"
 STATUS_FILE = "status.jsonl"
 LOGS = "logs"
-_MOST_SEEDS = 1000  # more are a typing error: each seed is a job and a folder of every cell
+_MOST_SEEDS = 1000  # a larger number is a typing error: each seed is a job and a folder in every cell
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A method, with settings of its own that tell it from the same method without them.
+    """A method, possibly with settings that differ from its defaults.
 
     Attributes:
         method: its name.
@@ -47,7 +47,7 @@ class Variant:
 
     @property
     def label(self) -> str:
-        """Name of its folder: the method's, with the settings behind it.
+        """Name of its folder: the method's name, then its settings.
 
         Examples:
             >>> Variant("deflow", ("fixed_alpha=0.3",)).label
@@ -63,8 +63,8 @@ class Cell:
     Attributes:
         task: its name.
         variant: the method.
-        config: the settings of its runs, complete but for seeds and folder; None where it cannot be trained.
-        left_out: why it cannot be trained; None where it can.
+        config: all settings of its runs except seeds and folder; None if it cannot be trained.
+        left_out: the reason why it cannot be trained; None if it can.
     """
 
     task: str
@@ -93,14 +93,14 @@ class SweepPlan:
         seeds: of every cell.
         out: the sweep's folder; a run's is ``OUT/TASK/ALGO/seedN``.
         engine: ``local``, this machine's cores, or ``ray``.
-        ray_address: of the Ray cluster; a cluster of this machine alone is started where None.
-        jobs: how many jobs run at once (``local``); where None one a core, or one where ``device`` is a GPU.
+        ray_address: address of the Ray cluster; if None a cluster of this machine alone is started.
+        jobs: number of jobs that run at once (``local``); if None one per core, or one if ``device`` is a GPU.
         stacked: whether a cell's seeds train together in one process: ``true``, ``false``, or ``auto``: on a GPU and on Ray.
             Cells that cannot (online steps, compile, wandb, mlflow) train one by one with ``auto``.
-        retries: how often a job that failed is tried again, from its last checkpoint.
+        retries: number of times that a failed job is tried again from its last checkpoint.
         num_cpus: cores of a job on Ray.
-        num_gpus: GPUs of a job on Ray; where None one if ``device`` is a GPU, else none.
-        protocol: name of the protocol whose settings are below those given; None without one.
+        num_gpus: GPUs of a job on Ray; if None one if ``device`` is a GPU, else none.
+        protocol: name of the protocol whose settings hold where ``settings`` gives none; None without one.
         settings: ``KEY=VALUE`` of ``deflow train``, as given.
         command: the command line, for the records.
     """
@@ -126,7 +126,7 @@ class SweepPlan:
 
     @property
     def left_out(self) -> dict[str, str]:
-        """The other cells -> why they cannot be trained."""
+        """Cells that cannot be trained -> the reason."""
         return {cell.name: cell.left_out for cell in self.cells if cell.left_out is not None}
 
     def as_dict(self) -> dict[str, Any]:
@@ -282,7 +282,7 @@ def _variant(text: str) -> Variant:
 
 
 def _tasks(names: Sequence[str]) -> list[tuple[str, bool, bool]]:
-    """Task names, each with whether it goes on online as the paper's and whether it was named itself."""
+    """Task names, each with two flags: whether it continues online as in the paper, and whether the user named it itself."""
     tasks: dict[str, tuple[str, bool, bool]] = {}
     for name in names:
         online, named = name == "o2o", name not in ("all", "o2o", *families(), *family_groups())
@@ -318,7 +318,7 @@ def _cells(
                 raise InputError("has images for observations: not trainable in this version")
             cells.append(Cell(task, variant, readers[variant](task, online)))
         except InputError as error:
-            # Of a family, tasks that a method has no values for are left out; one that was named is an error.
+            # A task of a family is left out if the method has no values for it; for a task that the user named this is an error.
             if named:
                 raise InputError(f"{task} with {variant.label}: {error}") from error
             cells.append(Cell(task, variant, None, str(error)))
@@ -328,7 +328,7 @@ def _cells(
 
 
 def _reader(variant: Variant, settings: Sequence[str], protocol: Any) -> Callable[[str, bool], SettledConfig]:
-    """Read the given settings once; a function from a task, and whether it goes on online, to its complete settings."""
+    """Read the given settings once; returns a function from a task, and whether it continues online, to its settings."""
     base = TrainConfig(algo=get_algorithm(variant.method).config())
     method_settings = setting_names(type(base.algo))
     given = read_overrides([*settings, *(f"algo.{text}" for text in variant.settings)], base)
@@ -340,7 +340,7 @@ def _reader(variant: Variant, settings: Sequence[str], protocol: Any) -> Callabl
         fixed = {} if protocol is None else protocol.settings_of(method_settings, online=online)
         put(values, fixed)
         if protocol is not None and not given.keys() & fixed.keys():
-            values["protocol"] = protocol.name  # a run with a setting of its own in its place is not of the protocol
+            values["protocol"] = protocol.name  # a run that overrides a setting of the protocol does not follow it
         known = paper_task(task, "offline_to_online") if online else None
         if known is not None and not values["online_steps"]:
             values["online_steps"] = known.online_steps

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""The progress of a sweep on standard error: bars in a terminal, a line for each change elsewhere. Needs the extra ``cli``."""
+"""Progress of a sweep on standard error: bars in a terminal, else a line for each change. Needs the extra ``cli``."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _STATES = ("running", "failed", "interrupted", "waiting", "done")
 
 
 class SweepProgress(Progress):
-    """Show how the jobs of a sweep are doing.
+    """Show the progress of a sweep's jobs.
 
     Args:
         jobs: all of the sweep's, by name.
 
     Keyword Args:
-        live: whether bars are drawn again and again; where standard error is a terminal by default.
+        live: whether to redraw bars; by default if standard error is a terminal.
     """
 
     def __init__(self, jobs: Mapping[str, JobProgress], *, live: bool | None = None) -> None:

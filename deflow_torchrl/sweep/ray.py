@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""The engine ``ray``: a Ray task for each job, on a cluster whose nodes share the sweep's folder."""
+"""The engine ``ray``: one Ray task per job, on a cluster whose nodes share the sweep's folder."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from typing import Any
 from deflow_torchrl.errors import InputError, MissingExtraError
 from deflow_torchrl.sweep.jobs import Job, Outcome, describe_error, run_job
 
-_KNOCK_SECONDS = 5.0
+_ANSWER_SECONDS = 5.0
 _CONNECT_SECONDS = 40.0
-_STORE_BYTES = 100 << 20  # a third of the memory by default; what jobs return is a line
+_STORE_BYTES = 100 << 20  # Ray takes a third of the memory by default, and a job returns one line
 
 
 class RayEngine:
-    """Ray tasks that run jobs in processes of their own, on whichever node has room.
+    """Run each job as a Ray task in a process of its own, on any node with free resources.
 
-    Ray itself retries nothing: a task that is lost ends as ``lost``, and the sweep starts its job again from its checkpoints.
+    Ray retries nothing. A lost task has the outcome ``lost``, and the sweep starts its job again from its checkpoints.
 
     Args:
-        address: of the cluster; None takes the connection this process has, that in ``$RAY_ADDRESS``, or starts a cluster of
+        address: of the cluster. If None: the cluster this process is connected to, else ``$RAY_ADDRESS``, else a new cluster of
             this machine alone.
 
     Keyword Args:
@@ -52,13 +52,13 @@ class RayEngine:
         ray = self._ray
         if not ray.is_initialized():
             if self._address is not None:
-                _knock(self._address)
+                _check_reachable(self._address)
                 ray.init(address=self._address, log_to_driver=False, logging_level="ERROR", configure_logging=True)
             else:
                 ray.init(address="local", include_dashboard=False, object_store_memory=_STORE_BYTES, log_to_driver=False,
                          logging_level="ERROR", configure_logging=True)  # fmt: skip
             self._connected = True
-        # A process a job: what one leaves behind (threads, kernels, memory) another must not meet.
+        # One process per job: threads, kernels and memory of one job must not affect the next.
         self._task = ray.remote(**self._resources, max_retries=0, max_calls=1)(_run_on_node)
         total = ray.cluster_resources()
         for name, key in (("num_cpus", "CPU"), ("num_gpus", "GPU")):
@@ -79,7 +79,7 @@ class RayEngine:
 
     @property
     def free(self) -> int:
-        """How many more jobs can start now: Ray keeps what finds no room."""
+        """Number of further jobs that can start now: unlimited, because Ray queues them."""
         return sys.maxsize
 
     def start(self, job: Job) -> None:
@@ -87,7 +87,7 @@ class RayEngine:
         self._running[self._task.options(name=job.name).remote(job)] = job
 
     def wait(self, seconds: float) -> list[tuple[Job, Outcome]]:
-        """Jobs that have ended, at once or within so many seconds."""
+        """Wait up to so many seconds for a job to end; returns the jobs that have ended."""
         if not self._running:
             time.sleep(seconds)
             return []
@@ -103,19 +103,19 @@ class RayEngine:
             return self._ray.get(task)
         except errors.TaskCancelledError:
             return Outcome("interrupted")
-        except errors.RayTaskError as error:  # the job's own errors are outcomes: this one is of its surroundings
+        except errors.RayTaskError as error:  # the job's own errors are outcomes; this one was raised outside the job
             return Outcome("failed", f"on the node: {describe_error(error.cause or error)[:500]}")
         except errors.RayError as error:  # of node, worker or memory
             return Outcome("lost", f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
 
     def interrupt(self) -> None:
-        """Ask every job to save and end, and take back those that wait."""
+        """Ask every running job to save and end, and cancel those that wait."""
         for task in self._running:
             with contextlib.suppress(self._ray.exceptions.RayError):
                 self._ray.cancel(task, force=False)
 
     def kill(self) -> None:
-        """End what still runs at once; checkpoints are whole at any moment."""
+        """Kill every running job; checkpoints are whole at any moment."""
         for task in self._running:
             with contextlib.suppress(self._ray.exceptions.RayError, ValueError):
                 self._ray.cancel(task, force=True)
@@ -129,15 +129,15 @@ def _run_on_node(job: Job) -> Outcome:
     return run_job(job)
 
 
-def _knock(address: str) -> None:
-    """Raise InputError where no Ray cluster answers; Ray itself tries for minutes."""
+def _check_reachable(address: str) -> None:
+    """Raise InputError if no Ray cluster answers; Ray itself would try for minutes."""
     unreachable = f"no Ray cluster answers at ray_address={address}"
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if colon and not port.isdecimal():
         raise InputError(f"ray_address={address} is no address; write HOST:PORT, ray://HOST:PORT or auto")
     if colon:
         try:
-            socket.create_connection((host, int(port)), timeout=_KNOCK_SECONDS).close()
+            socket.create_connection((host, int(port)), timeout=_ANSWER_SECONDS).close()
         except (OSError, OverflowError) as error:
             raise InputError(f"{unreachable} ({getattr(error, 'strerror', None) or error})") from error
     code = "import sys, ray; ray.init(address=sys.argv[1], log_to_driver=False, logging_level='ERROR')"

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""Run a sweep: jobs go to an engine, failed jobs are tried again, and ``status.jsonl`` gets every change of a job's state."""
+"""Run a sweep: an engine runs the jobs, failed jobs are tried again, ``status.jsonl`` logs every change of a job's state."""
 
 from __future__ import annotations
 
@@ -31,50 +31,50 @@ if TYPE_CHECKING:
     from deflow_torchrl.sweep.progress import SweepProgress
 
 _LOOK_SECONDS = 1.0
-_SAVING_SECONDS = 120.0  # after Ctrl-C, until jobs that still run are killed
-_LOSSES = 10  # of machines or processes, after which a job is not started again
+_SAVING_SECONDS = 120.0  # after Ctrl-C, before jobs that still run are killed
+_LOSSES = 10  # a job that was lost more often is not started again
 
 
 class Engine(AbstractContextManager["Engine"], Protocol):
-    """Where jobs run."""
+    """Interface of what runs jobs."""
 
     @property
     def free(self) -> int:
-        """How many more jobs can start now."""
+        """Number of further jobs that can start now."""
 
     def start(self, job: Job) -> None:
         """Start a job."""
 
     def wait(self, seconds: float) -> list[tuple[Job, Outcome]]:
-        """Jobs that have ended, at once or within so many seconds."""
+        """Wait up to so many seconds for a job to end; returns the jobs that have ended."""
 
     def interrupt(self) -> None:
         """Ask every job to save and end."""
 
     def kill(self) -> None:
-        """End what still runs at once."""
+        """Kill every running job."""
 
 
 def run_sweep(plan: SweepPlan, *, show_progress: bool = True, live: bool | None = None) -> dict[str, Any]:
     """Run the jobs of a sweep that are not finished.
 
     Args:
-        plan: what is to run, for example of :func:`~deflow_torchrl.sweep.parse_sweep`.
+        plan: the jobs and how to run them, for example from :func:`~deflow_torchrl.sweep.parse_sweep`.
 
     Keyword Args:
         show_progress: show its progress on standard error.
-        live: as bars that are redrawn, not as lines; by default where standard error is a terminal.
+        live: show bars that are redrawn instead of lines; by default if standard error is a terminal.
 
     Returns:
-        ``out``; ``jobs`` (job -> ``state``, ``attempts``, ``folder``, ``host``, ``message``, ``log``); ``done``, how many are
-        finished, and ``ran``, how many of them now; ``failed``, the names of those that are not; ``left_out``, cell -> why it
-        cannot be trained; and ``seconds``.
+        ``out``; ``jobs`` (job -> ``state``, ``attempts``, ``folder``, ``host``, ``message``, ``log``); ``done``, the number of
+        finished jobs; ``ran``, the number of those finished by this call; ``failed``, the names of the unfinished jobs;
+        ``left_out`` (cell -> the reason why it cannot be trained); ``seconds``.
 
     Raises:
         InputError: if another sweep works in the folder, a run in it has other settings, or the engine, the device or the data
-            cannot be had; nothing was run then.
+            are not available; nothing was run then.
         MissingExtraError: without the extra ``ray``, for that engine.
-        RunInterrupted: on Ctrl-C, when every running job has saved; the same call goes on.
+        RunInterrupted: on Ctrl-C, after every running job has saved; the same call resumes the sweep.
     """
     make_writable_folder(plan.out)
     busy = f"another sweep works in {plan.out}, wait for it or choose another folder with out="
@@ -83,7 +83,7 @@ def run_sweep(plan: SweepPlan, *, show_progress: bool = True, live: bool | None 
 
 
 def make_engine(plan: SweepPlan) -> Engine:
-    """The engine a plan asks for, to be used in a ``with`` block.
+    """Make the engine of a plan, to be used in a ``with`` block.
 
     Raises:
         MissingExtraError: without the extra ``ray``, for that engine.
@@ -194,12 +194,12 @@ class _Sweep:
                 self._note(progress)
 
     def _take(self, job: Job, outcome: Outcome) -> bool:
-        """Take note of a job's end; whether it is to be started again."""
+        """Record a job's end; returns whether the job is to be started again."""
         progress = self.jobs[job.name]
         again = False
         if outcome.kind == "done":
             self.ran += 1
-        elif outcome.kind in ("lost", "interrupted"):  # not by this sweep
+        elif outcome.kind in ("lost", "interrupted"):  # by something other than this sweep
             progress.losses += 1
             again = progress.losses <= _LOSSES
         elif outcome.kind == "failed":

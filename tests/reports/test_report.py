@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip("matplotlib", reason="needs the extra reports")
 pytest.importorskip("jinja2", reason="needs the extra reports")
 
+from deflow_torchrl.algorithms import Panel
 from deflow_torchrl.reports import build_record, plot_learning_curve, write_html_report
 from deflow_torchrl.reports.figures import DIAGNOSTICS, draw_diagnostics, online_boundary
 from tests.support.updates import rows_of_training
@@ -87,3 +88,10 @@ def test_only_diagnostics_that_the_rows_have_are_drawn(rows):
     assert [diagnostic.title for diagnostic, _ in drawn] == ["multiplier alpha"]
     assert drawn[0][1].startswith(b"\x89PNG"), "an alpha fixed at zero has no logarithm and is drawn all the same"
     assert draw_diagnostics([]) == []
+
+
+def test_a_method_brings_panels_of_its_own():
+    own = Panel("entropy", "how much the policy still explores", {"train/entropy": "entropy"}, "nats")
+    row = {"step": 1, "phase": "offline", "train/entropy": 1.0}
+    assert draw_diagnostics([row]) == []
+    assert [panel for panel, _ in draw_diagnostics([row], [own])] == [own]

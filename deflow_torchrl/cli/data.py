@@ -81,22 +81,14 @@ def download_data(
 
 @verb(data, "generate")
 def generate_data(
-    name: Annotated[
-        str, typer.Argument(metavar="NAME", help="Data set, with or without -v0, for example cube-double-play.")
-    ],
+    name: str,
     *,
-    episodes: Annotated[int, typer.Option(help="Training episodes.")] = 100,
-    val_episodes: Annotated[
-        int | None, typer.Option(help="Validation episodes. [default: a tenth of the training episodes]")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the data.")] = 0,
-    max_steps: Annotated[
-        int | None, typer.Option(help="Steps of an episode at most. [default: the published set's, 1001 or 201]")
-    ] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes. [default: all cores]")] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder. [default: a folder of its own in $DEFLOW_HOME/generated]")
-    ] = None,
+    episodes: int = 100,
+    val_episodes: int | None = None,
+    seed: int = 0,
+    max_steps: int | None = None,
+    workers: int | None = None,
+    out: Path | None = None,
     json_: JSON = False,
 ) -> dict[str, Any]:
     """Generate an OGBench data set in the simulator, by OGBench's own protocol.
@@ -113,6 +105,15 @@ def generate_data(
 
     Pictures need a GL driver (MUJOCO_GL, egl where there is no display). Without a GPU a core draws 1 to 3 of an episode's 1001
     frames a second; the command says how long it will take. For a first look: --episodes 1 --max-steps 50.
+
+    Args:
+        name NAME: Data set, with or without -v0, for example cube-double-play.
+        episodes: Training episodes.
+        val_episodes: Validation episodes. [default: a tenth of the training episodes]
+        seed: Seed of the data.
+        max_steps: Steps of an episode at most. [default: the published set's, 1001 or 201]
+        workers: Processes. [default: all cores]
+        out: Folder. [default: a folder of its own in $DEFLOW_HOME/generated]
     """
     from deflow_torchrl.progress import progress_bar
     from deflow_torchrl.sources.generation import generate_ogbench_dataset, generated_dataset_name, generated_root
@@ -147,57 +148,20 @@ def generate_data(
 
 @verb(data, "import")
 def import_data(
-    files: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="FILE|FOLDER...", help="npz, HDF5, CSV, Parquet, or LeRobot folders, all of one layout."
-        ),
-    ],
+    files: list[str],
     *,
-    out: Annotated[Path, typer.Option(help="Folder to write.")],
-    column: Annotated[
-        list[str] | None, typer.Option("--column", metavar="FIELD=NAME", help="A field's name in the files; repeat it.")
-    ] = None,
-    ends: Annotated[
-        str | None,
-        typer.Option(
-            help="How ends of episodes are known: flags, file, discontinuity, ROWS, column:NAME. [default: the layout's; flags]"
-        ),
-    ] = None,
-    never_terminates: Annotated[
-        bool, typer.Option("--never-terminates", help="The task has no terminal states.")
-    ] = False,
-    final_observation_rows: Annotated[
-        bool,
-        typer.Option("--final-observation-rows", help="An episode's last row holds its final observation, no action."),
-    ] = False,
-    both: Annotated[
-        str, typer.Option(help="What a row flagged terminal and timeout is: terminal, timeout.")
-    ] = "refuse",
-    action_bounds: Annotated[
-        tuple[float, float] | None, typer.Option(metavar="LOW HIGH", help="The actions' bounds, mapped to [-1, 1].")
-    ] = None,
-    action_bounds_of: Annotated[
-        str | None, typer.Option(metavar="ENV", help="Take the actions' bounds from this environment.")
-    ] = None,
-    split: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Episodes that the files list under this name. [default: all]")
-    ] = None,
-    obs_keys: Annotated[
-        str | None,
-        typer.Option(metavar="KEY,KEY...", help="Observations to put side by side. [default: all vectors, by name]"),
-    ] = None,
-    reward: Annotated[
-        str | None,
-        typer.Option(
-            metavar="success-at-end|zero",
-            help="Rewards of files without: 1 at each episode's end, or none (cloning methods).",
-        ),
-    ] = None,
-    padded: Annotated[
-        bool,
-        typer.Option("--padded", help="Arrays are [episodes, steps, ...]; rows after an episode's end are padding."),
-    ] = False,
+    out: Path,
+    column: list[str] | None = None,
+    ends: str | None = None,
+    never_terminates: bool = False,
+    final_observation_rows: bool = False,
+    both: str = "refuse",
+    action_bounds: tuple[float, float] | None = None,
+    action_bounds_of: str | None = None,
+    split: str | None = None,
+    obs_keys: str | None = None,
+    reward: str | None = None,
+    padded: bool = False,
     allow_jumps: ALLOW_JUMPS = False,
     json_: JSON = False,
 ) -> dict[str, Any]:
@@ -214,6 +178,21 @@ def import_data(
 
     Example: deflow data import run*.csv --out data/arm --column observations='q_*' --column actions=u_0,u_1 --ends file
     --never-terminates --action-bounds -2 2
+
+    Args:
+        files FILE|FOLDER...: npz, HDF5, CSV, Parquet, or LeRobot folders, all of one layout.
+        out: Folder to write.
+        column FIELD=NAME: A field's name in the files; repeat it.
+        ends: How ends of episodes are known: flags, file, discontinuity, ROWS, column:NAME. [default: the layout's; flags]
+        never_terminates: The task has no terminal states.
+        final_observation_rows: An episode's last row holds its final observation, no action.
+        both: What a row flagged terminal and timeout is: terminal, timeout.
+        action_bounds LOW HIGH: The actions' bounds, mapped to [-1, 1].
+        action_bounds_of ENV: Take the actions' bounds from this environment.
+        split NAME: Episodes that the files list under this name. [default: all]
+        obs_keys KEY,KEY...: Observations to put side by side. [default: all vectors, by name]
+        reward success-at-end|zero: Rewards of files without: 1 at each episode's end, or none (cloning methods).
+        padded: Arrays are [episodes, steps, ...]; rows after an episode's end are padding.
     """
     from deflow_torchrl.sources.importing import import_folder
 

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pty
+import shlex
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from tests.support.runs import assert_equal_runs
 
 SMALL = (
     f"env={ENVIRONMENT}", "batch_size=8", "hidden_dims=[8]", "algo.flow_steps=2", "log_interval=1", "eval_interval=0",
-    "eval_episodes=2", "save_interval=0", "threads=1",
+    "eval_episodes=2", "eval_workers=1", "save_interval=0", "threads=1",
 )  # fmt: skip
 
 
@@ -39,6 +40,17 @@ def start(arguments, **options):
         **options,
     }
     return subprocess.Popen([sys.executable, "-m", "deflow_torchrl.cli", *arguments], **options)
+
+
+def start_script(code, arguments, marker):
+    """Start Python code with the arguments of ``deflow`` and wait until it has made a file."""
+    process = subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 240
+    while not marker.exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    return process
 
 
 def wait_for_rows(out, number, process):
@@ -83,7 +95,7 @@ def test_a_signal_to_all_processes_of_a_job_saves_and_leaves_nothing_behind(task
 
 
 def test_a_closed_terminal_saves_and_nohup_goes_on(task, tmp_path):
-    arguments = ("train", f"task={task}", *SMALL, "eval_workers=1")
+    arguments = ("train", f"task={task}", *SMALL)
     # The kernel sends SIGHUP to the terminal's foreground processes; writing to the terminal is an error from then on.
     hung = tmp_path / "hung"
     pid, master = pty.fork()
@@ -119,30 +131,16 @@ def test_ctrl_c_twice_ends_at_once_and_costs_the_steps_since_the_last_checkpoint
     code = (
         "import time\nfrom pathlib import Path\nfrom deflow_torchrl.trainers import checkpoint\n"
         f"def hang():\n    Path({str(marker)!r}).touch()\n    time.sleep(600)\n"
-        "write, count = checkpoint._HashingFile.write, []\n"
-        "def write_or_hang(self, data):\n"
+        "begin, count = checkpoint._HashingFile.__init__, []\n"
+        "class Disk:\n    def write(self, data):\n        hang()\n"
+        "def open_or_hang(self, file):\n"
         "    count.append(self)\n"
-        "    return hang() if len(set(map(id, count))) > 1 else write(self, data)\n"
-        "checkpoint._HashingFile.write = write_or_hang\n"
+        "    begin(self, file if len(count) == 1 else Disk())\n"
+        "checkpoint._HashingFile.__init__ = open_or_hang\n"
         "from deflow_torchrl.cli import main\nmain()\n"
     )
-    arguments = (
-        "train",
-        f"task={task}",
-        *SMALL,
-        "eval_workers=1",
-        "offline_steps=100000",
-        "save_interval=5",
-        f"out={out}",
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    deadline = time.monotonic() + 240
-    while not marker.exists():
-        assert time.monotonic() < deadline
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
+    arguments = ("train", f"task={task}", *SMALL, "offline_steps=100000", "save_interval=5", f"out={out}")
+    process = start_script(code, arguments, marker)
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGTERM)
     time.sleep(1.0)
@@ -164,15 +162,11 @@ def test_a_signal_while_it_loads_names_the_command_that_starts_again(task, tmp_p
         "build.load_data = load\nfrom deflow_torchrl.cli import main\nmain()\n"
     )
     arguments = ("train", f"task={task}", *SMALL, "offline_steps=10", f"out={out}")
-    process = subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 240
-    while not marker.exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    process = start_script(code, arguments, marker)
     process.send_signal(signal.SIGUSR2)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130, said
     assert said.splitlines() == [
-        f"deflow: interrupted, before anything was trained of 10; go on with: deflow {subprocess.list2cmdline(arguments)}"
+        f"deflow: interrupted, before anything was trained of 10; go on with: deflow {shlex.join(arguments)}"
     ]
     assert not out.exists()

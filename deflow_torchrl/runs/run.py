@@ -62,7 +62,7 @@ from deflow_torchrl.trainers.alarms import Alarms
 from deflow_torchrl.trainers.checkpoint import list_checkpoints, step_of
 from deflow_torchrl.trainers.evaluation import DEFAULT_EVALUATION_SEED
 from deflow_torchrl.trainers.graphed import GraphedUpdate
-from deflow_torchrl.trainers.metrics import check_logger, logger_state, make_logger
+from deflow_torchrl.trainers.metrics import check_logger, open_logger
 from deflow_torchrl.trainers.resume import (
     RunHistory,
     check_resumable,
@@ -215,10 +215,13 @@ class Run:
             trainer.resume(checkpoint, keep_settings=keep_settings)
         if resume:
             self.write_config()
-        written = trainer.written_step if resume else None
-        logger = make_logger(config.logger, self.out, state=trainer.notes.get("logger"), step=written)
-        trainer.notes["logger"] = logger_state(config.logger, logger)
-        self.metrics.send_to(logger)
+        open_logger(
+            config.logger,
+            self.out,
+            metrics=self.metrics,
+            state=trainer.notes.pop("logger", None),
+            step=trainer.written_step if resume else None,
+        )
 
     def graphed(self, update: Update, *shape: int) -> GraphedUpdate | None:
         """:func:`make_graphed` on the run's data."""
@@ -475,6 +478,7 @@ def _go(
         trainer = first.trainer if config.seeds is None else _stacked(config.seeds, runs, new=checkpoints[0] is None)
         with ExitStack() as timed:
             for run in runs:
+                timed.callback(run.metrics.close)
                 timed.enter_context(run.history.timed("train_and_evaluate"))
             trainer.run()
         for run in runs:

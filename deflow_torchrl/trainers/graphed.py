@@ -41,7 +41,8 @@ class GraphedUpdate:
 
     Before the first call a few updates are done twice, by the graphs and without them, from the same state and with the same
     random numbers. If losses or weights disagree, the updates stay eager and a warning says why. The state is put back
-    afterwards, so that graphs change nothing in a run.
+    afterwards, so that graphs change nothing in a run. Graphs are made anew where a setting of the optimiser, such as a learning
+    rate, has been set to another number; one that is a tensor may change in place.
 
     Args:
         update: the update, on the device of its batches.
@@ -64,6 +65,7 @@ class GraphedUpdate:
         if self.updates_per_replay < 1:
             raise ValueError(f"updates_per_replay must be positive, got {self.updates_per_replay}")
         self._replays: dict[int, Once] = {}
+        self._recorded: list[dict[str, Any]] = []
         self._stages: Sequence[Stage] = ()
         self.fell_back: str | None = None
         """Why the updates are eager; None if they are not."""
@@ -81,6 +83,8 @@ class GraphedUpdate:
         if stages != self._stages:
             self.reset()
             self._stages = stages
+        if self._replays and self.fell_back is None and self._recorded != self._optimizer_settings():
+            self.reset()  # a learning rate that was set to another number would have no effect in a graph
         if not self._replays:
             self._prepare()
         done = 0
@@ -95,12 +99,24 @@ class GraphedUpdate:
         """Drop the graphs: needed after a loaded state or a frozen prior has replaced the update's tensors."""
         self._replays = {}
 
+    def _optimizer_settings(self) -> list[dict[str, Any]]:
+        """What a graph records of the optimiser's settings: the value of a number, the place of a tensor."""
+        return [
+            {
+                name: value.data_ptr() if isinstance(value, Tensor) else value
+                for name, value in group.items()
+                if name != "params"
+            }
+            for group in self.update.optimizer.param_groups
+        ]
+
     def _once(self) -> tuple[TensorDictBase, TensorDictBase]:
         batch = self.draw()
         return self.update.run(batch), batch
 
     def _prepare(self) -> None:
         sizes = sorted({1, self.updates_per_replay})
+        self._recorded = self._optimizer_settings()
         capture = self.capture or (capture_cuda_graph if self.update.tensors()[0].is_cuda else repeat)
         try:
             with _state_kept(self.update):  # capturing runs the updates

@@ -14,11 +14,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from deflow_torchrl.errors import CheckpointNotWritten, MissingExtraError
+from deflow_torchrl.errors import CheckpointNotWritten, InputError, MissingExtraError, one_line
 from deflow_torchrl.paths import atomic_write, write_text
+from deflow_torchrl.processes import children_ignore_signals
 
 _LOG = logging.getLogger(__name__)
 _PROJECT = "deflow_torchrl"
+LOGGER_FILE = "logger.json"  # in the run folder
 
 
 class ScalarLogger(Protocol):
@@ -49,6 +51,9 @@ class MetricsLog:
         self.csv = folder / "metrics.csv"
         self.logger = logger
         self.rows: list[dict[str, Any]] = read_rows(self.jsonl)
+        self.found_step: int = self.rows[-1]["step"] if self.rows else 0
+        """Step of the last row that an earlier process has written."""
+        self._sent_step = 0
         self._columns: list[str] = []
         self._behind = False
         if resume_step is None:
@@ -62,9 +67,14 @@ class MetricsLog:
         write_text(self.jsonl, self._text)
         self._write_csv()
 
-    def send_to(self, logger: ScalarLogger | None) -> None:
-        """Send the numbers of further rows to this logger, too."""
-        self.logger = logger
+    def send_to(self, logger: ScalarLogger | None, *, after: int = 0) -> None:
+        """Send the numbers of further rows to this logger, too, but only those of steps ``after`` this one."""
+        self.logger, self._sent_step = logger, after
+
+    def close(self) -> None:
+        """End the logger's run."""
+        if self.logger is not None and hasattr(self.logger, "close"):
+            self.logger.close()
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row."""
@@ -78,10 +88,8 @@ class MetricsLog:
             if not self._behind:
                 _LOG.warning("%s was not written (%s); it is tried again with the next row", self.jsonl, error.strerror)
             self._behind = True
-        if self.logger is not None:
-            for name, value in row.items():
-                if isinstance(value, (int, float)) and name != "step":
-                    self.logger.log_scalar(name, value, step=row["step"])
+        if self.logger is not None and row["step"] > self._sent_step:
+            _send(self.logger, row["step"], row)
 
     def sync(self) -> None:
         """Write every row to the disk: needed before a checkpoint, because a run resumed from it does not write them again.
@@ -138,12 +146,59 @@ def read_rows(jsonl: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def _send(logger: Any, step: int, row: Mapping[str, Any]) -> None:
+    numbers = {name: value for name, value in row.items() if isinstance(value, (int, float)) and name != "step"}
+    if type(logger).__name__ == "WandbLogger":
+        # One row of its history, complete at once: TorchRL would send as many as there are numbers, and wandb's own count of
+        # them begins again after a resume.
+        logger.experiment.log(numbers, step=step, commit=True)
+        return
+    for name, value in numbers.items():
+        logger.log_scalar(name, value, step=step)
+
+
+def open_logger(
+    name: str, folder: Path, *, metrics: MetricsLog, state: Mapping[str, Any] | None, step: int | None
+) -> None:
+    """Make a run's logger, the one of the run's earlier processes where there is one, and send it the metrics.
+
+    wandb and mlflow keep what they have: of a resumed run they are sent the steps that no earlier process has sent, so that no
+    step comes twice. ``logger.json`` remembers their run and its last step.
+
+    Args:
+        name: the logger's name.
+        folder: the run folder.
+
+    Keyword Args:
+        metrics: the run's metrics.
+        state: of the logger in a checkpoint of earlier versions.
+        step: last step of the resumed run; None of a new one.
+
+    Raises:
+        MissingExtraError: if its package is not installed.
+        InputError: if it cannot be used.
+    """
+    note = folder / LOGGER_FILE
+    if note.is_file():
+        try:
+            state = json.loads(note.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{note} is damaged; remove it, and the logger begins another run") from error
+    logger = make_logger(name, folder, state=state, step=step)
+    sent = 0
+    if step is not None and state and state.get("logger") == name != "tensorboard":
+        sent = max(metrics.found_step, int(state.get("step", 0)))
+    if logger is not None:
+        write_text(note, json.dumps({**logger_state(name, logger), "step": sent}) + "\n")
+    metrics.send_to(logger, after=sent)
+
+
 def make_logger(
     name: str, folder: Path, *, state: Mapping[str, str] | None = None, step: int | None = None
 ) -> ScalarLogger | None:
     """Make the TorchRL logger ``name`` (``none``, ``wandb``, ``tensorboard`` or ``mlflow``), which writes under ``folder``.
 
-    Without a key wandb runs offline, with a note on standard error; ``wandb sync`` uploads such a run later.
+    Without a key wandb runs offline, with a note on standard error, and asks for none; ``wandb sync`` uploads such a run later.
 
     Args:
         name: the logger's name.
@@ -155,6 +210,7 @@ def make_logger(
 
     Raises:
         MissingExtraError: if its package is not installed.
+        InputError: if wandb cannot begin, for example without a network.
     """
     check_logger(name)
     if name == "none":
@@ -165,7 +221,7 @@ def make_logger(
     kwargs: dict[str, Any] = {}
     if name == "wandb":
         own = kwargs["wandb_kwargs"] = {"project": _PROJECT} | ({} if run_id is None else {"id": run_id})
-        if "WANDB_MODE" not in os.environ and not _wandb_has_key():
+        if os.environ.get("WANDB_MODE", "online") == "online" and not _wandb_has_key():
             where = folder / "wandb"
             print(f"wandb has no key: logging offline under {where}; upload it with `wandb sync`", file=sys.stderr)
             own["mode"] = (
@@ -175,7 +231,13 @@ def make_logger(
         os.environ["MLFLOW_RUN_ID"] = run_id  # mlflow reads it once; TorchRL's logger has no argument for it
     target = folder if name == "wandb" else folder / name
     target.mkdir(parents=True, exist_ok=True)
-    logger = get_logger(name, logger_name=str(target), experiment_name=folder.name, **kwargs)
+    try:
+        with children_ignore_signals():  # wandb's process, too, ends with the run
+            logger = get_logger(name, logger_name=str(target), experiment_name=folder.name, **kwargs)
+    except Exception as error:
+        if not type(error).__module__.startswith("wandb"):
+            raise
+        raise InputError(f"wandb cannot begin ({one_line(error)}); set WANDB_MODE=offline, or logger=none") from error
     if name == "tensorboard" and step is not None:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 

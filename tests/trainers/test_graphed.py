@@ -216,3 +216,57 @@ def test_a_graph_trains_as_single_calls_do(name, device):
     tolerance = {"rtol": 0, "atol": 0} if device == "cpu" else {"rtol": 1e-3, "atol": 1e-4}
     torch.testing.assert_close(out.to_dict(), losses[-1].to_dict(), **tolerance)
     torch.testing.assert_close(weights(update), weights(eager), **tolerance)
+
+
+def as_a_graph(once, count):
+    """A capture that keeps, as a CUDA graph does, the numbers of the optimiser's settings that it saw."""
+    groups = once.__self__.update.optimizer.param_groups
+    recorded = [group["lr"] for group in groups]
+
+    def replay():
+        now = [group["lr"] for group in groups]
+        for group, rate in zip(groups, recorded, strict=True):
+            group["lr"] = rate
+        try:
+            return repeat(once, count)()
+        finally:
+            for group, rate in zip(groups, now, strict=True):
+                group["lr"] = rate
+
+    return replay
+
+
+def train_with_another_rate(device, *, graphed, as_tensor):
+    """Eight updates, whose learning rate becomes another after four."""
+    update = make_update(device)
+    if as_tensor:
+        for group in update.optimizer.param_groups:
+            group["lr"] = torch.tensor(group["lr"], device=device)
+    draw = make_draw(device)
+    several = GraphedUpdate(update, draw, updates_per_replay=2, **graphed) if graphed is not None else None
+    torch.manual_seed(1)
+    for rate in (3e-4, 3e-2):
+        for group in update.optimizer.param_groups:
+            group["lr"].fill_(rate) if as_tensor else group.update(lr=rate)
+        if several is not None:
+            several(4)
+            assert several.fell_back is None
+        else:
+            for _ in range(4):
+                update(draw())
+    return weights(update)
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_a_learning_rate_that_is_changed_in_mid_training_acts(as_tensor):
+    eager = train_with_another_rate("cpu", graphed=None, as_tensor=as_tensor)
+    graphed = train_with_another_rate("cpu", graphed={"capture": as_a_graph}, as_tensor=as_tensor)
+    torch.testing.assert_close(graphed, eager, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_a_learning_rate_that_is_changed_after_a_graph_was_captured_acts(as_tensor):
+    eager = train_with_another_rate("cuda", graphed=None, as_tensor=as_tensor)
+    graphed = train_with_another_rate("cuda", graphed={}, as_tensor=as_tensor)
+    torch.testing.assert_close(graphed, eager, rtol=1e-3, atol=1e-4)

@@ -101,11 +101,13 @@ def test_without_a_key_it_logs_offline_and_after_kills_the_run_is_the_same_and_n
     while _of_a_run(out):  # wandb's processes end with their runs
         assert time.monotonic() < deadline
         time.sleep(0.2)
+    folders = list(out.glob("wandb/offline-run-*"))
     ids, steps = logged(out)
-    assert len(ids) == 4
-    assert len(set(ids)) == 1
+    assert (len(folders), len({folder.name.rpartition("-")[2] for folder in folders} | set(ids))) == (4, 1)
     assert steps == sorted(set(steps)), "no step comes twice"
-    assert len(steps) >= STEPS - 2, "a row may be lost with the process that was killed"
+    # wandb keeps up to 32 KB in memory, which a SIGKILL costs; nothing else is missing.
+    ended = json.loads((out / "logger.json").read_text())["step"]
+    assert steps[-(STEPS - ended) :] == list(range(ended + 1, STEPS + 1))
 
 
 def _of_a_run(out):

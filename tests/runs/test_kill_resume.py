@@ -146,7 +146,7 @@ def test_a_run_interrupted_in_any_phase_by_any_signal_is_bit_for_bit_the_uninter
     rng = random.Random(f"{kind} {interruptions}")
     phases = rng.sample(list(PHASES), len(PHASES))
     # Every phase as often as every other, and in each phase every signal.
-    plan = [(phases[number % 7], SIGNALS[(number + number // 7) % 6]) for number in range(interruptions)]
+    plan = [(phases[number % 7], SIGNALS[(number % 7 + number // 7) % 6]) for number in range(interruptions)]
     seen, trial = collections.Counter(), 0
     while plan:
         out = tmp_path / f"trial{trial}" / straight.name

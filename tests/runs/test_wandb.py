@@ -103,7 +103,7 @@ def test_without_a_key_it_logs_offline_and_after_kills_the_run_is_the_same_and_n
         time.sleep(0.2)
     folders = list(out.glob("wandb/offline-run-*"))
     ids, steps = logged(out)
-    assert (len(folders), len({folder.name.rpartition("-")[2] for folder in folders} | set(ids))) == (4, 1)
+    assert (len(folders), len({folder.name.split("-")[3] for folder in folders} | set(ids))) == (4, 1)
     assert steps == sorted(set(steps)), "no step comes twice"
     # wandb keeps up to 32 KB in memory, which a SIGKILL costs; nothing else is missing.
     ended = json.loads((out / "logger.json").read_text())["step"]

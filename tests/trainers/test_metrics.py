@@ -133,7 +133,7 @@ def test_a_resumed_wandb_goes_on_in_the_same_run(tmp_path, monkeypatch):
         logger.experiment.finish()
     assert again == state
     folders = list((tmp_path / "wandb").glob("offline-run-*"))
-    assert {folder.name.rpartition("-")[2] for folder in folders} == {state["id"]}
+    assert {folder.name.split("-")[3] for folder in folders} == {state["id"]}
     assert make_logger("none", tmp_path, state=state) is None
 
 

@@ -121,7 +121,7 @@ def update_parts(update: UpdateStep, batch: TensorDictBase) -> dict[str, Callabl
     def actor() -> None:
         zero_grad()
         with loss._functional_policies():
-            loss_actor, divergence = loss._actor_term(batch, base)
+            loss_actor, divergence = loss._actor_term(batch, base, batch)
             (loss_actor + loss._alpha_term(batch, divergence)).backward()
 
     def critic() -> None:

@@ -21,6 +21,7 @@ from torchrl.objectives.utils import TargetNetUpdater
 from deflow_torchrl.algorithms.settings import BootstrapConfig, given
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.modules.critics import CriticEnsemble, EncodedCritics
+from deflow_torchrl.modules.encoders import ImpalaEncoder, JoinedEncoder, make_encoder
 from deflow_torchrl.modules.flow import FlowMatchingPolicy
 from deflow_torchrl.modules.networks import make_qvalue_networks, make_value_network, make_velocity_network
 from deflow_torchrl.modules.normalizer import ObservationNormalizer
@@ -35,19 +36,23 @@ class ProblemSpec:
     """What a method builds its networks for: specs of the data, and the settings that the task gives.
 
     Attributes:
-        observation_dim: O, the width of all observations together; from ``observation_spec`` where that is given.
+        observation_dim: O, the width of all observations together, of pictures encoded; from ``observation_spec`` where that is
+            given.
         action_dim: A; from ``action_spec`` where that is given.
         hidden_dims: widths of the hidden layers of every network.
         gamma: the task's discount.
         q_aggregation: the task's aggregation of target critics.
         target_divergence: the task's delta.
         device: where the parameters live.
-        observation_spec: entries of the state, each a vector ``[n]``; ``observation [O]`` where it is not given.
+        observation_spec: entries of the state, each a vector ``[n]`` or a picture ``[H, W, C]``; ``observation [O]`` where it is
+            not given.
         action_spec: the action, a bounded vector ``[A]``; inside [-1, 1] where it is not given.
         normalizer: of all observations together, ``[O]``; each part has a copy; None leaves them as they are.
+        encoder: name of the encoder of pictures (:func:`~deflow_torchrl.modules.make_encoder`); each part has one of its own.
 
     Raises:
-        InputError: if an observation is no vector, or neither widths nor specs are given.
+        InputError: if an observation is neither a vector nor a picture, pictures come with a normaliser, or neither widths nor
+            specs are given.
     """
 
     observation_dim: int | None = None
@@ -60,6 +65,7 @@ class ProblemSpec:
     observation_spec: Composite | None = None
     action_spec: Bounded | None = None
     normalizer: ObservationNormalizer | None = None
+    encoder: str = "impala_small"
 
     def __post_init__(self) -> None:
         observation, action = self.observation_spec, self.action_spec
@@ -69,19 +75,32 @@ class ProblemSpec:
             action = Bounded(-1.0, 1.0, (self.action_dim,))
         if observation is None or action is None:
             raise InputError("a problem needs observation_spec and action_spec, or observation_dim and action_dim")
-        shapes = {key: spec.shape for key, spec in observation.items(True, True)}
-        for key, shape in shapes.items():
-            if len(shape) != 1:
-                raise InputError(
-                    f"observation {key!r} has shape {list(shape)}; only vectors can be read without an encoder"
-                )
         for name, value in (
             ("observation_spec", observation),
             ("action_spec", action),
-            ("observation_dim", sum(shape[0] for shape in shapes.values())),
             ("action_dim", action.shape[-1]),
         ):
             object.__setattr__(self, name, value)
+        object.__setattr__(self, "observation_dim", self._encoded_width())
+
+    def _encoded_width(self) -> int:
+        if not self.has_pictures:
+            return sum(spec.shape[0] for spec in cast("Composite", self.observation_spec).values(True, True))
+        if self.normalizer is not None:
+            raise InputError("pictures are scaled by their encoder and have no normalisation; leave normalize=none")
+        with torch.device("meta"):  # nothing is computed or drawn
+            return self._picture_encoder().out_features
+
+    def _picture_encoder(self) -> ImpalaEncoder | JoinedEncoder:
+        try:
+            return make_encoder(self.encoder, cast("Composite", self.observation_spec))
+        except ValueError as error:
+            raise InputError(str(error)) from error
+
+    @property
+    def has_pictures(self) -> bool:
+        """Whether an observation is a picture."""
+        return any(len(spec.shape) != 1 for spec in cast("Composite", self.observation_spec).values(True, True))
 
     @property
     def sizes(self) -> tuple[int, int, Sequence[int]]:
@@ -100,15 +119,16 @@ class ProblemSpec:
         named = {"low": space.low, "high": space.high}
         return {name: bound[0].item() if bool((bound == bound[0]).all()) else bound for name, bound in named.items()}
 
-    def encoder(self) -> TensorDictModule | None:
+    def make_encoder(self) -> TensorDictModule | None:
         """Make an encoder that writes ``state_key``, for one part; None where the parts read the one observation as it is."""
         if not self._is_encoded:
             return None
-        return TensorDictModule(_Join(copy.deepcopy(self.normalizer)), in_keys=self._keys, out_keys=[_STATE])
+        module = self._picture_encoder() if self.has_pictures else _Join(copy.deepcopy(self.normalizer))
+        return TensorDictModule(module, in_keys=self._keys, out_keys=[_STATE])
 
     def encoded(self, module: TensorDictModule) -> TensorDictModule:
         """A policy or value network that reads ``state_key``, on the device, behind its encoder."""
-        encoder = self.encoder()
+        encoder = self.make_encoder()
         return (module if encoder is None else TensorDictSequential(encoder, module)).to(self.device)
 
     def flow_policy(self, num_steps: int, out_keys: Sequence[NestedKey] = ("action",)) -> TensorDictModule:
@@ -130,7 +150,7 @@ class ProblemSpec:
     def critics(self) -> list[TensorDictModule] | CriticEnsemble:
         """The paper's twin critics; an encoder before them is the ensemble's."""
         critics = make_qvalue_networks(*self.sizes, observation_key=self.state_key)
-        encoder = self.encoder()
+        encoder = self.make_encoder()
         if encoder is None:
             return [critic.to(self.device) for critic in critics]
         return EncodedCritics(encoder, critics).to(self.device)
@@ -141,7 +161,7 @@ class ProblemSpec:
 
     @property
     def _is_encoded(self) -> bool:
-        return len(self._keys) > 1 or self.normalizer is not None
+        return len(self._keys) > 1 or self.normalizer is not None or self.has_pictures
 
 
 class _Join(nn.Module):

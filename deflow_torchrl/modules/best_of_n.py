@@ -62,6 +62,7 @@ class BestOfNModel(nn.Module):
                 f"got {list(noise.shape)}"
             )
         actions = self.flow(observations, noise.flatten(0, -2))
+        state = self.critics.state_of(self.critics.encode(state))  # encoders run once per state, not per candidate
         rows = state.unsqueeze(-1).expand(*candidates).reshape(-1).set(self.critics.action_key, actions)
         best = self.critics.values(rows).amin(0).reshape(candidates).argmax(-1)
         chosen = best[..., None, None].expand(*best.shape, 1, actions.shape[-1])

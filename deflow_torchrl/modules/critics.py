@@ -24,6 +24,7 @@ from torchrl.objectives.common import LossModule
 from torchrl.objectives.utils import _vmap_func
 
 from deflow_torchrl.modules.networks import CheckedModule, StateActionValue, is_wrapped
+from deflow_torchrl.modules.policies import run_encoders
 
 Aggregation = Literal["mean", "min"]
 
@@ -86,9 +87,20 @@ class CriticEnsemble(nn.Module):
         Returns:
             ``[J, *B]``; float32 under autocast.
         """
-        params = self._parameters_of(target=target, frozen=frozen)
-        with contextlib.nullcontext() if params is None else params.to_module(self, preserve_module_state=False):
+        with self._using(self._parameters_of(target=target, frozen=frozen)):
             return full_precision(self(tensordict))
+
+    def encode(self, tensordict: TensorDictBase, *, target: bool = False) -> TensorDictBase:
+        """Return ``tensordict`` with what the ensemble's encoder makes of the state in the place of the state.
+
+        It can be given to :meth:`values` and :meth:`td_terms` in the state's place, so that the encoder runs once for several of
+        them. Critics without an encoder of the ensemble's return ``tensordict``.
+        """
+        return tensordict
+
+    def state_of(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Select what :meth:`values` reads besides the action, of a state or a result of :meth:`encode`."""
+        return tensordict.select(*self.state_keys)
 
     def td_terms(
         self,
@@ -129,6 +141,9 @@ class CriticEnsemble(nn.Module):
     def state_keys(self) -> list[NestedKey]:
         """Entries :meth:`values` reads besides the action."""
         return [key for key in self.in_keys if unravel_key(key) != unravel_key(self.action_key)]
+
+    def _using(self, params: TensorDictBase | None) -> contextlib.AbstractContextManager[object]:
+        return contextlib.nullcontext() if params is None else params.to_module(self, preserve_module_state=False)
 
     def _parameters_of(self, *, target: bool, frozen: bool) -> TensorDictBase | None:
         loss = self.__dict__.get("_loss")
@@ -265,20 +280,41 @@ class EncodedCritics(CriticEnsemble):
         super().__init__()
         if len(critics) == 0:
             raise ValueError("EncodedCritics needs at least one critic")
-        reads = [unravel_key(key) for key in critics[0].in_keys]
+        self._reads = [unravel_key(key) for key in critics[0].in_keys]
         writes = {unravel_key(key) for key in encoder.out_keys}
-        if not writes & set(reads):
+        if not writes & set(self._reads):
             raise ValueError(f"the encoder writes {encoder.out_keys}, but the critics read {critics[0].in_keys}")
         self.encoder = encoder
         self.critics = nn.ModuleList(critics)
-        self.in_keys = list(dict.fromkeys([*encoder.in_keys, *(key for key in reads if key not in writes)]))
+        self.in_keys = list(dict.fromkeys([*encoder.in_keys, *(key for key in self._reads if key not in writes)]))
         self.action_key = action_key
         self.value_key = value_key
 
     def forward(self, tensordict: TensorDictBase) -> Tensor:
         """As :meth:`CriticEnsemble.forward`."""
-        encoded = self.encoder(tensordict.select(*self.in_keys))
+        encoded = self._encode(tensordict).select(*self._reads)
         return torch.stack([critic(encoded.copy())[self.value_key].squeeze(-1) for critic in self.critics])
+
+    def values(self, tensordict: TensorDictBase, *, target: bool = False, frozen: bool = False) -> Tensor:
+        """As :meth:`CriticEnsemble.values`; of a result of :meth:`encode` ``frozen`` fixes the encoding too."""
+        written = [key for key in self.encoder.out_keys if tensordict.get(key, None) is not None]
+        if frozen and written:
+            tensordict = tensordict.copy()
+            for key in written:
+                tensordict.set(key, tensordict[key].detach())
+        return super().values(tensordict, target=target, frozen=frozen)
+
+    def encode(self, tensordict: TensorDictBase, *, target: bool = False) -> TensorDictBase:
+        """As :meth:`CriticEnsemble.encode`."""
+        with self._using(self._parameters_of(target=target, frozen=False)):
+            return self._encode(tensordict)
+
+    def state_of(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """As :meth:`CriticEnsemble.state_of`."""
+        return tensordict.select(*self.state_keys, *self._reads, strict=False).exclude(self.action_key)
+
+    def _encode(self, tensordict: TensorDictBase) -> TensorDictBase:
+        return run_encoders([self.encoder], self._reads, tensordict)
 
 
 def copies(critic: TensorDictModuleBase, number: int) -> list[TensorDictModuleBase]:

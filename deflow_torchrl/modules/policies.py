@@ -128,14 +128,31 @@ def last_policy(policy: TensorDictModuleBase) -> TensorDictModuleBase:
 
 
 def encode(policy: TensorDictModuleBase, tensordict: TensorDictBase) -> TensorDictBase:
-    """Run a policy's encoders, once, and return what the policy behind them reads; ``tensordict`` is left as it is."""
-    *encoders, _ = parts(policy)
-    if not encoders:
+    """Run a policy's encoders, once, and return ``tensordict`` with their output in the place of their input.
+
+    The input is left as it is. A result of this function can be given in its place: it is not encoded once more.
+    """
+    *encoders, policy = parts(policy)
+    return run_encoders(encoders, policy.in_keys, tensordict)
+
+
+def run_encoders(
+    encoders: Sequence[TensorDictModuleBase], read: Sequence[NestedKey], tensordict: TensorDictBase
+) -> TensorDictBase:
+    """As :func:`encode`, of encoders before a module that reads ``read``."""
+    kept = {unravel_key(key) for key in read}
+    inputs = [key for encoder in encoders for key in encoder.in_keys if unravel_key(key) not in kept]
+    written = [key for encoder in encoders for key in encoder.out_keys if unravel_key(key) in kept]
+    if not encoders or (inputs and not _has_any(tensordict, inputs) and _has_any(tensordict, written)):
         return tensordict
-    encoded = tensordict.select(*policy.in_keys, strict=False)
+    encoded = tensordict.copy()
     for encoder in encoders:
         encoded = encoder(encoded)
-    return encoded
+    return encoded.exclude(*inputs)
+
+
+def _has_any(tensordict: TensorDictBase, keys: Sequence[NestedKey]) -> bool:
+    return any(tensordict.get(key, None) is not None for key in keys)
 
 
 def is_flow(policy: TensorDictModuleBase) -> bool:

@@ -1,7 +1,8 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
 """How losses call policies: through their TensorDict interface, so that encoders may stand before them.
 
-Policies are known by what they can do, not by their class: those of TorchRL's main branch are taken too.
+Policies are known by what they can do, not by their class: those of TorchRL's main branch are taken too. A ``state`` may be a
+result of :func:`~deflow_torchrl.modules.policies.encode`, so that encoders run once for several calls.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ def act(policy: TensorDictModuleBase, state: TensorDictBase, noise: Tensor) -> T
     key, head = noise_key(policy), last_policy(policy)
     if key is None or not is_wrapped(head):
         return head.module(_each(encode(policy, state)[head.in_keys[0]], noise), noise)
-    return policy(each_state(state, noise).select(*state_keys(policy)).set(key, noise))[policy.out_keys[-1]]
+    read = encode(policy, state).select(*state_keys(head))
+    return head(each_state(read, noise).set(key, noise))[policy.out_keys[-1]]
 
 
 def refine(policy: TensorDictModuleBase, state: TensorDictBase, base_action: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,8 +68,8 @@ def refine(policy: TensorDictModuleBase, state: TensorDictBase, base_action: Ten
     head = last_policy(policy)
     if not is_wrapped(head):
         return head.module(_each(encode(policy, state)[head.observation_key], base_action), base_action)
-    keys = [key for key in policy.in_keys if key != head.base_action_key]
-    refined = policy(each_state(state, base_action).select(*keys).set(head.base_action_key, base_action))
+    read = encode(policy, state).select(head.observation_key)
+    refined = head(each_state(read, base_action).set(head.base_action_key, base_action))
     return refined[head.out_keys[0]], refined[head.out_keys[1]]
 
 

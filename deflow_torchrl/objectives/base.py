@@ -391,8 +391,8 @@ class OffPolicyLoss(LossModule):
         return following
 
     def _with_action(self, state: TensorDictBase, action: Tensor) -> TensorDictBase:
-        """The critics' input: a state with this action."""
-        return state.select(*self.critics.state_keys).set(self.tensor_keys.action, action)
+        """The critics' input: a state, or what their encoder made of it, with this action."""
+        return self.critics.state_of(state).set(self.tensor_keys.action, action)
 
     def _bootstrap(self, tensordict: TensorDictBase, next_value: Tensor) -> Tensor:
         """Target y = r + gamma (1 - terminated) V(s') ``[*B]``; gamma to the power of ``steps_to_next_obs``, where given."""

@@ -170,16 +170,18 @@ class DeFlowLoss(RefinedActorLoss):
         return [*draws, *map(next_key, draws), *self.critics.draw_keys, *flow, keys.valid]
 
     def _compute(self, tensordict: TensorDictBase) -> dict[str, Tensor]:
+        of_prior, of_critics = self._read_by_prior(tensordict), self.critics.encode(tensordict)
         if self.critics.next_samples is not None:
-            critic_terms = self._critic_terms(tensordict)  # theirs are the first draws of the reference
-            flow = self._flow_terms(tensordict)
-            loss_actor, divergence = self._actor_term(tensordict, self._base_action(tensordict))
+            critic_terms = self._critic_terms(of_critics)  # theirs are the first draws of the reference
+            flow = self._flow_terms(of_prior)
+            base_action = self._base_action(of_prior)
+            loss_actor, divergence = self._actor_term(tensordict, base_action, of_critics)
         else:
             following = self._next(tensordict)
-            base_action, next_base_action = self._base_actions(tensordict, following)
-            flow = self._flow_terms(tensordict)
-            loss_actor, divergence = self._actor_term(tensordict, base_action)
-            critic_terms = self._td_terms(tensordict, lambda: self._refined(following, next_base_action))
+            base_action, next_base_action = self._base_actions(of_prior, following)
+            flow = self._flow_terms(of_prior)
+            loss_actor, divergence = self._actor_term(tensordict, base_action, of_critics)
+            critic_terms = self._td_terms(of_critics, lambda: self._refined(following, next_base_action))
         return {
             **flow,
             "loss_actor": loss_actor,
@@ -201,11 +203,13 @@ class DeFlowLoss(RefinedActorLoss):
         """Eq. 5: the prior follows the data, whatever the critics say."""
         return self._reduce(self._flow_error(self.actor_network.flow_policy, tensordict), tensordict)
 
-    def _actor_term(self, tensordict: TensorDictBase, base_action: Tensor) -> tuple[Tensor, Tensor]:
+    def _actor_term(
+        self, tensordict: TensorDictBase, base_action: Tensor, of_critics: TensorDictBase
+    ) -> tuple[Tensor, Tensor]:
         """Eq. 11: (loss_actor, D of every sample). sg: the base action, the critics, lambda and alpha."""
         shift, action = self._refine(tensordict, base_action)
         divergence = terms.divergence(shift, self.divergence_reduction)
-        qvalue = self.critics.values(self._with_action(tensordict, action), frozen=True).mean(0)
+        qvalue = self.critics.values(self._with_action(of_critics, action), frozen=True).mean(0)
         loss = terms.trust_region(qvalue, divergence, alpha=self.alpha, scale=self._q_scale(qvalue, tensordict))
         return self._reduce(loss, tensordict), divergence.detach()
 
@@ -241,7 +245,7 @@ class DeFlowLoss(RefinedActorLoss):
         Returns:
             The loss and metadata ``alpha`` and ``divergence``, detached.
         """
-        loss, divergence = self._actor_term(tensordict, self._base_action(tensordict))
+        loss, divergence = self._actor_term(tensordict, self._base_action(tensordict), tensordict)
         return loss, self._multiplier_metadata(tensordict, divergence)
 
     @term

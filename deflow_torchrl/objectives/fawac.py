@@ -19,6 +19,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 
 from deflow_torchrl.modules.critics import check_aggregation
+from deflow_torchrl.modules.policies import encode, last_policy
 from deflow_torchrl.objectives import acting, terms
 from deflow_torchrl.objectives.base import Critics, OffPolicyLoss, Reduction, Terms, next_key, term
 
@@ -104,9 +105,10 @@ class FAWACLoss(OffPolicyLoss):
 
     def _compute(self, tensordict: TensorDictBase) -> dict[str, Tensor]:
         following = self._next(tensordict)
-        action, next_action = self._actions(tensordict, following)
-        loss_flow, metadata = self._flow_term(tensordict, action)
-        critic_terms = self._td_terms(tensordict, lambda: self._with_action(following, next_action))
+        of_flow, of_critics = encode(self.actor_network, tensordict), self.critics.encode(tensordict)
+        action, next_action = self._actions(of_flow, following)
+        loss_flow, metadata = self._flow_term(of_flow, action, of_critics)
+        critic_terms = self._td_terms(of_critics, lambda: self._with_action(following, next_action))
         return {"loss_flow": loss_flow, **metadata, **critic_terms}
 
     @torch.no_grad()
@@ -114,15 +116,16 @@ class FAWACLoss(OffPolicyLoss):
         """Actions of the policy at s and s': one integration of [s; s'], the largest cost of an update."""
         noise_key = self.tensor_keys.noise
         noise = [self._draw(tensordict, key) for key in (noise_key, next_key(noise_key))]
-        keys = acting.state_keys(self.actor_network)
-        both = torch.stack([state.select(*keys) for state in (tensordict, following)])
-        return acting.act(self.actor_network, both, torch.stack(noise)).unbind(0)  # type: ignore[return-value]
+        policy = self.actor_network
+        keys = acting.state_keys(last_policy(policy))
+        both = torch.stack([encode(policy, state).select(*keys) for state in (tensordict, following)])
+        return acting.act(policy, both, torch.stack(noise)).unbind(0)  # type: ignore[return-value]
 
-    def _flow_term(self, tensordict: TensorDictBase, action: Tensor) -> Terms:
+    def _flow_term(self, tensordict: TensorDictBase, action: Tensor, of_critics: TensorDictBase) -> Terms:
         """``action`` is the policy's, at which V is taken."""
         with torch.no_grad():  # sg: the weights
-            qvalue = self.critics.values(tensordict).mean(0)
-            value = self.critics.values(self._with_action(tensordict, action)).mean(0)
+            qvalue = self.critics.values(of_critics).mean(0)
+            value = self.critics.values(self._with_action(of_critics, action)).mean(0)
         weight = terms.advantage_weight(qvalue - value, self.temperature, self.max_weight)
         loss = self._reduce(weight * self._flow_error(self.actor_network, tensordict), tensordict)
         return loss, {"weight": self._statistic(weight, tensordict)}
@@ -140,7 +143,7 @@ class FAWACLoss(OffPolicyLoss):
         """
         with torch.no_grad():
             action = acting.act(self.actor_network, tensordict, self._draw(tensordict, self.tensor_keys.noise))
-        return self._flow_term(tensordict, action)
+        return self._flow_term(tensordict, action, tensordict)
 
     @term
     def qvalue_loss(self, tensordict: TensorDictBase) -> Terms:

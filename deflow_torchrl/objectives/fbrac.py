@@ -14,6 +14,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 
 from deflow_torchrl.modules.critics import check_aggregation
+from deflow_torchrl.modules.policies import encode
 from deflow_torchrl.objectives import acting
 from deflow_torchrl.objectives.base import Critics, OffPolicyLoss, Reduction, Terms, next_key, term
 
@@ -100,11 +101,12 @@ class FBRACLoss(OffPolicyLoss):
         # In this order: draws that the input lacks are taken from one generator.
         noise = self._draw(tensordict, self.tensor_keys.noise)
         next_noise = self._draw(tensordict, next_key(self.tensor_keys.noise))
-        loss_flow, flow_metadata = self._flow_term(tensordict)
-        loss_actor, actor_metadata = self._actor_term(tensordict, noise)
+        of_flow, of_critics = encode(self.actor_network, tensordict), self.critics.encode(tensordict)
+        loss_flow, flow_metadata = self._flow_term(of_flow)
+        loss_actor, actor_metadata = self._actor_term(of_flow, noise, of_critics)
         following = self._next(tensordict)
         critic_terms = self._td_terms(
-            tensordict, lambda: self._with_action(following, acting.act(self.actor_network, following, next_noise))
+            of_critics, lambda: self._with_action(following, acting.act(self.actor_network, following, next_noise))
         )
         return {"loss_flow": loss_flow, "loss_actor": loss_actor, **flow_metadata, **actor_metadata, **critic_terms}
 
@@ -112,10 +114,10 @@ class FBRACLoss(OffPolicyLoss):
         error = self._flow_error(self.actor_network, tensordict)
         return self._reduce(self.alpha * error, tensordict), {"flow_matching": self._statistic(error, tensordict)}
 
-    def _actor_term(self, tensordict: TensorDictBase, noise: Tensor) -> Terms:
+    def _actor_term(self, tensordict: TensorDictBase, noise: Tensor, of_critics: TensorDictBase) -> Terms:
         # The gradient goes through every Euler step. sg: the critics and lambda.
         action = acting.act(self.actor_network, tensordict, noise)
-        qvalue = self.critics.values(self._with_action(tensordict, action), frozen=True).mean(0)
+        qvalue = self.critics.values(self._with_action(of_critics, action), frozen=True).mean(0)
         loss = -self._q_scale(qvalue, tensordict) * qvalue
         return self._reduce(loss, tensordict), {"q": self._statistic(qvalue, tensordict)}
 
@@ -139,7 +141,7 @@ class FBRACLoss(OffPolicyLoss):
         Returns:
             The loss and metadata ``q``, detached.
         """
-        return self._actor_term(tensordict, self._draw(tensordict, self.tensor_keys.noise))
+        return self._actor_term(tensordict, self._draw(tensordict, self.tensor_keys.noise), tensordict)
 
     @term
     def qvalue_loss(self, tensordict: TensorDictBase) -> Terms:

@@ -18,6 +18,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 
 from deflow_torchrl.modules.critics import check_aggregation
+from deflow_torchrl.modules.policies import encode
 from deflow_torchrl.objectives import acting, terms
 from deflow_torchrl.objectives.base import Critics, OffPolicyLoss, Reduction, Terms, term
 
@@ -127,30 +128,34 @@ class FQLLoss(OffPolicyLoss):
 
     def _compute(self, tensordict: TensorDictBase) -> dict[str, Tensor]:
         # In this order: draws that the input lacks are taken from one generator.
+        of_flow, of_critics = encode(self.flow_policy, tensordict), self.critics.encode(tensordict)
         if self.critics.next_samples is not None:
-            critic_terms = self._critic_terms(tensordict, self._draw_next(tensordict))
-            loss_flow = self._flow_term(tensordict)
-            loss_actor, metadata = self._actor_term(tensordict, self._draw(tensordict, self.tensor_keys.noise))
+            critic_terms = self._critic_terms(of_critics, self._draw_next(tensordict))
+            loss_flow = self._flow_term(of_flow)
+            noise = self._draw(tensordict, self.tensor_keys.noise)
+            loss_actor, metadata = self._actor_term(tensordict, noise, of_flow, of_critics)
         else:
             noise = self._draw(tensordict, self.tensor_keys.noise)
             next_noise = self._draw_next(tensordict)
-            loss_flow = self._flow_term(tensordict)
-            loss_actor, metadata = self._actor_term(tensordict, noise)
-            critic_terms = self._critic_terms(tensordict, next_noise)
+            loss_flow = self._flow_term(of_flow)
+            loss_actor, metadata = self._actor_term(tensordict, noise, of_flow, of_critics)
+            critic_terms = self._critic_terms(of_critics, next_noise)
         return {"loss_flow": loss_flow, "loss_actor": loss_actor, **metadata, **critic_terms}
 
     def _flow_term(self, tensordict: TensorDictBase) -> Tensor:
         return self._reduce(self._flow_error(self.flow_policy, tensordict), tensordict)
 
-    def _actor_term(self, tensordict: TensorDictBase, noise: Tensor) -> Terms:
+    def _actor_term(
+        self, tensordict: TensorDictBase, noise: Tensor, of_flow: TensorDictBase, of_critics: TensorDictBase
+    ) -> Terms:
         with torch.no_grad():  # sg: the flow teaches and does not learn here
-            taught = acting.act(self.flow_policy, tensordict, noise)
+            taught = acting.act(self.flow_policy, of_flow, noise)
         output = acting.unclipped(self.actor_network, tensordict, noise)
         # Unclipped: a policy beyond the bounds is drawn back by the distillation, where the Q term's gradient is zero.
         distillation = terms.distillation(output, taught)
         action = acting.clip(self.actor_network, output)
         # sg: the critics and lambda.
-        qvalue = self.critics.values(self._with_action(tensordict, action), frozen=True).mean(0)
+        qvalue = self.critics.values(self._with_action(of_critics, action), frozen=True).mean(0)
         loss = self.alpha * distillation - self._q_scale(qvalue, tensordict) * qvalue
         parts = {"distillation": distillation, "q": qvalue}
         metadata = {name: self._statistic(part, tensordict) for name, part in parts.items()}
@@ -180,7 +185,7 @@ class FQLLoss(OffPolicyLoss):
         Returns:
             The loss and metadata ``distillation`` and ``q``, detached.
         """
-        return self._actor_term(tensordict, self._draw(tensordict, self.tensor_keys.noise))
+        return self._actor_term(tensordict, self._draw(tensordict, self.tensor_keys.noise), tensordict, tensordict)
 
     @term
     def qvalue_loss(self, tensordict: TensorDictBase) -> Terms:

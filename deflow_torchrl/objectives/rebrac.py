@@ -110,7 +110,8 @@ class ReBRACLoss(OffPolicyLoss):
         return [next_key(self.tensor_keys.noise), *self.critics.draw_keys, self.tensor_keys.valid]
 
     def _compute(self, tensordict: TensorDictBase) -> dict[str, Tensor]:
-        return {**self._critic_terms(tensordict), "loss_actor": self._actor_term(tensordict)}
+        of_critics = self.critics.encode(tensordict)
+        return {**self._critic_terms(of_critics), "loss_actor": self._actor_term(tensordict, of_critics)}
 
     def _critic_terms(self, tensordict: TensorDictBase) -> dict[str, Tensor]:
         """Targets at the smoothed action of the target policy, less a penalty; all of them without gradient."""
@@ -135,10 +136,10 @@ class ReBRACLoss(OffPolicyLoss):
         policy = self.actor_network
         return policy(state.select(*policy.in_keys))[policy.out_keys[-1]]
 
-    def _actor_term(self, tensordict: TensorDictBase) -> Tensor:
+    def _actor_term(self, tensordict: TensorDictBase, of_critics: TensorDictBase) -> Tensor:
         action = self._action(tensordict)
         # sg: the critics and the normalisation.
-        qvalue = self.critics.values(self._with_action(tensordict, action), frozen=True).amin(0)
+        qvalue = self.critics.values(self._with_action(of_critics, action), frozen=True).amin(0)
         penalty = terms.squared_distance(action, tensordict[self.tensor_keys.action], self.actor_bc_coef)
         return self._reduce(-self._q_scale(qvalue, tensordict) * qvalue + penalty, tensordict)
 
@@ -166,4 +167,4 @@ class ReBRACLoss(OffPolicyLoss):
         Returns:
             The loss and an empty metadata dictionary.
         """
-        return self._actor_term(tensordict), {}
+        return self._actor_term(tensordict, tensordict), {}

@@ -13,7 +13,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from deflow_torchrl.modules.actor import DeFlowActor
 from deflow_torchrl.modules.flow import Precision, matmul_precision
-from deflow_torchrl.modules.policies import is_flow
+from deflow_torchrl.modules.policies import encode, is_flow, last_policy
 from deflow_torchrl.objectives import acting
 from deflow_torchrl.objectives.base import OffPolicyLoss, Reduction, next_key
 
@@ -164,10 +164,16 @@ class RefinedActorLoss(OffPolicyLoss):
         given = {self.tensor_keys.noise, actor.base_action_key}
         return [key for key in dict.fromkeys([*prior, *actor.refinement_policy.in_keys]) if key not in given]
 
+    def _read_by_prior(self, state: TensorDictBase) -> TensorDictBase:
+        """A state as a flow reads it behind its encoders, which run here; the state where it holds the base action."""
+        prior = self.actor_network.flow_policy
+        return encode(prior, state) if is_flow(prior) and self._given_base_action(state) is None else state
+
     @torch.no_grad()
     def _sample_prior(self, state: TensorDictBase, noise: Tensor) -> Tensor:
         """B = sg(flow(s, z)): the prior's action."""
         prior = self.actor_network.flow_policy
+        state = self._read_by_prior(state)
         with matmul_precision(self.sampler_precision, noise.device):
             if is_flow(prior):
                 return acting.act(prior, state, noise)
@@ -196,8 +202,10 @@ class RefinedActorLoss(OffPolicyLoss):
         if tensordict.ndim == 0 or any(self._given_base_action(state) is not None for state in states):
             return self._base_action(tensordict), self._next_base_action(tensordict, following)
         noise = [self._draw(tensordict, key) for key in (self.tensor_keys.noise, next_key(self.tensor_keys.noise))]
-        keys = acting.state_keys(self.actor_network.flow_policy)
-        both = torch.cat([state.select(*keys) for state in states], 0)
+        prior = self.actor_network.flow_policy
+        keys = acting.state_keys(last_policy(prior) if is_flow(prior) else prior)
+        with torch.no_grad():
+            both = torch.cat([self._read_by_prior(state).select(*keys) for state in states], 0)
         return self._sample_prior(both, torch.cat(noise, 0)).chunk(2, 0)  # type: ignore[return-value]
 
     def _refine(self, state: TensorDictBase, base_action: Tensor) -> tuple[Tensor, Tensor]:

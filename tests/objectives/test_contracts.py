@@ -235,15 +235,13 @@ def test_an_identity_encoder_changes_no_number():
     torch.testing.assert_close(loss(batch).to_dict(), plain(joined).to_dict())
 
 
-def test_an_encoder_runs_once_per_state_and_term_and_never_per_euler_step():
+def test_an_encoder_runs_once_per_state_and_never_per_term_or_euler_step():
     loss, encoders = build_encoded(DeFlowLoss)
     for it in encoders.values():
         it.calls.clear()
     loss(encoded_batch(8))
-    # The prior: one joint pass of [s; s'] without gradient and one for flow matching with it.
-    assert sorted(encoders["prior"].calls) == [8, 16]
-    assert encoders["refinement"].calls == [8, 8]
-    assert encoders["critic"].calls == [8, 8, 8]  # the actor's Q, the target's, the error's
+    for part in ("prior", "refinement", "critic"):
+        assert encoders[part].calls == [8, 8]  # at s, with gradient, and at s'
 
 
 @METHODS

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from deflow_torchrl.data.columns import allocate, as_column, release_pages
-from deflow_torchrl.data.schema import ACTION_LIMIT, MIN_TRANSITIONS, ROUNDING
+from deflow_torchrl.data.schema import ACTION_LIMIT, LARGEST, MIN_TRANSITIONS, ROUNDING
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.progress import patient_bar
 
@@ -196,12 +196,13 @@ class ColumnBuilder:
         with np.errstate(over="ignore"):
             dtype = np.uint8 if column.dtype == torch.uint8 else np.float32
             tensor = torch.from_numpy(np.array(values, dtype=dtype, order="C"))
-        finite = tensor.isfinite()
-        if not bool(finite.all()):
-            row = int((~finite.reshape(len(tensor), -1).all(-1)).nonzero()[0])
+        if tensor.is_floating_point() and not bool((fitting := tensor.abs() <= LARGEST).all()):
+            row = int((~fitting.reshape(len(tensor), -1).all(-1)).nonzero()[0])
+            what = (
+                "a NaN or infinite value" if not bool(tensor[row].isfinite().all()) else f"a number beyond {LARGEST:g}"
+            )
             raise InputError(
-                f"{self.source}: {name} has a NaN or infinite value in row {self._row(into, row, rows)}; "
-                "repair or drop that trajectory"
+                f"{self.source}: {name} has {what} in row {self._row(into, row, rows)}; repair or drop that trajectory"
             )
         return tensor
 

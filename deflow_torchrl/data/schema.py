@@ -28,6 +28,9 @@ ACTION_LIMIT = 1.0 - 1e-5
 ROUNDING = 1e-6
 """How far rounding may take an action beyond its bound before it counts as outside."""
 
+LARGEST = 1e15
+"""A larger observation or reward is taken for a placeholder: the squares that losses and optimisers take would overflow."""
+
 MIN_TRANSITIONS = 2
 """A smaller set is taken for a mistake."""
 

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from tests.support.arrays import arrays, walk, with_successors
+from tests.support.arrays import arrays, with_successors
 from tests.support.command_line import assert_one_line, deflow
 from tests.support.generation import DATASET, TASK
 
@@ -21,59 +21,6 @@ def home(tmp_path, monkeypatch):
     monkeypatch.setenv("DEFLOW_HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def one_jump():
-    joined = np.concatenate([walk(400), walk(400, seed=7) + 5])
-    ends = np.eye(800)[799]
-    return {
-        "observations": joined, "actions": np.zeros((800, 1)), "rewards": np.zeros(800), "terminals": np.zeros(800),
-        "timeouts": ends,
-    }  # fmt: skip
-
-
-def bad(name):
-    given = arrays()
-    if name == "empty":
-        return {key: value[:0] for key, value in given.items()}, "holds no transition"
-    if name == "one transition":
-        return {key: value[:2] for key, value in {**given, "timeouts": np.eye(12)[1]}.items()}, "holds 1 transition"
-    if name == "nan":
-        given["rewards"][3] = np.nan
-        return given, "NaN or infinite value in row 3"
-    if name == "integer actions":
-        return {**given, "actions": np.ones((12, 2), np.int64)}, "type int64"
-    if name == "actions in [-2, 2]":
-        return {**given, "actions": given["actions"] * 2}, "rescale the actions"
-    if name == "missing terminals":
-        del given["terminals"]
-        return given, "has no terminals"
-    if name == "terminals against timeouts":
-        given["timeouts"][5] = 1
-        return given, "flagged both as terminal and as timeout"
-    if name == "unmarked end":
-        return {**given, "timeouts": np.zeros(12)}, "the last row ends no episode"
-    if name == "jump":
-        return one_jump(), "jumps inside episode 0"
-    if name == "jump against successors":
-        given = with_successors()
-        given["next_observations"][2] += 1
-        return given, "next_observations of row 2"
-    return {**given, "actions": np.full((12, 2), None)}, "never loaded"
-
-
-@pytest.mark.parametrize("verb", ["import", "describe"])
-@pytest.mark.parametrize(
-    "name",
-    ["empty", "one transition", "nan", "integer actions", "actions in [-2, 2]", "missing terminals",
-     "terminals against timeouts", "unmarked end", "jump", "jump against successors", "pickled objects"],
-)  # fmt: skip
-def test_bad_data_is_one_line_and_nothing_is_left(verb, name, home):
-    given, message = bad(name)
-    np.savez(home / "set.npz", **given)
-    arguments = ["import", "set.npz", "--out", "out"] if verb == "import" else ["describe", "set.npz"]
-    assert_one_line(deflow("data", *arguments), message, "set.npz")
-    assert sorted(path.name for path in home.iterdir()) == ["set.npz"]
 
 
 @pytest.mark.parametrize("ending", [".npz", ".hdf5"])
@@ -147,19 +94,6 @@ def test_a_second_process_that_prepares_the_same_set_is_one_line(home):
         done.set()
         process.join()
     assert deflow("data", "import", "set.npz", "--out", "out").returncode == 0
-
-
-def test_wrong_options_of_an_import_are_one_line(home):
-    np.savez(home / "set.npz", **arrays())
-    for more, message in {
-        ("--column", "observations"): "write FIELD=NAME",
-        ("--column", "reward=r"): "unknown field 'reward'",
-        ("--ends", "perhaps"): "ends='perhaps' is unknown",
-        ("--both", "neither"): "both='neither' is unknown",
-        ("--action-bounds", "2", "-2"): "the first must be the smaller",
-    }.items():
-        assert_one_line(deflow("data", "import", "set.npz", "--out", "out", *more), message)
-    assert not (home / "out").exists()
 
 
 def test_own_data_come_from_a_file_to_a_trained_and_evaluated_policy(home):

@@ -81,29 +81,6 @@ def test_a_task_without_terminal_states_says_so(tmp_path):
     assert not import_files([path], never_terminates=True)[:]["next", "terminated"].any()
 
 
-@pytest.mark.parametrize(
-    ("changes", "options", "message"),
-    [
-        ({"rewards": None}, {}, "has no rewards; name the column with --column rewards=NAME"),
-        ({}, {"columns": {"rewards": "r"}}, "has no column 'r' for rewards; there are observations, actions"),
-        ({}, {"columns": {"reward": "r"}}, "unknown field 'reward'"),
-        ({}, {"ends": "somehow"}, "ends='somehow' is unknown"),
-        ({}, {"ends": "column:episode"}, "no column 'episode'"),
-        ({}, {"action_bounds": (1, 1)}, "the first must be the smaller"),
-        ({"actions": np.array([[None]] * 12)}, {}, "never loaded"),
-        ({"observations": np.array([["a"]] * 12)}, {}, "expected real numbers"),
-    ],
-)
-def test_what_cannot_be_mapped_is_one_line(changes, options, message, tmp_path):
-    given = {name: value for name, value in {**arrays(), **changes}.items() if value is not None}
-    path = tmp_path / "x.npz"
-    np.savez(path, **given)
-    with pytest.raises(InputError, match=message) as error:
-        import_files([path], **options)
-    assert "\n" not in str(error.value)
-    assert "x.npz" in str(error.value) or "columns" in options or "ends" in options or "action_bounds" in options
-
-
 @pytest.mark.parametrize("ending", MAPPING)
 @pytest.mark.parametrize("damage", ["truncated", "foreign", "empty"])
 def test_damaged_files_are_one_line(ending, damage, tmp_path):

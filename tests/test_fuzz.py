@@ -1,0 +1,128 @@
+"""Whatever comes in either trains one step with finite losses or is refused in one line.
+
+``DEFLOW_FUZZ_EXAMPLES=2000 python -m pytest tests/test_fuzz.py --hypothesis-show-statistics`` looks longer.
+"""
+
+import os
+import tempfile
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("hypothesis", reason="needs hypothesis")
+pytest.importorskip("pyarrow", reason="needs the extra files")
+pytest.importorskip("h5py", reason="needs the extra files")
+
+from hypothesis import HealthCheck, event, example, given
+from hypothesis import settings as how
+
+from deflow_torchrl.algorithms import ProblemSpec, get_algorithm
+from deflow_torchrl.data import TransitionDataset, TransitionReplayBuffer, import_files
+from deflow_torchrl.errors import InputError
+from deflow_torchrl.trainers import UpdateStep
+from tests.support.arrays import arrays, with_successors
+from tests.support.strategies import given_arrays, given_file, overrides, write_file
+
+EXAMPLES = int(os.environ.get("DEFLOW_FUZZ_EXAMPLES", "200"))
+# The same examples in every run; the number of them is what one raises to look further.
+looking = how(
+    max_examples=EXAMPLES, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
+
+
+def refused(make):
+    """What ``make`` gives, or ``None`` where it is refused in one line."""
+    message = "accepted"
+    try:
+        return make()
+    except InputError as error:
+        message = str(error)
+    finally:
+        event("accepted" if message == "accepted" else "refused")
+    assert message
+    assert "\n" not in message
+    return None
+
+
+def check_one_step(dataset):
+    """One update of DeFlow on the set has finite losses, and leaves finite weights."""
+    if dataset.observation.ndim != 2:
+        assert dataset.observation.dtype == torch.uint8
+        return
+    algorithm = get_algorithm("deflow")
+    problem = ProblemSpec(dataset.observation.shape[1], dataset.action.shape[1], hidden_dims=(8,))
+    learner = algorithm.build(algorithm.config(flow_steps=2), problem)
+    losses = UpdateStep(learner)(TransitionReplayBuffer(dataset, batch_size=8).sample())
+    assert all(bool(torch.as_tensor(losses[name]).isfinite().all()) for name in learner.loss_names), losses
+
+
+@looking
+@given(given_arrays())
+@example({**arrays(), "rewards": np.full(12, 1e38)})  # finite, but not its square
+@example({**arrays(), "observations": np.full((12, 3), 1e30)})
+@example({**with_successors(), "observations": with_successors()["observations"].astype(">f8")})
+@example({**arrays(), "rewards": [torch.tensor(1.0, dtype=torch.bfloat16)] * 12})
+@example({**arrays(), "terminals": torch.eye(12)[5].to_sparse()})
+def test_arrays_train_or_are_refused(given):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dataset = refused(lambda: TransitionDataset.from_arrays(**given))
+    if dataset is not None:
+        check_one_step(dataset)
+
+
+@looking
+@given(given_file())
+def test_files_train_or_are_refused(drawn):
+    layout, arrays_, options, damage = drawn
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_file(Path(folder), layout, arrays_, damage)
+        if path is None:
+            return
+        dataset = refused(lambda: import_files(path, **options))
+        if dataset is not None:
+            check_one_step(dataset)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return TransitionDataset.from_arrays(**arrays()).save(tmp_path_factory.mktemp("fuzz") / "set")
+
+
+def test_settings_train_or_are_refused(folder, tmp_path, monkeypatch):
+    pytest.importorskip("hydra", reason="needs the extra cli")
+    from deflow_torchrl.runs import compose_config
+    from deflow_torchrl.runs.run import Run
+    from deflow_torchrl.runs.settings import TrainConfig, setting_names
+
+    monkeypatch.setenv("DEFLOW_HOME", str(tmp_path))
+    # Compiling takes minutes; threads and kernels are settings of the process.
+    names = [name for name in setting_names(TrainConfig) if name not in ("compile", "threads", "kernels", "task")]
+
+    @looking
+    @given(
+        overrides(
+            [*names, "algo.lr", "algo.tau", "algo.gamma", "algo.target_divergence", "algo.flow_steps", "algo.x", "y"]
+        )
+    )
+    def look(settings):
+        fixed = {"task": f"file:{folder}", "hidden_dims": "[8]", "batch_size": "4", "offline_steps": "1"}
+        mine = [
+            f"{name}={value}" for name, value in fixed.items() if not any(it.startswith(f"{name}=") for it in settings)
+        ]
+        config = refused(lambda: compose_config([*mine, *settings]))
+        run = (
+            None
+            if config is None
+            else refused(lambda: Run(config, tmp_path / "run", commands=["fuzz"], show_progress=False))
+        )
+        if run is not None:
+            losses = run.update(run.buffer.sample())
+            assert all(bool(torch.as_tensor(losses[name]).isfinite().all()) for name in run.learner.loss_names), (
+                settings
+            )
+
+    look()

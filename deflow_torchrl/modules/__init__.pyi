@@ -6,6 +6,12 @@ from .best_of_n import BestOfNPolicy as BestOfNPolicy
 from .critics import CriticEnsemble as CriticEnsemble
 from .critics import EncodedCritics as EncodedCritics
 from .critics import TwinCritic as TwinCritic
+from .diffusion import ConsistencyModel as ConsistencyModel
+from .diffusion import ConsistencyNetwork as ConsistencyNetwork
+from .diffusion import ConsistencyPolicy as ConsistencyPolicy
+from .diffusion import DiffusionModel as DiffusionModel
+from .diffusion import DiffusionPolicy as DiffusionPolicy
+from .diffusion import NoiseNetwork as NoiseNetwork
 from .encoders import ImpalaEncoder as ImpalaEncoder
 from .encoders import make_encoder as make_encoder
 from .flow import FlowMatchingModel as FlowMatchingModel

@@ -7,8 +7,9 @@ result of :func:`~deflow_torchrl.modules.policies.encode`, so that encoders run 
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -125,6 +126,74 @@ def _each(observation: Tensor, rows: Tensor) -> Tensor:
     if observation.ndim == rows.ndim:
         return observation
     return observation.unsqueeze(-2).expand(*rows.shape[:-1], observation.shape[-1])
+
+
+def check_diffusion_policy(policy: TensorDictModuleBase) -> None:
+    """Raise TypeError unless the policy predicts the noise in an action."""
+    _check(policy, hasattr(_core(policy), "predicted_noise"), "DiffusionPolicy")
+
+
+def check_consistency_policy(policy: TensorDictModuleBase) -> None:
+    """Raise TypeError unless the policy has a consistency function."""
+    _check(policy, hasattr(_core(policy), "consistency"), "ConsistencyPolicy")
+
+
+def predicted_noise(
+    policy: TensorDictModuleBase, state: TensorDictBase, action: Tensor, noise: Tensor, time: Tensor
+) -> Tensor:
+    """eps(s, x_t, t) ``[*B, A]`` of the action ``[*B, A]`` noised to time ``[*B, 1]`` by noise ``[*B, A]``."""
+    core = _core(policy)
+    signal, spread = core.signal_and_noise(time)
+    return core.predicted_noise(_observation(policy, state), signal * action + spread * noise, time)
+
+
+def signal_and_noise(policy: TensorDictModuleBase, time: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales ``[*B, 1]`` of action and noise in x_t of a diffusion policy."""
+    return _core(policy).signal_and_noise(time)
+
+
+@contextlib.contextmanager
+def in_evaluation_mode(policy: TensorDictModuleBase) -> Iterator[None]:
+    """Context in which the policy's networks drop nothing out."""
+    training = [module for module in policy.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def draw_time(policy: TensorDictModuleBase, action: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
+    """Times ``[*B, 1]`` of a diffusion: uniform steps 0..T-1, or in continuous time uniform in [low, high]."""
+    core, like = _core(policy), action[..., :1]
+    if core.schedule == "ddpm":
+        return torch.randint_like(like, core.num_steps).long()
+    return low + (high - low) * torch.rand_like(like)
+
+
+def num_steps(policy: TensorDictModuleBase) -> int:
+    """Rows of noise of one sample of a policy that adds noise between its steps."""
+    return _core(policy).num_steps
+
+
+def act_in_steps(policy: TensorDictModuleBase, state: TensorDictBase, noise: Tensor) -> Tensor:
+    """Action ``[*B, A]`` of a policy that adds noise between its K steps, by ``[*B, K, A]``."""
+    key, head = noise_key(policy), last_policy(policy)
+    if key is None or not is_wrapped(head):
+        return head.module(_observation(policy, state), noise)
+    return policy(state.select(*state_keys(policy)).set(key, noise))[policy.out_keys[-1]]
+
+
+def noise_levels(policy: TensorDictModuleBase) -> tuple[float, float]:
+    """The lowest and the highest noise level of a consistency policy."""
+    return _core(policy).sigma_min, _core(policy).sigma_max
+
+
+def consistency(policy: TensorDictModuleBase, state: TensorDictBase, x: Tensor, sigma: Tensor) -> Tensor:
+    """f(s, x, sigma) ``[*B, A]`` of a consistency policy; sigma ``[*B, 1]``."""
+    return _core(policy).consistency(_observation(policy, state), x, sigma)
 
 
 def _core(policy: TensorDictModuleBase) -> Any:

@@ -124,6 +124,9 @@ class OffPolicyLoss(LossModule):
     actor_network: Any
     actor_network_params: TensorDictParams
     target_actor_network_params: TensorDictParams
+    diffusion_policy: TensorDictModuleBase
+    diffusion_policy_params: TensorDictParams
+    target_diffusion_policy_params: TensorDictParams
     flow_policy: TensorDictModuleBase
     flow_policy_params: TensorDictParams
     target_flow_policy_params: TensorDictParams

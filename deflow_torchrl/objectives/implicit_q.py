@@ -60,6 +60,8 @@ class ImplicitQLoss(OffPolicyLoss):
     default_keys = _AcceptedKeys
     out_keys = ["loss_value", "loss_qvalue"]
     _schedulable_buffers = frozenset({"expectile"})
+    _averaged: tuple[str, ...] = ()
+    """Policies of a subclass whose averages are kept as ``target_NAME_params``."""
 
     expectile: Tensor
 
@@ -78,7 +80,7 @@ class ImplicitQLoss(OffPolicyLoss):
             raise ValueError(f"expectile must lie between 0 and 1, got {expectile}")
         super().__init__(reduction=reduction)
         for name, policy in (policies or {}).items():
-            self._add_policy(policy, name)
+            self._add_policy(policy, name, create_target_params=name in self._averaged)
         self._add_policy(value_network, "value_network")
         self._add_critics(qvalue_network, num_qvalue_nets=num_qvalue_nets, deactivate_vmap=deactivate_vmap)
         self._add_coefficient("expectile", expectile)

@@ -36,6 +36,11 @@ def flow_matching(
     return error.mean(-1)
 
 
+def noise_prediction(predicted: Tensor, noise: Tensor) -> Tensor:
+    """``|eps(s, x_t, t) - z|^2``, summed over action dimensions (DDPM; IDQL and SRPO)."""
+    return (predicted - noise).square().sum(-1)
+
+
 def divergence(shift: Tensor, reduction: str) -> Tensor:
     """D = |da|^2 of the unclipped shift ``[*B, A]``, the mean or the sum over action dimensions (DeFlow Eq. 10)."""
     squared = shift.square()

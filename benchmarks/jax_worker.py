@@ -16,6 +16,8 @@ def main() -> None:
     for name in ("obs-dim", "action-dim", "batch-size", "flow-steps", "seed"):
         parser.add_argument(f"--{name}", type=int, required=True)
     parser.add_argument("--hidden-dims", type=int, nargs="+", required=True)
+    parser.add_argument("--encoder", help="of pictures")
+    parser.add_argument("--image-shape", type=int, nargs=3, help="observations are pictures of this shape")
     parser.add_argument("--latency", action="store_true", help="time the jitted policy on one observation instead")
     arguments = parser.parse_args()
     sys.path.insert(0, arguments.path)
@@ -29,13 +31,18 @@ def main() -> None:
 
     config = get_config().to_dict()
     config |= {"actor_hidden_dims": tuple(arguments.hidden_dims), "value_hidden_dims": tuple(arguments.hidden_dims)}
-    config |= {"flow_steps": arguments.flow_steps, "normalize_q_loss": True, "encoder": None}
+    config |= {"flow_steps": arguments.flow_steps, "normalize_q_loss": True, "encoder": arguments.encoder}
     rows, rng = arguments.batch_size, np.random.default_rng(arguments.seed)
+
+    def observations() -> np.ndarray:
+        if arguments.image_shape:
+            return rng.integers(256, size=(rows, *arguments.image_shape), dtype=np.uint8)
+        return rng.normal(size=(rows, arguments.obs_dim)).astype("float32")
 
     def make_batch() -> dict[str, np.ndarray]:
         return {
-            "observations": rng.normal(size=(rows, arguments.obs_dim)).astype("float32"),
-            "next_observations": rng.normal(size=(rows, arguments.obs_dim)).astype("float32"),
+            "observations": observations(),
+            "next_observations": observations(),
             "actions": rng.uniform(-1, 1, size=(rows, arguments.action_dim)).astype("float32"),
             "rewards": -np.ones(rows, "float32"),
             "masks": np.ones(rows, "float32"),

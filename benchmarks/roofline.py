@@ -17,7 +17,8 @@ from dataclasses import dataclass
 
 import torch
 from tensordict import TensorDictBase
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from deflow_torchrl.trainers import UpdateStep
 
@@ -199,6 +200,50 @@ def measure(
             "ratio": ratio(measured[name], values),
         }
         for name, values in floors.items()
+    }
+
+
+def convolution_flops(encoder: nn.Module, pictures: Tensor, *, gradient: bool) -> int:
+    """Floating point operations of the convolutions in an encoding and, as asked, in its gradient."""
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(gradient):
+        out = encoder(pictures)
+        if gradient:
+            out.sum().backward()
+    counts = counter.get_flop_counts()["Global"]
+    return sum(count for operation, count in counts.items() if "convolution" in str(operation))
+
+
+def measure_encodings(
+    encoder: nn.Module, pictures: Tensor, *, with_gradient: int, without: int, rounds: int, warmup: int
+) -> dict[str, float]:
+    """Milliseconds of so many encodings, and their convolutions at the rate of a matrix product of this machine, in turns."""
+    device = pictures.device
+    flops = with_gradient * convolution_flops(encoder, pictures, gradient=True)
+    flops += without * convolution_flops(encoder, pictures, gradient=False)
+    product = Product(1, 4096, 512, 512)
+    operands = product.operands(device)
+
+    def encode() -> None:
+        for _ in range(with_gradient):
+            encoder.zero_grad()
+            encoder(pictures).sum().backward()
+        with torch.no_grad():
+            for _ in range(without):
+                encoder(pictures)
+
+    floors, measured = [], []
+    for number in range(warmup + rounds):
+        rate = product.flops / min(clock(functools.partial(_multiply, *operands), device) for _ in range(5))
+        now = clock(encode, device)
+        if number >= warmup:
+            floors.append(flops / rate)
+            measured.append(now)
+    return {
+        "gflop": flops / 1e9,
+        "mbyte": 0.0,
+        "floor_ms": statistics.median(floors),
+        "measured_ms": statistics.median(measured),
+        "ratio": ratio(measured, floors),
     }
 
 

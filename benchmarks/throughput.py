@@ -2,6 +2,7 @@
 
     python benchmarks/throughput.py update --obs-dim 37 --action-dim 5 --batch-size 256 --steps 40 --json
     python benchmarks/throughput.py update --frozen-prior
+    python benchmarks/throughput.py update --pixels
     python benchmarks/throughput.py update --against-jax PATH --jax-python PYTHON
     python benchmarks/throughput.py roofline
     python benchmarks/throughput.py precision
@@ -10,6 +11,8 @@
 With a frozen prior there are three losses, and the base actions come from a bank, whose lookup is part of the time. The full
 update is then timed too, the two in turns. `--plain` adds the update without this package's CPU kernels, `--against-jax` the
 authors' agent at the same sizes: PATH is a checkout of their repository, PYTHON an interpreter that has jax, flax and optax.
+`--pixels` updates on pictures of the paper's sizes, with an encoder for each part, and prints how far the encodings are from
+their convolutions at the rate of a matrix product; an update of 256 pictures takes seconds on a core.
 `roofline` counts an update's products, times them alone, and says how far each part is from that; `bench` compares these and
 other ratios with stored ones, for changes to the code. Machines are noisy: compare
 figures of interleaved runs as ratios, never single numbers across machines.
@@ -30,14 +33,15 @@ from pathlib import Path
 from typing import TypeVar, get_args
 
 import torch
-from roofline import clock, measure, ratio, table, update_products
+from roofline import clock, measure, measure_encodings, ratio, table, update_products
 from tensordict import TensorDict
-from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+from torchrl.data import Composite, LazyTensorStorage, TensorDictReplayBuffer, Unbounded
 
 from deflow_torchrl.algorithms import DeFlowConfig, get_algorithm
 from deflow_torchrl.algorithms.base import ProblemSpec
 from deflow_torchrl.data import BaseActionBank
-from deflow_torchrl.modules import kernels
+from deflow_torchrl.modules import kernels, make_encoder
+from deflow_torchrl.modules.encoders import ENCODERS
 from deflow_torchrl.modules.flow import Precision
 from deflow_torchrl.processes import keep_freed_memory
 from deflow_torchrl.trainers import UpdateStep
@@ -48,8 +52,11 @@ Timed = TypeVar("Timed")
 
 
 def make_update(arguments: argparse.Namespace) -> UpdateStep:
+    pictures = Unbounded(arguments.image_shape, dtype=torch.uint8) if arguments.pixels else None
     problem = ProblemSpec(
         observation_dim=arguments.obs_dim,
+        observation_spec=None if pictures is None else Composite(observation=pictures),
+        encoder=arguments.encoder,
         action_dim=arguments.action_dim,
         hidden_dims=arguments.hidden_dims,
         gamma=0.99,
@@ -71,12 +78,18 @@ def make_frozen_update(arguments: argparse.Namespace, buffer: TensorDictReplayBu
 def make_transitions(arguments: argparse.Namespace, rows: int) -> TensorDict:
     device = torch.device(arguments.device)
     flags = {name: torch.rand(rows, 1, device=device) < 0.01 for name in ("terminated", "truncated")}
+
+    def observations() -> torch.Tensor:
+        if arguments.pixels:
+            return torch.randint(256, (rows, *arguments.image_shape), dtype=torch.uint8, device=device)
+        return torch.randn(rows, arguments.obs_dim, device=device)
+
     return TensorDict(
         {
-            "observation": torch.randn(rows, arguments.obs_dim, device=device),
+            "observation": observations(),
             "action": torch.rand(rows, arguments.action_dim, device=device) * 2 - 1,
             "next": {
-                "observation": torch.randn(rows, arguments.obs_dim, device=device),
+                "observation": observations(),
                 "reward": -torch.ones(rows, 1, device=device),
                 "done": flags["terminated"] | flags["truncated"],
                 **flags,
@@ -165,6 +178,8 @@ class JaxAgent:
         command = [arguments.jax_python, str(Path(__file__).with_name("jax_worker.py")), str(arguments.against_jax)]
         command += [text for name in sizes for text in (f"--{name.replace('_', '-')}", str(values[name]))]
         command += ["--hidden-dims", *map(str, arguments.hidden_dims), *flags]
+        if getattr(arguments, "pixels", False):
+            command += ["--encoder", arguments.encoder, "--image-shape", *map(str, arguments.image_shape)]
         try:
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         except OSError as error:
@@ -206,6 +221,7 @@ def add_sizes(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--device", default="cpu")
     verb.add_argument("--compile", action="store_true", help="torch.compile the losses (a minute or more at the start)")
     verb.add_argument("--json", action="store_true", help="print one JSON object on the last line")
+    verb.set_defaults(pixels=False, encoder="impala_small", image_shape=[64, 64, 9])
 
 
 def add_jax(parser: argparse.ArgumentParser) -> None:
@@ -283,6 +299,20 @@ def run_update(arguments: argparse.Namespace) -> dict[str, object]:
     if jax is not None:
         result |= {"jax_ms_per_update": medians["jax"], "to_jax": ratio(times[kind], times["jax"]), **jax.about}
         print(f"{medians['jax']:.1f} ms the authors' JAX agent: ours takes {result['to_jax']:.2f} of it")
+    if arguments.pixels:
+        encoder = make_encoder(arguments.encoder, Unbounded(arguments.image_shape)).to(device)
+        # Prior, refinement and critic at s with gradient; prior, refinement and target critic at s' without.
+        row = measure_encodings(
+            encoder,
+            buffer.sample()["observation"],
+            with_gradient=3,
+            without=3,
+            rounds=arguments.steps,
+            warmup=arguments.warmup,
+        )
+        result["encodings"] = row
+        print("the six encodings of an update; floor: their convolutions at the rate of a matrix product")
+        print(table({"encodings": row}))
     return result
 
 
@@ -417,8 +447,14 @@ def main() -> None:
     verb.add_argument("--frozen-prior", action="store_true", help="a frozen prior and a bank of its base actions")
     verb.add_argument("--plain", action="store_true", help="the update without the CPU kernels too, in turns")
     verb.add_argument(
-        "--in-a-row", type=int, default=5, help="updates of each kind in a turn, after one that is not timed"
+        "--in-a-row", type=int, help="updates of each kind in a turn, after one that is not timed (5; of pictures 1)"
     )
+    verb.add_argument(
+        "--pixels", action="store_true", help="observations are pictures (3 steps unless --steps is given)"
+    )
+    verb.add_argument("--image-shape", type=int, nargs=3, metavar=("H", "W", "C"), help="of pictures (64 64 9)")
+    verb.add_argument("--encoder", choices=list(ENCODERS), help="of pictures (impala_small)")
+    verb.set_defaults(steps=None, warmup=None)
     verb.add_argument(
         "--updates-per-replay",
         type=int,
@@ -439,6 +475,11 @@ def main() -> None:
     add_sizes(verb)
     verb.add_argument("--store", action="store_true", help="make the ratios of this run the stored ones")
     arguments = parser.parse_args()
+    if arguments.verb == "update":
+        few = arguments.pixels
+        for name, value in (("steps", 3 if few else 40), ("warmup", 1 if few else 5), ("in_a_row", 1 if few else 5)):
+            if getattr(arguments, name) is None:
+                setattr(arguments, name, value)
     if arguments.steps < 1:
         parser.error(f"--steps must be at least 1, got {arguments.steps}")
     if arguments.verb == "update":

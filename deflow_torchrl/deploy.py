@@ -94,7 +94,8 @@ class Policy:
 
     Attributes:
         manifest: the file's description of itself; docs/deploy.md explains the entries.
-        observation_dim: O.
+        observation_dim: O, the last of ``observation_shape``.
+        observation_shape: of an observation: ``(O,)``, or ``(H, W, C)`` of pictures.
         action_dim: A.
         low: lower bounds of the actions ``[A]``, None where the policy has none.
         high: upper bounds ``[A]`` or None.
@@ -104,7 +105,9 @@ class Policy:
 
     def __init__(self, graph: Graph, manifest: Mapping[str, Any], *, seed: int | None = None) -> None:
         self.manifest = manifest
-        self.observation_dim: int = manifest["inputs"]["observation"]["shape"][-1]
+        _, *shape = manifest["inputs"]["observation"]["shape"]
+        self.observation_shape: tuple[int, ...] = tuple(shape)
+        self.observation_dim = self.observation_shape[-1]
         self.chunk: int = manifest.get("chunk", 1)
         self._width: int = manifest["outputs"]["action"]["shape"][-1]
         self.action_dim = self._width // self.chunk
@@ -125,7 +128,7 @@ class Policy:
         """Choose actions.
 
         Args:
-            observation: ``[O]`` or ``[B, O]``, finite numbers of any type.
+            observation: ``[O]`` or ``[B, O]``, finite numbers of any type; pictures ``[H, W, C]`` or ``[B, H, W, C]`` of uint8.
 
         Keyword Args:
             noise: ``[A]`` or ``[B, A]`` (of chunks ``[h * A]``), used instead of a draw from N(0, I); the same noise and
@@ -138,23 +141,24 @@ class Policy:
             InputError: on another width, another kind of values, NaN or infinities, noise for a policy that takes none, or
                 another number of rows in the middle of a chunk.
         """
-        rows = _numbers(observation, "observation", self.observation_dim)
+        rows = _numbers(observation, "observation", self.observation_shape)
+        lead = rows.shape[: -len(self.observation_shape)]
         if not self._loop.rest:
-            self._rows = rows.shape[:-1]
+            self._rows = lead
             return self._loop(self._choose(rows, noise))
-        if rows.shape[:-1] != self._rows:
+        if lead != self._rows:
             raise InputError(
                 "the number of observations changed in the middle of a chunk; call reset() between episodes"
             )
         return self._loop()
 
     def _choose(self, rows: Array, noise: ArrayLike | None) -> Array:
-        single = rows.ndim == 1
-        inputs = [np.atleast_2d(rows)]
+        lead = rows.shape[: -len(self.observation_shape)]
+        inputs = [rows if lead else rows[None]]
         if self._takes_noise:
-            shape = (*rows.shape[:-1], self._width)
+            shape = (*lead, self._width)
             drawn = self._random.standard_normal(shape, np.float32) if noise is None else None
-            given = _numbers(noise, "noise", self._width) if drawn is None else drawn
+            given = _numbers(noise, "noise", (self._width,)) if drawn is None else drawn
             if given.shape != shape:
                 raise InputError(f"noise has shape {list(given.shape)}; beside this observation it is {list(shape)}")
             inputs.append(np.atleast_2d(given))
@@ -165,7 +169,7 @@ class Policy:
             raise InputError(f"the action is not finite: observations up to {np.abs(rows).max():.3g} are too large")
         if self.low is not None:
             action = np.clip(action, *self._bounds)
-        return action[0] if single else action
+        return action if lead else action[0]
 
     def check_probe(self, where: str) -> None:
         """Compute the manifest's example and compare the action with the stored one.
@@ -175,7 +179,9 @@ class Policy:
         """
         probe = self.manifest["probe"]
         expected = np.asarray(probe["action"], np.float32)
-        rows = _numbers(probe["observation"], "observation", self.observation_dim)
+        pictures = len(self.observation_shape) == 3
+        observation = np.asarray(probe["observation"], np.uint8 if pictures else None)
+        rows = _numbers(observation, "observation", self.observation_shape)
         low, high = (1.0, 1.0) if self.low is None else self._bounds
         half = np.maximum(1.0, np.subtract(high, low) / 2)
         difference = (np.abs(self._choose(rows, probe.get("noise")) - expected) / half).max()
@@ -267,12 +273,18 @@ def _read_manifest(text: str | None, where: str) -> dict[str, Any]:
     return manifest
 
 
-def _numbers(value: ArrayLike | None, name: str, width: int) -> Array:
+def _numbers(value: ArrayLike | None, name: str, shape: tuple[int, ...]) -> Any:
+    """Float32 of numbers; pictures, which have three dimensions, as they are."""
     array = np.asarray(value)
-    if array.dtype.kind not in "fiu":
-        raise InputError(f"{name} must be real numbers, got values of type {array.dtype}")
-    if array.ndim not in (1, 2) or array.shape[-1] != width:
-        raise InputError(f"{name} must have shape [{width}] or [B, {width}], got {list(array.shape)}")
+    pictures = len(shape) == 3
+    if array.dtype != np.uint8 if pictures else array.dtype.kind not in "fiu":
+        kind = "pictures of uint8" if pictures else "real numbers"
+        raise InputError(f"{name} must be {kind}, got values of type {array.dtype}")
+    if array.ndim - len(shape) not in (0, 1) or array.shape[-len(shape) :] != shape:
+        sizes = ", ".join(map(str, shape))
+        raise InputError(f"{name} must have shape [{sizes}] or [B, {sizes}], got {list(array.shape)}")
+    if pictures:
+        return np.ascontiguousarray(array)
     with np.errstate(over="ignore"):  # values beyond float32 become infinite
         array = np.ascontiguousarray(array, np.float32)
     if not np.isfinite(array).all():

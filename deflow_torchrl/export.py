@@ -1,7 +1,8 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
 """Write a policy as one self-contained file, ONNX or ``torch.export``'s pt2, that :mod:`deflow_torchrl.deploy` runs.
 
-The graph maps ``observation [B, O]`` and, where the policy draws noise, ``noise [B, A]`` to ``action [B, A]``, for any B. In it
+The graph maps ``observation [B, O]``, or pictures ``[B, H, W, C]`` of uint8, and, where the policy draws noise, ``noise [B, A]``
+to ``action [B, A]``, for any B. In it
 
 * a flow prior computes the observation's and the time's share of the first layer once, since they are the same in all steps for
   every action;
@@ -93,7 +94,7 @@ def export_policy(
     policy: TensorDictModuleBase,
     out: Path,
     *,
-    observation_dim: int,
+    observation_dim: int | Sequence[int],
     action_dim: int,
     format: str | None = None,
     about: Mapping[str, Any] | None = None,
@@ -110,7 +111,7 @@ def export_policy(
         out: the file.
 
     Keyword Args:
-        observation_dim: O.
+        observation_dim: O; of pictures their shape ``[H, W, C]``.
         action_dim: A.
         format: ``onnx`` or ``pt2``; by default the ending of ``out``, else ``onnx``.
         about: plain values for the manifest.
@@ -147,24 +148,27 @@ def export_policy(
     unknown = [key for key in policy.in_keys if key not in keys.values()]
     if unknown:
         raise InputError(f"the policy reads {unknown}; what is exported reads an observation and noise only")
-    widths = {"observation": observation_dim}
+    shapes = {"observation": (observation_dim,) if isinstance(observation_dim, int) else tuple(observation_dim)}
     if noise_key in policy.in_keys:
-        widths["noise"] = action_dim
+        shapes["noise"] = (action_dim,)
     units = _units(action_bounds, action_dim)
     eager = _Actor(copy.deepcopy(policy).to("cpu", torch.float32), keys, action_key, units).eval().requires_grad_(False)
-    program = _trace(eager, _random_inputs(widths, rows=2))
-    write = {"onnx": _onnx_writer, "pt2": _pt2_writer}[format](program, list(widths))
-    parity = _parity(eager, open_graph(write("{}"), str(out)), widths)
+    program = _trace(eager, _random_inputs(shapes, rows=2))
+    write = {"onnx": _onnx_writer, "pt2": _pt2_writer}[format](program, list(shapes))
+    parity = _parity(eager, open_graph(write("{}"), str(out)), shapes)
     low, high = _bounds(policy, action_dim, units)
-    example = _random_inputs(widths, rows=1)
+    example = _random_inputs(shapes, rows=1)
     manifest = {
         "format": FORMAT,
         **(about or {}),
-        "inputs": {name: {"shape": ["batch", width], "dtype": "float32"} for name, width in widths.items()},
+        "inputs": {
+            name: {"shape": ["batch", *shape], "dtype": str(example[name].dtype).removeprefix("torch.")}
+            for name, shape in shapes.items()
+        },
         "outputs": {"action": {"shape": ["batch", action_dim], "dtype": "float32"}},
         "action_low": low,
         "action_high": high,
-        "noise_law": "independent N(0, 1) in every entry" if "noise" in widths else None,
+        "noise_law": "independent N(0, 1) in every entry" if "noise" in shapes else None,
         "parity": {"max_abs_difference": parity, "tolerance": TOLERANCE, "batch_sizes": list(_BATCH_SIZES)},
         "versions": package_versions(*(_ONNX_PACKAGES if format == "onnx" else ())),
         "probe": {name: value[0].tolist() for name, value in [*example.items(), ("action", eager(*example.values()))]},
@@ -319,11 +323,11 @@ def _mapped(action: Tensor, units: Units) -> Tensor:
     return low + (action + 1) * half
 
 
-def _parity(eager: _Actor, graph: Graph, widths: Mapping[str, int]) -> float:
+def _parity(eager: _Actor, graph: Graph, shapes: Mapping[str, Sequence[int]]) -> float:
     """Largest difference of the graph's actions from the policy's, in the policy's units."""
     largest, half = 0.0, torch.ones(1) if eager.units is None else eager.units[1]
     for rows in _BATCH_SIZES:
-        inputs = _random_inputs(widths, rows=rows).values()
+        inputs = _random_inputs(shapes, rows=rows).values()
         with torch.no_grad():
             difference = eager(*inputs) - torch.from_numpy(graph(*(value.numpy() for value in inputs)))
         size = float((difference.abs() / half).max())
@@ -336,9 +340,15 @@ def _parity(eager: _Actor, graph: Graph, widths: Mapping[str, int]) -> float:
     return largest
 
 
-def _random_inputs(widths: Mapping[str, int], *, rows: int) -> dict[str, Tensor]:
+def _random_inputs(shapes: Mapping[str, Sequence[int]], *, rows: int) -> dict[str, Tensor]:
+    """Random numbers ``[rows, n]`` and pictures ``[rows, H, W, C]``."""
     generator = torch.Generator().manual_seed(rows)
-    return {name: torch.randn(rows, width, generator=generator) for name, width in widths.items()}
+    return {
+        name: torch.randn(rows, *shape, generator=generator)
+        if len(shape) == 1
+        else torch.randint(256, (rows, *shape), generator=generator, dtype=torch.uint8)
+        for name, shape in shapes.items()
+    }
 
 
 def _bounds(policy: nn.Module, action_dim: int, units: Units | None) -> tuple[list[float] | None, list[float] | None]:

@@ -194,6 +194,20 @@ def test_the_update_is_timed_with_and_without_the_kernels():
     assert printed["to_plain"] > 0
 
 
+def test_an_update_on_pictures_is_timed_beside_the_floor_of_its_convolutions():
+    result = throughput("update", "--pixels", "--image-shape", "6", "6", "2", "--encoder", "impala_debug")
+    assert result.returncode == 0, result.stderr
+    printed = json.loads(result.stdout.splitlines()[-1])
+    assert printed["ms_per_update"] > 0
+    # Multiply-adds of the convolutions of one picture: 6x6 and 3x3 pixels into 4 channels, then two of a block behind each pool.
+    first, second = 36 * 2 * 4 + 2 * 9 * 4 * 4, 9 * 4 * 4 + 2 * 4 * 4 * 4
+    forward = 2 * 9 * (first + second) * 8
+    # Gradients of weights cost as much again, and so do those of inputs, which pictures have none of.
+    expected = 6 * forward + 3 * (2 * forward - 2 * 9 * 36 * 2 * 4 * 8)
+    assert printed["encodings"]["gflop"] * 1e9 == pytest.approx(expected)
+    assert "| encodings | " in result.stdout
+
+
 def test_the_activation_is_timed_in_several_forms():
     result = throughput("gelu")
     assert result.returncode == 0, result.stderr

@@ -46,8 +46,12 @@ class DeFlowDiagnostics:
         """Measure ``action_distance`` against these transitions; without a call it is left out.
 
         Args:
-            transitions: observation and action of data ``[N]``; of more than 10,000 as many are taken, evenly spread.
+            transitions: observation and action of data ``[N]``; of more than 10,000 as many are taken, evenly spread. Pictures
+                are not compared: what stands for them changes as their encoder learns.
         """
+        keys = self.loss.actor_network.refinement_policy.in_keys
+        if any(transitions.get(key).ndim > 2 for key in keys if key in transitions.keys(True)):
+            return
         rows = torch.linspace(0, len(transitions) - 1, min(len(transitions), _REFERENCE_TRANSITIONS)).round().long()
         device = self.loss.target_divergence.device
         states = self._observation(transitions[rows].to(device))
@@ -90,8 +94,10 @@ class DeFlowDiagnostics:
                 base = loss._base_action(batch)
             shift, action = loss._refine(batch, base)
 
+        state = loss.critics.encode(batch)
+
         def qvalue(action: Tensor) -> Tensor:
-            return loss.critics.values(loss._with_action(batch, action)).mean()
+            return loss.critics.values(loss._with_action(state, action)).mean()
 
         bounds = last_policy(loss.actor_network.refinement_policy).module
         out = {

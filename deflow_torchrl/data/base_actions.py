@@ -106,10 +106,13 @@ class BaseActionBank:
         if getattr(buffer.storage, "ndim", 1) != 1:
             raise InputError("a bank needs a buffer of single transitions, this storage has more than one dimension")
         self.prior, self.buffer = prior, buffer
-        policy = prior
-        while isinstance(policy, TensorDictSequential):  # encoders stand before it
-            policy = policy.module[-1]
+        encoders, policy = [], prior
+        while isinstance(policy, TensorDictSequential):
+            *before, policy = policy.module
+            encoders += before
         noise = getattr(policy, "noise_key", None)
+        # What stands before a policy that reads its noise draws none: it runs once for all base actions of a state.
+        self._encoders, self._policy = (encoders, policy) if noise is not None else ([], prior)
         self._prior_keys = [key for key in prior.in_keys if noise is None or unravel_key(key) != unravel_key(noise)]
         self.num_actions, self.seed, self.batch_size = num_actions, seed, batch_size
         if device is None:
@@ -208,12 +211,16 @@ class BaseActionBank:
                 f"the prior reads {missing}, which the buffer's transitions lack; store them or rename keys"
             )
         states = states.select(*self._prior_keys).to(self.device)
+        with torch.no_grad():
+            for encoder in self._encoders:
+                states = encoder(states)
+        states = states.select(*self._policy.in_keys, strict=False)
         rows = states.unsqueeze(1).expand(len(states), self.num_actions).reshape(-1)
         seed = int(np.random.SeedSequence((self.seed, stream, call)).generate_state(1, np.uint64)[0]) >> 1
         # Under deterministic exploration a prior such as a DiffusionActor gives one action instead of a sample.
         exploration = set_exploration_type(ExplorationType.RANDOM)
         with torch.no_grad(), exploration, generators_set_aside(seed):
-            actions = self.prior(rows).get(self.base_action_key)
+            actions = self._policy(rows).get(self.base_action_key)
         self._check(actions, len(rows))
         return actions.reshape(len(states), self.num_actions, -1)
 

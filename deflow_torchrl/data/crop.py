@@ -25,8 +25,8 @@ class RandomCrop(Transform):
     It belongs behind a replay buffer, not into an environment: acting and evaluation see whole pictures.
 
     Drawn from torch's global generator of the data's device are the coin (one number of U[0, 1)), then the offsets (``[B, 2]``
-    integers), whatever the coin says. With ``crop_offset [B, 2]`` in the batch, row and column of each sample, nothing is drawn
-    and all are cropped.
+    integers), whatever the coin says; of S batches at once, ``[S, B]``, each has a coin of its own.
+    With ``crop_offset [B, 2]`` in the batch, row and column of each sample, nothing is drawn and all are cropped.
 
     Args:
         padding: pixels on each side.
@@ -94,12 +94,11 @@ class RandomCrop(Transform):
                     f"{list(given.shape)}"
                 )
             return given.to(device)
-        coin = torch.rand((), device=device)
+        falls = torch.rand(tensordict.batch_size[:-1], device=device) < self.probability
         offset = torch.randint(0, 2 * self.padding + 1, shape, device=device)
-        if device.type == "cpu":
-            return offset if coin < self.probability else None
-        # Without a look at the coin, for which the host would wait.
-        return torch.where(coin < self.probability, offset, self.padding)
+        if device.type == "cpu" and not falls.any():
+            return None  # on an accelerator the host would wait for the coin
+        return torch.where(falls.reshape(*falls.shape, *(1,) * (offset.ndim - falls.ndim)), offset, self.padding)
 
     def _call(self, next_tensordict: TensorDictBase) -> TensorDictBase:
         raise ValueError("RandomCrop is a transform of replay buffers; environments show whole pictures")

@@ -271,6 +271,10 @@ def draw_landscape(
         raise InputError(
             f"{run}: its actions are chunks of {loaded.config.chunk} steps; a landscape is of single actions"
         )
+    if not isinstance(loaded.state["observation_dim"], int):
+        raise InputError(
+            f"{run}: its observations are pictures, of which no nearest states are known; a landscape needs vectors"
+        )
     action_dim = loaded.state["action_dim"]
     if action_dim < 2:
         raise InputError(f"{run}: the actions of {loaded.task.name} have one dimension; a slice needs two")

@@ -1,17 +1,24 @@
 """Every method on pictures: which encoder encodes what, what trains it, and whole updates against their equations."""
 
+import copy
 import math
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 from torchrl.data import Composite, Unbounded
 
+from deflow_torchrl.data import BaseActionBank, TransitionDataset, TransitionReplayBuffer
+from deflow_torchrl.deploy import load_policy
 from deflow_torchrl.errors import InputError
+from deflow_torchrl.export import export_policy
 from deflow_torchrl.modules import ImpalaEncoder, ObservationNormalizer
 from deflow_torchrl.trainers import UpdateStep
-from tests.support.pictures import ACTION_DIM, make_batch, make_learner, make_problem, picture_spec, pictures
+from deflow_torchrl.trainers.stacked import StackedUpdate
+from tests.support.networks import assert_compiled_equals_eager
+from tests.support.pictures import ACTION_DIM, SHAPE, make_batch, make_learner, make_problem, picture_spec, pictures
 
 # Encodings of an update, and of an action: [at s with gradient, without].
 ENCODINGS = {
@@ -389,3 +396,105 @@ def test_pictures_of_a_terminated_step_reach_no_number():
     out = loss(batch.clone()).to_dict()
     batch["next", "observation"] = pictures(6)
     torch.testing.assert_close(loss(batch).to_dict(), out, rtol=0, atol=0)
+
+
+# -- what stands around the update ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_stacked_seeds_train_as_each_alone(name):
+    def updates():
+        torch.manual_seed(0)
+        return [UpdateStep(make_learner(name)) for _ in range(2)]
+
+    stack, alone = StackedUpdate(updates()), updates()
+    for _ in range(2):
+        batch = make_batch(2, 5)
+        out = stack(batch.clone())
+        rows = [update(row) for update, row in zip(alone, batch.unbind(0), strict=True)]
+        for term in out.keys():  # noqa: SIM118 - a TensorDict
+            torch.testing.assert_close(out[term], torch.stack([row[term] for row in rows]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["deflow", "rebrac"])
+def test_an_update_that_goes_on_from_a_state_gives_the_same_weights(name):
+    torch.manual_seed(0)
+    update, batches = UpdateStep(make_learner(name)), [make_batch(5) for _ in range(4)]
+    for batch in batches[:2]:
+        update(batch.clone())
+    other = UpdateStep(make_learner(name))
+    other.load_state_dict(copy.deepcopy(update.state_dict()))
+    for batch in batches[2:]:
+        for it in (update, other):
+            it(batch.clone())
+    for key, value in update.learner.loss.state_dict().items():
+        assert torch.equal(value, other.learner.loss.state_dict()[key]), key
+
+
+def test_a_frozen_prior_has_a_bank_of_base_actions_and_encodes_each_state_once_for_it(calls):
+    torch.manual_seed(0)
+    arrays = [pictures(9).numpy(), torch.zeros(9, ACTION_DIM).numpy(), torch.zeros(9).numpy(), [0, 0, 0, 1] * 2 + [1]]
+    buffer = TransitionReplayBuffer(TransitionDataset.from_arrays(*arrays), batch_size=4)
+    update = UpdateStep(make_learner("deflow"))
+    update.freeze_prior()
+    bank = BaseActionBank(update.learner.prior, buffer, num_actions=8)
+    calls.clear()
+    bank.fill()
+    assert sum(calls) == len(buffer.dataset.observation), "not eight times as many, for the eight base actions of each"
+    calls.clear()
+    out = update(bank(buffer.sample()))
+    assert "loss_flow" not in out.keys()  # noqa: SIM118 - a TensorDict
+    assert calls == [4] * 4, "critic and refinement at s and s'; the prior encodes nothing"
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch's exporter
+@pytest.mark.parametrize("format", ["onnx", "pt2"])
+@pytest.mark.parametrize("name", ["deflow", "iql"])
+def test_an_exported_policy_reads_uint8_pictures(name, format, tmp_path):
+    torch.manual_seed(0)
+    policy, file = make_learner(name).policy, tmp_path / f"policy.{format}"
+    about = export_policy(policy, file, observation_dim=SHAPE, action_dim=ACTION_DIM)
+    assert about["inputs"]["observation"] == {"shape": ["batch", *SHAPE], "dtype": "uint8"}
+    exported = load_policy(file, trusted=True)
+    assert exported.observation_shape == SHAPE
+    state = make_batch(3).select("observation", "noise")
+    noise = {"noise": state["noise"].numpy()} if "noise" in policy.in_keys else {}
+    with torch.no_grad():
+        expected = policy(state.clone())["action"].numpy()
+    np.testing.assert_allclose(exported(state["observation"].numpy(), **noise), expected, atol=1e-5)
+    one = {key: value[0] for key, value in noise.items()}
+    np.testing.assert_allclose(exported(state["observation"][0].numpy(), **one), expected[0], atol=1e-5)
+    for wrong, message in (
+        (state["observation"].numpy() / 255, "observation must be pictures of uint8, got values of type float64"),
+        (state["observation"].movedim(-1, 1).numpy(), r"shape \[11, 8, 3\] or \[B, 11, 8, 3\], got \[3, 3, 11, 8\]"),
+    ):
+        with pytest.raises(InputError, match=message):
+            exported(wrong)
+
+
+def test_several_cameras_cannot_be_exported_and_the_message_names_them(tmp_path):
+    spec = Composite(front=picture_spec(), joints=Unbounded((4,)))
+    policy = make_learner("iql", make_problem(spec)).policy
+    with pytest.raises(InputError, match=r"reads \['front', 'joints'\]; what is exported reads an observation"):
+        export_policy(policy, tmp_path / "policy.pt2", observation_dim=SHAPE, action_dim=ACTION_DIM)
+
+
+@pytest.mark.parametrize("name", ["deflow", "iql"])
+def test_losses_on_pictures_compile(name):
+    def make():
+        learner = make_learner(name)
+        return learner.loss, learner.target_updater
+
+    torch.manual_seed(0)
+    assert_compiled_equals_eager(make, [make_batch(8) for _ in range(2)], "eager")
+
+
+def test_diagnostics_leave_out_distances_between_pictures():
+    torch.manual_seed(0)
+    learner = make_learner("deflow")
+    update, batch = UpdateStep(learner), make_batch(5)
+    learner.diagnostics.use_data(make_batch(20))
+    update(batch)
+    found = learner.diagnostics(batch)
+    assert {"q_base", "q_refined", "divergence_ratio"} <= set(found)
+    assert "action_distance" not in found

@@ -92,6 +92,15 @@ def test_the_coin_is_drawn_first_and_then_the_offsets():
         np.testing.assert_array_equal(out["observation"].numpy(), expected)
 
 
+def test_of_several_batches_at_once_each_has_a_coin_of_its_own():
+    torch.manual_seed(0)
+    data = batch(40, 16)
+    out = RandomCrop()(data.clone())
+    moved = (out["observation"] != data["observation"]).flatten(2).any(2)
+    assert {bool(row.any()) for row in moved} == {True, False}
+    assert (moved.float().mean(1)[moved.any(1)] > 0.6).all()
+
+
 def test_probabilities_of_zero_and_one_never_and_always_crop():
     data = batch(32)
     for probability, same in ((0.0, True), (1.0, False)):

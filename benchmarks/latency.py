@@ -59,8 +59,6 @@ def compiled(actor: DeFlowActor, action_dim: int) -> Act:
 def make_policies(arguments: argparse.Namespace, folder: Path) -> dict[str, Act]:
     sizes = vars(arguments) | {"compile": False, "device": "cpu", "pixels": False, "encoder": ""}
     actor = make_update(argparse.Namespace(**sizes)).learner.policy
-        argparse.Namespace(**(vars(arguments) | {"compile": False, "device": "cpu", "pixels": False, "encoder": ""}))
-    ).learner.policy
     assert isinstance(actor, DeFlowActor)
     acts = {"eager": eager(actor)}
     if arguments.compile:

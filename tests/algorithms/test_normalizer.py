@@ -143,7 +143,9 @@ def test_the_bank_of_a_frozen_prior_normalises_too():
 def test_a_constant_column_keeps_its_unit_and_a_small_spread_beside_a_large_offset_is_found():
     generator = torch.Generator().manual_seed(0)
     small = 1e6 + torch.randn(4096, generator=generator).double()
-    states = torch.stack([torch.full((4096,), 0.1), small.float(), torch.zeros(4096)], 1)
+    rounded = torch.full((4096,), 0.1)
+    rounded[::2] = torch.nextafter(rounded[0], torch.tensor(1.0))
+    states = torch.stack([rounded, small.float(), torch.zeros(4096)], 1)
     fitted = ObservationNormalizer.fit(states.split(1000))
     assert fitted.scale.tolist() == [1.0, pytest.approx(1.0, rel=0.05), 1.0]
     assert fitted.loc.tolist() == [pytest.approx(0.1), pytest.approx(1e6), 0.0]

@@ -110,8 +110,6 @@ def sweeps(
     for name in tasks:
         root = arguments.data_root
         for task in map(get_task, expand(name)):
-            if task.images:
-                continue  # the sweep leaves it out
             command, root = provide(protocol, task, arguments)
             if command and command not in commands:
                 commands.append(command)

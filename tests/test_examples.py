@@ -29,6 +29,14 @@ def test_the_drop_in_script_is_short_and_runs_to_its_evaluation(run, capsys):
     assert out.count("loss_qvalue") == 5
 
 
+def test_a_visual_policy_is_trained_on_pictures_drawn_on_the_spot(run, capsys):
+    assert len((EXAMPLES / "pixels.py").read_text().splitlines()) < 120
+    rate = run("pixels.py", "--steps", "3", "--episodes", "4")
+    out = capsys.readouterr().out
+    assert "MB of frames" in out
+    assert f"deflow: reaches the point in {rate:.0%} of 20 episodes" in out
+
+
 def test_torchrls_trainer_drives_the_loss(run):
     trainer = run("drop_in_trainer.py", "--frames", "300")
     assert trainer.collected_frames == 300

@@ -121,6 +121,7 @@ class Algorithm:
         original: further ones with ``algo.footing=original``.
         trains_offline: whether it learns from data alone; if not, a run with offline steps is refused.
         panels: further panels of a run's report.
+        pictures: whether it trains on pictures.
     """
 
     name: str
@@ -132,6 +133,7 @@ class Algorithm:
     original: Mapping[str, Any] = field(default_factory=dict)
     trains_offline: bool = True
     panels: tuple[Panel, ...] = ()
+    pictures: bool = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.title, str):  # (name, config, build), as in 0.1

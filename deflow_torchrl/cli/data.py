@@ -172,6 +172,7 @@ def import_data(
     Fields: observations, actions, rewards, terminals (1 where the task ended), and, where you have them, timeouts (1 on the
     last row of an episode that was cut), next_observations. Fields under their usual names (obs, action, terminated,
     truncated...) need no --column. In HDF5 a name is a path; in CSV and Parquet a vector is a pattern or a list of columns.
+    Pictures are uint8 [N, H, W, C]; several cameras and vectors are a list: --column observations=front,wrist,joints.
 
     Without next_observations the next row is the successor, and the last row of a cut episode is left out. Ends of episodes
     are never guessed: --ends says how they are known. What was found is written as card.json and card.md in OUT.

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ import torch
 
 from deflow_torchrl.data.checks import check_pictures
 from deflow_torchrl.data.columns import Column, as_column, chunks, rows_a_chunk
+from deflow_torchrl.data.packed import packed_columns
 from deflow_torchrl.errors import InputError
 
 # next_observations[i] and observations[i + 1] of one episode are the same number written twice; FQL's tolerance is 1e-6.
@@ -23,12 +24,12 @@ REWARDS = ("success-at-end", "zero")
 def fill_from_arrays(
     make_builder: Callable[..., Any],
     *,
-    observations: Column,
+    observations: Any,
     actions: Column,
     rewards: Column | Literal["success-at-end", "zero"],
     terminals: Column | None,
     timeouts: Column | None = None,
-    next_observations: Column | None = None,
+    next_observations: Any = None,
     episode_ends: Literal["discontinuity"] | int | Column | None = None,
     both: Literal["refuse", "terminal", "timeout"] = "refuse",
     final_observation_rows: bool = False,
@@ -41,6 +42,11 @@ def fill_from_arrays(
 
     The arrays and options are those of :meth:`deflow_torchrl.data.TransitionDataset.from_arrays`.
     """
+    about = dict(about or {})
+    if isinstance(observations, Mapping) or isinstance(next_observations, Mapping):
+        observations, next_observations, about["entries"] = packed_columns(
+            observations, next_observations, source=source
+        )
     tolerance = _tolerance(observations, next_observations)
     observations, actions = as_column("observations", observations, source), as_column("actions", actions, source)
     if next_observations is not None:
@@ -68,7 +74,7 @@ def fill_from_arrays(
     extra = ends & successor  # rows after which a frame of their own is stored
     numbers = np.cumsum(successor) - successor  # transition number of each row
     first_rows = np.concatenate([[0], np.flatnonzero(ends)[:-1] + 1])
-    images = np.dtype(observations.dtype) == np.uint8 and len(observations.shape) > 2
+    images = np.dtype(observations.dtype) == np.uint8 and (len(observations.shape) > 2 or "entries" in about)
     builder = make_builder(
         int(successor.sum()),
         frames=length + int(extra.sum()),
@@ -93,7 +99,7 @@ def fill_from_arrays(
     dropped = 0 if final_observation_rows else int((~successor).sum())
     return builder.finish(
         episode_starts=numbers[first_rows],
-        about={**(about or {}), "rows": length, "rows_without_successor_left_out": dropped},
+        about={**about, "rows": length, "rows_without_successor_left_out": dropped},
         allow_jumps=allow_jumps,
     )
 

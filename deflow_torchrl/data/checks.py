@@ -160,7 +160,8 @@ def _count_duplicates(dataset: TransitionDataset) -> int:
     hashes = np.empty(len(dataset), np.uint64)
     rows = max(1, _HASHED_BYTES // (dataset.observation[0].nbytes + dataset.action[0].nbytes))
     for begin, part in dataset.chunks(rows, doing="look for duplicates"):
-        hashes[begin : begin + len(part)] = _hash_rows(part["observation"]) + np.uint64(3) * _hash_rows(part["action"])
+        frames = dataset.read("observation", dataset.frames(torch.arange(begin, begin + len(part))))
+        hashes[begin : begin + len(part)] = _hash_rows(frames) + np.uint64(3) * _hash_rows(part["action"])
     hashes.sort()
     return int((hashes[1:] == hashes[:-1]).sum())
 

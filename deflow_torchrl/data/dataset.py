@@ -30,6 +30,7 @@ from deflow_torchrl.data.builder import ColumnBuilder
 from deflow_torchrl.data.checks import Jump, ValidationReport, validate
 from deflow_torchrl.data.chunks import ChunkedDataset
 from deflow_torchrl.data.columns import POSITIONAL_READS, RowFile, map_column, release_pages
+from deflow_torchrl.data.packed import Entries, unpack
 from deflow_torchrl.data.schema import Rows
 from deflow_torchrl.data.transitions import Transitions, row_numbers
 from deflow_torchrl.errors import InputError, one_line
@@ -112,7 +113,8 @@ class TransitionDataset(Transitions):
         and image columns are read some megabytes at a time.
 
         Args:
-            observations: s, ``[N, O]`` of any real type (float32 inside) or ``[N, H, W, C]`` uint8.
+            observations: s, ``[N, O]`` of any real type (float32 inside), ``[N, H, W, C]`` uint8, or a dictionary of several of
+                these; the set's ``observation`` is then a TensorDict of them.
             actions: a, ``[N, A]`` floating point inside [-1, 1]; clipped to +-(1 - 1e-5).
             rewards: r, ``[N]`` or ``[N, 1]``; where there are none, ``"success-at-end"``: 1 on each episode's last row, which is
                 made terminal, else 0; or ``"zero"``: no meaning, for methods that read no rewards.
@@ -183,17 +185,20 @@ class TransitionDataset(Transitions):
         """Numbers of the frames that hold s; s' is in the next."""
         return rows + torch.searchsorted(self.episode_starts, rows, right=True) - 1
 
-    def observations(self, frames: torch.Tensor) -> torch.Tensor:
+    def observations(self, frames: torch.Tensor) -> Any:
         """Copy the observations whose newest frames have these numbers, ``[*frames.shape, *observation_shape]``.
 
-        Frames before an episode's start are its first frame, as the authors stack them.
+        Frames before an episode's start are its first frame, as the authors stack them. Of several observations it is a
+        TensorDict.
         """
         if self.frame_stack == 1:
-            return self.read("observation", frames)
+            found = self.read("observation", frames)
+            return unpack(found, self.entries) if self.entries else found
         first = self._first_frames[torch.searchsorted(self._first_frames, frames, right=True) - 1]
         steps = torch.arange(1 - self.frame_stack, 1, device=frames.device)
         parts = self.read("observation", torch.maximum(frames.unsqueeze(-1) + steps, first.unsqueeze(-1)))
-        return parts.movedim(frames.ndim, -2).flatten(-2)
+        found = parts.movedim(frames.ndim, -2).flatten(-2)
+        return unpack(found, self.entries, self.frame_stack) if self.entries else found
 
     def is_last(self, rows: torch.Tensor) -> torch.Tensor:
         """Whether transitions are the last of their episodes."""
@@ -267,6 +272,11 @@ class TransitionDataset(Transitions):
 
     def _columns(self) -> Iterator[tuple[str, torch.Tensor]]:
         return ((name, getattr(self, name)) for name in _COLUMNS)
+
+    @property
+    def entries(self) -> Entries | None:
+        """Name -> shape of one step's observations where there are several: ``observation`` holds their bytes then."""
+        return self.about.get("entries")
 
     @property
     def observation_shape(self) -> tuple[int, ...]:

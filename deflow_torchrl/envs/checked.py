@@ -37,7 +37,8 @@ class CheckedSteps(gymnasium.Wrapper):
     def __init__(self, env: gymnasium.Env) -> None:
         super().__init__(env)
         self.declared_space = space = env.observation_space
-        self._image = space.dtype == np.uint8 and len(space.shape or ()) == 3
+        # Several observations are bytes too: deflow_torchrl.envs.wrappers.PackedObservations.
+        self._image = space.dtype == np.uint8 and (len(space.shape or ()) == 3 or env.has_wrapper_attr("entries"))
         if not self._image:
             self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, space.shape, np.float32)
 

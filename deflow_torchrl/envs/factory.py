@@ -68,7 +68,7 @@ def register_robotics() -> None:
         gymnasium.register_envs(gymnasium_robotics)
 
 
-def make_gym_env(task: str, *, chunk: int = 1, **kwargs: Any) -> gymnasium.Env:
+def make_gym_env(task: str, *, chunk: int = 1, frame_stack: int = 1, **kwargs: Any) -> gymnasium.Env:
     """Make the gymnasium environment of a task; its actions are in [-1, 1].
 
     Observations are float32 (pictures uint8), rewards floats and flags bools, whatever numbers the simulator gives; what is no
@@ -79,11 +79,13 @@ def make_gym_env(task: str, *, chunk: int = 1, **kwargs: Any) -> gymnasium.Env:
         task: an OGBench single-task name (``info["success"]`` is its outcome), ``minari:ID`` for a Minari set's environment
             (:func:`deflow_torchrl.envs.make_minari_env`), or ``gym:ID`` for any environment registered with gymnasium
             (as ``gymnasium.make`` reads it, ``module:ID`` included; those of ``gymnasium_robotics`` are; finite action
-            bounds are mapped to [-1, 1]).
+            bounds are mapped to [-1, 1]; a ``Dict`` of pictures and vectors is packed, see
+            :class:`deflow_torchrl.envs.wrappers.PackedObservations`).
 
     Keyword Args:
         chunk: h, steps of a chunk: with more than one the environment takes ``[h * A]`` and executes it open loop
             (:class:`deflow_torchrl.envs.wrappers.OpenLoopActions`).
+        frame_stack: frames of an observation (:class:`deflow_torchrl.envs.wrappers.StackedFrames`).
         **kwargs: forwarded to ``gymnasium.make``.
 
     Raises:
@@ -99,6 +101,10 @@ def make_gym_env(task: str, *, chunk: int = 1, **kwargs: Any) -> gymnasium.Env:
     from deflow_torchrl.envs.checked import CheckedSteps
 
     env = CheckedSteps(env)
+    if frame_stack > 1:
+        from deflow_torchrl.envs.wrappers import StackedFrames
+
+        env = StackedFrames(env, frame_stack)
     if chunk > 1:
         from deflow_torchrl.envs.wrappers import OpenLoopActions
 
@@ -130,10 +136,10 @@ def make_registered_env(environment_id: str, **kwargs: Any) -> gymnasium.Env:
     ):
         kind = f" of {space.dtype}" if isinstance(space, gymnasium.spaces.Box) else ""
         wrong = f" takes actions in {space}{kind}; a bounded vector of real numbers is needed"
-    elif isinstance(env.observation_space, gymnasium.spaces.Dict):
+    elif isinstance(env.observation_space, gymnasium.spaces.Dict) and not _has_pictures(env.observation_space):
         names = ", ".join(env.observation_space.spaces)
         wrong = f": observations are a dictionary of {names}; name a flat one or wrap it (gymnasium.wrappers)"
-    elif env.observation_space.shape is None:
+    elif env.observation_space.shape is None and not isinstance(env.observation_space, gymnasium.spaces.Dict):
         wrong = f": observations are {env.observation_space}; an array is needed: wrap it (gymnasium.wrappers)"
     elif env.spec is None or env.spec.max_episode_steps is None:
         wrong = " has no time limit, so that an evaluation might never end; register it with max_episode_steps"
@@ -143,7 +149,17 @@ def make_registered_env(environment_id: str, **kwargs: Any) -> gymnasium.Env:
     assert isinstance(space, gymnasium.spaces.Box)
     if not (space.low == -1).all() or not (space.high == 1).all():
         env = RescaleAction(env, np.float32(-1.0), np.float32(1.0))
+    if isinstance(env.observation_space, gymnasium.spaces.Dict):
+        from deflow_torchrl.envs.wrappers import PackedObservations
+
+        env = PackedObservations(env)
     return SeededReset(env)
+
+
+def _has_pictures(space: gymnasium.spaces.Dict) -> bool:
+    """Whether observations are pictures ``[H, W, C]`` uint8, at least one, and vectors."""
+    parts = [(len(part.shape or ()), part.dtype == np.uint8) for part in space.spaces.values()]
+    return (3, True) in parts and all(part == (3, True) or part[0] == 1 for part in parts)
 
 
 def make_env_by_id(environment_id: str, **kwargs: Any) -> gymnasium.Env:

@@ -1,8 +1,9 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""Small gymnasium wrappers: flat observations, ``info["success"]`` in every step, an end at success."""
+"""Small gymnasium wrappers: flat and stacked observations, ``info["success"]`` in every step, an end at success."""
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
 import gymnasium
@@ -54,6 +55,63 @@ class EndAtSuccess(gymnasium.Wrapper):
         """Step the environment."""
         observation, reward, terminated, truncated, info = self.env.step(action)
         return observation, float(reward), bool(terminated or _success(info)), truncated, info
+
+
+class StackedFrames(gymnasium.ObservationWrapper):
+    """Give the last k observations, the oldest first, joined along the last dimension; at a reset the first stands k times.
+
+    The stacks are those of :meth:`deflow_torchrl.data.TransitionDataset.stacked`.
+
+    Args:
+        env: the environment, whose observations are arrays.
+        frame_stack: k.
+    """
+
+    def __init__(self, env: gymnasium.Env, frame_stack: int) -> None:
+        super().__init__(env)
+        self._frames: deque[np.ndarray] = deque(maxlen=frame_stack)
+        space: Any = env.observation_space
+        low, high = (np.concatenate([bound] * frame_stack, -1) for bound in (space.low, space.high))
+        self.observation_space = gymnasium.spaces.Box(low, high, dtype=space.dtype)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Reset the environment and forget the frames before."""
+        self._frames.clear()
+        return super().reset(seed=seed, options=options)
+
+    def observation(self, observation: Any) -> np.ndarray:
+        """Add a frame and join the last ones."""
+        missing = self._frames.maxlen or 1
+        frame = np.array(observation)  # some simulators overwrite the array that they return
+        self._frames.extend([frame] * (1 if self._frames else missing))
+        return np.concatenate(self._frames, axis=-1)
+
+
+class PackedObservations(gymnasium.ObservationWrapper):
+    """Give a dictionary of pictures and vectors as the bytes in which a data set holds several observations.
+
+    Attributes:
+        entries: name -> shape, by name.
+
+    Args:
+        env: the environment, whose observations are a ``Dict`` of boxes.
+    """
+
+    def __init__(self, env: gymnasium.Env) -> None:
+        super().__init__(env)
+        space: Any = env.observation_space
+        self.entries = {name: list(space.spaces[name].shape) for name in sorted(space.spaces)}
+        kinds = {3: np.uint8, 1: np.float32}
+        self._row = np.zeros(1, [(name, kinds[len(shape)], tuple(shape)) for name, shape in self.entries.items()])
+        self.observation_space = gymnasium.spaces.Box(0, 255, (self._row.nbytes,), np.uint8)
+
+    def observation(self, observation: Any) -> np.ndarray:
+        """Pack one observation."""
+        for name in self.entries:
+            self._row[name] = observation[name]
+            if not np.isfinite(self._row[name]).all():
+                raise FloatingPointError(f"the observation {name!r} is not finite")
+        return self._row.view(np.uint8).copy()
 
 
 class OpenLoopActions(gymnasium.Wrapper):

@@ -4,20 +4,24 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
+from torchrl.data import Composite, Unbounded
 from torchrl.envs import DeviceCastTransform
 
 from deflow_torchrl.algorithms import Learner, get_algorithm
 from deflow_torchrl.algorithms.base import ProblemSpec
-from deflow_torchrl.data import OfflineOnlineReplayBuffer, TransitionDataset, TransitionReplayBuffer
+from deflow_torchrl.data import OfflineOnlineReplayBuffer, RandomCrop, TransitionDataset, TransitionReplayBuffer
 from deflow_torchrl.data.base_actions import BaseActionBank
+from deflow_torchrl.data.packed import stacked_shapes
 from deflow_torchrl.data.transitions import Transitions
-from deflow_torchrl.envs.factory import make_gym_env
+from deflow_torchrl.envs.factory import check_renderer, make_gym_env
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.modules.kernels import enable_kernels
 from deflow_torchrl.modules.normalizer import ObservationNormalizer
@@ -75,12 +79,12 @@ def use_device(config: TrainConfig, device: str | None = None) -> torch.device:
 
 def build_learner(
     config: SettledConfig,
-    observation_dim: int,
+    observation_dim: ObservationSize,
     action_dim: int,
     device: torch.device,
     data: TransitionDataset | None = None,
 ) -> Learner:
-    """Build the run's method for observations and actions of these widths.
+    """Build the run's method for observations and actions of these sizes.
 
     With ``normalize=standard`` the normalisation is fitted on ``data``; without them it is the identity until a checkpoint's
     state is loaded.
@@ -89,14 +93,21 @@ def build_learner(
         InputError: if the data have no rewards and the method reads them.
     """
     task = find_task(config)
-    normalizer = None
+    normalizer, spec = None, None
+    if isinstance(observation_dim, Mapping):
+        spec = Composite(observation=Composite({name: _spec(shape) for name, shape in observation_dim.items()}))
+    elif not isinstance(observation_dim, int):
+        spec = Composite(observation=_spec(observation_dim))
     if config.normalize == "standard":
+        if not isinstance(observation_dim, int):
+            raise InputError("normalize=standard: pictures are scaled by their encoder; leave normalize=none")
         normalizer = ObservationNormalizer(torch.zeros(observation_dim), torch.ones(observation_dim))
         if data is not None:
             rows = data.chunks(_NORMALIZED_ROWS, doing="fit the normalisation")
             normalizer = ObservationNormalizer.fit(part["observation"].cpu() for _, part in rows)
     problem = ProblemSpec(
-        observation_dim=observation_dim,
+        observation_dim=observation_dim if isinstance(observation_dim, int) else None,
+        observation_spec=spec,
         action_dim=action_dim,
         hidden_dims=config.hidden_dims,
         gamma=task.gamma,
@@ -104,6 +115,7 @@ def build_learner(
         target_divergence=task.target_divergence,
         device=device,
         normalizer=normalizer,
+        encoder=config.encoder,
     )
     learner = get_algorithm(config.algo.name).build(config.algo, problem)
     if data is not None and "rewards" in data.about and ("next", "reward") in learner.loss.in_keys:
@@ -112,6 +124,22 @@ def build_learner(
             "the actions (algo=flow_bc, algo=bc), or import the files with --reward success-at-end"
         )
     return learner
+
+
+ObservationSize = int | Sequence[int] | Mapping[str, Sequence[int]]
+"""Width of vectors, shape of pictures ``[H, W, C]``, or of several observations their shapes by name; as a checkpoint has it."""
+
+
+def observation_size(dataset: TransitionDataset) -> ObservationSize:
+    """Size of a set's observations."""
+    if dataset.entries:
+        return stacked_shapes(dataset.entries, dataset.frame_stack)
+    pictures = dataset.observation.dtype == torch.uint8
+    return list(dataset.observation_shape) if pictures else dataset.observation_shape[-1]
+
+
+def _spec(shape: Sequence[int]) -> Unbounded:
+    return Unbounded(torch.Size(shape), dtype=torch.uint8 if len(shape) == 3 else torch.float32)
 
 
 def step_gamma(config: TrainConfig, task: Task) -> float:
@@ -139,12 +167,14 @@ def load_data(config: TrainConfig, task: Task, device: torch.device) -> TaskData
         device=device,
         memmap=config.storage == "memmap",
     )
+    if task.images:
+        check_renderer(task.name)
     train = load(split="train")
     assert train is not None
-    if train.observation.ndim != 2:
-        raise images_refused(config.task)
     validation = load(split="val")
     _check_environment(config, task, train)
+    train = train.stacked(config.frame_stack or 1)
+    validation = None if validation is None else validation.stacked(train.frame_stack)
     about = {key: value for key, value in train.about.items() if key not in ("fingerprint", "sha256")}
     described = {
         **get_source(task.source).describe(task.dataset, root=config.data_root),
@@ -153,14 +183,6 @@ def load_data(config: TrainConfig, task: Task, device: torch.device) -> TaskData
         **about,
     }
     return TaskData(train, validation, described)
-
-
-def images_refused(task: str) -> InputError:
-    """The error about a task whose observations are images."""
-    return InputError(
-        f"{task} has images for observations, and networks that read images are not part of this version; its data can be "
-        "loaded and sampled in Python (docs/data.md)"
-    )
 
 
 def _check_environment(config: TrainConfig, task: Task, dataset: TransitionDataset) -> None:
@@ -172,6 +194,7 @@ def _check_environment(config: TrainConfig, task: Task, dataset: TransitionDatas
 
     try:
         with closing(make_gym_env(task.environment)) as env:
+            _check_pictures(env, task.environment, dataset)
             check_environment(
                 env,
                 task.environment,
@@ -187,6 +210,21 @@ def _check_environment(config: TrainConfig, task: Task, dataset: TransitionDatas
         raise InputError(f"{error} (env=none trains without evaluating)") from error
 
 
+def _check_pictures(env: Any, name: str, dataset: TransitionDataset) -> None:
+    """Refuse an environment whose observations are of another kind than the data's."""
+    entries = env.get_wrapper_attr("entries") if env.has_wrapper_attr("entries") else None
+    own, data = entries or env.observation_space.shape, dataset.entries or tuple(dataset.observation.shape[1:])
+    if own != data:
+        raise InputError(
+            f"{name}: observations have shape {own}, those of the data {data}; the data belong to another environment"
+        )
+    if (dataset.observation.dtype == torch.uint8) != (env.observation_space.dtype == np.uint8):
+        raise InputError(
+            f"{name}: observations have type {env.observation_space.dtype}, those of the data "
+            f"{str(dataset.observation.dtype).removeprefix('torch.')}; the data belong to another environment"
+        )
+
+
 def make_buffer(
     dataset: Transitions, config: SettledConfig, learner: Learner, device: torch.device, *, batches: int = 1
 ) -> TransitionReplayBuffer:
@@ -194,7 +232,19 @@ def make_buffer(
     buffer = TransitionReplayBuffer(dataset, batch_size=batches * config.batch_size, next_action=learner.next_action)
     if dataset.device != device:
         buffer.append_transform(DeviceCastTransform(device))
+    if (crop := _crop(dataset, config)) is not None:
+        buffer.append_transform(crop)
     return buffer
+
+
+def _crop(dataset: Transitions, config: TrainConfig) -> RandomCrop | None:
+    """The augmentation of a run's batches."""
+    if not config.p_aug:
+        return None
+    names = getattr(getattr(dataset, "base", dataset), "entries", None) or {}
+    keys: list[Any] = [("observation", name) for name in names] or ["observation"]
+    following: list[Any] = [("next", "observation", name) for name in names] or [("next", "observation")]
+    return RandomCrop(probability=config.p_aug, in_keys=[*keys, *following])
 
 
 def make_union_buffer(
@@ -278,9 +328,11 @@ def make_graphed(
         return None
     if soft_pairs(learner.target_updater) is None:
         return None  # an updater that counts its steps in Python would be recorded at one of them
+    draw = functools.partial(data.draw, *shape, config.batch_size, next_action=learner.next_action)
+    crop = _crop(data, config)
     return GraphedUpdate(
         update,
-        functools.partial(data.draw, *shape, config.batch_size, next_action=learner.next_action),
+        draw if crop is None else lambda: crop(draw()),
         updates_per_replay=config.updates_per_replay,
         self_check=config.self_check,
     )

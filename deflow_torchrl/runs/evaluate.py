@@ -13,6 +13,7 @@ import torch
 from tensordict.nn import TensorDictModuleBase
 
 from deflow_torchrl.algorithms import Learner
+from deflow_torchrl.envs.factory import check_renderer
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.processes import available_cores
 from deflow_torchrl.progress import progress_bar
@@ -143,9 +144,16 @@ def open_evaluator(task: Task, config: TrainConfig, device: torch.device) -> Ite
     if task.environment is None:
         yield None
         return
-    workers = config.eval_workers or available_cores()
+    if task.images:
+        check_renderer(task.name)
     with Evaluator(
-        task.environment, num_envs=_NUM_ENVS, workers=workers, device=device, chunk=config.chunk
+        task.environment,
+        num_envs=_NUM_ENVS,
+        workers=config.eval_workers or available_cores(),
+        device=device,
+        chunk=config.chunk,
+        frame_stack=config.frame_stack or 1,
+        max_steps=config.eval_max_steps,
     ) as evaluator:
         yield evaluator
 

@@ -114,8 +114,6 @@ class Run:
         self.show_progress = show_progress
         self.outcomes: dict[str, EvaluationResult] = {}
         self.task = build.find_task(config)
-        if self.task.images:
-            raise build.images_refused(config.task)
         if config.online_steps and self.task.environment is None:
             raise InputError(f"online_steps={config.online_steps} needs an environment; name one with env=")
         check_logger(config.logger)
@@ -131,8 +129,17 @@ class Run:
             dataset, validation = self.data.train, self.data.validation
             reward_bound = float(dataset.reward.abs().max())
             self.references = reference_returns(self.task)
-        self.sizes = {
-            "observation_dim": dataset.observation.shape[-1],
+        width = build.observation_size(dataset)
+        pictures = not isinstance(width, int)
+        if pictures and not get_algorithm(config.algo.name).pictures:
+            raise InputError(f"algo={config.algo.name} has no version for images, and {config.task} has images")
+        if pictures and config.online_steps:
+            raise InputError(
+                f"online_steps={config.online_steps}: {config.task} has pictures, which are trained on offline only, as in the "
+                "paper; leave online_steps off"
+            )
+        self.sizes: dict[str, Any] = {
+            "observation_dim": width,
             "action_dim": config.chunk * dataset.action.shape[-1],
         }
         self.action_bounds = dataset.about.get("action_bounds")
@@ -147,7 +154,9 @@ class Run:
             if validation is not None:
                 chunks = build.as_chunks(validation, config.chunk, gamma)
                 self.validation = build.make_buffer(chunks, config, learner, self.device)
-        if learner.diagnostics is not None:  # a few thousand rows of a set that may not fit into memory
+        if (
+            learner.diagnostics is not None and not pictures
+        ):  # a few thousand rows of a set that may not fit into memory
             rows = torch.linspace(0, len(transitions) - 1, min(len(transitions), _DIAGNOSED_TRANSITIONS)).round().long()
             learner.diagnostics.use_data(transitions[rows])
         self.alarms = Alarms(gamma=gamma, reward_bound=reward_bound, rules=get_algorithm(config.algo.name).alarms)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -21,16 +22,25 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "overwrite": (None, "online", "fifo"),
     "storage": ("device", "memmap"),
     "normalize": ("none", "standard"),
+    "encoder": (None, "impala_small", "impala", "impala_large", "impala_debug"),
     "logger": ("none", "wandb", "tensorboard", "mlflow"),
 }
 _AT_LEAST_ONE = (
-    "chunk", "batch_size", "eval_episodes", "log_interval", "base_actions", "steps_per_collection", "updates_per_replay",
-    "anneal_steps", "online_capacity", "threads", "eval_workers",
+    "chunk", "frame_stack", "batch_size", "eval_episodes", "log_interval", "base_actions", "steps_per_collection",
+    "updates_per_replay", "anneal_steps", "online_capacity", "threads", "eval_workers",
+    "eval_max_steps",
 )  # fmt: skip
 _AT_LEAST_ZERO = (
     "offline_steps", "online_steps", "warmup_steps", "collector_workers", "eval_interval", "save_interval", "seed",
 )  # fmt: skip
-_OF_THE_TASK = ("offline_steps", "overwrite", "hidden_dims", "eval_interval", "eval_episodes", "batch_size", "mixing")
+_OF_PICTURES = {
+    "encoder": "encoder",
+    "p_aug": "crop_probability",
+    "frame_stack": "frame_stack",
+}  # setting -> in the table
+_OF_THE_TASK = (
+    "offline_steps", "overwrite", "hidden_dims", "eval_interval", "eval_episodes", "batch_size", "mixing", *_OF_PICTURES,
+)  # fmt: skip
 
 
 @dataclass
@@ -74,9 +84,15 @@ class TrainConfig:
             on this task.
         normalize: what the networks read: observations as they are (``none``, as the paper), or ``standard``, in units of the
             training data's standard deviation around its mean, column by column; the map is saved and exported with the policy.
+        encoder: what encodes pictures: ``impala_small`` (the paper's), ``impala``, ``impala_large`` or ``impala_debug``; every
+            part of a method has one of its own. The task's where None.
+        p_aug: probability that the pictures of a batch are cropped at random; the task's where None (0.5 of visual tasks,
+            else 0).
+        frame_stack: frames of an observation, joined along the channels; the task's where None (3 of visual tasks, else 1).
         log_interval: steps between rows of metrics.
         eval_interval: steps between evaluations, 0 evaluates at the end only; the task's where None (100K).
         eval_episodes: episodes of each evaluation; the task's where None (50).
+        eval_max_steps: environment steps of an evaluation episode at most; the environment's own limit where None.
         save_interval: steps between checkpoints; 0 saves at the end only.
         data_root: folder of NAME.npz and NAME-val.npz; ``$DEFLOW_HOME/data`` where None.
         download: fetch missing data from the source's host.
@@ -122,9 +138,13 @@ class TrainConfig:
     chunk: int = 1
     hidden_dims: list[int] | None = None
     normalize: str = "none"
+    encoder: str | None = None
+    p_aug: float | None = None
+    frame_stack: int | None = None
     log_interval: int = 1_000
     eval_interval: int | None = None
     eval_episodes: int | None = None
+    eval_max_steps: int | None = None
     save_interval: int = 100_000
     data_root: str | None = None
     download: bool = True
@@ -150,6 +170,9 @@ if TYPE_CHECKING:
         offline_steps: int
         overwrite: str
         hidden_dims: list[int]
+        encoder: str
+        p_aug: float
+        frame_stack: int
         eval_interval: int
         eval_episodes: int
         batch_size: int
@@ -192,9 +215,12 @@ def with_run_defaults(config: TrainConfig) -> SettledConfig:
         return cast("SettledConfig", config)  # a run folder's task is looked up when it is used
     task = paper_task(config.task, "offline_to_online") if config.online_steps else None
     task = task or paper_task(config.task)
+    pixels: Mapping[str, Any] | None
     if task is None:
-        values = usual_protocol()
+        values = usual_protocol(pixels=get_task(config.task, environment=config.env).images)
+        pixels = values.pop("pixels")
     else:
+        pixels = task.pixels
         values = {
             "offline_steps": task.offline_steps,
             "eval_interval": task.eval_interval,
@@ -205,6 +231,9 @@ def with_run_defaults(config: TrainConfig) -> SettledConfig:
             name: task.released[name] for name in values if config.preset == "released" and name in task.released
         }
     values["hidden_dims"] = list(values["hidden_dims"])
+    values |= {"encoder": "impala_small", "p_aug": 0.0, "frame_stack": 1}
+    if pixels is not None:
+        values |= {name: pixels[known] for name, known in _OF_PICTURES.items()}
     values |= {"overwrite": "fifo" if config.preset == "released" else "online", "batch_size": 256, "mixing": "uniform"}
     method = get_algorithm(config.algo.name)
     values |= {**method.run_settings, **(method.original if _is_original(config) else {})}
@@ -298,6 +327,7 @@ def _check(config: TrainConfig) -> None:
         _need(getattr(config, name) != "", name, "''", what)
     _need(config.offline_steps != 0 or config.online_steps >= 1, "offline_steps", 0, "at least 1, or online_steps")
     _need(config.seed < 2**63, "seed", config.seed, "a number below 2**63")
+    _need(config.p_aug is None or 0 <= config.p_aug <= 1, "p_aug", config.p_aug, "a probability, 0 to 1")
     widths = config.hidden_dims
     _need(widths is None or (bool(widths) and min(widths) >= 1), "hidden_dims", widths, "positive widths")
     _check_online(config)

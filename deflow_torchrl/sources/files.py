@@ -16,6 +16,7 @@ import numpy as np
 from deflow_torchrl.data.assembly import REWARDS, discontinuities
 from deflow_torchrl.data.columns import Column
 from deflow_torchrl.data.dataset import TransitionDataset
+from deflow_torchrl.data.packed import PackedColumn
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.paths import file_sha256, folder_sha256
 from deflow_torchrl.sources.base import Source
@@ -25,6 +26,7 @@ from deflow_torchrl.sources.tables import ArrowTable, LazyColumn, OpenFiles, Tab
 FIELDS = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations", "mask")
 """Fields that a mapping may name; the first four are required."""
 _VECTORS = ("observations", "actions", "next_observations")
+_OBSERVATIONS = ("observations", "next_observations")
 
 # Names that need no mapping: those of D4RL, OGBench and Gymnasium, and common short ones, each also numbered (obs_0, obs_1...).
 # "done" is not among them because it does not say whether the task ended or time ran out.
@@ -90,8 +92,9 @@ def import_files(
     Keyword Args:
         columns: field (:data:`FIELDS`) -> name in the files: an array (HDF5: its path), a table's column, or, for vectors in
             CSV and Parquet, several columns by pattern (``obs_*``, in the order of their numbers) or list (``x,y,theta``).
-            Other fields are those of the file's layout (:data:`deflow_torchrl.sources.layouts.LAYOUTS`), or are looked for under
-            their usual names. ``about["columns"]`` lists the columns that were used.
+            Several cameras and vectors in npz and HDF5 are a list too (``front,wrist,joints``); each is an observation of its
+            own. Other fields are those of the file's layout (:data:`deflow_torchrl.sources.layouts.LAYOUTS`), or are looked for
+            under their usual names. ``about["columns"]`` lists the columns that were used.
         ends: how ends of episodes are known: ``"flags"`` (terminals and timeouts mark them all, a file's last row too),
             ``"file"`` (each file is an episode), ``"discontinuity"``, a number (rows of every episode, each file a multiple),
             or ``"column:NAME"`` (an end where that column's value changes). By default as the layout has it, else flags. See
@@ -151,6 +154,7 @@ def import_files(
             {"notes": notes} if (notes := list(dict.fromkeys(note for part in parts for note in part.notes))) else {}
         )
         about |= {} if reward is None else _REWARD_FACTS[reward]
+        about |= _entries(parts)
         return TransitionDataset.from_arrays(
             **{"rewards": reward, **fields},
             episode_ends=episode_ends,
@@ -161,6 +165,16 @@ def import_files(
             folder=folder,
             about=about,
         )
+
+
+def _entries(parts: Sequence[_Part]) -> dict[str, Any]:
+    """What the bytes of several observations hold, alike in all files; nothing where there is one."""
+    found = [
+        getattr(part.fields[name], "entries", None) for part in parts for name in _OBSERVATIONS if name in part.fields
+    ]
+    if any(entries != found[0] for entries in found):
+        raise InputError(f"observations differ between files or between observations and next observations: {found}")
+    return {} if found[0] is None else {"entries": found[0]}
 
 
 _REWARD_FACTS = {
@@ -414,6 +428,9 @@ def _column(table: Table, names: Sequence[str], name: str, path: Path, opened: _
     """One column, or several side by side; vectors get two dimensions."""
     parts = [_single(table, part, name, path, opened) for part in names]
     if len(parts) > 1:
+        if name in _OBSERVATIONS and any(len(part.shape) == 4 for part in parts):
+            own = [column.rpartition("/")[2].removeprefix("next_") for column in names]
+            return PackedColumn(dict(zip(own, parts, strict=True)), source=str(path))
         if any(len(part.shape) not in (1, 2) for part in parts):
             raise InputError(
                 f"{path}: {','.join(names)!r} are not columns of one number a row, nor vectors; name one array for {name}"

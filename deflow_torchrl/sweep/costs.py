@@ -17,6 +17,7 @@ from tensordict import TensorDict
 
 from deflow_torchrl.envs import make_gym_env
 from deflow_torchrl.envs.d4rl import d4rl_task
+from deflow_torchrl.envs.factory import check_renderer
 from deflow_torchrl.errors import InputError, MissingExtraError
 from deflow_torchrl.generators import generators_set_aside
 from deflow_torchrl.modules.kernels import enable_kernels
@@ -42,7 +43,7 @@ class _Kind(NamedTuple):
     """Key of updates that take the same time."""
 
     method: str
-    observation_dim: int
+    observation_dim: int | tuple[int, ...]  # of pictures their shape
     action_dim: int
     key: Hashable
 
@@ -73,7 +74,7 @@ def estimate_costs(plan: SweepPlan, *, show_progress: bool = True) -> dict[str, 
     jobs = plan_jobs(plan)
     at_once = jobs_at_once(plan) if plan.engine == "local" else max(1, int(available_cores() // max(plan.num_cpus, 1)))
     threads = max(1, available_cores() // at_once)
-    sizes: dict[str, tuple[int, int]] = {}
+    sizes: dict[str, _Sizes] = {}
     kinds = {cell.name: _kind_of(cell, sizes) for cell in plan.trained}
     stacks = {job.cell: len(job.seeds) for job in jobs if job.stacked}
     speeds = {kind: (rate, "records") for kind, rate in _recorded_speeds(plan, kinds, threads).items()}
@@ -194,7 +195,7 @@ def _wall(seconds: Sequence[float], at_once: int) -> float:
     return max(ends)
 
 
-def _kind_of(cell: Cell, sizes: dict[str, tuple[int, int]]) -> _Kind:
+def _kind_of(cell: Cell, sizes: dict[str, _Sizes]) -> _Kind:
     config = cell.settled
     # Counts of steps or samples, widths and precisions change the time of an update; a learning rate does not. num_samples is
     # used for acting only.
@@ -204,35 +205,55 @@ def _kind_of(cell: Cell, sizes: dict[str, tuple[int, int]]) -> _Kind:
         for name, value in vars(config.algo).items()
         if isinstance(value, (int, str)) and name not in neutral
     }
-    key = (tuple(config.hidden_dims), config.batch_size, config.device, config.kernels, tuple(sorted(counts.items())))
-    observations, actions = (
-        math.ceil(width / unit) * unit for width, unit in zip(_sizes(config, sizes), _WIDTHS, strict=True)
+    key = (
+        tuple(config.hidden_dims),
+        config.encoder,
+        config.batch_size,
+        config.device,
+        config.kernels,
+        tuple(sorted(counts.items())),
     )
+    observations, actions = _sizes(config, sizes)
+    actions = math.ceil(actions / _WIDTHS[1]) * _WIDTHS[1]
+    if isinstance(observations, tuple):
+        observations = *observations[:-1], observations[-1] * config.frame_stack
+    else:
+        observations = math.ceil(observations * config.frame_stack / _WIDTHS[0]) * _WIDTHS[0]
     return _Kind(cell.variant.method, observations, actions, key)
 
 
-def _sizes(config: SettledConfig, known: dict[str, tuple[int, int]]) -> tuple[int, int]:
-    """Widths of a task's observations and actions, from D4RL's table, the environment or the user's own data."""
+_Sizes = tuple[int | tuple[int, ...], int]
+
+
+def _sizes(config: SettledConfig, known: dict[str, _Sizes]) -> _Sizes:
+    """Widths of a task's observations (pictures: their shape) and actions, from D4RL's table, the environment or the data."""
     task = find_task(config)
     # Tasks that share a data set have the same widths, and making an environment takes a second.
     if task.data_name in known:
         return known[task.data_name]
     facts = d4rl_task(task.dataset)
+    widths: _Sizes
     if facts is not None:
         widths = facts.observation_dim, facts.action_dim
     elif task.environment is None or get_source(task.source).location(task.dataset) is not None:
         data = load_task_data(task, root=config.data_root, download=config.download)
         assert data is not None
-        widths = data.observation.shape[-1], data.action.shape[-1]
+        widths = _width(data.observation.shape[1:]), data.action.shape[-1]
     else:
+        if task.images:
+            check_renderer(task.name)
         env = make_gym_env(task.environment)
         spaces = env.observation_space.shape, env.action_space.shape
         env.close()
         if spaces[0] is None or spaces[1] is None:
-            raise InputError(f"{config.task}: {task.environment} has observations or actions that are not vectors")
-        widths = spaces[0][-1], spaces[1][-1]
+            raise InputError(f"{config.task}: {task.environment} has observations or actions that are no arrays")
+        widths = _width(spaces[0]), spaces[1][-1]
     known[task.data_name] = widths
     return widths
+
+
+def _width(shape: Sequence[int]) -> int | tuple[int, ...]:
+    return shape[-1] if len(shape) == 1 else tuple(shape)
 
 
 def _measure(config: SettledConfig, kind: _Kind, stack: int, seconds: float) -> float:
@@ -257,10 +278,12 @@ def _measure(config: SettledConfig, kind: _Kind, stack: int, seconds: float) -> 
 
 def _random_batch(shape: tuple[int, ...], kind: _Kind) -> TensorDict:
     def state() -> dict[str, torch.Tensor]:
-        return {
-            "observation": torch.randn(*shape, kind.observation_dim),
-            "action": torch.rand(*shape, kind.action_dim) * 2 - 1,
-        }
+        width = kind.observation_dim
+        if isinstance(width, tuple):
+            observation = torch.randint(256, (*shape, *width), dtype=torch.uint8)
+        else:
+            observation = torch.randn(*shape, width)
+        return {"observation": observation, "action": torch.rand(*shape, kind.action_dim) * 2 - 1}
 
     ends = dict.fromkeys(("terminated", "truncated", "done"), torch.zeros(*shape, 1, dtype=torch.bool))
     following = TensorDict({**state(), **ends, "reward": torch.zeros(*shape, 1)}, shape)  # some methods read its action

@@ -165,11 +165,7 @@ def parse_sweep(arguments: Sequence[str], *, command: str | None = None) -> Swee
     if missing := [name for name in ("tasks", "algos", "out") if name not in options]:
         raise InputError(f"{missing[0]}= is missing; a sweep needs tasks=, algos= and out=")
     protocol = None if "protocol" not in options else get_protocol(options["protocol"])
-    if "seeds" in options:
-        seeds = _seeds(options["seeds"])
-    elif protocol is not None:
-        seeds = list(protocol.seeds)
-    else:
+    if "seeds" not in options and protocol is None:
         raise InputError("seeds= is missing; give them, for example seeds=0..7, or a protocol=")
     variants = [_variant(text) for text in _list(options["algos"], "algos")]
     if double := _double(variant.label for variant in variants):
@@ -179,6 +175,13 @@ def parse_sweep(arguments: Sequence[str], *, command: str | None = None) -> Swee
         raise InputError(
             f"tasks={options['tasks']}: two of them have the folder {double}; give each a sweep of its own"
         )
+    if "seeds" in options or protocol is None:
+        seeds = _seeds(options["seeds"])
+    else:
+        in_paper = [
+            found.seeds for task, online, _ in tasks if (found := paper_task(task, _SETTINGS[online])) is not None
+        ]
+        seeds = list(protocol.seeds)[: max(in_paper, default=None)]  # visual tasks have four
     plan = SweepPlan(
         cells=_cells(tasks, variants, settings, protocol),
         seeds=seeds,
@@ -202,6 +205,7 @@ def parse_sweep(arguments: Sequence[str], *, command: str | None = None) -> Swee
 OPTIONS = (
     "tasks", "algos", "seeds", "out", "engine", "ray_address", "jobs", "stacked", "retries", "num_cpus", "num_gpus", "protocol",
 )  # fmt: skip
+_SETTINGS = ("offline", "offline_to_online")
 _INSTEAD = {"task": "tasks", "algo": "algos", "seed": "seeds"}
 
 
@@ -290,7 +294,7 @@ def _tasks(names: Sequence[str]) -> list[tuple[str, bool, bool]]:
             found = [_known(name)]
         else:
             family = None if name in ("all", "o2o") else name
-            found = [task.name for task in paper_tasks("offline_to_online" if online else "offline", family)]
+            found = [task.name for task in paper_tasks(_SETTINGS[online], family)]
         for task in found:
             if tasks.setdefault(task, (task, online, named))[1] != online:
                 raise InputError(f"{task} is asked for offline and offline to online; give each a sweep of its own")
@@ -314,8 +318,8 @@ def _cells(
     cells = []
     for (task, online, named), variant in itertools.product(tasks, variants):
         try:
-            if get_task(task).images:
-                raise InputError("has images for observations: not trainable in this version")
+            if get_task(task).images and not get_algorithm(variant.method).pictures:
+                raise InputError(f"{variant.method} has no version for images")
             cells.append(Cell(task, variant, readers[variant](task, online)))
         except InputError as error:
             # A task of a family is left out if the method has no values for it; for a task that the user named this is an error.

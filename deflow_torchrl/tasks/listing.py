@@ -25,8 +25,6 @@ def list_tasks(setting: str, tasks: Sequence[PaperTask]) -> str:
         return title
     rows = _merged(tasks)
     lines = [title, "", *(f"  {line}" for line in _protocols(tasks))]
-    if any(not task.trainable for task in tasks):
-        lines.append("  visual tasks are listed, not trained: networks that read images are not part of this version")
     lines += ["", *_table(rows, ("episode", "gamma", "Q", "delta"), _of_task)]
     if any("target_divergence" in task.released for task in tasks):
         readme = sorted({task.released.get("target_divergence", 0.0) for task in tasks} - {0.0})

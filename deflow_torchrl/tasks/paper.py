@@ -32,7 +32,7 @@ class PaperTask:
         environment: as :func:`deflow_torchrl.envs.make_gym_env` takes it.
         default_task: whether OGBench's methods were tuned on this task for the whole family; ``None`` where each task was
             tuned, and for visual tasks.
-        trainable: whether this package can train on it: not on images.
+        trainable: whether this package can train on it.
         horizon: environment steps until an episode is cut.
         discount: gamma.
         q_aggregation: aggregation of the target critics, ``mean`` or ``min``.
@@ -146,11 +146,11 @@ def paper_settings(method: str) -> list[str]:
     return list(dict.fromkeys(name for task in paper_tasks("offline") for name in task.hyperparameters.get(method, {})))
 
 
-def usual_protocol() -> dict[str, Any]:
-    """Settings of tasks outside the paper: those of OGBench's tasks with states."""
+def usual_protocol(*, pixels: bool = False) -> dict[str, Any]:
+    """Settings of tasks outside the paper: those of OGBench's tasks with states, or with pictures."""
     table = read_table("paper.json")
-    protocol = table["protocols"]["ogbench-state"]
-    names = ("offline_steps", "eval_interval", "eval_episodes")
+    protocol = table["protocols"]["ogbench-visual" if pixels else "ogbench-state"]
+    names = ("offline_steps", "eval_interval", "eval_episodes", "pixels")
     return {name: protocol[name] for name in names} | {"hidden_dims": list(table["hidden_dims"])}
 
 
@@ -204,7 +204,7 @@ def _offline(table: dict[str, Any], row: dict[str, Any], name: str) -> PaperTask
         dataset=task.data_name,
         environment=task.environment,
         default_task=task.number == task.default_number if state else None,
-        trainable=not task.images,
+        trainable=True,
         horizon=row["horizon"] if facts is None else facts.max_steps,
         discount=task.gamma,
         q_aggregation=task.q_aggregation,

@@ -12,6 +12,7 @@ import contextlib
 import itertools
 import logging
 import multiprocessing
+import os
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModuleBase
 
+from deflow_torchrl.data.packed import unpack
 from deflow_torchrl.envs.d4rl import normalized_score
 from deflow_torchrl.envs.factory import make_gym_env
 from deflow_torchrl.errors import EnvironmentFaultError
@@ -88,6 +90,8 @@ class Evaluator:
         workers: number of processes that step them; 1 steps in this process. More than 1 needs a script with the usual
             ``if __name__ == "__main__"`` guard.
         device: device of the policies.
+        frame_stack: frames of an observation.
+        max_steps: environment steps of an episode at most; the environment's own limit by default.
         chunk: h, steps of a chunk: the policies write ``action [B, h * A]``, which is executed open loop.
 
     Examples:
@@ -103,15 +107,18 @@ class Evaluator:
         workers: int = 1,
         device: torch.device | str = "cpu",
         chunk: int = 1,
+        frame_stack: int = 1,
+        max_steps: int | None = None,
     ) -> None:
         if num_envs < 1 or workers < 1:
             raise ValueError(f"num_envs and workers must be positive, got {num_envs} and {workers}")
         self.device = torch.device(device)
-        self.num_envs = num_envs
+        self.num_envs, self._frame_stack = num_envs, frame_stack
         workers = min(workers, num_envs)
         slots = [list(range(worker, num_envs, workers)) for worker in range(workers)]
         group = _LocalGroup if workers == 1 else _RemoteGroup
-        make = partial(make_gym_env, task, chunk=chunk)
+        limit = {} if max_steps is None else {"max_episode_steps": max_steps}
+        make = partial(make_gym_env, task, chunk=chunk, frame_stack=frame_stack, **limit)
         self._groups = [group(make, numbers) for numbers in slots]
         # Also at the interpreter's exit, before multiprocessing waits for the processes.
         self._close = weakref.finalize(self, _close_all, self._groups)
@@ -139,8 +146,8 @@ class Evaluator:
         """Run ``episodes`` episodes of a policy.
 
         Args:
-            policy: reads ``observation [B, O]`` (and ``noise``, if among its in_keys: ``[B, A]``, or ``[B, *noise_shape]`` if
-                it has a ``noise_shape``) and writes ``action [B, A]``.
+            policy: reads ``observation [B, O]``, of pictures ``[B, H, W, C]`` uint8 (and ``noise``, if among its in_keys:
+                ``[B, A]``, or ``[B, *noise_shape]`` if it has a ``noise_shape``) and writes ``action [B, A]``.
 
         Keyword Args:
             episodes: number of episodes E.
@@ -167,18 +174,24 @@ class Evaluator:
         noise_shape = getattr(policy, "noise_shape", None)
         if noise_shape is None:
             noise_shape = (self._ask("action_dim", {0: None})[0],)
+        entries = self._ask("entries", {0: None})[0]
         with generators_set_aside(seed):  # for a policy that draws random numbers itself
             while running:
                 raise_if_stopped()
                 seeds = {slot: int(outcome.seeds[episode]) for slot, episode in starting.items()}
                 for slot, observation in self._ask("reset", seeds).items():
                     if not observations.size:
-                        observations = np.zeros((self.num_envs, *observation.shape), np.float32)
+                        dtype = np.uint8 if observation.dtype == np.uint8 else np.float32
+                        observations = np.zeros((self.num_envs, *observation.shape), dtype)
                     observations[slot] = observation
                     state = np.random.SeedSequence([seed, starting[slot]]).generate_state(1, np.uint64)[0]
                     generators[slot] = torch.Generator().manual_seed(int(state >> 1))
                 starting = {}
-                batch = TensorDict({"observation": torch.from_numpy(observations)}, batch_size=[self.num_envs])
+                read = torch.from_numpy(observations)
+                batch = TensorDict(
+                    {"observation": unpack(read, entries, self._frame_stack) if entries else read},
+                    batch_size=[self.num_envs],
+                )
                 if "noise" in policy.in_keys:
                     noise = torch.zeros(self.num_envs, *noise_shape)
                     for slot in running:
@@ -235,6 +248,10 @@ class _LocalGroup:
 
     def _action_dim(self, slot: int, _: None) -> int:
         return int(np.prod(self._envs[slot].action_space.shape or ()))
+
+    def _entries(self, slot: int, _: None) -> dict[str, list[int]] | None:
+        env = self._envs[slot]
+        return env.get_wrapper_attr("entries") if env.has_wrapper_attr("entries") else None
 
     def _reset(self, slot: int, seed: int) -> np.ndarray:
         self._episodes[slot] = [seed, 0]
@@ -303,6 +320,7 @@ def _serve(pipe: Connection, make: MakeEnv, slots: list[int]) -> None:
     """Execute the commands that come through a pipe, and send back the answers or exceptions."""
     ignore_stop_signals()
     logging.getLogger("deflow_torchrl").setLevel(logging.ERROR)  # the parent logs warnings
+    os.environ.setdefault("LP_NUM_THREADS", "1")  # a renderer in software would take all cores for each process
     with contextlib.suppress(EOFError, BrokenPipeError), contextlib.ExitStack() as stack:
         group = None
         while True:

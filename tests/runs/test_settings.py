@@ -223,7 +223,7 @@ def test_the_command_line_lists_the_tasks(capsys, monkeypatch):
         (["tasks", "--setting", "onlin"], "unknown setting 'onlin'; did you mean offline?"),
         (["train", f"task={CUBE}", "--preset", "papr"], "expected one of paper, released"),
         (["train", f"task={CUBE}", "--preset", "paper", "preset=paper"], "not both"),
-        (["train", "task=visual-scene-play-singletask-task1-v0"], "images for observations"),
+        (["train", "task=visual-scene-play-singletask-task1-v0", "p_aug=2"], "p_aug=2.0 is out of range"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, message, capsys, monkeypatch):

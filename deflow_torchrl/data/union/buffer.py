@@ -143,6 +143,8 @@ class OfflineOnlineReplayBuffer(TensorDictReplayBuffer):
             raise InputError(f"overwrite={overwrite!r} is neither 'online' nor 'fifo'")
         self.mode, self.overwrite = mode, overwrite
         rows, where = _offline_rows(offline, device)
+        if getattr(rows, "entries", None):
+            raise InputError("several observations a step are trained on offline only; the union buffer takes one")
         folder = None
         if online_dir is not None:
             if where.type != "cpu":

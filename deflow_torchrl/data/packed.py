@@ -1,0 +1,117 @@
+# Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
+"""Several observations of one step, pictures and vectors, as one row of bytes: stored, stacked and mapped like one picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from tensordict import TensorDict
+
+from deflow_torchrl.data.checks import check_pictures
+from deflow_torchrl.data.columns import Column, as_column
+from deflow_torchrl.errors import InputError
+
+Entries = Mapping[str, Sequence[int]]
+"""Name -> shape of an observation: ``[H, W, C]`` of a uint8 picture, ``[O]`` of a float32 vector; by name, as the bytes are."""
+
+
+class PackedColumn:
+    """Arrays with a row a step as one column of bytes ``[N, P]``, packed as its rows are asked for.
+
+    Args:
+        columns: name -> pictures ``[N, H, W, C]`` uint8 or vectors ``[N, O]`` of any real type.
+
+    Keyword Args:
+        source: name of the arrays, for messages.
+
+    Raises:
+        InputError: on arrays of another kind or of different lengths; by reading, on NaN or infinity.
+    """
+
+    def __init__(self, columns: Mapping[str, Column], *, source: str) -> None:
+        self._columns, self._source = {name: columns[name] for name in sorted(columns)}, source
+        self.entries: dict[str, list[int]] = {}
+        for name, column in self._columns.items():
+            shape, dtype = tuple(column.shape), np.dtype(column.dtype)
+            if len(shape) == 4:
+                check_pictures(name, shape, dtype, source=source)
+            elif len(shape) != 2 or dtype.kind not in "fiub":
+                raise InputError(
+                    f"{source}: {name} has shape {shape} and type {dtype}; each of several observations is pictures [N, H, W, C] "
+                    "uint8 or vectors [N, O]"
+                )
+            self.entries[name] = list(shape[1:])
+        lengths = {name: column.shape[0] for name, column in self._columns.items()}
+        if len(set(lengths.values())) != 1:
+            raise InputError(f"{source}: observations differ in length: {lengths}")
+        kinds = {3: np.uint8, 1: np.float32}
+        self._row = np.dtype([(name, kinds[len(shape)], tuple(shape)) for name, shape in self.entries.items()])
+        self.shape = (next(iter(lengths.values())), self._row.itemsize)
+        self.dtype = np.dtype(np.uint8)
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        """Pack consecutive rows."""
+        parts = {name: np.asarray(column[rows]) for name, column in self._columns.items()}
+        for name, part in parts.items():
+            finite = np.isfinite(part).reshape(len(part), -1).all(1)
+            if not finite.all():
+                row = rows.indices(self.shape[0])[0] + int(finite.argmin())
+                raise InputError(
+                    f"{self._source}: {name} has a NaN or infinite value in row {row}; repair or drop that trajectory"
+                )
+        packed = np.zeros(len(part), self._row)
+        for name in self.entries:
+            packed[name] = parts[name]
+        return packed.view(np.uint8).reshape(len(packed), -1)
+
+
+def packed_columns(observations: Any, next_observations: Any, *, source: str) -> tuple[Any, Any, dict[str, list[int]]]:
+    """Pack dictionaries of arrays; next observations may be missing. The last result says what is in a row.
+
+    Raises:
+        InputError: as :class:`PackedColumn`, and where the two do not hold the same.
+    """
+    packed = []
+    for name, arrays in (("observations", observations), ("next_observations", next_observations)):
+        if isinstance(arrays, Mapping):
+            columns = {entry: as_column(f"{name} {entry!r}", array, source) for entry, array in arrays.items()}
+            packed.append(PackedColumn(columns, source=source))
+        elif arrays is not None:
+            raise InputError(f"{source}: {name} are no dictionary, the others are; give both in one form")
+    if packed[0].entries != packed[-1].entries:
+        raise InputError(f"{source}: observations are {packed[0].entries}, next_observations {packed[-1].entries}")
+    return packed[0], packed[1] if len(packed) > 1 else None, packed[0].entries
+
+
+def unpack(packed: torch.Tensor, entries: Entries, frame_stack: int = 1) -> TensorDict:
+    """Read bytes ``[*B, k * P]`` of k stacked steps; ``[*B]``.
+
+    Pictures are joined along their channels, the oldest first; a vector is the newest step's.
+    """
+    steps = packed.unflatten(-1, (frame_stack, -1))
+    found, begin = {}, 0
+    for name, shape in entries.items():
+        width = _bytes(shape)
+        part = steps[..., begin : begin + width]
+        begin += width
+        if len(shape) == 3:
+            found[name] = part.unflatten(-1, tuple(shape)).movedim(packed.ndim - 1, -2).flatten(-2)
+        else:
+            found[name] = part[..., -1, :].clone(memory_format=torch.contiguous_format).view(torch.float32)
+    return TensorDict(found, batch_size=packed.shape[:-1])
+
+
+def stacked_shapes(entries: Entries, frame_stack: int) -> dict[str, list[int]]:
+    """Shapes of the observations that :func:`unpack` gives."""
+    return {
+        name: [*shape[:-1], shape[-1] * frame_stack] if len(shape) == 3 else list(shape)
+        for name, shape in entries.items()
+    }
+
+
+def _bytes(shape: Sequence[int]) -> int:
+    return math.prod(shape) * (1 if len(shape) == 3 else 4)

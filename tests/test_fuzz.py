@@ -24,7 +24,7 @@ from deflow_torchrl.data import TransitionDataset, TransitionReplayBuffer, impor
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.trainers import UpdateStep
 from tests.support.arrays import arrays, with_successors
-from tests.support.strategies import given_arrays, given_file, overrides, write_file
+from tests.support.strategies import ENVIRONMENT, given_arrays, given_environment, given_file, overrides, write_file
 
 EXAMPLES = int(os.environ.get("DEFLOW_FUZZ_EXAMPLES", "200"))
 # The same examples in every run; the number of them is what one raises to look further.
@@ -66,6 +66,7 @@ def check_one_step(dataset):
 @example({**with_successors(), "observations": with_successors()["observations"].astype(">f8")})
 @example({**arrays(), "rewards": [torch.tensor(1.0, dtype=torch.bfloat16)] * 12})
 @example({**arrays(), "terminals": torch.eye(12)[5].to_sparse()})
+@example({**arrays(), "episode_ends": True})
 def test_arrays_train_or_are_refused(given):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -92,6 +93,7 @@ def folder(tmp_path_factory):
     return TransitionDataset.from_arrays(**arrays()).save(tmp_path_factory.mktemp("fuzz") / "set")
 
 
+@pytest.mark.filterwarnings("ignore:Found an eps value:UserWarning")  # of torchrl, for tau above 0.5
 def test_settings_train_or_are_refused(folder, tmp_path, monkeypatch):
     pytest.importorskip("hydra", reason="needs the extra cli")
     from deflow_torchrl.runs import compose_config
@@ -108,6 +110,7 @@ def test_settings_train_or_are_refused(folder, tmp_path, monkeypatch):
             [*names, "algo.lr", "algo.tau", "algo.gamma", "algo.target_divergence", "algo.flow_steps", "algo.x", "y"]
         )
     )
+    @example(["algo.tau=1"])
     def look(settings):
         fixed = {"task": f"file:{folder}", "hidden_dims": "[8]", "batch_size": "4", "offline_steps": "1"}
         mine = [
@@ -126,3 +129,66 @@ def test_settings_train_or_are_refused(folder, tmp_path, monkeypatch):
             )
 
     look()
+
+
+def toy(about):
+    """An environment of three observations and two actions, as far as ``about`` says."""
+    import gymnasium
+
+    class Toy(gymnasium.Env):
+        observation_space = gymnasium.spaces.Box(
+            0 if about["space_dtype"] in (np.uint8, np.int64) else about["low"],
+            9,
+            about["space_shape"],
+            about["space_dtype"],
+        )
+        high = 1 if about["action_dtype"] == np.int64 else about["action_high"]
+        action_space = gymnasium.spaces.Box(-high, high, about["action_shape"], about["action_dtype"])
+
+        def reset(self, *, seed=None, options=None):
+            super().reset(seed=seed)
+            return about["observation"](), about["info"]
+
+        def step(self, action):
+            return about["observation"](), about["reward"], about["terminated"], False, about["info"]
+
+    return Toy
+
+
+SOUND = {name: values[0] for name, values in ENVIRONMENT.items()}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of gymnasium, about spaces
+@looking
+@given(given_environment())
+@example({**SOUND, "reward": np.array([1.0])})
+@example({**SOUND, "observation": lambda: np.zeros(4)})
+@example({**SOUND, "observation": lambda: np.zeros(3, np.uint8), "space_dtype": np.uint8})
+@example({**SOUND, "action_dtype": np.int64})
+@example({**SOUND, "info": {"success": np.nan}})
+def test_environments_step_or_are_refused(about):
+    gymnasium = pytest.importorskip("gymnasium", reason="needs gymnasium")
+    from deflow_torchrl.envs import make_gym_env
+    from deflow_torchrl.envs.checked import check_environment
+
+    gymnasium.register("DeflowToy-v0", entry_point=toy(about), max_episode_steps=3)
+
+    def met():
+        env = make_gym_env("DeflowToy-v0")
+        check_environment(env, "DeflowToy-v0", observation_shape=(3,), action_shape=(2,))
+        return env
+
+    try:
+        env = refused(met)
+        if env is not None:
+            observation, _ = env.reset(seed=1)
+            for _ in range(3):
+                observation, reward, terminated, truncated, info = env.step(np.array([0.3, -0.3], np.float32))
+                assert observation.shape == (3,)
+                assert np.isfinite(observation).all()
+                assert isinstance(reward, float)
+                assert np.isfinite(reward)
+                assert {type(terminated), type(truncated), type(info.get("success", True))} == {bool}
+            env.close()
+    finally:
+        gymnasium.registry.pop("DeflowToy-v0")

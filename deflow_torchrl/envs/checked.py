@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 
+from deflow_torchrl.envs.seeding import without_precision_warnings
 from deflow_torchrl.errors import InputError, one_line
 
 _LOG = logging.getLogger(__name__)
@@ -26,21 +28,40 @@ class CheckedSteps(gymnasium.Wrapper):
     A number may come in any type and any shape that holds one number: ``info["success"]``, where it is there, the reward,
     ``terminated`` and ``truncated``. Observations are cast as the data are, and copied: some simulators overwrite their arrays.
 
+    OGBench's scenes reset themselves wherever they are asked for their observation space. It is therefore asked for once, and
+    neither when the environment is made nor by its steps.
+
     Args:
         env: the environment; its observation space has a shape.
 
     Raises:
-        StepError: by ``reset`` and ``step``, on a value of another shape than its space's, or that is no number.
+        StepError: by ``reset`` and ``step``, on an observation of another shape than the one before, or a value that is no
+            number.
         FloatingPointError: by ``reset`` and ``step``, on NaN or infinity in observation or reward.
     """
 
     def __init__(self, env: gymnasium.Env) -> None:
         super().__init__(env)
-        self.declared_space = space = env.observation_space
         # Several observations are bytes too: deflow_torchrl.envs.wrappers.PackedObservations.
-        self._image = space.dtype == np.uint8 and (len(space.shape or ()) == 3 or env.has_wrapper_attr("entries"))
-        if not self._image:
-            self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, space.shape, np.float32)
+        self._packed = env.has_wrapper_attr("entries")
+        self._shape: tuple[int, ...] | None = None
+
+    @functools.cached_property
+    def declared_space(self) -> Any:
+        """The simulator's own observation space."""
+        with without_precision_warnings():
+            return self.env.observation_space
+
+    @functools.cached_property
+    def observation_space(self) -> Any:  # type: ignore[override]
+        """Space of the observations as they are given."""
+        space = self.declared_space
+        if space.dtype == np.uint8 and self._stays_bytes(space.shape):
+            return space
+        return gymnasium.spaces.Box(-np.inf, np.inf, space.shape, np.float32)
+
+    def _stays_bytes(self, shape: tuple[int, ...]) -> bool:
+        return len(shape) == 3 or self._packed
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Reset the environment."""
@@ -60,13 +81,15 @@ class CheckedSteps(gymnasium.Wrapper):
     def _checked(self, observation: Any) -> np.ndarray:
         if isinstance(observation, Mapping):
             raise StepError(f"the observation is a dictionary of {', '.join(map(str, observation))}, not an array")
-        array, space = np.asarray(observation), self.observation_space
-        if array.dtype.kind not in "fiub" or (self._image and array.dtype != np.uint8):
-            raise StepError(f"the observation has type {array.dtype}, expected {'uint8' if self._image else 'numbers'}")
-        if array.shape != space.shape:
-            raise StepError(f"the observation has shape {array.shape}, observation_space says {space.shape}")
+        array = np.asarray(observation)
+        if array.dtype.kind not in "fiub":
+            raise StepError(f"the observation has type {array.dtype}, expected numbers")
+        if array.shape != (self._shape or array.shape):
+            raise StepError(f"the observation has shape {array.shape}, the one before it {self._shape}")
+        self._shape = array.shape
+        dtype = np.uint8 if array.dtype == np.uint8 and self._stays_bytes(array.shape) else np.float32
         with np.errstate(over="ignore"):  # numbers too large for float32 become infinite
-            array = np.array(array, space.dtype)
+            array = np.array(array, dtype)
         if not np.isfinite(array).all():
             raise FloatingPointError("the observation is not finite")
         return array
@@ -137,17 +160,23 @@ def check_environment(
                 f"{name}: {what} have shape {space.shape}, those of the data {shape}; the data belong to another environment"
             )
     _check_bounds(env, name, action_bounds)
-    where = "its reset"
+    where, space = "its reset", env.observation_space
     try:
         observations = [env.reset(seed=0)[0]]
+        for what, given, declared in (
+            ("shape", observations[0].shape, space.shape),
+            ("type", observations[0].dtype, space.dtype),
+        ):
+            if given != declared:
+                raise StepError(f"the observation has {what} {given}, observation_space says {declared}")
         where = "its first step"
         observations.append(env.step(np.zeros(action_shape, np.float32))[0])
     except Exception as error:  # simulators raise anything
         raise InputError(f"{name}: {where} cannot be used: {fault(error)}; mend the environment, or wrap it") from error
-    space = env.get_wrapper_attr("declared_space")
+    own = env.get_wrapper_attr("declared_space")
     for observation in observations:
-        if isinstance(space, gymnasium.spaces.Box):
-            _warn_outside(name, observation, space)
+        if isinstance(own, gymnasium.spaces.Box):
+            _warn_outside(name, observation, own)
 
 
 def own_action_space(env: gymnasium.Env) -> Any:

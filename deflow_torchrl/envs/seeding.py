@@ -26,7 +26,7 @@ class SeededReset(gymnasium.Wrapper):
 
     def __init__(self, env: gymnasium.Env) -> None:
         super().__init__(env)
-        with _without_precision_warnings():
+        with without_precision_warnings():
             self._space, outer = env.unwrapped.action_space, env.action_space
         self.action_space = self._space if outer == self._space else outer
         self._stream: Any = None
@@ -35,7 +35,7 @@ class SeededReset(gymnasium.Wrapper):
         """Reset the environment; with a seed, this episode and the following resets depend on the seed only."""
         if seed is not None:
             self._space.seed(seed)
-        with _unseeded_generators(self._space.np_random), _without_precision_warnings():
+        with _unseeded_generators(self._space.np_random), without_precision_warnings():
             if seed is None and self._stream is None:
                 return self.env.reset(options=options)
             outside = np.random.get_state()
@@ -63,7 +63,7 @@ def _unseeded_generators(generator: np.random.Generator) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_precision_warnings() -> Iterator[None]:
+def without_precision_warnings() -> Iterator[None]:
     """Silence gymnasium's warning about float64 bounds of float32 spaces."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*precision lowered by casting.*")

@@ -9,12 +9,13 @@ import torch
 
 pytest.importorskip("gymnasium", reason="needs the extra ogbench or minari")
 
+import gymnasium
 from tensordict.nn import TensorDictModule
 
 from deflow_torchrl.algorithms import DeFlowConfig
 from deflow_torchrl.data import TransitionDataset
 from deflow_torchrl.envs import make_gym_env
-from deflow_torchrl.envs.checked import check_environment
+from deflow_torchrl.envs.checked import CheckedSteps, check_environment
 from deflow_torchrl.envs.online import check_online_environment, is_replayable
 from deflow_torchrl.errors import EnvironmentFaultError, InputError
 from deflow_torchrl.runs import build
@@ -88,6 +89,29 @@ def test_actions_mean_the_same_in_data_and_environment():
         InputError, match=r"mapped from \[0, 1\]: the same action would mean another one; import the data"
     ):
         check_environment(env, task, **SHAPES, action_bounds=(0, 1))
+
+
+def test_a_simulator_is_asked_for_its_space_once_and_not_by_its_steps():
+    asked = []
+
+    class Asked(gymnasium.Wrapper):
+        @property
+        def observation_space(self):
+            asked.append(True)
+            return gymnasium.spaces.Box(0, 255, (4, 4, 3), np.uint8)
+
+        def reset(self, **options):
+            return np.zeros((4, 4, 3), np.uint8), {}
+
+        def step(self, action):
+            return np.ones((4, 4, 3), np.uint8), 0.0, False, False, {}
+
+    env = CheckedSteps(Asked(gymnasium.make(odd("List"))))
+    env.reset()
+    assert env.step(np.zeros(1))[0].dtype == np.uint8
+    assert asked == []
+    assert env.observation_space == env.observation_space == env.declared_space
+    assert asked == [True]
 
 
 @pytest.mark.parametrize("name", ["RewardNan", "WideInStep", "IntegerActions"])

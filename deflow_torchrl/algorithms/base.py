@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from tensordict import TensorDictBase
@@ -21,6 +21,7 @@ from torchrl.objectives.utils import TargetNetUpdater
 from deflow_torchrl.algorithms.settings import BootstrapConfig, given
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.modules.critics import CriticEnsemble, EncodedCritics
+from deflow_torchrl.modules.diffusion import DiffusionPolicy, NoiseNetwork
 from deflow_torchrl.modules.encoders import ImpalaEncoder, JoinedEncoder, make_encoder
 from deflow_torchrl.modules.flow import FlowMatchingPolicy
 from deflow_torchrl.modules.networks import make_qvalue_networks, make_value_network, make_velocity_network
@@ -143,6 +144,13 @@ class ProblemSpec:
         )
         return self.encoded(flow)
 
+    def diffusion_policy(self, num_steps: int, *, dropout: float) -> TensorDictModule:
+        """A diffusion policy over IDQL's noise network."""
+        observation_dim, action_dim, _ = self.sizes
+        network = NoiseNetwork(observation_dim, action_dim, dropout=dropout)
+        keys = (self.state_key, "noise")
+        return self.encoded(DiffusionPolicy(network, action_dim, num_steps, in_keys=keys, **self.bounds))
+
     def value_network(self) -> TensorDictModule:
         """The critics' network without an action: V(s)."""
         return self.encoded(make_value_network(self.sizes[0], self.hidden_dims, observation_key=self.state_key))
@@ -249,6 +257,8 @@ class Learner:
         after_update: called with losses and metadata at the end of the update.
         next_action: the loss reads ``("next", "action")``: buffers are to deliver the action of the transition that follows each
             in its trajectory, the transition's own at the trajectory's end.
+        returns: the loss reads ``mc_return``: buffers are to deliver returns to go, whose trajectories end like this
+            (:class:`~deflow_torchrl.data.returns.ReturnsToGo`).
     """
 
     loss: LossModule
@@ -265,6 +275,7 @@ class Learner:
     before_update: Callable[[Tensor], None] | None = None
     after_update: Callable[[TensorDictBase], None] | None = None
     next_action: bool = False
+    returns: Literal["last_reward", "cut"] | None = None
 
     @property
     def online_policy(self) -> TensorDictModuleBase:
@@ -301,16 +312,18 @@ def learner_with_critics(
 
     Keyword Args:
         evaluated_policies: as of :class:`Learner`; the acting policy under the method's name by default.
-        more: further fields of :class:`Learner`.
+        more: further fields of :class:`Learner`; where its stages move the targets, nothing else does.
     """
     gamma = given(config.gamma, problem.gamma)
     loss.make_value_estimator(ValueEstimators.TD0, gamma=gamma, device=problem.device)
+    updater = SoftUpdate(loss, tau=config.tau)
+    staged = any(stage.targets for stage in more.get("stages", ()))
     return Learner(
         loss=loss,
         policy=policy,
         evaluated_policies={config.name: policy} if evaluated_policies is None else evaluated_policies,
         param_groups=[{"params": trainable(loss), "lr": config.lr}],
-        target_updater=SoftUpdate(loss, tau=config.tau),
+        target_updater=None if staged else updater,
         **more,
     )
 

@@ -8,7 +8,22 @@ from deflow_torchrl.errors import InputError
 from deflow_torchrl.plugins import Registry
 
 # DeFlow, which the package is about and which runs by default, comes first.
-_NAMES = ("deflow", "bc", "fawac", "fbrac", "flow_bc", "fql", "ifql", "iql", "rebrac", "rlpd")
+_NAMES = (
+    "deflow",
+    "bc",
+    "cac",
+    "calql",
+    "fawac",
+    "fbrac",
+    "flow_bc",
+    "fql",
+    "idql",
+    "ifql",
+    "iql",
+    "rebrac",
+    "rlpd",
+    "srpo",
+)
 
 ALGORITHMS: Registry[Algorithm] = Registry(
     Algorithm,

@@ -54,4 +54,5 @@ ALGORITHM = Algorithm(
     build=build_rlpd,
     run_settings={"offline_steps": 0, "mixing": "balanced"},
     trains_offline=False,
+    pictures=False,
 )

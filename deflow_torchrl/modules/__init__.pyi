@@ -3,6 +3,7 @@
 from .actor import DeFlowActor as DeFlowActor
 from .best_of_n import BestOfNModel as BestOfNModel
 from .best_of_n import BestOfNPolicy as BestOfNPolicy
+from .chosen import ValueChosenPolicy as ValueChosenPolicy
 from .critics import CriticEnsemble as CriticEnsemble
 from .critics import EncodedCritics as EncodedCritics
 from .critics import TwinCritic as TwinCritic

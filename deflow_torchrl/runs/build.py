@@ -20,6 +20,7 @@ from deflow_torchrl.algorithms.base import ProblemSpec
 from deflow_torchrl.data import OfflineOnlineReplayBuffer, RandomCrop, TransitionDataset, TransitionReplayBuffer
 from deflow_torchrl.data.base_actions import BaseActionBank
 from deflow_torchrl.data.packed import stacked_shapes
+from deflow_torchrl.data.returns import with_returns
 from deflow_torchrl.data.transitions import Transitions
 from deflow_torchrl.envs.factory import check_renderer, make_gym_env
 from deflow_torchrl.errors import InputError
@@ -148,9 +149,14 @@ def step_gamma(config: TrainConfig, task: Task) -> float:
     return task.gamma if gamma is None else gamma
 
 
-def as_chunks(dataset: TransitionDataset, chunk: int, gamma: float) -> Transitions:
-    """The transitions that are trained on: those of the set, or its whole chunks of so many steps."""
-    return dataset.chunked(chunk, gamma=gamma) if chunk > 1 else dataset
+def training_set(dataset: TransitionDataset, config: TrainConfig, learner: Learner, gamma: float) -> Transitions:
+    """The transitions that are trained on: those of the set, with returns to go if the method reads them, or whole chunks.
+
+    Raises:
+        InputError: for chunks of a method that reads returns to go.
+    """
+    transitions = dataset.chunked(config.chunk, gamma=gamma) if config.chunk > 1 else dataset
+    return transitions if learner.returns is None else with_returns(transitions, gamma=gamma, tail=learner.returns)
 
 
 def load_data(config: TrainConfig, task: Task, device: torch.device) -> TaskData:

@@ -144,16 +144,16 @@ class Run:
         }
         self.action_bounds = dataset.about.get("action_bounds")
         gamma = build.step_gamma(config, self.task)
-        transitions = self.transitions = build.as_chunks(dataset, config.chunk, gamma)
         seed_generators(config.seed)
         learner = self.learner = build.build_learner(config, **self.sizes, device=self.device, data=dataset)
         with self.history.timed("load_data"):
+            transitions = self.transitions = build.training_set(dataset, config, learner, gamma)
             make = build.make_union_buffer if config.online_steps else build.make_buffer
             self.buffer = make(transitions, config, learner, self.device)
             self.validation = None
             if validation is not None:
-                chunks = build.as_chunks(validation, config.chunk, gamma)
-                self.validation = build.make_buffer(chunks, config, learner, self.device)
+                validated = build.training_set(validation, config, learner, gamma)
+                self.validation = build.make_buffer(validated, config, learner, self.device)
         if (
             learner.diagnostics is not None and not pictures
         ):  # a few thousand rows of a set that may not fit into memory

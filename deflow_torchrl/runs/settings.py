@@ -203,7 +203,7 @@ def with_task_defaults(config: TrainConfig) -> SettledConfig:
     }
     algo = replace(algo, **filled)
     for name in paper_settings(algo.name):
-        if hasattr(algo, name):
+        if hasattr(algo, name) and name not in algo.alternatives:
             needed(getattr(algo, name), name)
     return replace(settled, algo=algo)
 

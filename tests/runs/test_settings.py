@@ -260,7 +260,7 @@ def test_every_method_is_complete_on_each_task_that_the_paper_has_values_for(nam
             algo = method.config()
             config = TrainConfig(task=task.name, online_steps=task.online_steps, algo=algo)
             values = paper_task(task.name).hyperparameters.get(name, {}) | task.hyperparameters.get(name, {})
-            if set(values) != set(paper_settings(name)):
+            if not set(paper_settings(name)) - set(algo.alternatives) <= set(values):
                 with pytest.raises(InputError, match="has no value"):
                     with_task_defaults(config)
                 continue
@@ -269,4 +269,4 @@ def test_every_method_is_complete_on_each_task_that_the_paper_has_values_for(nam
             assert filled.offline_steps == (task.offline_steps if method.trains_offline else 0)
             assert config_from_dict(config_to_dict(filled)) == filled, "the table's values are in range"
             ran += 1
-    assert ran >= (50 if method.trains_offline else 30)
+    assert ran >= {"rlpd": 30, "calql": 5}.get(name, 50)

@@ -27,6 +27,10 @@ NEEDED = {  # what a method's settings leave to the task or the user
     "fawac": {"temperature": 1.0},
     "iql": {"temperature": 2.0},
     "ifql": {"num_samples": 4},
+    "idql": {"num_samples": 3, "dropout": 0.0},
+    "srpo": {"beta": 0.1, "dropout": 0.0},
+    "cac": {"eta": 0.1, "num_candidates": 3, "max_q_backup": 2},
+    "calql": {"target_gap": 0.8, "num_actions": 2},
     "rebrac": {"actor_bc_coef": 0.3, "critic_bc_coef": 0.2},
 }
 
@@ -112,3 +116,29 @@ def assert_compiled_equals_eager(make, batches, backend):
             history.append(out.detach().to_dict())
         results.append((history, dict(loss.state_dict())))
     torch.testing.assert_close(results[1], results[0], rtol=2e-4, atol=1e-5)
+
+
+DENOISING_STEPS = 5
+
+
+def add_draws(batch, name):
+    """Give a batch the draws and columns that a method reads, of other shapes than those of :func:`make_batch`."""
+    action, column = batch["action"], batch["action"][..., :1]
+
+    def normal(*rows):
+        return torch.randn(*action.shape[:-1], *rows, action.shape[-1])
+
+    if name in ("idql", "srpo"):
+        batch["diffusion_noise"] = normal()
+        for key in ("diffusion_time", "policy_time"):
+            batch[key] = torch.randint_like(column, DENOISING_STEPS).long()
+    elif name == "cac":
+        batch["noise"], batch["next", "noise"], batch["consistency_noise"] = normal(2), normal(2, 2), normal()
+        for key in ("critic_index", "consistency_step"):
+            batch[key] = torch.zeros_like(column).long()
+    elif name == "calql":
+        batch["mc_return"] = torch.randn_like(column)
+        for key in (("next", "noise"), "cql_noise", ("next", "cql_noise")):
+            batch[key] = normal(2)
+        batch["cql_random_action"] = normal(2).tanh()
+    return batch

@@ -11,6 +11,7 @@ import torch
 from deflow_torchrl.algorithms import ALGORITHMS, DeFlowConfig, get_algorithm
 from deflow_torchrl.algorithms.base import ProblemSpec
 from deflow_torchrl.data import TransitionDataset
+from deflow_torchrl.data.returns import with_returns
 from deflow_torchrl.errors import NonFiniteLossError
 from deflow_torchrl.trainers import StackedUpdate, UpdateStep
 from deflow_torchrl.trainers.graphed import GraphedUpdate, repeat
@@ -26,7 +27,7 @@ def make_update(device="cpu", name="deflow"):
     return UpdateStep(algorithm.build(algorithm.config(**NEEDED.get(name, {})), problem))
 
 
-def make_draw(device="cpu", *, next_action=False):
+def make_draw(device="cpu", *, next_action=False, returns=None):
     """Batches as a run draws them."""
     rng = np.random.default_rng(5)
     dataset = TransitionDataset.from_arrays(
@@ -35,12 +36,14 @@ def make_draw(device="cpu", *, next_action=False):
         rewards=rng.standard_normal(100).astype(np.float32),
         terminals=np.arange(100) % 20 == 19,
     )
+    if returns is not None:
+        dataset = with_returns(dataset, gamma=0.9, tail=returns)
     return functools.partial(dataset.to(device).draw, 16, next_action=next_action)
 
 
 def train_eagerly(steps, device="cpu", name="deflow"):
     update = make_update(device, name)
-    draw = make_draw(device, next_action=update.learner.next_action)
+    draw = make_draw(device, next_action=update.learner.next_action, returns=update.learner.returns)
     torch.manual_seed(1)
     losses = []
     for _ in range(steps):
@@ -207,7 +210,7 @@ def test_a_graph_trains_as_single_calls_do(name, device):
         pytest.skip("no CUDA device")
     eager, losses = train_eagerly(20, device, name)
     update = make_update(device, name)
-    draw = make_draw(device, next_action=update.learner.next_action)
+    draw = make_draw(device, next_action=update.learner.next_action, returns=update.learner.returns)
     graphed = GraphedUpdate(update, draw, updates_per_replay=3)  # an odd number: periods go on inside a graph
     torch.manual_seed(1)
     out, batch = graphed(20)

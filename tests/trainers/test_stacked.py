@@ -11,7 +11,7 @@ from deflow_torchrl.algorithms import ALGORITHMS, get_algorithm
 from deflow_torchrl.errors import InputError, NonFiniteLossError
 from deflow_torchrl.modules.kernels import use_kernels
 from deflow_torchrl.trainers import StackedUpdate, UpdateStep, load_checkpoint, save_checkpoint
-from tests.support.networks import NEEDED, make_batch
+from tests.support.networks import NEEDED, add_draws, make_batch
 from tests.support.updates import PROBLEM
 
 SEEDS = 3
@@ -78,6 +78,7 @@ def test_every_method_stacks(double, name):
     batches = [make_batch(SEEDS, 8) for _ in range(5)]
     for batch in batches:
         batch["next", "action"] = torch.rand_like(batch["action"]) * 2 - 1
+        add_draws(batch, name)
     train_both(stack, separate, batches, rtol=1e-10, atol=1e-10)
     assert_close(stack.updates, separate, rtol=1e-10, atol=1e-10)
 

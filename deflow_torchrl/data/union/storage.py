@@ -23,6 +23,7 @@ from torchrl.data.replay_buffers.writers import Writer
 
 from deflow_torchrl.data.checks import check_pictures
 from deflow_torchrl.data.columns import allocate
+from deflow_torchrl.data.returns import OnlineReturns, ReturnsToGo
 from deflow_torchrl.data.schema import TRANSITION_KEYS, Rows
 from deflow_torchrl.data.transitions import Transitions, row_numbers
 from deflow_torchrl.errors import InputError
@@ -170,6 +171,9 @@ class UnionStorage(Storage):
                 for name, shape, part in zip(Rows._fields, shapes, first, strict=True)
             )
         )
+        self.returns = (
+            OnlineReturns(offline, self.online, stride=online_stride) if isinstance(offline, ReturnsToGo) else None
+        )
         # On a CPU, where nothing waits for the device, only the online rows of a batch are read from the online columns.
         self._host_waits = on_cpu
         self._digest: str | None = None
@@ -228,6 +232,9 @@ class UnionStorage(Storage):
         found = self._gather(rows)
         next_action = self._next_actions(rows, found) if self.next_action else None
         entries = self.offline.extras(rows.clamp(max=self.num_offline - 1)) | (about or {})
+        if self.returns is not None and self.written:
+            known = self.returns.values.index_select(0, self._slots(rows))
+            entries["mc_return"] = torch.where(self.is_online(rows).unsqueeze(1), known, entries["mc_return"])
         return found.tensordict(device=self.device, next_action=next_action, about=entries)
 
     def _next_actions(self, rows: torch.Tensor, found: Rows) -> torch.Tensor:
@@ -282,6 +289,8 @@ class UnionStorage(Storage):
         if self.num_discarded:
             self._set_discarded(self._discarded[~torch.isin(self._discarded, slots)])
         self.written += count
+        if self.returns is not None:
+            self.returns.written(slots, self.written)
         return ((self.num_offline + slots) % self.max_size).to(self.device, non_blocking=True)
 
     def _write(self, slots: torch.Tensor, columns: Columns) -> None:
@@ -396,6 +405,10 @@ class UnionStorage(Storage):
         self.check_state(state_dict)
         self.written = state_dict["written"]
         self._write(torch.arange(self.held_online), [state_dict["online"][name] for name in NAMES])
+        if self.returns is not None:  # in the order in which they were written
+            self.returns.written(
+                (torch.arange(self.held_online) + self.written - self.held_online) % self.slots, self.written
+            )
         self._set_discarded(state_dict["discarded"].cpu().clone())
 
 

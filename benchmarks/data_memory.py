@@ -10,7 +10,8 @@ its own opens it, trains DeFlow on it and draws further batches. Resident memory
 (/proc/self/status: VmRSS, its peak VmHWM, and its parts RssAnon and RssFile), "before" being everything but the set: torch,
 networks, optimiser. Beside it stand TorchRL's storages with ("next", "observation") as a second copy, at the smallest size.
 
-visual: random 64 x 64 x 3 uint8 images in memory, stored once and in TorchRL's storage with their second copy.
+visual: random 64 x 64 x 3 uint8 images in memory, stored once and in TorchRL's storage with their second copy; from the former
+batches of three stacked frames are drawn and cropped. What a million transitions need is calculated from it.
 
 The system's page cache keeps pages of the files beside the process for as long as nobody else wants the memory; they belong to
 no process. In a folder in memory (tmpfs) the files themselves are memory: name one on a disk with --folder. Linux only.
@@ -44,13 +45,14 @@ from torchrl.data import LazyMemmapStorage, LazyTensorStorage, TensorDictReplayB
 
 from deflow_torchrl.algorithms import DeFlowConfig, get_algorithm
 from deflow_torchrl.algorithms.base import ProblemSpec
-from deflow_torchrl.data import TransitionBuilder, TransitionDataset, TransitionReplayBuffer
+from deflow_torchrl.data import RandomCrop, TransitionBuilder, TransitionDataset, TransitionReplayBuffer
 from deflow_torchrl.data.dataset import prepared
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.progress import progress_bar
 from deflow_torchrl.trainers import UpdateStep
 
 OBSERVATION_DIM, ACTION_DIM, IMAGE = 28, 5, (64, 64, 3)
+FRAME_STACK, STACKED_BATCHES = 3, 50
 EPISODE = 1000
 PAGE = resource.getpagesize()
 MAPPED, IN_MEMORY = "memory-mapped", "in memory"
@@ -186,6 +188,17 @@ def measure_visual(arguments: argparse.Namespace) -> dict[str, Any]:
         )
     once = in_fresh_process(fill_images, arguments.frames, arguments.batch_size, False)
     twice = in_fresh_process(fill_images, arguments.frames, arguments.batch_size, True)
+    drawing = once["peak"] - once["bytes"]
+    million = 1_000_000 * int(np.prod(IMAGE))
+    print(
+        f"{STACKED_BATCHES} batches of {arguments.batch_size} with stacks of {FRAME_STACK} frames, cropped: peak resident memory "
+        f"{_mb(once['peak'])} above the start, {_mb(drawing)} more than the set"
+    )
+    print(
+        f"calculated for 1,000,000 transitions: {million / 1e9:.1f} GB of frames, {(million + drawing) / 1e9:.1f} GB with "
+        f"drawing (bound: frames + 1 GB, {(million + 1e9) / 1e9:.1f} GB); the reference's two arrays and the copies it trains "
+        f"from: {4 * million / 1e9:.1f} GB"
+    )
     ratios = {name: once[name] / twice[name] for name in ("bytes", "growth")}
     same = once["sampled"] == twice["sampled"] and once["dtype"] == twice["dtype"] == "torch.uint8"
     for name, result in (("stored once", once), ("TorchRL's storage, two copies", twice)):
@@ -204,6 +217,8 @@ def measure_visual(arguments: argparse.Namespace) -> dict[str, Any]:
         "bytes_ratio": ratios["bytes"],
         "growth_ratio": ratios["growth"],
         "sampled_values_equal": same,
+        "drawing": drawing,
+        "million": {"frames": million, "needed": million + drawing, "bound": million + 10**9, "reference": 4 * million},
     }
 
 
@@ -361,12 +376,20 @@ def fill_images(frames: int, batch_size: int, twice: bool) -> dict[str, Any]:
     before = memory(reset_peak=True)
     buffer = fill(lengths)
     growth = memory()["rss"] - before["rss"]
+    if not twice:
+        stacked = TransitionReplayBuffer(
+            buffer.dataset, batch_size=batch_size, frame_stack=FRAME_STACK, transform=RandomCrop()
+        )
+        for _ in range(STACKED_BATCHES):
+            stacked.sample()
+    peak = memory()["peak"] - before["rss"]
     rows = torch.from_numpy(np.random.default_rng(1).integers(len(buffer), size=batch_size))
     sampled = buffer[rows]
     content = [sampled[key].numpy().tobytes() for key in ("observation", "action", ("next", "observation"))]
     return {
         "bytes": buffer[:].bytes() if twice else buffer.dataset.nbytes,
         "growth": growth,
+        "peak": peak,
         "dtype": str(sampled["observation"].dtype),
         "sampled": hashlib.sha256(b"".join(content)).hexdigest(),
     }

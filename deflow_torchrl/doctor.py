@@ -22,7 +22,8 @@ from packaging.utils import canonicalize_name
 
 from deflow_torchrl.errors import InputError, one_line
 from deflow_torchrl.paths import cache_home, make_writable_folder
-from deflow_torchrl.processes import available_cores
+from deflow_torchrl.processes import available_cores, free_memory
+from deflow_torchrl.processes import first_line as _first_line
 from deflow_torchrl.progress import progress_bar
 from deflow_torchrl.versions import extension_fault, package_versions
 
@@ -295,15 +296,6 @@ def _conflicts() -> dict[str, Requirement]:
     return conflicts
 
 
-def _first_line(*files: str) -> str:
-    for file in files:
-        try:
-            return Path(file).read_text(encoding="utf-8").strip()
-        except OSError:
-            continue
-    return ""
-
-
 def _cgroup_cores() -> float | None:
     """Cores that a control group allows, or None where there is no limit."""
     quota, _, period = _first_line("/sys/fs/cgroup/cpu.max").partition(" ")
@@ -314,14 +306,9 @@ def _cgroup_cores() -> float | None:
 
 
 def _free_memory() -> float | None:
-    """GB of memory that are free, for Linux, by the system and by a control group's limit."""
-    system = [line.split() for line in _first_line("/proc/meminfo").splitlines()]
-    free = [int(words[1]) * 1024 for words in system if words[0] == "MemAvailable:"]
-    limit = _first_line("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-    used = _first_line("/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory/memory.usage_in_bytes")
-    if limit.isdigit() and used.isdigit():
-        free.append(int(limit) - int(used))
-    return min(free) / 1e9 if free else None
+    """GB of memory that are free, or None where it is not known."""
+    free = free_memory(_first_line)
+    return None if free is None else free / 1e9
 
 
 def _nvidia_driver() -> str | None:

@@ -86,6 +86,9 @@ def export_run(
         "checkpoint_sha256": file_sha256(loaded.checkpoint),
     }
     sizes = {key: loaded.state[key] for key in ("observation_dim", "action_dim")}
+    if isinstance(sizes["observation_dim"], Mapping):
+        names = ", ".join(sizes["observation_dim"])
+        raise InputError(f"{run}: what is exported reads one observation, and this policy reads several ({names})")
     bounds = loaded.state.get("action_bounds")
     return export_policy(chosen, out, format=format, about=about, force=force, action_bounds=bounds, **sizes)
 

@@ -11,11 +11,12 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnContext, SpawnProcess
+from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
@@ -210,3 +211,24 @@ def die_with_parent() -> None:
         os._exit(1)  # an orderly exit would wait for the current work and for a queue that no process reads
 
     threading.Thread(target=watch, name="die with parent", daemon=True).start()
+
+
+def first_line(*files: str) -> str:
+    """Content of the first of these files that can be read, without blanks around it; empty if none can."""
+    for file in files:
+        try:
+            return Path(file).read_text(encoding="utf-8").strip()
+        except OSError:
+            continue
+    return ""
+
+
+def free_memory(read: Callable[..., str] = first_line) -> int | None:
+    """Bytes of memory that are free, on Linux, by the system and by a control group's limit; None elsewhere."""
+    system = [line.split() for line in read("/proc/meminfo").splitlines()]
+    free = [int(words[1]) * 1024 for words in system if words[0] == "MemAvailable:"]
+    limit = read("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+    used = read("/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory/memory.usage_in_bytes")
+    if limit.isdigit() and used.isdigit():
+        free.append(int(limit) - int(used))
+    return min(free) if free else None

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from deflow_torchrl.data.columns import allocate, as_column, release_pages
 from deflow_torchrl.data.schema import ACTION_LIMIT, LARGEST, MIN_TRANSITIONS, ROUNDING
 from deflow_torchrl.errors import InputError
+from deflow_torchrl.processes import free_memory
 from deflow_torchrl.progress import patient_bar
 
 
@@ -55,6 +57,13 @@ class ColumnBuilder:
         self.folder = folder
         self.clipped = 0
         """Numbers of actions moved to +-(1 - 1e-5)."""
+        if folder is None and observation_dtype == torch.uint8:
+            needed, free = frames * math.prod(observation_shape), free_memory()
+            if free is not None and needed > free:
+                raise InputError(
+                    f"{source}: {frames:,} pictures take {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free; "
+                    "keep them in files (storage=memmap, memmap_dir=), or take fewer"
+                )
         self._columns = {
             name: allocate(name, (rows, *shape), dtype, folder)
             for name, rows, shape, dtype in (

@@ -129,6 +129,36 @@ def test_float_pictures_and_channels_before_pixels_are_refused_with_the_way_out(
         OfflineOnlineReplayBuffer(batch, online_capacity=4)
 
 
+def test_pictures_that_do_not_fit_into_memory_are_refused_with_their_size(monkeypatch, tmp_path):
+    monkeypatch.setattr("deflow_torchrl.data.builder.free_memory", lambda: 100)
+    with pytest.raises(InputError, match=r"15 pictures take 0.0 GB of memory, 0.0 GB are free; keep them in files"):
+        build(episodes(images=True))
+    build(episodes(images=True), tmp_path)
+    build(episodes())
+
+
+def test_several_observations_in_python_are_a_dictionary():
+    rng = np.random.default_rng(0)
+    front, joints = rng.integers(256, size=(6, 4, 4, 3), dtype=np.uint8), rng.normal(size=(6, 2))
+    rest = (np.zeros((6, 1)), np.zeros(6), [0, 0, 0, 0, 0, 0], [0, 0, 1, 0, 0, 1])
+    observations = {"joints": joints, "front": front}
+    dataset = TransitionDataset.from_arrays(observations, *rest, frame_stack=2)
+    row = dataset[:]
+    np.testing.assert_array_equal(row["observation", "joints"], joints[[0, 1, 3, 4]].astype(np.float32))
+    np.testing.assert_array_equal(row["observation", "front"][..., 3:], front[[0, 1, 3, 4]])
+    np.testing.assert_array_equal(row["observation", "front"][..., :3], front[[0, 0, 3, 3]])
+    np.testing.assert_array_equal(row["next", "observation", "front"][..., 3:], front[[1, 2, 4, 5]])
+    for changes, said in (
+        ({"joints": joints[:4]}, "differ in length"),
+        ({"front": front.astype(np.float32)}, "must be uint8"),
+        ({"joints": np.full((6, 2), np.nan)}, "'joints'|joints has a NaN"),
+    ):
+        with pytest.raises(InputError, match=said):
+            TransitionDataset.from_arrays({**observations, **changes}, *rest)
+    with pytest.raises(InputError, match="offline only"):
+        OfflineOnlineReplayBuffer(dataset, online_capacity=4)
+
+
 def test_a_bank_of_base_actions_reads_the_stacks_of_frames():
     """Base actions of one frame differ from those of its stack: the prior reads all three."""
     buffer = TransitionReplayBuffer(build(episodes()), batch_size=12, frame_stack=3)

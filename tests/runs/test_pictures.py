@@ -152,6 +152,19 @@ def test_a_truncated_picture_file_is_one_line(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("format", ["onnx", "pt2"])
+def test_an_exported_policy_acts_on_stacked_pictures(run, tmp_path, format):
+    pytest.importorskip("onnxruntime", reason="needs the extra export")
+    pytest.importorskip("onnxscript", reason="needs the extra export")
+    from deflow_torchrl.deploy import load_policy
+
+    file = tmp_path / f"policy.{format}"
+    result = deflow("export", str(run), "--out", str(file))
+    assert result.returncode == 0, result.stderr
+    policy = load_policy(file, trusted=True)
+    assert policy(np.zeros((16, 16, 9), np.uint8)).shape == (2,)
+
+
 def test_a_run_is_reported(run, tmp_path):
     result = deflow("report", str(run), "--html", str(tmp_path / "report.html"), "--md", str(tmp_path / "report.md"))
     assert result.returncode == 0, result.stderr

@@ -251,6 +251,17 @@ def test_online_transitions_that_do_not_fit_are_refused_and_nothing_is_added(how
     assert same(buffer[12:], online(1))
 
 
+def test_nan_behind_a_terminal_row_stands_for_nothing():
+    batch = online(3)
+    batch["next", "observation"][1, 0] = float("nan")
+    batch["next", "terminated"][1] = True
+    buffer = make()
+    rows = buffer.extend(batch)
+    assert torch.equal(buffer[rows[1]]["next", "observation"], batch["observation"][1])
+    assert torch.equal(buffer[rows[0]]["next", "observation"], batch["next", "observation"][0])
+    assert batch["next", "observation"].isnan().any(), "the caller's batch stays as it is"
+
+
 @pytest.mark.parametrize("how", WRONG)
 def test_offline_transitions_that_do_not_fit_are_refused(how):
     if how == "shape":

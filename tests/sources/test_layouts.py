@@ -11,6 +11,7 @@ import torch
 from deflow_torchrl.data import TransitionDataset, import_files
 from deflow_torchrl.errors import InputError
 from tests.support.arrays import arrays, walk, with_successors
+from tests.support.command_line import deflow
 from tests.support.layouts import d3rlpy, d3rlpy_1, d4rl, episodes_of, lerobot, robomimic
 
 pytest.importorskip("pyarrow", reason="needs the extra files")
@@ -82,6 +83,21 @@ def test_a_split_is_a_list_of_demos(tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             import_files(path, split=split)
+
+
+def test_the_command_line_takes_splits_observations_and_padding(tmp_path, monkeypatch):
+    pytest.importorskip("typer", reason="needs the extra cli")
+    monkeypatch.chdir(tmp_path)
+    robomimic(tmp_path / "x.hdf5", with_successors(), more={"other": walk(seed=5)}, masks={"train": [b"demo_1"]})
+    chosen = ["--split", "train", "--obs-keys", "other,state", "--never-terminates"]
+    result = deflow("data", "import", "x.hdf5", "--out", "x", *chosen)
+    assert result.returncode == 0, result.stderr
+    assert "6 transitions, 1 episodes" in result.stdout
+    assert "observations=obs/other,obs/state" in result.stdout
+    assert "(robomimic's layout)" in result.stdout
+    np.savez("y.npz", **{name: value.reshape(2, 6, *value.shape[1:]) for name, value in arrays().items()})
+    result = deflow("data", "import", "y.npz", "--out", "y", "--padded")
+    assert "11 transitions, 2 episodes" in result.stdout
 
 
 def test_demos_of_different_fields_lengths_and_shapes_are_named(tmp_path):

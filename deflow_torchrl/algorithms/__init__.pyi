@@ -7,8 +7,11 @@ from .bc import BCConfig as BCConfig
 from .cac import CACConfig as CACConfig
 from .calql import CalQLConfig as CalQLConfig
 from .deflow import DeFlowConfig as DeFlowConfig
+from .deflow_floq import DeFlowFloqConfig as DeFlowFloqConfig
 from .fawac import FAWACConfig as FAWACConfig
 from .fbrac import FBRACConfig as FBRACConfig
+from .fedit import FEditConfig as FEditConfig
+from .floq import FloqConfig as FloqConfig
 from .flow_bc import FlowBCConfig as FlowBCConfig
 from .fql import FQLConfig as FQLConfig
 from .idql import IDQLConfig as IDQLConfig
@@ -23,5 +26,6 @@ from .rlpd import RLPDConfig as RLPDConfig
 from .settings import Algorithm as Algorithm
 from .settings import BootstrapConfig as BootstrapConfig
 from .settings import CriticConfig as CriticConfig
+from .settings import FlowCriticConfig as FlowCriticConfig
 from .settings import MethodConfig as MethodConfig
 from .srpo import SRPOConfig as SRPOConfig

@@ -6,14 +6,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from deflow_torchrl.algorithms.settings import Algorithm, CriticConfig, Need, given, needed
+from deflow_torchrl.algorithms.settings import Algorithm, FlowCriticConfig, Need, given, needed
 
 if TYPE_CHECKING:
     from deflow_torchrl.algorithms.base import Learner, ProblemSpec
 
 
 @dataclass
-class FQLConfig(CriticConfig):
+class FQLConfig(FlowCriticConfig):
     """Settings of flow Q-learning, ``algo.<name>=...``; the defaults are those of its published runs.
 
     Attributes:
@@ -54,7 +54,7 @@ def build_fql(config: FQLConfig, problem: ProblemSpec) -> Learner:
     loss = FQLLoss(
         flow,
         actor,
-        problem.critics(),
+        problem.critics_of(config),
         alpha=alpha,
         q_aggregation=given(config.q_aggregation, problem.q_aggregation),
         normalize_q_loss=config.normalize_q_loss,

@@ -3,6 +3,7 @@
 from .actor import DeFlowActor as DeFlowActor
 from .best_of_n import BestOfNModel as BestOfNModel
 from .best_of_n import BestOfNPolicy as BestOfNPolicy
+from .best_of_n import RefinedPolicy as RefinedPolicy
 from .chosen import ValueChosenPolicy as ValueChosenPolicy
 from .critics import CriticEnsemble as CriticEnsemble
 from .critics import EncodedCritics as EncodedCritics
@@ -13,6 +14,7 @@ from .diffusion import ConsistencyPolicy as ConsistencyPolicy
 from .diffusion import DiffusionModel as DiffusionModel
 from .diffusion import DiffusionPolicy as DiffusionPolicy
 from .diffusion import NoiseNetwork as NoiseNetwork
+from .edited_flow import EditedFlowPolicy as EditedFlowPolicy
 from .encoders import ImpalaEncoder as ImpalaEncoder
 from .encoders import make_encoder as make_encoder
 from .flow import FlowMatchingModel as FlowMatchingModel

@@ -6,6 +6,7 @@ from .consistency_ac import ConsistencyACLoss as ConsistencyACLoss
 from .deflow import DeFlowLoss as DeFlowLoss
 from .fawac import FAWACLoss as FAWACLoss
 from .fbrac import FBRACLoss as FBRACLoss
+from .fedit import FEditLoss as FEditLoss
 from .flow_matching import FlowMatchingLoss as FlowMatchingLoss
 from .fql import FQLLoss as FQLLoss
 from .idql import IDQLLoss as IDQLLoss

@@ -109,11 +109,17 @@ def check_tanh_gaussian_policy(policy: TensorDictModuleBase) -> None:
 def sample_and_log_prob(
     policy: TensorDictModuleBase, state: TensorDictBase, noise: Tensor, *more: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Action ``[*B, A]`` and log density ``[*B]`` of a tanh-Gaussian policy, by noise ``[*B, A]``.
+    """Action and log density of a tanh-Gaussian policy, by noise ``[*B, A]``, or n of each state by ``[*B, n, A]``.
 
     The network reads the observation and, behind it, ``more``: of an edit policy the base action.
     """
-    return _core(policy).sample_and_log_prob(torch.cat([_observation(policy, state), *more], -1), noise)
+    observation = _each(_observation(policy, state), noise)
+    return _core(policy).sample_and_log_prob(torch.cat([observation, *more], -1), noise)
+
+
+def edit_state_keys(policy: TensorDictModuleBase) -> list[NestedKey]:
+    """Entries of the state that an edit policy reads: its ``in_keys`` without the base action."""
+    return [key for key in policy.in_keys if key not in last_policy(policy).in_keys[1:]]
 
 
 def each_state(state: TensorDictBase, rows: Tensor) -> TensorDictBase:

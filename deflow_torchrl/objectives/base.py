@@ -436,11 +436,11 @@ class OffPolicyLoss(LossModule):
         # A masked row has no error: a prioritised sampler must not come back for padding.
         return {**reduced, "td_error": error if mask is None else torch.where(_expand(mask, error), error, 0.0)}
 
-    def _one_critic_term(self, name: str, out: dict[str, Tensor]) -> Terms:
-        """One term of the critics and what all of them return beside their terms.
+    def _one_term(self, name: str, out: dict[str, Tensor]) -> Terms:
+        """One of several terms that are computed together, and their metadata.
 
         Raises:
-            RuntimeError: if the critics have no such term.
+            RuntimeError: if there is no such term: critics of another kind have other ones.
         """
         if name not in out:
             raise RuntimeError(f"these critics have no {name}, they have {', '.join(self.critics.loss_names)}")

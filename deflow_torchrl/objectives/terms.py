@@ -57,7 +57,7 @@ def multiplier(log_alpha: Tensor, excess: Tensor) -> Tensor:
     return -log_alpha * excess.detach()
 
 
-def temperature(alpha: Tensor, log_prob: Tensor, target_entropy: float) -> Tensor:
+def temperature(alpha: Tensor, log_prob: Tensor, target_entropy: Tensor | float) -> Tensor:
     """``alpha (-sg[log pi] - H)``: alpha = exp(log alpha) rises where the entropy is below H (FQL's SAC)."""
     return alpha * (-log_prob.detach() - target_entropy)
 

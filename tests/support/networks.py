@@ -22,6 +22,8 @@ from deflow_torchrl.objectives import DeFlowLoss
 
 OBSERVATION_DIM, ACTION_DIM, HIDDEN = 4, 3, (16, 16)
 NEEDED = {  # what a method's settings leave to the task or the user
+    "fedit": {"edit_scale": 0.2},
+    "floq": {"alpha": 10.0},
     "fql": {"alpha": 10.0},
     "fbrac": {"alpha": 10.0},
     "fawac": {"temperature": 1.0},
@@ -141,4 +143,11 @@ def add_draws(batch, name):
         for key in (("next", "noise"), "cql_noise", ("next", "cql_noise")):
             batch[key] = normal(2)
         batch["cql_random_action"] = normal(2).tanh()
+    elif name == "fedit":
+        batch["edit_noise"], batch["next", "edit_noise"] = normal(), normal(1)
+        batch["next", "noise"] = normal(1)
+    elif name in ("floq", "deflow_floq"):
+        batch["next", "noise"] = normal(8)
+        for key in ("critic_noise", "critic_time", ("next", "critic_noise")):
+            batch[key] = torch.rand_like(normal(8)[..., :1])
     return batch

@@ -8,6 +8,8 @@ from .cac import CACConfig as CACConfig
 from .calql import CalQLConfig as CalQLConfig
 from .deflow import DeFlowConfig as DeFlowConfig
 from .deflow_floq import DeFlowFloqConfig as DeFlowFloqConfig
+from .dsrl import DSRLConfig as DSRLConfig
+from .fan import FANConfig as FANConfig
 from .fawac import FAWACConfig as FAWACConfig
 from .fbrac import FBRACConfig as FBRACConfig
 from .fedit import FEditConfig as FEditConfig
@@ -18,6 +20,7 @@ from .idql import IDQLConfig as IDQLConfig
 from .ifql import IFQLConfig as IFQLConfig
 from .iql import IQLConfig as IQLConfig
 from .panels import Panel as Panel
+from .qam import QAMConfig as QAMConfig
 from .rebrac import ReBRACConfig as ReBRACConfig
 from .registry import ALGORITHMS as ALGORITHMS
 from .registry import get_algorithm as get_algorithm
@@ -25,7 +28,9 @@ from .registry import register_algorithm as register_algorithm
 from .rlpd import RLPDConfig as RLPDConfig
 from .settings import Algorithm as Algorithm
 from .settings import BootstrapConfig as BootstrapConfig
+from .settings import CandidatesConfig as CandidatesConfig
 from .settings import CriticConfig as CriticConfig
 from .settings import FlowCriticConfig as FlowCriticConfig
 from .settings import MethodConfig as MethodConfig
 from .srpo import SRPOConfig as SRPOConfig
+from .trqam import TRQAMConfig as TRQAMConfig

@@ -18,16 +18,23 @@ from torchrl.objectives import SoftUpdate, ValueEstimators
 from torchrl.objectives.common import LossModule
 from torchrl.objectives.utils import TargetNetUpdater
 
-from deflow_torchrl.algorithms.settings import BootstrapConfig, FlowCriticConfig, given
+from deflow_torchrl.algorithms.settings import BootstrapConfig, CandidatesConfig, FlowCriticConfig, given
 from deflow_torchrl.errors import InputError
+from deflow_torchrl.modules.best_of_n import BestOfNPolicy
 from deflow_torchrl.modules.critics import CriticEnsemble, EncodedCritics
 from deflow_torchrl.modules.diffusion import DiffusionPolicy, NoiseNetwork
 from deflow_torchrl.modules.encoders import ImpalaEncoder, JoinedEncoder, make_encoder
 from deflow_torchrl.modules.flow import FlowMatchingPolicy
 from deflow_torchrl.modules.flow_critic import FlowCritic, FlowCriticEnsemble, make_flow_critic_network
-from deflow_torchrl.modules.networks import make_qvalue_networks, make_value_network, make_velocity_network
+from deflow_torchrl.modules.networks import (
+    make_one_step_network,
+    make_qvalue_networks,
+    make_value_network,
+    make_velocity_network,
+)
 from deflow_torchrl.modules.normalizer import ObservationNormalizer
-from deflow_torchrl.modules.policies import parts
+from deflow_torchrl.modules.policies import OneStepPolicy, parts
+from deflow_torchrl.modules.tanh_gaussian import TanhGaussianPolicy, make_tanh_gaussian_network
 
 _STATE = "state"
 """Key of the one vector that an encoder makes of the observations."""
@@ -160,11 +167,27 @@ class ProblemSpec:
 
     def critics(self, number: int = 2) -> list[TensorDictModule] | CriticEnsemble:
         """The paper's twin critics, or more of them; an encoder before them is the ensemble's."""
-        critics = make_qvalue_networks(*self.sizes, num_qvalue_nets=number, observation_key=self.state_key)
+        return self.encoded_critics(
+            make_qvalue_networks(*self.sizes, num_qvalue_nets=number, observation_key=self.state_key)
+        )
+
+    def encoded_critics(self, critics: Sequence[TensorDictModule]) -> list[TensorDictModule] | CriticEnsemble:
+        """Critics that read ``state_key``, on the device; an encoder before them is the ensemble's."""
         encoder = self.make_encoder()
         if encoder is None:
             return [critic.to(self.device) for critic in critics]
         return EncodedCritics(encoder, critics).to(self.device)
+
+    def edit_policy(self) -> TensorDictModule:
+        """The policy of a bounded edit: it reads the state and the base action."""
+        width, action_dim, hidden_dims = self.sizes
+        policy = TanhGaussianPolicy(
+            make_tanh_gaussian_network(width + action_dim, action_dim, hidden_dims),
+            log_std_min=-20.0,
+            in_keys=(self.state_key, "base_action"),
+            out_keys=("edit",),
+        )
+        return self.encoded(policy)
 
     def critics_of(self, config: FlowCriticConfig) -> list[TensorDictModule] | CriticEnsemble:
         """The critics that a method's settings name: the plain ones, or flow critics with those distilled from them.
@@ -388,6 +411,52 @@ def learner_with_critics(
         param_groups=[{"params": trainable(loss), "lr": config.lr}],
         target_updater=None if staged else updater,
         **more,
+    )
+
+
+def best_of_n_learner(
+    config: CandidatesConfig,
+    problem: ProblemSpec,
+    loss: LossModule,
+    policy: Any,
+    *,
+    drawing: TensorDictModuleBase | None = None,
+    **more: Any,
+) -> Learner:
+    """As :func:`learner_with_critics`; it acts by the best of ``best_of_n`` actions by the mean of the online critics.
+
+    Args:
+        config: the method's settings.
+        problem: what the method is built for.
+        loss: its loss.
+        policy: proposes the actions.
+
+    Keyword Args:
+        drawing: the policy that always draws its noise, where that is wider than an action.
+        more: further fields of :class:`Learner`.
+    """
+    if config.best_of_n == 1:
+        return learner_with_critics(config, problem, loss, policy, exploration_policy=drawing, **more)
+    best, explorer = (
+        BestOfNPolicy(
+            policy,
+            loss.qvalue_network,
+            cast("Any", loss).qvalue_network_params,
+            config.best_of_n,
+            q_aggregation="mean",
+            in_keys=in_keys,
+        )
+        for in_keys in (policy.in_keys, policy.in_keys[:-1])
+    )
+    # The collector's noise is one row a state: this form draws its own, from a seed made of that row.
+    return learner_with_critics(config, problem, loss, best, exploration_policy=explorer, **more)
+
+
+def one_step_policy(problem: ProblemSpec) -> TensorDictModule:
+    """FQL's policy: noise to action in one pass."""
+    network = make_one_step_network(*problem.sizes)
+    return problem.encoded(
+        OneStepPolicy(network, problem.sizes[1], in_keys=(problem.state_key, "noise"), **problem.bounds)
     )
 
 

@@ -41,16 +41,12 @@ def build_fql(config: FQLConfig, problem: ProblemSpec) -> Learner:
         InputError: if alpha is given neither by the task nor by the settings.
         ValueError: on a setting out of range.
     """
-    from deflow_torchrl.algorithms.base import learner_with_critics
-    from deflow_torchrl.modules import OneStepPolicy, make_one_step_network
+    from deflow_torchrl.algorithms.base import learner_with_critics, one_step_policy
     from deflow_torchrl.objectives import FQLLoss
 
     alpha = needed(config.alpha, "alpha")
     flow = problem.flow_policy(config.flow_steps)
-    network = make_one_step_network(*problem.sizes)
-    actor = problem.encoded(
-        OneStepPolicy(network, problem.sizes[1], in_keys=(problem.state_key, "noise"), **problem.bounds)
-    )
+    actor = one_step_policy(problem)
     loss = FQLLoss(
         flow,
         actor,

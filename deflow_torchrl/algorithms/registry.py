@@ -14,6 +14,8 @@ _NAMES = (
     "cac",
     "calql",
     "deflow_floq",
+    "dsrl",
+    "fan",
     "fawac",
     "fbrac",
     "fedit",
@@ -23,9 +25,11 @@ _NAMES = (
     "idql",
     "ifql",
     "iql",
+    "qam",
     "rebrac",
     "rlpd",
     "srpo",
+    "trqam",
 )
 
 ALGORITHMS: Registry[Algorithm] = Registry(

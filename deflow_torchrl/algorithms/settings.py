@@ -84,6 +84,33 @@ class CriticConfig(BootstrapConfig):
         need(self.q_aggregation in (None, "mean", "min"), "algo.q_aggregation", self.q_aggregation, "mean or min")
 
 
+@dataclass
+class CandidatesConfig(BootstrapConfig):
+    """Settings of the methods of QAM's code base, which can take the best of several actions.
+
+    The defaults are DeFlow's footing: two critics without pessimism. The published runs have ``num_critics=10``,
+    ``pessimism=0.5`` (0 on humanoidmaze) and chunks of 5 actions in manipulation.
+
+    Attributes:
+        num_critics: J.
+        pessimism: rho of mean - rho std over the target critics.
+        best_of_n: candidates N of an action, in targets, evaluation and online.
+        flow_steps: Euler steps M of the flow.
+    """
+
+    num_critics: int = 2
+    pessimism: float = 0.0
+    best_of_n: int = 1
+    flow_steps: int = 10
+
+    def check(self, need: Need) -> None:
+        """As :meth:`MethodConfig.check`."""
+        super().check(need)
+        need(self.pessimism >= 0, "algo.pessimism", self.pessimism, "a number >= 0")
+        for name in ("num_critics", "best_of_n", "flow_steps"):
+            need(getattr(self, name) >= 1, f"algo.{name}", getattr(self, name), "at least 1")
+
+
 FOOTINGS = ("common", "original")
 """What ``algo.footing=`` chooses between: the family's steps, networks and optimiser, or those of the method's own authors."""
 

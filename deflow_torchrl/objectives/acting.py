@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from tensordict import TensorDictBase
@@ -20,6 +20,9 @@ from torch import Tensor
 
 from deflow_torchrl.modules.networks import is_wrapped
 from deflow_torchrl.modules.policies import check_encoders, encode, is_flow, last_policy
+
+Velocity: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""v(x, t) of one state or of each of several."""
 
 
 def check_flow_policy(policy: TensorDictModuleBase) -> None:
@@ -74,12 +77,12 @@ def refine(policy: TensorDictModuleBase, state: TensorDictBase, base_action: Ten
     return refined[head.out_keys[0]], refined[head.out_keys[1]]
 
 
-def velocity(policy: TensorDictModuleBase, state: TensorDictBase) -> Callable[[Tensor, Tensor], Tensor]:
-    """The flow's velocity field v(x, t) at this state; the encoders run once, here."""
+def velocity(policy: TensorDictModuleBase, state: TensorDictBase) -> Velocity:
+    """The flow's velocity field v(x, t) at this state, of x ``[*B, A]`` or ``[*B, n, A]``; the encoders run once, here."""
     observation, core = _observation(policy, state), _core(policy)
     if hasattr(core, "velocity"):
-        return lambda x, t: core.velocity(observation, x, t)
-    return lambda x, t: core.velocity_network(torch.cat([observation, x, t], -1))
+        return lambda x, t: core.velocity(_each(observation, x), x, t)
+    return lambda x, t: core.velocity_network(torch.cat([_each(observation, x), x, t], -1))
 
 
 def unclipped(policy: TensorDictModuleBase, state: TensorDictBase, noise: Tensor) -> Tensor:
@@ -180,7 +183,7 @@ def draw_time(policy: TensorDictModuleBase, action: Tensor, low: float = 0.0, hi
 
 
 def num_steps(policy: TensorDictModuleBase) -> int:
-    """Rows of noise of one sample of a policy that adds noise between its steps."""
+    """Steps M of a flow; rows of noise of one sample of a policy that adds noise between its steps."""
     return _core(policy).num_steps
 
 

@@ -9,23 +9,18 @@ As in the code base of QAM, which made the published numbers of FEdit. Where it 
 
 from __future__ import annotations
 
-import math
-
-import torch
-from tensordict import TensorDictBase, TensorDictParams
+from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from deflow_torchrl.modules.critics import check_aggregation
 from deflow_torchrl.modules.edited_flow import EditedFlowPolicy
-from deflow_torchrl.objectives import acting, terms
-from deflow_torchrl.objectives.base import Critics, OffPolicyLoss, Reduction, Terms, next_key, term
+from deflow_torchrl.objectives import acting
+from deflow_torchrl.objectives.base import Critics, Reduction, Terms, next_key, term
+from deflow_torchrl.objectives.best_of_n import EDIT_NOISE, BestOfNLoss
 
-_EDIT_NOISE = "edit_noise"
 
-
-class FEditLoss(OffPolicyLoss):
+class FEditLoss(BestOfNLoss):
     """The four losses of FEdit, each with gradients to its own part only.
 
     With act(s; z, e) = the best, by the mean of the online critics, of N actions clip(b + c tanh u), b = flow(s, z) and
@@ -88,11 +83,6 @@ class FEditLoss(OffPolicyLoss):
     _schedulable_buffers = frozenset({"edit_scale", "target_entropy"})
 
     edit_policy: TensorDictModuleBase
-    edit_policy_params: TensorDictParams
-    target_edit_policy_params: TensorDictParams
-    edit_scale: Tensor
-    target_entropy: Tensor | None
-    log_alpha: Tensor
 
     def __init__(
         self,
@@ -112,9 +102,6 @@ class FEditLoss(OffPolicyLoss):
     ) -> None:
         acting.check_flow_policy(flow_policy)
         acting.check_tanh_gaussian_policy(edit_policy)
-        check_aggregation(pessimism)
-        if best_of_n < 1 or not alpha_init > 0:
-            raise ValueError(f"best_of_n and alpha_init must be positive, got {best_of_n} and {alpha_init}")
         super().__init__(reduction=reduction)
         self._add_policy(flow_policy, "flow_policy")
         self._add_policy(edit_policy, "edit_policy")
@@ -124,23 +111,14 @@ class FEditLoss(OffPolicyLoss):
             deactivate_vmap=deactivate_vmap,
             create_target_params=delay_qvalue,
         )
-        self._add_coefficient("edit_scale", edit_scale, exact=False)
-        example = next(iter(self.parameters()))
-        entropy = None if target_entropy is None else float(target_entropy)
-        self.register_coeff_buffer("target_entropy", entropy, device=example.device, dtype=example.dtype)
-        self.log_alpha = torch.nn.Parameter(torch.full_like(self.edit_scale, math.log(alpha_init)))
-        self.best_of_n = best_of_n
-        self.q_aggregation = float(pessimism)
+        self._add_coefficient("edit_scale", edit_scale)
+        self._add_temperature(alpha_init, target_entropy)
+        self._set_choice(best_of_n, pessimism)
 
     @property
     def actor_network(self) -> EditedFlowPolicy:
         """The policy that acts with one candidate."""
         return EditedFlowPolicy(self.flow_policy, self.edit_policy, edit_scale=float(self.edit_scale))
-
-    @property
-    def alpha(self) -> Tensor:
-        """The temperature, detached scalar."""
-        return self.log_alpha.detach().exp()
 
     def _state_keys(self) -> list[NestedKey]:
         edit = acting.edit_state_keys(self.edit_policy)
@@ -151,66 +129,19 @@ class FEditLoss(OffPolicyLoss):
         return [*states, self.tensor_keys.action, *self._next_keys(*states)]
 
     def _optional_keys(self) -> list[NestedKey]:
-        return [*self._sampling_keys(), _EDIT_NOISE, next_key(_EDIT_NOISE)]
+        return [*self._sampling_keys(), EDIT_NOISE, next_key(EDIT_NOISE)]
 
     def _compute(self, tensordict: TensorDictBase) -> dict[str, Tensor]:
         # In this order: draws that the input lacks are taken from one generator.
-        critic_terms = self._critic_terms(tensordict)
+        of_critics = self.critics.encode(tensordict)
+        critic_terms = self._critic_terms(of_critics)
         loss_flow = self._flow_term(tensordict)
-        return {"loss_flow": loss_flow, **self._edit_terms(tensordict), **critic_terms}
+        edit_terms = self._edit_terms("loss_actor", self.flow_policy, tensordict, of_critics)
+        return {"loss_flow": loss_flow, **edit_terms, **critic_terms}
 
-    def _flow_term(self, tensordict: TensorDictBase) -> Tensor:
-        return self._reduce(self._flow_error(self.flow_policy, tensordict), tensordict)
-
-    def _edited(self, state: TensorDictBase, noise: Tensor, edit_noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(clip(b + c tanh u), c tanh u, log p), b = sg(flow(s, z)), with gradient to the edit."""
-        with torch.no_grad():
-            base = acting.act(self.flow_policy, state, noise)
-        edit, log_prob = acting.sample_and_log_prob(self.edit_policy, state, edit_noise, base)
-        shift = self.edit_scale * edit
-        return acting.clip(self.flow_policy, base + shift), shift, log_prob
-
-    def _edit_terms(self, tensordict: TensorDictBase) -> dict[str, Tensor]:
-        noise, edit_noise = (self._draw(tensordict, key) for key in (self.tensor_keys.noise, _EDIT_NOISE))
-        action, shift, log_prob = self._edited(tensordict, noise, edit_noise)
-        qvalue = self.critics.values(self._with_action(tensordict, action), frozen=True).mean(0)
-        entropy = -action.shape[-1] / 2 if self.target_entropy is None else self.target_entropy
-        return {
-            "loss_actor": self._reduce(self.alpha * log_prob - qvalue, tensordict),
-            "loss_alpha": self._reduce(terms.temperature(self.log_alpha.exp(), log_prob, entropy), tensordict),
-            "alpha": self.alpha,
-            "entropy": self._statistic(-log_prob, tensordict),
-            "edit_size": self._statistic(shift.square().mean(-1), tensordict),
-        }
-
-    def _critic_terms(self, tensordict: TensorDictBase) -> dict[str, Tensor]:
-        """Targets at a' = act(s'), without gradient; of N candidates the best by the mean of the online critics."""
-        following = self._next(tensordict)
-
-        def next_state() -> TensorDictBase:
-            noise, edit_noise = (
-                self._draw_candidates(tensordict, key) for key in (self.tensor_keys.noise, _EDIT_NOISE)
-            )
-            candidates = self._edited(following, noise, edit_noise)[0]
-            if self.best_of_n == 1:
-                return self._with_action(following, candidates.squeeze(-2))
-            rows = self._with_action(acting.each_state(following, candidates), candidates)
-            best = self.critics.values(rows).mean(0).argmax(-1)
-            chosen = best[..., None, None].expand(*best.shape, 1, candidates.shape[-1])
-            return self._with_action(following, candidates.gather(-2, chosen).squeeze(-2))
-
-        return self._td_terms(tensordict, next_state)
-
-    def _draw_candidates(self, tensordict: TensorDictBase, key: NestedKey) -> Tensor:
-        given, action = tensordict.get(next_key(key), None), tensordict[self.tensor_keys.action]
-        if given is not None:
-            return given if given.ndim > action.ndim else given.unsqueeze(-2)
-        return torch.randn_like(action.unsqueeze(-2).expand(*action.shape[:-1], self.best_of_n, action.shape[-1]))
-
-    @term
-    def flow_loss(self, tensordict: TensorDictBase) -> Terms:
-        """Compute ``loss_flow``; inputs as in :meth:`FlowMatchingLoss.flow_loss`."""
-        return self._flow_term(tensordict), {}
+    def _candidates(self, tensordict: TensorDictBase, following: TensorDictBase) -> Tensor:
+        draws = (self._draw_candidates(tensordict, key) for key in (self.tensor_keys.noise, EDIT_NOISE))
+        return self._edited(self.flow_policy, following, *draws)[0]
 
     @term
     def actor_loss(self, tensordict: TensorDictBase) -> Terms:
@@ -223,14 +154,9 @@ class FEditLoss(OffPolicyLoss):
         Returns:
             The loss and metadata ``alpha``, ``entropy`` and ``edit_size``, detached.
         """
-        return self._one_term("loss_actor", self._edit_terms(tensordict))
+        return self._one_term("loss_actor", self._edit_terms("loss_actor", self.flow_policy, tensordict))
 
     @term
     def alpha_loss(self, tensordict: TensorDictBase) -> Terms:
         """Compute ``loss_alpha``; inputs and metadata as in :meth:`actor_loss`."""
-        return self._one_term("loss_alpha", self._edit_terms(tensordict))
-
-    @term
-    def qvalue_loss(self, tensordict: TensorDictBase) -> Terms:
-        """Compute ``loss_qvalue``; inputs and metadata as in :meth:`DeFlowLoss.qvalue_loss`."""
-        return self._one_term("loss_qvalue", self._critic_terms(tensordict))
+        return self._one_term("loss_alpha", self._edit_terms("loss_actor", self.flow_policy, tensordict))

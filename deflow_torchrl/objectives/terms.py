@@ -70,7 +70,7 @@ def distillation(output: Tensor, taught: Tensor) -> Tensor:
 def expectile_regression(advantage: Tensor, expectile: Tensor | float) -> Tensor:
     """``|expectile - 1(u < 0)| u^2`` of u = sg[Q] - V (IQL Eq. 5)."""
     weight = torch.where(advantage < 0, 1 - expectile, expectile)
-    return weight.to(torch.get_default_dtype()) * advantage.square()
+    return weight.to(advantage.dtype) * advantage.square()
 
 
 def advantage_weight(advantage: Tensor, temperature: Tensor | float, maximum: Tensor | float) -> Tensor:

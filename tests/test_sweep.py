@@ -16,6 +16,7 @@ import torch
 pytest.importorskip("gymnasium", reason="needs gymnasium's pendulum")
 pytest.importorskip("hydra", reason="needs the extra cli")
 
+from deflow_torchrl.algorithms import ALGORITHMS
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.paths import hold_lock
 from deflow_torchrl.runs.overrides import compose_config
@@ -382,3 +383,17 @@ def test_bad_input_is_one_line(tmp_path, arguments, parts):
 def test_what_a_sweep_needs_is_asked_for(name):
     usual = [f"tasks={CUBE}", "algos=deflow", "seeds=0", "out=x"]
     assert_one_line(deflow("sweep", *[text for text in usual if not text.startswith(name)]), f"{name}= is missing")
+
+
+def test_all_methods_are_planned_and_every_cell_that_is_left_out_has_its_reason(tmp_path):
+    plan = parse_sweep(["tasks=all", "algos=all", "seeds=0", f"out={tmp_path}"])
+    assert {cell.variant.method for cell in plan.cells} == set(ALGORITHMS)
+    reasons = {(cell.variant.method, cell.left_out) for cell in plan.cells if cell.left_out is not None}
+    by_method = {method: reason for method, reason in reasons if method in ("rlpd", "idql", "bc")}
+    assert "no offline phase" in by_method["rlpd"] or "no version for images" in by_method["rlpd"]
+    assert "has no value" in by_method["idql"]
+    assert "bc" not in by_method
+    online = parse_sweep(["tasks=o2o", "algos=all", "seeds=0", f"out={tmp_path}", "protocol=paper"])
+    settled = {cell.task: cell.settled for cell in online.trained if cell.variant.method == "rlpd"}
+    assert len(settled) == 15
+    assert {config.offline_steps for config in settled.values()} == {0}

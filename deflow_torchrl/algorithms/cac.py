@@ -57,6 +57,8 @@ def build_cac(config: CACConfig, problem: ProblemSpec) -> Learner:
     Raises:
         InputError: where neither the settings nor the task have an eta.
     """
+    from torchrl.objectives import SoftUpdate
+
     from deflow_torchrl.algorithms.base import SoftTarget, Stage, learner_with_critics
     from deflow_torchrl.modules import ConsistencyNetwork, ConsistencyPolicy
     from deflow_torchrl.modules.chosen import ValueChosenPolicy
@@ -87,6 +89,7 @@ def build_cac(config: CACConfig, problem: ProblemSpec) -> Learner:
         done = (update - 1) % config.schedule_steps
         loss.num_scales.copy_(number_of_scales(done.float() / config.schedule_steps))
 
+    SoftUpdate(loss, tau=config.tau)  # the stages move the targets; without it the loss warns that nothing does
     acting, exploring = (
         ValueChosenPolicy(
             policy,

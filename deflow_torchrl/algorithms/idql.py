@@ -48,6 +48,8 @@ def build_idql(config: IDQLConfig, problem: ProblemSpec) -> Learner:
     Raises:
         InputError: where neither the settings nor the task have a number of samples.
     """
+    from torchrl.objectives import SoftUpdate
+
     from deflow_torchrl.algorithms.base import SoftTarget, Stage, learner_with_critics
     from deflow_torchrl.modules.chosen import ValueChosenPolicy
     from deflow_torchrl.objectives import IDQLLoss
@@ -55,6 +57,7 @@ def build_idql(config: IDQLConfig, problem: ProblemSpec) -> Learner:
     num_samples = needed(config.num_samples, "num_samples")
     policy = problem.diffusion_policy(config.diffusion_steps, dropout=config.dropout)
     loss = IDQLLoss(policy, problem.critics(), problem.value_network(), expectile=config.expectile)
+    SoftUpdate(loss, tau=config.tau)  # the stages move the targets; without it the loss warns that nothing does
     acting, exploring = (
         ValueChosenPolicy(
             policy,

@@ -259,7 +259,8 @@ def _ends(
             raise InputError(f"{source}: {length} rows are not whole episodes of {told} rows")
         ends = np.arange(1, length + 1) % told == 0
     else:
-        numbers = np.asarray(as_column("episode_ends", told, source)[0:length]).reshape(-1)
+        column = as_column("episode_ends", told, source)
+        numbers = np.asarray(column[0:length]).reshape(-1) if column.shape else np.zeros(0)
         if len(numbers) != length:
             raise InputError(f"{source}: episode numbers for {len(numbers)} rows, there are {length}")
         ends = np.append(numbers[1:] != numbers[:-1], True)

@@ -128,7 +128,9 @@ def _choose_observations(arranged: Arranged, wanted: Wanted) -> None:
             raise InputError(f"{path} has no observation {name!r} (--obs-keys); {did_you_mean(name, sorted(keys))}")
     chosen = list(wanted.observation_keys) or vectors
     if not chosen:
-        raise InputError(f"{path} has pictures for observations only ({', '.join(pictures)}); vectors are needed")
+        raise InputError(
+            f"{path} has pictures for observations only; choose one with --obs-keys: {', '.join(pictures)}"
+        )
     if len(chosen) > 1 and set(chosen) & set(pictures):
         raise InputError(f"{path}: {', '.join(chosen)} (--obs-keys): pictures cannot stand beside other observations")
     if skipped := [name for name in pictures if name not in chosen]:

@@ -74,6 +74,10 @@ def estimate_costs(plan: SweepPlan, *, show_progress: bool = True) -> dict[str, 
     jobs = plan_jobs(plan)
     at_once = jobs_at_once(plan) if plan.engine == "local" else max(1, int(available_cores() // max(plan.num_cpus, 1)))
     threads = max(1, available_cores() // at_once)
+    for cell in plan.trained:
+        if find_task(cell.settled).images:  # first of all: the choice of a GL driver holds from the import of mujoco on
+            check_renderer(cell.task)
+            break
     sizes: dict[str, _Sizes] = {}
     kinds = {cell.name: _kind_of(cell, sizes) for cell in plan.trained}
     stacks = {job.cell: len(job.seeds) for job in jobs if job.stacked}
@@ -240,8 +244,6 @@ def _sizes(config: SettledConfig, known: dict[str, _Sizes]) -> _Sizes:
         assert data is not None
         widths = _width(data.observation.shape[1:]), data.action.shape[-1]
     else:
-        if task.images:
-            check_renderer(task.name)
         env = make_gym_env(task.environment)
         spaces = env.observation_space.shape, env.action_space.shape
         env.close()
@@ -287,7 +289,7 @@ def _random_batch(shape: tuple[int, ...], kind: _Kind) -> TensorDict:
 
     ends = dict.fromkeys(("terminated", "truncated", "done"), torch.zeros(*shape, 1, dtype=torch.bool))
     following = TensorDict({**state(), **ends, "reward": torch.zeros(*shape, 1)}, shape)  # some methods read its action
-    return TensorDict({**state(), "next": following}, shape)
+    return TensorDict({**state(), "mc_return": torch.zeros(*shape, 1), "next": following}, shape)
 
 
 def _finish(device: torch.device) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from deflow_torchrl.algorithms.registry import get_algorithm
+from deflow_torchrl.algorithms.registry import ALGORITHMS, get_algorithm
 from deflow_torchrl.errors import InputError, did_you_mean
 from deflow_torchrl.paths import file_name
 from deflow_torchrl.runs.overrides import put, read_overrides
@@ -150,8 +150,8 @@ def parse_sweep(arguments: Sequence[str], *, command: str | None = None) -> Swee
     Args:
         arguments: ``KEY=VALUE`` of the sweep (:data:`OPTIONS`); all others are settings of ``deflow train`` for every run.
             Tasks: names, families or groups of families, ``all`` (the paper's 73 offline tasks) or ``o2o`` (its 15
-            offline-to-online tasks, with their online steps). Methods: names, with settings of their own behind colons
-            (``deflow:fixed_alpha=0.3``). Seeds: ``0..7`` or a list.
+            offline-to-online tasks, with their online steps). Methods: ``all``, or names, with settings of their own behind
+            colons (``deflow:fixed_alpha=0.3``). Seeds: ``0..7`` or a list.
 
     Keyword Args:
         command: the command line, for the records.
@@ -167,7 +167,8 @@ def parse_sweep(arguments: Sequence[str], *, command: str | None = None) -> Swee
     protocol = None if "protocol" not in options else get_protocol(options["protocol"])
     if "seeds" not in options and protocol is None:
         raise InputError("seeds= is missing; give them, for example seeds=0..7, or a protocol=")
-    variants = [_variant(text) for text in _list(options["algos"], "algos")]
+    algos = list(ALGORITHMS) if options["algos"] == "all" else _list(options["algos"], "algos")
+    variants = [_variant(text) for text in algos]
     if double := _double(variant.label for variant in variants):
         raise InputError(f"algos={options['algos']}: {double} is there twice")
     tasks = _tasks(_list(options["tasks"], "tasks"))
@@ -342,6 +343,8 @@ def _reader(variant: Variant, settings: Sequence[str], protocol: Any) -> Callabl
     def config_of(task: str, online: bool) -> SettledConfig:
         values = config_to_dict(replace(base, task=task))
         fixed = {} if protocol is None else protocol.settings_of(method_settings, online=online)
+        if not get_algorithm(variant.method).trains_offline:
+            fixed = {name: value for name, value in fixed.items() if name != "offline_steps"}
         put(values, fixed)
         if protocol is not None and not given.keys() & fixed.keys():
             values["protocol"] = protocol.name  # a run that overrides a setting of the protocol does not follow it

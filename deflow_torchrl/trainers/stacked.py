@@ -280,12 +280,11 @@ def _trained(updates: Sequence[UpdateStep]) -> Iterator[tuple[Tensor, ...]]:
 
 
 def _state_of(loss: LossModule) -> dict[str, Tensor]:
-    """List a loss's learned tensors by name, each once: parameters, buffers of networks (targets, statistics), multipliers."""
+    """List a loss's learned tensors by name, each once: parameters, and buffers of networks (targets, statistics)."""
     found: dict[int, tuple[str, Tensor]] = {}
     for prefix, module in loss.named_modules():
         networks = isinstance(module, TensorDictParams)
-        own = {name: module._buffers[name] for name in getattr(module, "state_buffers", ())}
-        for registry in (module._parameters, module._buffers if networks else own):
+        for registry in (module._parameters, module._buffers if networks else {}):
             for name, tensor in registry.items():
                 if tensor is not None:
                     found.setdefault(id(tensor), (f"{prefix}.{name}".lstrip("."), tensor))

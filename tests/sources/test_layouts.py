@@ -59,6 +59,17 @@ def test_observations_are_vectors_in_order_of_their_names_or_those_one_asks_for(
             import_files(path, observation_keys=keys)
 
 
+def test_demos_of_pictures_alone_need_the_name_of_a_camera(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    path = robomimic(tmp_path / "x.hdf5", arrays(), more={"camera": np.zeros((12, 2, 2, 3), np.uint8)})
+    with h5py.File(path, "a") as file:
+        for demo in file["data"].values():
+            del demo["obs/state"], demo["next_obs/state"]
+    with pytest.raises(InputError, match="pictures for observations only; choose one with --obs-keys: camera"):
+        import_files(path)
+    assert import_files(path, observation_keys=["camera"]).observation.shape[1:] == (2, 2, 3)
+
+
 def test_a_split_is_a_list_of_demos(tmp_path):
     given = with_successors()
     path = robomimic(tmp_path / "x.hdf5", given, masks={"train": [b"demo_1"], "none": [], "gone": [b"demo_7"]})

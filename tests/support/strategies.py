@@ -205,3 +205,29 @@ def overrides(names):
     """Up to three ``key=value``, most of them wrong."""
     one = st.builds(lambda name, value: f"{name}={value}", st.sampled_from(sorted(names)), st.sampled_from(VALUES))
     return st.lists(one, min_size=1, max_size=3)
+
+
+ENVIRONMENT = {
+    "space_dtype": (np.float32, np.float64, np.uint8, np.int64),
+    "space_shape": ((3,), (3,), (2,), (1, 3), ()),
+    "low": (-1.0, -2.0, 0.0, -np.inf),
+    "action_dtype": (np.float32, np.float32, np.float64, np.int64),
+    "action_shape": ((2,), (2,), (1,), (2, 1)),
+    "action_high": (1.0, 2.0, np.inf),
+    "observation": (
+        lambda: np.zeros(3), lambda: np.zeros(3, np.int64), lambda: np.zeros(3, np.uint8), lambda: np.zeros(4),
+        lambda: [0.0, 0.0, 0.0], lambda: np.full(3, np.nan), lambda: np.full(3, 1e300), lambda: np.array(["a"] * 3),
+        lambda: {"state": np.zeros(3)}, lambda: None, lambda: 1 / 0,
+    ),
+    "reward": (0.5, 1, np.float64(1), np.array([1.0]), np.zeros(2), True, None, "1", np.nan, 1j),
+    "terminated": (False, np.False_, 0, np.array([False]), 2, None),
+    "info": ({}, {"success": 0}, {"success": np.array([True])}, {"success": np.nan}, {"success": "yes"}, None),
+}  # fmt: skip
+
+
+@st.composite
+def given_environment(draw):
+    """What a toy environment declares and returns; up to three things are odd."""
+    sound = {name: values[0] for name, values in ENVIRONMENT.items()}
+    odd = draw(st.lists(st.sampled_from(sorted(ENVIRONMENT)), max_size=3, unique=True))
+    return {**sound, **{name: draw(st.sampled_from(ENVIRONMENT[name])) for name in odd}}

@@ -188,6 +188,7 @@ def test_after_freezing_a_non_finite_loss_names_the_right_term():
 @pytest.mark.parametrize("name", list(ALGORITHMS))
 def test_every_method_has_its_settings_in_the_schema_of_the_command_line(name):
     online = [] if ALGORITHMS[name].trains_offline else ["online_steps=1"]
+    online += [f"algo.{setting}=1.0" for setting in ALGORITHMS[name].config.alternatives[:1]]
     config = compose_config(["task=cube-single-play-singletask-task2-v0", f"algo={name}", "algo.lr=0.5", *online])
     expected = ALGORITHMS[name].config(lr=0.5)
     given = {item.name: getattr(expected, item.name) for item in dataclasses.fields(expected)}

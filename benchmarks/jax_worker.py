@@ -18,6 +18,7 @@ def main() -> None:
     parser.add_argument("--hidden-dims", type=int, nargs="+", required=True)
     parser.add_argument("--encoder", help="of pictures")
     parser.add_argument("--image-shape", type=int, nargs=3, help="observations are pictures of this shape")
+    parser.add_argument("--critic", choices=("mse", "floq"), default="mse")
     parser.add_argument("--latency", action="store_true", help="time the jitted policy on one observation instead")
     arguments = parser.parse_args()
     sys.path.insert(0, arguments.path)
@@ -25,7 +26,12 @@ def main() -> None:
     try:
         import jax
         import numpy as np
-        from agents.deflow import DeFlowAgent, get_config
+
+        if arguments.critic == "floq":
+            from agents.deflowvf import DeFlowVFAgent as DeFlowAgent
+            from agents.deflowvf import get_config
+        else:
+            from agents.deflow import DeFlowAgent, get_config
     except ImportError as error:
         sys.exit(f"{sys.executable} cannot run {arguments.path}: {error}; give one that can with --jax-python")
 
@@ -48,6 +54,9 @@ def main() -> None:
             "masks": np.ones(rows, "float32"),
         }
 
+    if arguments.critic == "floq":
+        config |= {"block_width": arguments.hidden_dims[0], "block_depth": len(arguments.hidden_dims)}
+        config |= {"r_min": -1.0, "r_max": 0.0}
     batch = make_batch()
     agent = DeFlowAgent.create(arguments.seed, batch["observations"], batch["actions"], config)
     print(json.dumps({"jax": jax.__version__, "device": str(jax.devices()[0])}), flush=True)

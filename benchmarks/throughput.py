@@ -3,13 +3,15 @@
     python benchmarks/throughput.py update --obs-dim 37 --action-dim 5 --batch-size 256 --steps 40 --json
     python benchmarks/throughput.py update --frozen-prior
     python benchmarks/throughput.py update --pixels
+    python benchmarks/throughput.py update --critic floq --steps 5
     python benchmarks/throughput.py update --against-jax PATH --jax-python PYTHON
     python benchmarks/throughput.py roofline
     python benchmarks/throughput.py precision
     make bench
 
 With a frozen prior there are three losses, and the base actions come from a bank, whose lookup is part of the time. The full
-update is then timed too, the two in turns. `--plain` adds the update without this package's CPU kernels, `--against-jax` the
+update is then timed too, the two in turns. `--critic floq` times
+DeFlow with flow critics. `--plain` adds the update without this package's CPU kernels, `--against-jax` the
 authors' agent at the same sizes: PATH is a checkout of their repository, PYTHON an interpreter that has jax, flax and optax.
 `--pixels` updates on pictures of the paper's sizes, with an encoder for each part, and prints how far the encodings are from
 their convolutions at the rate of a matrix product; an update of 256 pictures takes seconds on a core.
@@ -63,8 +65,10 @@ def make_update(arguments: argparse.Namespace) -> UpdateStep:
         q_aggregation="mean",
         target_divergence=1e-3,
         device=torch.device(arguments.device),
+        reward_range=(-1.0, 0.0),
     )
-    return UpdateStep(get_algorithm("deflow").build(DeFlowConfig(), problem), compile_loss=arguments.compile)
+    config = DeFlowConfig(critic=getattr(arguments, "critic", "mse"))
+    return UpdateStep(get_algorithm(config.name).build(config, problem), compile_loss=arguments.compile)
 
 
 def make_frozen_update(arguments: argparse.Namespace, buffer: TensorDictReplayBuffer) -> Update:
@@ -177,7 +181,13 @@ class JaxAgent:
         values = vars(arguments) | {"seed": 0, "flow_steps": DeFlowConfig().flow_steps}
         command = [arguments.jax_python, str(Path(__file__).with_name("jax_worker.py")), str(arguments.against_jax)]
         command += [text for name in sizes for text in (f"--{name.replace('_', '-')}", str(values[name]))]
-        command += ["--hidden-dims", *map(str, arguments.hidden_dims), *flags]
+        command += [
+            "--critic",
+            getattr(arguments, "critic", "mse"),
+            "--hidden-dims",
+            *map(str, arguments.hidden_dims),
+            *flags,
+        ]
         if getattr(arguments, "pixels", False):
             command += ["--encoder", arguments.encoder, "--image-shape", *map(str, arguments.image_shape)]
         try:
@@ -216,6 +226,7 @@ def add_sizes(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--action-dim", type=int, default=5)
     verb.add_argument("--batch-size", type=int, default=256)
     verb.add_argument("--hidden-dims", type=int, nargs="+", default=[512] * 4)
+    verb.add_argument("--critic", choices=("mse", "floq"), default="mse", help="plain critics, or flow critics too")
     verb.add_argument("--steps", type=int, default=40, help="how many are timed")
     verb.add_argument("--warmup", type=int, default=5)
     verb.add_argument("--device", default="cpu")

@@ -114,7 +114,7 @@ class Policy:
         bounds = (manifest["action_low"], manifest["action_high"])
         self._bounds: Any = [None if bound is None else np.asarray(bound, np.float32) for bound in bounds]
         self.low, self.high = (None if bound is None else bound[: self.action_dim] for bound in self._bounds)
-        self._takes_noise = "noise" in manifest["inputs"]
+        self._noise_width: int | None = manifest["inputs"].get("noise", {"shape": [None]})["shape"][-1]
         self._graph = graph
         self._random = np.random.default_rng(seed)
         self._loop = OpenLoop(self.chunk)
@@ -131,8 +131,8 @@ class Policy:
             observation: ``[O]`` or ``[B, O]``, finite numbers of any type; pictures ``[H, W, C]`` or ``[B, H, W, C]`` of uint8.
 
         Keyword Args:
-            noise: ``[A]`` or ``[B, A]`` (of chunks ``[h * A]``), used instead of a draw from N(0, I); the same noise and
-                observation give the same action.
+            noise: ``[A]`` or ``[B, A]`` (of chunks ``[h * A]``; the manifest has its width), used instead of a draw from
+                N(0, I); the same noise and observation give the same action.
 
         Returns:
             Actions ``[A]`` or ``[B, A]``, float32, inside the bounds.
@@ -155,10 +155,10 @@ class Policy:
     def _choose(self, rows: Array, noise: ArrayLike | None) -> Array:
         lead = rows.shape[: -len(self.observation_shape)]
         inputs = [rows if lead else rows[None]]
-        if self._takes_noise:
-            shape = (*lead, self._width)
+        if self._noise_width is not None:
+            shape = (*lead, self._noise_width)
             drawn = self._random.standard_normal(shape, np.float32) if noise is None else None
-            given = _numbers(noise, "noise", (self._width,)) if drawn is None else drawn
+            given = _numbers(noise, "noise", (self._noise_width,)) if drawn is None else drawn
             if given.shape != shape:
                 raise InputError(f"noise has shape {list(given.shape)}; beside this observation it is {list(shape)}")
             inputs.append(np.atleast_2d(given))

@@ -142,7 +142,8 @@ def export_policy(
         for module in _ONNX_PACKAGES:
             if importlib.util.find_spec(module) is None:
                 raise MissingExtraError(module, "export")
-    if getattr(policy, "noise_shape", None) is not None:
+    noise_shape = getattr(policy, "noise_shape", (action_dim,))
+    if len(noise_shape) > 1:
         raise InputError(
             f"a {type(policy).__name__} cannot be exported: it chooses among several actions by its critics, and what is "
             "exported maps one noise to one action"
@@ -153,7 +154,7 @@ def export_policy(
         raise InputError(f"the policy reads {unknown}; what is exported reads an observation and noise only")
     shapes = {"observation": (observation_dim,) if isinstance(observation_dim, int) else tuple(observation_dim)}
     if noise_key in policy.in_keys:
-        shapes["noise"] = (action_dim,)
+        shapes["noise"] = noise_shape
     units = _units(action_bounds, action_dim)
     eager = _Actor(copy.deepcopy(policy).to("cpu", torch.float32), keys, action_key, units).eval().requires_grad_(False)
     program = _trace(eager, _random_inputs(shapes, rows=2))

@@ -24,6 +24,7 @@ from tests.support.pendulum import ENVIRONMENT, record_pendulum
 from tests.support.updates import PROBLEM
 
 TERMS = {
+    "floq": {"loss_flow", "loss_actor", "loss_flow_critic", "loss_qvalue", "return_std", "distillation"},
     "flow_bc": {"loss_flow"},
     "fql": {"loss_flow", "loss_actor", "loss_qvalue", "distillation", "q"},
     "fbrac": {"loss_flow", "loss_actor", "loss_qvalue", "flow_matching", "q"},

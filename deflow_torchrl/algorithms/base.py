@@ -18,15 +18,23 @@ from torchrl.objectives import SoftUpdate, ValueEstimators
 from torchrl.objectives.common import LossModule
 from torchrl.objectives.utils import TargetNetUpdater
 
-from deflow_torchrl.algorithms.settings import BootstrapConfig, given
+from deflow_torchrl.algorithms.settings import BootstrapConfig, CandidatesConfig, FlowCriticConfig, given
 from deflow_torchrl.errors import InputError
+from deflow_torchrl.modules.best_of_n import BestOfNPolicy
 from deflow_torchrl.modules.critics import CriticEnsemble, EncodedCritics
 from deflow_torchrl.modules.diffusion import DiffusionPolicy, NoiseNetwork
 from deflow_torchrl.modules.encoders import ImpalaEncoder, JoinedEncoder, make_encoder
 from deflow_torchrl.modules.flow import FlowMatchingPolicy
-from deflow_torchrl.modules.networks import make_qvalue_networks, make_value_network, make_velocity_network
+from deflow_torchrl.modules.flow_critic import FlowCritic, FlowCriticEnsemble, make_flow_critic_network
+from deflow_torchrl.modules.networks import (
+    make_one_step_network,
+    make_qvalue_networks,
+    make_value_network,
+    make_velocity_network,
+)
 from deflow_torchrl.modules.normalizer import ObservationNormalizer
-from deflow_torchrl.modules.policies import parts
+from deflow_torchrl.modules.policies import OneStepPolicy, parts
+from deflow_torchrl.modules.tanh_gaussian import TanhGaussianPolicy, make_tanh_gaussian_network
 
 _STATE = "state"
 """Key of the one vector that an encoder makes of the observations."""
@@ -50,6 +58,7 @@ class ProblemSpec:
         action_spec: the action, a bounded vector ``[A]``; inside [-1, 1] where it is not given.
         normalizer: of all observations together, ``[O]``; each part has a copy; None leaves them as they are.
         encoder: name of the encoder of pictures (:func:`~deflow_torchrl.modules.make_encoder`); each part has one of its own.
+        reward_range: smallest and largest reward of a step in the data; None where nothing is known.
 
     Raises:
         InputError: if an observation is neither a vector nor a picture, pictures come with a normaliser, or neither widths nor
@@ -67,6 +76,7 @@ class ProblemSpec:
     action_spec: Bounded | None = None
     normalizer: ObservationNormalizer | None = None
     encoder: str = "impala_small"
+    reward_range: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         observation, action = self.observation_spec, self.action_spec
@@ -155,13 +165,77 @@ class ProblemSpec:
         """The critics' network without an action: V(s)."""
         return self.encoded(make_value_network(self.sizes[0], self.hidden_dims, observation_key=self.state_key))
 
-    def critics(self) -> list[TensorDictModule] | CriticEnsemble:
-        """The paper's twin critics; an encoder before them is the ensemble's."""
-        critics = make_qvalue_networks(*self.sizes, observation_key=self.state_key)
+    def critics(self, number: int = 2) -> list[TensorDictModule] | CriticEnsemble:
+        """The paper's twin critics, or more of them; an encoder before them is the ensemble's."""
+        return self.encoded_critics(
+            make_qvalue_networks(*self.sizes, num_qvalue_nets=number, observation_key=self.state_key)
+        )
+
+    def encoded_critics(self, critics: Sequence[TensorDictModule]) -> list[TensorDictModule] | CriticEnsemble:
+        """Critics that read ``state_key``, on the device; an encoder before them is the ensemble's."""
         encoder = self.make_encoder()
         if encoder is None:
             return [critic.to(self.device) for critic in critics]
         return EncodedCritics(encoder, critics).to(self.device)
+
+    def edit_policy(self) -> TensorDictModule:
+        """The policy of a bounded edit: it reads the state and the base action."""
+        width, action_dim, hidden_dims = self.sizes
+        policy = TanhGaussianPolicy(
+            make_tanh_gaussian_network(width + action_dim, action_dim, hidden_dims),
+            log_std_min=-20.0,
+            in_keys=(self.state_key, "base_action"),
+            out_keys=("edit",),
+        )
+        return self.encoded(policy)
+
+    def critics_of(self, config: FlowCriticConfig) -> list[TensorDictModule] | CriticEnsemble:
+        """The critics that a method's settings name: the plain ones, or flow critics with those distilled from them.
+
+        Raises:
+            InputError: if flow critics are to read several observations, or the range of rewards is not known.
+        """
+        if config.critic == "mse":
+            return self.critics()
+        if len(self._keys) > 1 or self.has_pictures:
+            raise InputError(f"algo.critic={config.critic} reads one vector, no pictures and no several observations")
+        if self.reward_range is None:
+            raise InputError(
+                f"algo.critic={config.critic} needs the range of rewards: ProblemSpec(reward_range=(MIN, MAX))"
+            )
+        lowest, highest = self.reward_range
+        if config.pad_reward_range:
+            lowest, highest = min(lowest, 0.0), max(highest, 0.0)
+        observation_dim, action_dim, hidden_dims = self.sizes
+
+        def flow_critic() -> FlowCritic:
+            network: nn.Module = make_flow_critic_network(
+                observation_dim,
+                action_dim,
+                hidden_dims if config.critic_hidden_dims is None else config.critic_hidden_dims,
+                num_bins=config.num_bins,
+                time_features=config.time_features,
+            )
+            if self.normalizer is not None:
+                network = _Normalized(copy.deepcopy(self.normalizer), network, observation_dim)
+            return FlowCritic(
+                network,
+                reward_range=(lowest, highest),
+                gamma=given(config.gamma, self.gamma),
+                num_steps=given(config.critic_steps, 8),
+                noise_coverage=given(config.noise_coverage, 0.1),
+                num_bins=config.num_bins,
+                sigma=config.sigma,
+                reward_offset=config.reward_offset,
+                time_features=config.time_features,
+                in_keys=(self._keys[0], "action", "critic_noise"),
+            )
+
+        distilled = [
+            self.encoded(critic) for critic in make_qvalue_networks(*self.sizes, observation_key=self.state_key)
+        ]
+        flow_critics = [flow_critic().to(self.device) for _ in range(config.num_flow_critics)]
+        return FlowCriticEnsemble(flow_critics, distilled, noise_samples=config.noise_samples)
 
     @property
     def _keys(self) -> list[NestedKey]:
@@ -182,6 +256,18 @@ class _Join(nn.Module):
     def forward(self, *observations: Tensor) -> Tensor:
         joined = torch.cat(observations, -1)
         return joined if self.normalizer is None else self.normalizer(joined)
+
+
+class _Normalized(nn.Module):
+    """A network behind the normalisation of the first O columns that it reads."""
+
+    def __init__(self, normalizer: ObservationNormalizer, network: nn.Module, observation_dim: int) -> None:
+        super().__init__()
+        self.normalizer, self.network, self.observation_dim = normalizer, network, observation_dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        observation, rest = x.split([self.observation_dim, x.shape[-1] - self.observation_dim], -1)
+        return self.network(torch.cat([self.normalizer(observation), rest], -1))
 
 
 class Diagnostics(Protocol):
@@ -325,6 +411,52 @@ def learner_with_critics(
         param_groups=[{"params": trainable(loss), "lr": config.lr}],
         target_updater=None if staged else updater,
         **more,
+    )
+
+
+def best_of_n_learner(
+    config: CandidatesConfig,
+    problem: ProblemSpec,
+    loss: LossModule,
+    policy: Any,
+    *,
+    drawing: TensorDictModuleBase | None = None,
+    **more: Any,
+) -> Learner:
+    """As :func:`learner_with_critics`; it acts by the best of ``best_of_n`` actions by the mean of the online critics.
+
+    Args:
+        config: the method's settings.
+        problem: what the method is built for.
+        loss: its loss.
+        policy: proposes the actions.
+
+    Keyword Args:
+        drawing: the policy that always draws its noise, where that is wider than an action.
+        more: further fields of :class:`Learner`.
+    """
+    if config.best_of_n == 1:
+        return learner_with_critics(config, problem, loss, policy, exploration_policy=drawing, **more)
+    best, explorer = (
+        BestOfNPolicy(
+            policy,
+            loss.qvalue_network,
+            cast("Any", loss).qvalue_network_params,
+            config.best_of_n,
+            q_aggregation="mean",
+            in_keys=in_keys,
+        )
+        for in_keys in (policy.in_keys, policy.in_keys[:-1])
+    )
+    # The collector's noise is one row a state: this form draws its own, from a seed made of that row.
+    return learner_with_critics(config, problem, loss, best, exploration_policy=explorer, **more)
+
+
+def one_step_policy(problem: ProblemSpec) -> TensorDictModule:
+    """FQL's policy: noise to action in one pass."""
+    network = make_one_step_network(*problem.sizes)
+    return problem.encoded(
+        OneStepPolicy(network, problem.sizes[1], in_keys=(problem.state_key, "noise"), **problem.bounds)
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from deflow_torchrl.algorithms.alarms import DEFLOW_ALARMS
-from deflow_torchrl.algorithms.settings import PRECISIONS, Algorithm, CriticConfig, Need, check_positive, given
+from deflow_torchrl.algorithms.settings import PRECISIONS, Algorithm, FlowCriticConfig, Need, check_positive, given
 
 if TYPE_CHECKING:
     from deflow_torchrl.algorithms.base import Learner, ProblemSpec
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class DeFlowConfig(CriticConfig):
+class DeFlowConfig(FlowCriticConfig):
     """Settings of DeFlow, ``algo.<name>=...``; the defaults are the paper's.
 
     Attributes:
@@ -101,7 +101,7 @@ def build_deflow(config: DeFlowConfig, problem: ProblemSpec) -> Learner:
     )
     loss = DeFlowLoss(
         actor,
-        problem.critics(),
+        problem.critics_of(config),
         target_divergence=given(config.target_divergence, problem.target_divergence),
         q_aggregation=given(config.q_aggregation, problem.q_aggregation),
         normalize_q_loss=config.normalize_q_loss,
@@ -117,7 +117,7 @@ def build_deflow(config: DeFlowConfig, problem: ProblemSpec) -> Learner:
         problem,
         loss,
         actor,
-        evaluated_policies={"prior": actor.prior_policy(), "deflow": actor},
+        evaluated_policies={"prior": actor.prior_policy(), config.name: actor},
         prior=flow,
         diagnostics=DeFlowDiagnostics(loss),
     )

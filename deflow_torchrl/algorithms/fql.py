@@ -6,14 +6,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from deflow_torchrl.algorithms.settings import Algorithm, CriticConfig, Need, given, needed
+from deflow_torchrl.algorithms.settings import Algorithm, FlowCriticConfig, Need, given, needed
 
 if TYPE_CHECKING:
     from deflow_torchrl.algorithms.base import Learner, ProblemSpec
 
 
 @dataclass
-class FQLConfig(CriticConfig):
+class FQLConfig(FlowCriticConfig):
     """Settings of flow Q-learning, ``algo.<name>=...``; the defaults are those of its published runs.
 
     Attributes:
@@ -41,20 +41,16 @@ def build_fql(config: FQLConfig, problem: ProblemSpec) -> Learner:
         InputError: if alpha is given neither by the task nor by the settings.
         ValueError: on a setting out of range.
     """
-    from deflow_torchrl.algorithms.base import learner_with_critics
-    from deflow_torchrl.modules import OneStepPolicy, make_one_step_network
+    from deflow_torchrl.algorithms.base import learner_with_critics, one_step_policy
     from deflow_torchrl.objectives import FQLLoss
 
     alpha = needed(config.alpha, "alpha")
     flow = problem.flow_policy(config.flow_steps)
-    network = make_one_step_network(*problem.sizes)
-    actor = problem.encoded(
-        OneStepPolicy(network, problem.sizes[1], in_keys=(problem.state_key, "noise"), **problem.bounds)
-    )
+    actor = one_step_policy(problem)
     loss = FQLLoss(
         flow,
         actor,
-        problem.critics(),
+        problem.critics_of(config),
         alpha=alpha,
         q_aggregation=given(config.q_aggregation, problem.q_aggregation),
         normalize_q_loss=config.normalize_q_loss,

@@ -13,16 +13,23 @@ _NAMES = (
     "bc",
     "cac",
     "calql",
+    "deflow_floq",
+    "dsrl",
+    "fan",
     "fawac",
     "fbrac",
+    "fedit",
+    "floq",
     "flow_bc",
     "fql",
     "idql",
     "ifql",
     "iql",
+    "qam",
     "rebrac",
     "rlpd",
     "srpo",
+    "trqam",
 )
 
 ALGORITHMS: Registry[Algorithm] = Registry(

@@ -84,6 +84,33 @@ class CriticConfig(BootstrapConfig):
         need(self.q_aggregation in (None, "mean", "min"), "algo.q_aggregation", self.q_aggregation, "mean or min")
 
 
+@dataclass
+class CandidatesConfig(BootstrapConfig):
+    """Settings of the methods of QAM's code base, which can take the best of several actions.
+
+    The defaults are DeFlow's footing: two critics without pessimism. The published runs have ``num_critics=10``,
+    ``pessimism=0.5`` (0 on humanoidmaze) and chunks of 5 actions in manipulation.
+
+    Attributes:
+        num_critics: J.
+        pessimism: rho of mean - rho std over the target critics.
+        best_of_n: candidates N of an action, in targets, evaluation and online.
+        flow_steps: Euler steps M of the flow.
+    """
+
+    num_critics: int = 2
+    pessimism: float = 0.0
+    best_of_n: int = 1
+    flow_steps: int = 10
+
+    def check(self, need: Need) -> None:
+        """As :meth:`MethodConfig.check`."""
+        super().check(need)
+        need(self.pessimism >= 0, "algo.pessimism", self.pessimism, "a number >= 0")
+        for name in ("num_critics", "best_of_n", "flow_steps"):
+            need(getattr(self, name) >= 1, f"algo.{name}", getattr(self, name), "at least 1")
+
+
 FOOTINGS = ("common", "original")
 """What ``algo.footing=`` chooses between: the family's steps, networks and optimiser, or those of the method's own authors."""
 
@@ -105,6 +132,53 @@ class FootedConfig(CriticConfig):
         need(self.footing in FOOTINGS, "algo.footing", self.footing, " or ".join(FOOTINGS))
         if self.footing != "common":
             raise InputError(f"algo.footing={self.footing} is not built yet for algo={self.name}; leave it out")
+
+
+@dataclass
+class FlowCriticConfig(CriticConfig):
+    """Settings every method has whose critics may be flow critics; the defaults are those of floq's published runs.
+
+    Attributes:
+        critic: ``mse``, plain critics that regress on targets, or ``floq``, flow critics and plain ones distilled from them.
+            The others are settings of ``floq``.
+        noise_samples: draws n of a transition, each with a next action of its own.
+        critic_steps: Euler steps of the flow over returns; the task's where None, 8 without one.
+        noise_coverage: share of the range of returns that this flow starts from; the task's where None, 0.1 without one.
+        critic_hidden_dims: widths of the flow critics' hidden layers; the task's where None, ``hidden_dims`` without one.
+        num_flow_critics: flow critics; two plain ones are distilled from them.
+        num_bins: points of the embedding of a return.
+        sigma: deviation of the embedding, in bins.
+        reward_offset: what the embedding's range has beyond the rewards on each side.
+        time_features: cosines of the time, cos(k pi t), k = 1 up to this number; None is the released code's cos t alone.
+        pad_reward_range: take 0 for a reward that the data has, as the authors' code does, which reads the range from an array
+            that is padded with zeros (their runs with balanced sampling do not).
+    """
+
+    critic: str = "mse"
+    noise_samples: int = 8
+    critic_steps: int | None = None
+    noise_coverage: float | None = None
+    critic_hidden_dims: list[int] | None = None
+    num_flow_critics: int = 2
+    num_bins: int = 51
+    sigma: float = 16.0
+    reward_offset: float = 0.01
+    time_features: int | None = None
+    pad_reward_range: bool = True
+
+    def check(self, need: Need) -> None:
+        """As :meth:`MethodConfig.check`."""
+        super().check(need)
+        need(self.critic in ("mse", "floq"), "algo.critic", self.critic, "mse or floq")
+        for name, least in (
+            ("noise_samples", 1), ("critic_steps", 1), ("num_flow_critics", 1), ("num_bins", 2), ("time_features", 1),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            need(value is None or value >= least, f"algo.{name}", value, f"at least {least}")
+        check_positive(need, self, "noise_coverage", "sigma", "reward_offset")
+        widths = self.critic_hidden_dims
+        expected = "positive widths"
+        need(widths is None or (bool(widths) and min(widths) >= 1), "algo.critic_hidden_dims", widths, expected)
 
 
 def _no_build(config: Any, problem: ProblemSpec) -> Learner:

@@ -146,6 +146,9 @@ def evaluate(
     workers: Annotated[int | None, typer.Option(min=1)] = None,
     seed: Annotated[int | None, typer.Option(min=0, max=2**31)] = None,
     device: str | None = None,
+    candidates: Annotated[int | None, typer.Option(min=1)] = None,
+    selection: Annotated[str, typer.Option(metavar="final|base")] = "final",
+    iterations: Annotated[int | None, typer.Option(min=1)] = None,
     json_: JSON = False,
 ) -> dict[str, Any]:
     """Evaluate the policies of a run's last checkpoint on common starts; the same run gives the same numbers twice.
@@ -153,6 +156,9 @@ def evaluate(
     Several runs are evaluated one after the other. With --paired two runs of one task meet the same starts and the same noise,
     and the difference B - A is reported with its 95% interval (bootstrap over the episodes); where the task is judged by
     success also how often both, only one or neither succeeded, with the exact p-value of that.
+
+    --candidates and --iterations spend more on every action of the run's acting policy, or of --policy; nothing is trained, and
+    the outcome's name says what was done.
 
     Example: deflow eval runs/offline runs/online --paired --episodes 200
 
@@ -163,13 +169,25 @@ def evaluate(
         workers: Processes that step environments; they change no number. [default: the run's]
         seed: Seed of starts and noise. [default: that of training's evaluations]
         device: Device of the policies. [default: the run's]
+        candidates: Draw so many actions and execute the best by the mean of the critics.
+        selection: With --candidates: the best by the Q of the action, or of its base.
+        iterations: Of DeFlow: apply the refinement so often (1 is the policy as trained).
     """
     if paired and len(runs) != 2:
         raise InputError(f"--paired compares two runs, {len(runs)} given: deflow eval RUN_A RUN_B --paired")
     from deflow_torchrl.reports.records import summarize
     from deflow_torchrl.runs import compare_runs, evaluate_run
+    from deflow_torchrl.runs.evaluate import ACTING, TestTime
 
     options: dict[str, Any] = {"episodes": episodes, "policy": policy, "workers": workers, "device": device}
+    if candidates is not None or iterations is not None:
+        if paired:
+            raise InputError(
+                "--candidates and --iterations are not for --paired: benchmarks/test_time.py compares them in pairs"
+            )
+        options |= {"policy": policy or ACTING, "test_time": TestTime(candidates, selection, iterations)}
+    elif selection != "final":
+        raise InputError(f"--selection {selection} says how --candidates N are chosen among; give N")
     if seed is not None:
         options["seed"] = seed
     if paired:

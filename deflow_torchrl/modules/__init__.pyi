@@ -3,6 +3,7 @@
 from .actor import DeFlowActor as DeFlowActor
 from .best_of_n import BestOfNModel as BestOfNModel
 from .best_of_n import BestOfNPolicy as BestOfNPolicy
+from .best_of_n import RefinedPolicy as RefinedPolicy
 from .chosen import ValueChosenPolicy as ValueChosenPolicy
 from .critics import CriticEnsemble as CriticEnsemble
 from .critics import EncodedCritics as EncodedCritics
@@ -13,6 +14,7 @@ from .diffusion import ConsistencyPolicy as ConsistencyPolicy
 from .diffusion import DiffusionModel as DiffusionModel
 from .diffusion import DiffusionPolicy as DiffusionPolicy
 from .diffusion import NoiseNetwork as NoiseNetwork
+from .edited_flow import EditedFlowPolicy as EditedFlowPolicy
 from .encoders import ImpalaEncoder as ImpalaEncoder
 from .encoders import make_encoder as make_encoder
 from .flow import FlowMatchingModel as FlowMatchingModel
@@ -21,6 +23,7 @@ from .flow_critic import FlowCritic as FlowCritic
 from .flow_critic import FlowCriticEnsemble as FlowCriticEnsemble
 from .flow_critic import FlowCriticModel as FlowCriticModel
 from .flow_critic import make_flow_critic_network as make_flow_critic_network
+from .networks import make_noisy_qvalue_networks as make_noisy_qvalue_networks
 from .networks import make_one_step_network as make_one_step_network
 from .networks import make_policy_network as make_policy_network
 from .networks import make_qvalue_networks as make_qvalue_networks
@@ -36,6 +39,7 @@ from .policies import OneStepModel as OneStepModel
 from .policies import OneStepPolicy as OneStepPolicy
 from .refinement import RefinementModel as RefinementModel
 from .refinement import RefinementPolicy as RefinementPolicy
+from .steered_flow import SteeredFlowPolicy as SteeredFlowPolicy
 from .tanh_gaussian import TanhGaussianModel as TanhGaussianModel
 from .tanh_gaussian import TanhGaussianPolicy as TanhGaussianPolicy
 from .tanh_gaussian import make_tanh_gaussian_network as make_tanh_gaussian_network

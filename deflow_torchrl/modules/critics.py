@@ -61,6 +61,7 @@ class CriticEnsemble(nn.Module):
         metadata_names: what else it returns of every sample, detached; metadata of the loss.
         next_samples: how many actions a' of s' its target needs: ``[*B, n, A]``; None is one, ``[*B, A]``. Losses whose
             acting policy is a function of noise draw n of them.
+        network_name: X of ``loss.X_params``, which hold its parameters inside a loss.
     """
 
     in_keys: list[NestedKey]
@@ -69,6 +70,7 @@ class CriticEnsemble(nn.Module):
     loss_names: Sequence[str] = ("loss_qvalue",)
     metadata_names: Sequence[str] = ()
     next_samples: int | None = None
+    network_name: str = "qvalue_network"
 
     def forward(self, tensordict: TensorDictBase) -> Tensor:
         """Return Q_j(s, a) ``[J, *B]`` by the parameters that the networks hold now."""
@@ -128,8 +130,8 @@ class CriticEnsemble(nn.Module):
     # -- inside a loss ------------------------------------------------------------------------------------------------
 
     def bind(self, loss: LossModule, *, create_target_params: bool) -> None:
-        """Put the parameters under ``loss.qvalue_network_params``, and evaluate with those from now on."""
-        loss.convert_to_functional(self, "qvalue_network", create_target_params=create_target_params)
+        """Put the parameters under ``loss.X_params``, X the ``network_name``, and evaluate with those from now on."""
+        loss.convert_to_functional(self, self.network_name, create_target_params=create_target_params)
         self.__dict__["_loss"] = loss
 
     def reset_parameters_recursive(self) -> None:
@@ -149,7 +151,7 @@ class CriticEnsemble(nn.Module):
         loss = self.__dict__.get("_loss")
         if loss is None:
             return None
-        params = loss.target_qvalue_network_params if target else loss.qvalue_network_params
+        params = getattr(loss, f"{'target_' if target else ''}{self.network_name}_params")
         # Not params.detach(): a locked TensorDict keeps its result, which a later .to(dtype) leaves stale.
         return params.apply(Tensor.detach) if frozen else params
 
@@ -220,7 +222,7 @@ class TwinCritic(CriticEnsemble):
                 stacklevel=4,
             )
         loss.convert_to_functional(
-            critics, "qvalue_network", expand_dim=len(critics), create_target_params=create_target_params
+            critics, self.network_name, expand_dim=len(critics), create_target_params=create_target_params
         )
         self.__dict__["_network"] = critics[0]
         self.__dict__["_loss"] = loss

@@ -306,3 +306,33 @@ def make_qvalue_networks(
         )
         for _ in range(num_qvalue_nets)
     ]
+
+
+class _NoisyValue(nn.Module):
+    """Q(s, a, n): ``cat([observation, action, noise], -1)`` through an MLP to one value."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.mlp = mlp
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.mlp(torch.cat(inputs, -1))
+
+
+def make_noisy_qvalue_networks(
+    observation_dim: int,
+    action_dim: int,
+    hidden_dims: Sequence[int] = PAPER_HIDDEN_DIMS,
+    *,
+    num_qvalue_nets: int = 2,
+    observation_key: NestedKey = "observation",
+) -> list[TensorDictModule]:
+    """FAN's critics, as :func:`make_qvalue_networks`, which also read ``critic_noise [..., A]``."""
+    return [
+        CheckedModule(
+            _NoisyValue(make_mlp(observation_dim + 2 * action_dim, 1, hidden_dims, layer_norm=True)),
+            in_keys=[observation_key, "action", "critic_noise"],
+            out_keys=["state_action_value"],
+        )
+        for _ in range(num_qvalue_nets)
+    ]

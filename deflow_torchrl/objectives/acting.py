@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from tensordict import TensorDictBase
@@ -20,6 +20,9 @@ from torch import Tensor
 
 from deflow_torchrl.modules.networks import is_wrapped
 from deflow_torchrl.modules.policies import check_encoders, encode, is_flow, last_policy
+
+Velocity: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""v(x, t) of one state or of each of several."""
 
 
 def check_flow_policy(policy: TensorDictModuleBase) -> None:
@@ -74,12 +77,12 @@ def refine(policy: TensorDictModuleBase, state: TensorDictBase, base_action: Ten
     return refined[head.out_keys[0]], refined[head.out_keys[1]]
 
 
-def velocity(policy: TensorDictModuleBase, state: TensorDictBase) -> Callable[[Tensor, Tensor], Tensor]:
-    """The flow's velocity field v(x, t) at this state; the encoders run once, here."""
+def velocity(policy: TensorDictModuleBase, state: TensorDictBase) -> Velocity:
+    """The flow's velocity field v(x, t) at this state, of x ``[*B, A]`` or ``[*B, n, A]``; the encoders run once, here."""
     observation, core = _observation(policy, state), _core(policy)
     if hasattr(core, "velocity"):
-        return lambda x, t: core.velocity(observation, x, t)
-    return lambda x, t: core.velocity_network(torch.cat([observation, x, t], -1))
+        return lambda x, t: core.velocity(_each(observation, x), x, t)
+    return lambda x, t: core.velocity_network(torch.cat([_each(observation, x), x, t], -1))
 
 
 def unclipped(policy: TensorDictModuleBase, state: TensorDictBase, noise: Tensor) -> Tensor:
@@ -109,11 +112,17 @@ def check_tanh_gaussian_policy(policy: TensorDictModuleBase) -> None:
 def sample_and_log_prob(
     policy: TensorDictModuleBase, state: TensorDictBase, noise: Tensor, *more: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Action ``[*B, A]`` and log density ``[*B]`` of a tanh-Gaussian policy, by noise ``[*B, A]``.
+    """Action and log density of a tanh-Gaussian policy, by noise ``[*B, A]``, or n of each state by ``[*B, n, A]``.
 
     The network reads the observation and, behind it, ``more``: of an edit policy the base action.
     """
-    return _core(policy).sample_and_log_prob(torch.cat([_observation(policy, state), *more], -1), noise)
+    observation = _each(_observation(policy, state), noise)
+    return _core(policy).sample_and_log_prob(torch.cat([observation, *more], -1), noise)
+
+
+def edit_state_keys(policy: TensorDictModuleBase) -> list[NestedKey]:
+    """Entries of the state that an edit policy reads: its ``in_keys`` without the base action."""
+    return [key for key in policy.in_keys if key not in last_policy(policy).in_keys[1:]]
 
 
 def each_state(state: TensorDictBase, rows: Tensor) -> TensorDictBase:
@@ -174,7 +183,7 @@ def draw_time(policy: TensorDictModuleBase, action: Tensor, low: float = 0.0, hi
 
 
 def num_steps(policy: TensorDictModuleBase) -> int:
-    """Rows of noise of one sample of a policy that adds noise between its steps."""
+    """Steps M of a flow; rows of noise of one sample of a policy that adds noise between its steps."""
     return _core(policy).num_steps
 
 

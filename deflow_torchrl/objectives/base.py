@@ -32,6 +32,9 @@ Terms: TypeAlias = tuple[Tensor, dict[str, Tensor]]
 _Method = TypeVar("_Method", bound=Callable[..., Terms])
 
 
+_CRITICS = ("qvalue_network", "flow_critic_network", "latent_qvalue_network", "marginal_qvalue_network")
+
+
 def next_key(key: NestedKey) -> NestedKey:
     """Return the key of the same entry one step later: ``("next", *key)``."""
     return unravel_key(("next", key))
@@ -144,6 +147,8 @@ class OffPolicyLoss(LossModule):
     reduction: str
     q_aggregation: str | float = "mean"
     normalize_q_loss: bool = False
+    state_buffers: tuple[str, ...] = ()
+    """Buffers of its own that training moves, as parameters of a seed; all others are settings."""
     _functional: tuple[str, ...] = ()
     _gives_samples: bool = False
     """Whether it draws as many a' of s' as the critics want (``CriticEnsemble.next_samples``)."""
@@ -188,12 +193,7 @@ class OffPolicyLoss(LossModule):
             self.qvalue_network_params = qvalue_network.qvalue_network_params
             self.__dict__["_critics"] = [qvalue_network.critics]
             return
-        if isinstance(qvalue_network, CriticEnsemble):
-            critics = qvalue_network
-        else:
-            single = isinstance(qvalue_network, nn.Module) and not isinstance(qvalue_network, nn.ModuleList)
-            listed = copies(qvalue_network, num_qvalue_nets) if single else list(qvalue_network)
-            critics = TwinCritic(listed, deactivate_vmap=deactivate_vmap)
+        critics = _ensemble(qvalue_network, num_qvalue_nets=num_qvalue_nets, deactivate_vmap=deactivate_vmap)
         if critics.next_samples is not None and not self._gives_samples:
             raise TypeError(
                 f"a {type(critics).__name__} wants {critics.next_samples} actions of each next state, and {type(self).__name__} "
@@ -207,6 +207,17 @@ class OffPolicyLoss(LossModule):
             terms_of = [*self.out_keys[:place], *critics.loss_names, *self.out_keys[place + 1 :]]
             self.out_keys = [*terms_of, *critics.metadata_names]
         self._forward_value_estimator_keys()
+
+    def _add_further_critics(
+        self, critics: Critics, name: str, *, num_qvalue_nets: int, deactivate_vmap: bool
+    ) -> CriticEnsemble:
+        """Keep an ensemble beside the critics, without targets, with its parameters under ``NAME_params``."""
+        ensemble = _ensemble(critics, num_qvalue_nets=num_qvalue_nets, deactivate_vmap=deactivate_vmap)
+        ensemble.network_name = name
+        ensemble.bind(self, create_target_params=False)
+        self.__dict__["_critics"].append(ensemble)
+        self._forward_value_estimator_keys()
+        return ensemble
 
     @property
     def critics(self) -> CriticEnsemble:
@@ -288,9 +299,9 @@ class OffPolicyLoss(LossModule):
         keys = self.tensor_keys
         if self._value_estimator is not None:
             self._value_estimator.set_keys(reward=keys.reward, done=keys.done, terminated=keys.terminated)
-        if "_critics" in self.__dict__:
-            self.critics.action_key = keys.action
-            self.critics.value_key = keys.state_action_value
+        for critics in self.__dict__.get("_critics", ()):
+            critics.action_key = keys.action
+            critics.value_key = keys.state_action_value
 
     def make_value_estimator(
         self,
@@ -347,11 +358,7 @@ class OffPolicyLoss(LossModule):
                 for name, value in out.items()
             }
         td_out = TensorDict(out, batch_size=tensordict.batch_size if self.reduction == "none" else [])
-        names = [
-            f"{prefix}{name}_params"
-            for name in (*self._functional, "qvalue_network", "flow_critic_network")
-            for prefix in ("", "target_")
-        ]
+        names = [f"{prefix}{name}_params" for name in (*self._functional, *_CRITICS) for prefix in ("", "target_")]
         self._clear_weakrefs(tensordict, td_out, *names)
         return td_out
 
@@ -436,11 +443,11 @@ class OffPolicyLoss(LossModule):
         # A masked row has no error: a prioritised sampler must not come back for padding.
         return {**reduced, "td_error": error if mask is None else torch.where(_expand(mask, error), error, 0.0)}
 
-    def _one_critic_term(self, name: str, out: dict[str, Tensor]) -> Terms:
-        """One term of the critics and what all of them return beside their terms.
+    def _one_term(self, name: str, out: dict[str, Tensor]) -> Terms:
+        """One of several terms that are computed together, and their metadata.
 
         Raises:
-            RuntimeError: if the critics have no such term.
+            RuntimeError: if there is no such term: critics of another kind have other ones.
         """
         if name not in out:
             raise RuntimeError(f"these critics have no {name}, they have {', '.join(self.critics.loss_names)}")
@@ -497,6 +504,14 @@ class OffPolicyLoss(LossModule):
         """A value of every sample as metadata: its mean over the batch, or as it is where nothing is reduced."""
         value = value.detach()
         return value if self.reduction == "none" else self._batch_mean(value, tensordict)
+
+
+def _ensemble(critics: Critics, *, num_qvalue_nets: int, deactivate_vmap: bool) -> CriticEnsemble:
+    if isinstance(critics, CriticEnsemble):
+        return critics
+    single = isinstance(critics, nn.Module) and not isinstance(critics, nn.ModuleList)
+    listed = copies(critics, num_qvalue_nets) if single else list(critics)
+    return TwinCritic(listed, deactivate_vmap=deactivate_vmap)
 
 
 def tiny(tensor: Tensor) -> float:

@@ -267,7 +267,7 @@ class DeFlowLoss(RefinedActorLoss):
         Returns:
             The loss and metadata ``td_error [...]``, detached.
         """
-        return self._one_critic_term("loss_qvalue", self._critic_terms(tensordict))
+        return self._one_term("loss_qvalue", self._critic_terms(tensordict))
 
     @term
     def flow_critic_loss(self, tensordict: TensorDictBase) -> Terms:
@@ -282,4 +282,4 @@ class DeFlowLoss(RefinedActorLoss):
         Raises:
             RuntimeError: if the critics are of another kind.
         """
-        return self._one_critic_term("loss_flow_critic", self._critic_terms(tensordict))
+        return self._one_term("loss_flow_critic", self._critic_terms(tensordict))

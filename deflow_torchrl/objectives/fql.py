@@ -190,9 +190,9 @@ class FQLLoss(OffPolicyLoss):
     @term
     def qvalue_loss(self, tensordict: TensorDictBase) -> Terms:
         """Compute ``loss_qvalue``; inputs and metadata as in :meth:`DeFlowLoss.qvalue_loss`."""
-        return self._one_critic_term("loss_qvalue", self._critic_terms(tensordict, self._draw_next(tensordict)))
+        return self._one_term("loss_qvalue", self._critic_terms(tensordict, self._draw_next(tensordict)))
 
     @term
     def flow_critic_loss(self, tensordict: TensorDictBase) -> Terms:
         """Compute ``loss_flow_critic``; inputs and metadata as in :meth:`DeFlowLoss.flow_critic_loss`."""
-        return self._one_critic_term("loss_flow_critic", self._critic_terms(tensordict, self._draw_next(tensordict)))
+        return self._one_term("loss_flow_critic", self._critic_terms(tensordict, self._draw_next(tensordict)))

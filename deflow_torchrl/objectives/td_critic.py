@@ -97,9 +97,9 @@ class TDCriticLoss(RefinedActorLoss):
     @term
     def qvalue_loss(self, tensordict: TensorDictBase) -> Terms:
         """Compute ``loss_qvalue``; see :meth:`DeFlowLoss.qvalue_loss`."""
-        return self._one_critic_term("loss_qvalue", self._compute(tensordict))
+        return self._one_term("loss_qvalue", self._compute(tensordict))
 
     @term
     def flow_critic_loss(self, tensordict: TensorDictBase) -> Terms:
         """Compute ``loss_flow_critic``; see :meth:`DeFlowLoss.flow_critic_loss`."""
-        return self._one_critic_term("loss_flow_critic", self._compute(tensordict))
+        return self._one_term("loss_flow_critic", self._compute(tensordict))

@@ -57,7 +57,7 @@ def multiplier(log_alpha: Tensor, excess: Tensor) -> Tensor:
     return -log_alpha * excess.detach()
 
 
-def temperature(alpha: Tensor, log_prob: Tensor, target_entropy: float) -> Tensor:
+def temperature(alpha: Tensor, log_prob: Tensor, target_entropy: Tensor | float) -> Tensor:
     """``alpha (-sg[log pi] - H)``: alpha = exp(log alpha) rises where the entropy is below H (FQL's SAC)."""
     return alpha * (-log_prob.detach() - target_entropy)
 
@@ -70,7 +70,7 @@ def distillation(output: Tensor, taught: Tensor) -> Tensor:
 def expectile_regression(advantage: Tensor, expectile: Tensor | float) -> Tensor:
     """``|expectile - 1(u < 0)| u^2`` of u = sg[Q] - V (IQL Eq. 5)."""
     weight = torch.where(advantage < 0, 1 - expectile, expectile)
-    return weight.to(torch.get_default_dtype()) * advantage.square()
+    return weight.to(advantage.dtype) * advantage.square()
 
 
 def advantage_weight(advantage: Tensor, temperature: Tensor | float, maximum: Tensor | float) -> Tensor:

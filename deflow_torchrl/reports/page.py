@@ -26,7 +26,7 @@ from deflow_torchrl.reports.figures import (
     draw_outcomes,
 )
 from deflow_torchrl.reports.grids import Grid
-from deflow_torchrl.reports.paper import paper_grids, paper_runtime, task_order
+from deflow_torchrl.reports.paper import method_order, paper_grids, paper_methods, paper_runtime, task_order
 from deflow_torchrl.reports.records import METRICS
 from deflow_torchrl.reports.runs import FinishedRun, find_runs, flat_settings, standard_error
 from deflow_torchrl.reports.statistics import stratified_bootstrap
@@ -147,7 +147,9 @@ def summarize_runs(folders: Sequence[Path], *, label: str | None = None, last: i
     offline, online = (
         sorted({run.task for run in usual if run.online == online}, key=task_order) for online in (False, True)
     )
-    copied = paper_grids(offline, online, ablation=len(usual) < len(runs))
+    titles = {column_name(run.record["algo"]) for run in runs}
+    flow_critics = bool(titles & (set(method_order()) - set(paper_methods())))
+    copied = paper_grids(offline, online, ablation=len(usual) < len(runs), flow_critics=flow_critics)
     copied += [paper_runtime()] if copied else []
     commits = sorted({run.record["git_commit"] or "no checkout" for run in runs})
     shown = [commit[:12] + ("+changes" if commit.endswith("+changes") else "") for commit in commits]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ _PHASES = {"offline_training": "offline update", "online_training": "online upda
 
 @functools.cache
 def paper_tables() -> Mapping[str, Any]:
-    """The data file: Tables 1 (``offline_families``), 2 (``offline_to_online``), 4, 5 and 7 (``offline``)."""
+    """The data file: Tables 1 (``offline_families``), 2 (``offline_to_online``), 3, 4, 5 and 7 (``offline``)."""
     return json.loads(resources.files(__package__).joinpath("paper_tables.json").read_text(encoding="utf-8"))
 
 
@@ -72,13 +73,25 @@ def paper_methods() -> list[str]:
     return list(next(iter(paper_tables()["offline_families"].values())))
 
 
+def method_order() -> list[str]:
+    """:func:`paper_methods` with those of Table 3 alone, each behind the method that it changes."""
+    order = paper_methods()
+    columns = list(next(iter(paper_tables()["flow_critics"].values())))
+    for before, title in itertools.pairwise(columns):
+        if title not in order:
+            order.insert(order.index(before) + 1, title)
+    return order
+
+
 def paper_means(task: str, *, online: bool) -> dict[str, float]:
     """Method -> the mean the paper prints for it on this task, offline to online that of the end; only those it prints."""
     cells = paper_cells(task, online=online)
     return {name: mean for name, cell in cells.items() if (mean := cell[-2]) is not None}
 
 
-def paper_grids(tasks: Sequence[str], online_tasks: Sequence[str], *, ablation: bool) -> list[Grid]:
+def paper_grids(
+    tasks: Sequence[str], online_tasks: Sequence[str], *, ablation: bool, flow_critics: bool = False
+) -> list[Grid]:
     """The paper's figures for these tasks, each table of its own.
 
     Args:
@@ -87,6 +100,7 @@ def paper_grids(tasks: Sequence[str], online_tasks: Sequence[str], *, ablation: 
 
     Keyword Args:
         ablation: with the table of fixed multipliers.
+        flow_critics: with that of floq's critics.
     """
     tables = paper_tables()
     families: dict[str, list[Any]] = {}
@@ -102,6 +116,9 @@ def paper_grids(tasks: Sequence[str], online_tasks: Sequence[str], *, ablation: 
         grids.append(_grid("paper_offline", [row for rows in families.values() for row in rows]))
     if rows := [(family_of(task), task, "task", cells) for task, cells in online if cells]:
         grids.append(_grid("paper_online", rows))
+    if flow_critics:
+        rows = [(family, "five tasks", "average", cells) for family, cells in tables["flow_critics"].items()]
+        grids.append(_grid("paper_flow_critics", rows))
     if ablation:
         names = ["0.03", "0.1", "0.3", "1", "3", "adaptive"]
         rows = [

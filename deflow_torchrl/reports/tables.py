@@ -14,7 +14,7 @@ import numpy as np
 from deflow_torchrl.algorithms.registry import ALGORITHMS
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.reports.grids import Entry, Grid, grid_row, make_grid
-from deflow_torchrl.reports.paper import family_of, paper_means, paper_methods, task_order
+from deflow_torchrl.reports.paper import family_of, method_order, paper_means, paper_methods, task_order
 from deflow_torchrl.reports.records import METRICS
 from deflow_torchrl.reports.runs import FinishedRun, natural, score_of, standard_error
 from deflow_torchrl.reports.statistics import (
@@ -194,7 +194,7 @@ def column_order(column: str) -> tuple[Any, ...]:
 
     Methods that are not in the paper's tables come first, names that this version does not know last.
     """
-    algo, papers = column.split(" ", maxsplit=1)[0], paper_methods()
+    algo, papers = column.split(" ", maxsplit=1)[0], method_order()
     title = column_name(algo)
     place = len(papers) if algo not in ALGORITHMS else papers.index(title) if title in papers else -1
     return (place, algo, natural(column))

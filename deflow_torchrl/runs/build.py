@@ -84,6 +84,8 @@ def build_learner(
     action_dim: int,
     device: torch.device,
     data: TransitionDataset | None = None,
+    *,
+    reward_range: Sequence[float] | None = None,
 ) -> Learner:
     """Build the run's method for observations and actions of these sizes.
 
@@ -117,6 +119,7 @@ def build_learner(
         device=device,
         normalizer=normalizer,
         encoder=config.encoder,
+        reward_range=None if reward_range is None else (reward_range[0], reward_range[1]),
     )
     learner = get_algorithm(config.algo.name).build(config.algo, problem)
     if data is not None and "rewards" in data.about and ("next", "reward") in learner.loss.in_keys:

@@ -75,7 +75,7 @@ def compare_runs(
     for label, run, result in zip("AB", (first, second), results, strict=True):
         ((name, outcome),) = result["evaluations"].items()
         runs[label] = {"run": str(run), "step": result["step"], "policy": name, "outcome": outcome}
-    of_a, of_b = (_values(run["outcome"], task) for run in runs.values())
+    of_a, of_b = (values_of(run["outcome"], task) for run in runs.values())
     compared: dict[str, Any] = {
         "metric": task.metric,
         "seed": seed,
@@ -101,7 +101,7 @@ def _common_task(first: Path, second: Path, settings: list[dict[str, Any]]) -> T
     return tasks[0]
 
 
-def _values(outcome: dict[str, Any], task: Task) -> np.ndarray:
+def values_of(outcome: dict[str, Any], task: Task) -> np.ndarray:
     """The task's metric of each episode."""
     if task.metric == "success":
         return np.asarray(outcome["success"], np.float64)

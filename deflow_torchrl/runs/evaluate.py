@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tensordict.nn import TensorDictModuleBase
@@ -15,6 +15,7 @@ from tensordict.nn import TensorDictModuleBase
 from deflow_torchrl.algorithms import Learner
 from deflow_torchrl.envs.factory import check_renderer
 from deflow_torchrl.errors import InputError
+from deflow_torchrl.modules.best_of_n import BestOfNPolicy, RefinedPolicy
 from deflow_torchrl.processes import available_cores
 from deflow_torchrl.progress import progress_bar
 from deflow_torchrl.runs.build import build_learner, find_task, use_device
@@ -31,6 +32,56 @@ from deflow_torchrl.trainers.update import restore_learner
 ACTING = "acting"
 _NUM_ENVS = 10
 _FINAL = {"success": "success_rate", "score": "mean_score", "return": "mean_return"}
+
+
+@dataclass(frozen=True)
+class TestTime:
+    """More computation where a trained policy acts; nothing is trained for it.
+
+    Attributes:
+        candidates: actions that are drawn, of which the best by the mean of the online critics is executed.
+        selection: by the value of the ``final`` action, or of the ``base`` action it was made of.
+        iterations: how often DeFlow's refinement is applied.
+    """
+
+    __test__ = False  # to pytest
+
+    candidates: int | None = None
+    selection: str = "final"
+    iterations: int | None = None
+
+    def apply(self, learner: Learner) -> dict[str, TensorDictModuleBase]:
+        """The evaluated policies, each under a name that says what is done to it.
+
+        Raises:
+            InputError: if a policy cannot be refined again, draws no noise or has no critics to be chosen by.
+        """
+        found = {}
+        for name, policy in learner.evaluated_policies.items():
+            said = [] if self.iterations is None else [f"{self.iterations} refinements"]
+            said += [] if self.candidates is None else [f"best of {self.candidates} by {self.selection} Q"]
+            try:
+                found[", ".join([name, *said])] = self._scaled(policy, learner)
+            except AttributeError as error:
+                raise InputError(f"{name} cannot be chosen among candidates: its method has no critics") from error
+            except (TypeError, ValueError) as error:
+                raise InputError(f"{name}: {error}") from error
+        return found
+
+    def _scaled(self, policy: TensorDictModuleBase, learner: Learner) -> TensorDictModuleBase:
+        if self.iterations is not None:
+            policy = RefinedPolicy(policy, iterations=self.iterations)
+        if self.candidates is None:
+            return policy
+        loss = learner.loss
+        return BestOfNPolicy(
+            policy,
+            loss.qvalue_network,
+            loss.qvalue_network_params,
+            self.candidates,
+            selection=cast("Any", self.selection),
+            q_aggregation="mean",
+        )
 
 
 @dataclass(frozen=True)
@@ -56,7 +107,9 @@ class LoadedRun:
     device: torch.device
 
 
-def load_run(out: Path, *, policy: str | None = None, device: str | None = None) -> LoadedRun:
+def load_run(
+    out: Path, *, policy: str | None = None, device: str | None = None, test_time: TestTime | None = None
+) -> LoadedRun:
     """Load a run's last checkpoint, and from then on use kernels and threads as the run does.
 
     Args:
@@ -65,6 +118,7 @@ def load_run(out: Path, *, policy: str | None = None, device: str | None = None)
     Keyword Args:
         policy: keep this one alone among the evaluated policies, ``acting`` being the run's acting policy.
         device: where to; the run's own by default.
+        test_time: what is done to the evaluated policies, whose names then say so.
 
     Raises:
         InputError: if ``out`` is no run folder, holds no checkpoint or has no such policy.
@@ -76,7 +130,8 @@ def load_run(out: Path, *, policy: str | None = None, device: str | None = None)
         raise InputError(f"{out} has no checkpoint yet; train it with `deflow resume {out}`")
     state = load_checkpoint(checkpoints[-1], identity=run_identity(config_to_dict(config), data_sha256=None))
     where = use_device(config, device)
-    learner = build_learner(config, state["observation_dim"], state["action_dim"], where)
+    sizes: dict[str, Any] = {name: state.get(name) for name in ("observation_dim", "action_dim", "reward_range")}
+    learner = build_learner(config, **sizes, device=where)
     restore_learner(UpdateStep(learner), state, checkpoints[-1])
     policies = learner.evaluated_policies
     if policy is not None:
@@ -84,6 +139,8 @@ def load_run(out: Path, *, policy: str | None = None, device: str | None = None)
         if name not in policies:
             raise InputError(f"{out} has no policy {name!r}; there are {', '.join(policies)}")
         learner = replace(learner, evaluated_policies={name: policies[name]})
+    if test_time is not None:
+        learner = replace(learner, evaluated_policies=test_time.apply(learner))
     return LoadedRun(config, settings["final_episodes"], find_task(config), checkpoints[-1], state, learner, where)
 
 
@@ -95,6 +152,7 @@ def evaluate_run(
     policy: str | None = None,
     workers: int | None = None,
     seed: int = DEFAULT_EVALUATION_SEED,
+    test_time: TestTime | None = None,
     show_progress: bool = True,
 ) -> dict[str, Any]:
     """Evaluate the policies of a run's last checkpoint, each on the same starts.
@@ -108,6 +166,7 @@ def evaluate_run(
         policy: evaluate this one alone, ``acting`` being the run's acting policy; all by default.
         workers: processes that step environments; the run's own setting by default.
         seed: of the starts and the noise.
+        test_time: more computation where the policies act, as in :func:`load_run`.
         show_progress: show progress bars on standard error.
 
     Returns:
@@ -116,7 +175,7 @@ def evaluate_run(
     Raises:
         InputError: if ``out`` is no run folder, holds no checkpoint or has no such policy.
     """
-    loaded = load_run(out, policy=policy, device=device)
+    loaded = load_run(out, policy=policy, device=device, test_time=test_time)
     config, task = loaded.config, loaded.task
     if workers is not None:
         config = replace(config, eval_workers=workers)

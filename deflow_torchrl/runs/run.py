@@ -141,6 +141,7 @@ class Run:
         self.sizes: dict[str, Any] = {
             "observation_dim": width,
             "action_dim": config.chunk * dataset.action.shape[-1],
+            "reward_range": [float(dataset.reward.min()), float(dataset.reward.max())],
         }
         self.action_bounds = dataset.about.get("action_bounds")
         gamma = build.step_gamma(config, self.task)

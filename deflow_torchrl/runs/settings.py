@@ -14,7 +14,7 @@ from deflow_torchrl.algorithms.registry import get_algorithm
 from deflow_torchrl.algorithms.settings import PRESETS, needed, one_of
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.paths import file_name
-from deflow_torchrl.tasks import get_task, paper_settings, paper_task, usual_protocol
+from deflow_torchrl.tasks import get_task, paper_settings, paper_task, published_settings, usual_protocol
 
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "preset": (None, *PRESETS),
@@ -256,6 +256,7 @@ def method_values(config: TrainConfig) -> dict[str, Any]:
     for row in (paper_task(config.task), paper_task(config.task, "offline_to_online") if config.online_steps else None):
         if row is not None:
             values |= row.hyperparameters.get(config.algo.name, {})
+            values |= published_settings(config.algo.name, row, online=bool(config.online_steps))
             if config.preset == "released":
                 values |= {name: value for name, value in row.released.items() if name in values}
     values |= {key: choice[config.preset] for key, choice in config.algo.choices.items()}

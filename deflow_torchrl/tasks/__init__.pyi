@@ -6,6 +6,7 @@ from .paper import family_groups as family_groups
 from .paper import paper_settings as paper_settings
 from .paper import paper_task as paper_task
 from .paper import paper_tasks as paper_tasks
+from .paper import published_settings as published_settings
 from .paper import usual_protocol as usual_protocol
 from .registry import Task as Task
 from .registry import d4rl_task_names as d4rl_task_names

@@ -141,6 +141,27 @@ def paper_task(name: str, setting: str = "offline") -> PaperTask | None:
     return _by_task()[setting].get(get_task(name).identity)
 
 
+def published_settings(method: str, task: PaperTask, *, online: bool = False) -> dict[str, Any]:
+    """Values that the authors of a method outside the paper published for a task's family.
+
+    Args:
+        method: name of the method.
+        task: the task.
+
+    Keyword Args:
+        online: of runs that go online.
+
+    Examples:
+        >>> published_settings("floq", paper_tasks("offline", "cube-double")[0])
+        {'alpha': 300, 'critic_hidden_dims': [512, 512]}
+    """
+    table = read_table("published.json")
+    values: dict[str, Any] = {}
+    for setting in SETTINGS[: 1 + online]:
+        values |= table[setting].get(method, {}).get(task.family, {})
+    return values
+
+
 def paper_settings(method: str) -> list[str]:
     """Settings of a method that the paper chooses for each task (Table 6)."""
     return list(dict.fromkeys(name for task in paper_tasks("offline") for name in task.hyperparameters.get(method, {})))

@@ -280,11 +280,12 @@ def _trained(updates: Sequence[UpdateStep]) -> Iterator[tuple[Tensor, ...]]:
 
 
 def _state_of(loss: LossModule) -> dict[str, Tensor]:
-    """List a loss's learned tensors by name, each once: parameters, and buffers of networks (targets, statistics)."""
+    """List a loss's learned tensors by name, each once: parameters, buffers of networks (targets, statistics), multipliers."""
     found: dict[int, tuple[str, Tensor]] = {}
     for prefix, module in loss.named_modules():
         networks = isinstance(module, TensorDictParams)
-        for registry in (module._parameters, module._buffers if networks else {}):
+        own = {name: module._buffers[name] for name in getattr(module, "state_buffers", ())}
+        for registry in (module._parameters, module._buffers if networks else own):
             for name, tensor in registry.items():
                 if tensor is not None:
                     found.setdefault(id(tensor), (f"{prefix}.{name}".lstrip("."), tensor))

@@ -59,9 +59,9 @@ class Update(ABC):
         for stage in earlier:
             results.update(self._train_stage(stage, batch, last=False))
         results.update(self._train_stage(last, batch, last=True))
-        for learner in self._learners:
+        for learner, own in zip(self._learners, results.unbind(0) if results.ndim else [results], strict=True):
             if learner.after_update is not None:
-                learner.after_update(results)
+                learner.after_update(own)
         terms = torch.stack([results.get(name, torch.zeros_like(self._first_bad[0])) for name in self._names])
         bad = ~terms.isfinite() & (self._first_bad < 0)
         self._first_bad.copy_(torch.where(bad, self._count, self._first_bad))
@@ -174,7 +174,7 @@ class Update(ABC):
         norm = torch.stack([gradient.reshape(*rows, -1).square().sum(-1) for gradient in gradients]).sum(0).sqrt()
         scale = (limit / norm).clamp(max=1)
         for gradient in gradients:
-            gradient.mul_(scale.reshape(*rows, *(1,) * (gradient.ndim - len(rows))))
+            gradient.mul_(scale.reshape((*rows, *(1,) * (gradient.ndim - len(rows)))))
 
     @abstractmethod
     def _move_targets(self) -> None:

@@ -24,6 +24,7 @@ from deflow_torchrl.reports.statistics import inside_noise
 from deflow_torchrl.reports.tables import (
     aggregate_grid,
     column_name,
+    column_order,
     make_tables,
     online_progress,
     paired_grid,
@@ -322,6 +323,30 @@ def test_the_papers_tables_are_marked_as_copied_and_only_of_the_tasks_asked_for(
     assert [entry.text for entry in deflow.values()] == ["99±1", "96±2"]
     assert texts(grids[1], "IQL")["antmaze-umaze-v2"].text == "77 → 96"
     assert paper_grids(["own:mine"], [], ablation=False) == []
+
+
+def test_the_papers_table_of_flow_critics_is_shown_beside_runs_of_them_in_its_order():
+    (grid,) = paper_grids([], [], ablation=False, flow_critics=True)
+    assert grid.title == "Copied from the paper: flow critics"
+    assert grid.copied
+    assert "unequal budgets" in grid.caption
+    assert list(grid.headers) == ["family", "task", "FQL", "floq", "DeFlow", "DeFlow + floq"]
+    assert sorted(["deflow_floq", "floq", "deflow", "fql"], key=column_order) == [
+        "fql",
+        "floq",
+        "deflow",
+        "deflow_floq",
+    ]
+
+
+def test_the_flow_critics_are_table_threes():
+    expected = {}
+    for row in rows_of("table3_floq.csv"):
+        names = {"FQL": "FQL", "floq": "floq", "DeFlow": "DeFlow", "DeFlow_floq": "DeFlow + floq"}
+        expected[row["task"].removesuffix(" (5 tasks)")] = {
+            title: [number(row[f"{name}_mean"]), number(row[f"{name}_std"])] for name, title in names.items()
+        }
+    assert paper_tables()["flow_critics"] == expected
 
 
 def rows_of(name):

@@ -11,10 +11,12 @@ pytest.importorskip("hydra", reason="needs the extra cli")
 
 from deflow_torchrl.algorithms import FQLConfig
 from deflow_torchrl.data import TransitionDataset
+from deflow_torchrl.envs import make_gym_env
 from deflow_torchrl.runs.evaluate import evaluate_run
 from deflow_torchrl.runs.overrides import compose_config
 from deflow_torchrl.runs.run import train
 from deflow_torchrl.runs.settings import TrainConfig, config_to_dict
+from deflow_torchrl.sources.files import import_files
 from tests.support.command_line import assert_one_line, deflow
 from tests.support.drawn import ID, TWO_CAMERAS, drawn_arrays, two_camera_arrays
 from tests.support.killable import Children
@@ -77,6 +79,23 @@ def test_frame_stack_crop_and_encoder_are_settings_of_the_run(run, task, tmp_pat
         assert rows(out) != rows(run)
 
 
+@pytest.mark.parametrize("k", [2, 3])
+def test_an_environment_stacks_frames_as_the_data_do(k):
+    arrays = drawn_arrays(episodes=2)
+    dataset = TransitionDataset.from_arrays(**arrays, frame_stack=k)[:]
+    env, row = make_gym_env(f"gym:{ID}", frame_stack=k), 0
+    for episode in range(2):
+        observation, _ = env.reset(seed=episode)
+        ended = False
+        while not ended:
+            np.testing.assert_array_equal(observation, dataset["observation"][row])
+            observation, _, terminated, truncated, _ = env.step(arrays["actions"][row])
+            np.testing.assert_array_equal(observation, dataset["next", "observation"][row])
+            ended, row = terminated or truncated, row + 1
+    assert row == len(dataset)
+    assert env.observation_space.shape == (16, 16, 3 * k)
+
+
 def test_seeds_of_pictures_train_together(task, tmp_path, monkeypatch):
     undrawn(monkeypatch)
     config = settings(task, seeds=[0, 1], out=str(tmp_path / "seeds"), offline_steps=2, eval_interval=0)
@@ -104,6 +123,24 @@ def test_several_cameras_and_a_vector_are_trained_on_together(tmp_path, monkeypa
     assert record["evaluations"]["fql"]["length"] == [5, 5]
     state = torch.load(max((tmp_path / "run" / "checkpoints").glob("*")), weights_only=True)
     assert state["observation_dim"] == {"front": [16, 16, 6], "joints": [2], "wrist": [8, 8, 6]}
+
+
+def test_cameras_and_a_vector_are_read_from_groups_of_hdf5(tmp_path):
+    h5py = pytest.importorskip("h5py", reason="needs the extra files")
+    arrays = two_camera_arrays()
+    with h5py.File(tmp_path / "two.h5", "w") as file:
+        for name, array in arrays.items():
+            group = "next_obs/" if name.startswith("next_") else "obs/" if name in ("front", "wrist", "joints") else ""
+            file[group + name.removeprefix("next_")] = array
+    names = ("front", "joints", "wrist")
+    columns = {
+        field: ",".join(f"{group}/{name}" for name in names)
+        for field, group in (("observations", "obs"), ("next_observations", "next_obs"))
+    }
+    row = import_files(tmp_path / "two.h5", columns=columns)[:]
+    for name in names:
+        np.testing.assert_array_equal(row["observation", name], arrays[name])
+        np.testing.assert_array_equal(row["next", "observation", name], arrays[f"next_{name}"])
 
 
 def test_the_papers_visual_tasks_have_its_protocol():

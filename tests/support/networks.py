@@ -22,6 +22,11 @@ from deflow_torchrl.objectives import DeFlowLoss
 
 OBSERVATION_DIM, ACTION_DIM, HIDDEN = 4, 3, (16, 16)
 NEEDED = {  # what a method's settings leave to the task or the user
+    "dsrl": {"noise_scale": 1.0},
+    "fan": {"alpha": 10.0, "critic_alpha": 0.1},
+    "fedit": {"edit_scale": 0.2},
+    "qam": {"inverse_temperature": 3.0},
+    "floq": {"alpha": 10.0},
     "fql": {"alpha": 10.0},
     "fbrac": {"alpha": 10.0},
     "fawac": {"temperature": 1.0},
@@ -141,4 +146,15 @@ def add_draws(batch, name):
         for key in (("next", "noise"), "cql_noise", ("next", "cql_noise")):
             batch[key] = normal(2)
         batch["cql_random_action"] = normal(2).tanh()
+    elif name in ("dsrl", "fedit", "qam", "trqam"):
+        batch["sde_noise"], batch["latent_noise"] = normal(10), normal()
+        batch["edit_noise"], batch["next", "edit_noise"] = normal(), normal(1)
+        batch["next", "noise"] = normal(1)
+    elif name in ("floq", "deflow_floq"):
+        batch["next", "noise"] = normal(8)
+        for key in ("critic_noise", "critic_time", ("next", "critic_noise")):
+            batch[key] = torch.rand_like(normal(8)[..., :1])
+    elif name == "fan":
+        batch["critic_noise"], batch["marginal_noise"] = normal(), normal()
+        batch["anchor_time"], batch["next", "anchor_time"] = torch.rand_like(column), torch.rand_like(column)
     return batch

@@ -9,7 +9,7 @@ from tests.support.networks import ACTION_DIM, OBSERVATION_DIM, make_batch
 
 PROBLEM = ProblemSpec(
     observation_dim=OBSERVATION_DIM, action_dim=ACTION_DIM, hidden_dims=(16, 16), gamma=0.9, q_aggregation="min",
-    target_divergence=0.01, device=torch.device("cpu"),
+    target_divergence=0.01, device=torch.device("cpu"), reward_range=(-1.0, 1.0),
 )  # fmt: skip
 
 

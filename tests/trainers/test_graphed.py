@@ -17,7 +17,9 @@ from deflow_torchrl.trainers import StackedUpdate, UpdateStep
 from deflow_torchrl.trainers.graphed import GraphedUpdate, repeat
 from tests.support.networks import ACTION_DIM, NEEDED, OBSERVATION_DIM
 
-PROBLEM = ProblemSpec(OBSERVATION_DIM, ACTION_DIM, (16, 16), 0.9, "min", 0.01, torch.device("cpu"))
+PROBLEM = ProblemSpec(
+    OBSERVATION_DIM, ACTION_DIM, (16, 16), 0.9, "min", 0.01, torch.device("cpu"), reward_range=(-1.0, 1.0)
+)
 
 
 def make_update(device="cpu", name="deflow"):

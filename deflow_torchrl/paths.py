@@ -196,7 +196,7 @@ def only_one_prepares(dataset: str, folder: Path) -> AbstractContextManager[None
         InputError: on entry, where another process does so already.
     """
     return hold_lock(
-        folder / f".{dataset}.lock", busy=f"another process is preparing {dataset} in {folder}, wait for it"
+        folder / f".{dataset}.lock", busy=f"another process is preparing {dataset} in {folder}; wait for it"
     )
 
 

@@ -415,6 +415,22 @@ def test_the_ablations_variants_are_the_tables(commands, tmp_path):
     assert (len(plan.cells), len(plan.seeds)) == (12, 8)
 
 
+def test_table_threes_script_compares_its_four_methods_with_what_floqs_authors_published(commands, tmp_path):
+    before, plan = commands("floq", "run", "--out", tmp_path)
+    methods = ["fql", "floq", "deflow", "deflow_floq"]
+    (cubes,) = (command for command in before if command[0] == "sweep")  # each set of data has a folder of its own
+    assert cubes[1:3] == [f"tasks={FAMILIES['cube']}", f"algos={','.join(methods)}"]
+    assert [(cell.task, cell.variant.label) for cell in plan.cells] == [(FAMILIES["puzzle"], it) for it in methods]
+    _, plan = commands("floq", "run", "--protocol", "paper", "--out", tmp_path)
+    assert {cell.left_out for cell in plan.cells} == {None}
+    settled = {(cell.task.split("-singletask")[0], cell.variant.label): cell.settled.algo for cell in plan.cells}
+    assert len(plan.cells) == 2 * 5 * 4
+    cube, puzzle = (settled[family, "floq"] for family in ("cube-double-play", "puzzle-3x3-play"))
+    assert (cube.alpha, cube.critic_hidden_dims, cube.critic) == (300, [512, 512], "floq")
+    assert (puzzle.alpha, puzzle.critic_hidden_dims) == (1000, None)
+    assert settled["cube-double-play", "deflow_floq"].target_divergence == 0.001
+
+
 def test_offline_to_online_by_the_papers_protocol_is_its_fifteen_tasks(commands, script, tmp_path):
     before, plan = commands(
         "offline_to_online", "run", "--protocol", "paper", "--out", tmp_path, "--dry-run", "--jobs", "3"
@@ -551,7 +567,7 @@ def test_a_familys_script_generates_data_and_trains_and_goes_on(script, short_ep
     assert record.stat().st_mtime_ns == written, "and so is the run"
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "alpha_ablation", "offline_to_online", "runtime"])
+@pytest.mark.parametrize("name", [*FAMILIES, "alpha_ablation", "floq", "offline_to_online", "runtime"])
 def test_a_scripts_help_shows_how_to_call_it(script, name):
     code, out, _ = script(name, "--help")
     assert code == 0

@@ -1,6 +1,9 @@
 """Tiny runs of methods with chunks of actions: offline, online, resumed bit for bit, exported, and by more at test time."""
 
 import json
+import runpy
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -156,3 +159,20 @@ def test_policies_that_cannot_be_scaled_are_one_line(task, tmp_path, monkeypatch
         evaluate_run(tmp_path / "run", test_time=TestTime(candidates=2), show_progress=False)
     with pytest.raises(InputError, match="flow_bc: only a DeFlowActor can be refined again"):
         evaluate_run(tmp_path / "run", test_time=TestTime(iterations=2), show_progress=False)
+
+
+def test_the_script_of_test_time_compares_every_variant_in_pairs(deflow_run, monkeypatch, capsys):
+    script = Path(__file__).parents[2] / "benchmarks" / "test_time.py"
+    options = ["--candidates", "3", "--iterations", "2", "--episodes", "3", "--json"]
+    monkeypatch.setattr(sys, "argv", ["test_time.py", str(deflow_run), *options])
+    runpy.run_path(str(script), run_name="__main__")
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    plain = "deflow_floq"
+    variants = ["best of 3 by final Q", "best of 3 by base Q", "2 refinements", "worst of 3 by base Q (released)"]
+    assert list(found["differences"]) == [f"{plain}, {variant}" for variant in variants]
+    returns = {name: np.mean(outcome["episode_return"]) for name, outcome in found["evaluations"].items()}
+    for name, difference in found["differences"].items():
+        assert difference["pairs"] == 3
+        assert difference["mean"] == pytest.approx(returns[name] - returns[plain], abs=1e-4)
+    best, worst = (f"{plain}, {which} of 3 by base Q{said}" for which, said in (("best", ""), ("worst", " (released)")))
+    assert found["evaluations"][best]["episode_return"] != found["evaluations"][worst]["episode_return"]

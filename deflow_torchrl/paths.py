@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
@@ -113,6 +114,8 @@ def hold_lock(
     left = lock_holder(path)
     try:
         lock.acquire(timeout=-1 if busy is None else 0)
+        if sys.platform != "win32":  # where a file that is locked cannot be read
+            left = lock_holder(path)  # a holder that has let go meanwhile has removed it
     except Timeout as error:
         raise LockHeldError(f"{busy}{lock_holder(path) or ''} (lock file {path})") from error
     except OSError as error:

@@ -18,7 +18,7 @@ from multiprocessing.connection import wait
 from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 from types import FrameType
-from typing import Any, cast
+from typing import Any
 
 STOP_SIGNALS = tuple(
     signal.Signals[name]
@@ -58,14 +58,18 @@ class _Stop:
 
     asked: float | None = None  # when, on the monotonic clock
     forced = False  # by a second Ctrl-C
+    ctrl_c: float | None = None  # when the first came
     delays = 0  # nested blocks of signals_delayed()
 
 
 def _handle(number: int, frame: FrameType | None) -> None:
     now, first = time.monotonic(), _Stop.asked is None
-    if not first and (number != signal.SIGINT or now - cast("float", _Stop.asked) < _ONE_CTRL_C):
+    again = number == signal.SIGINT and _Stop.ctrl_c is not None and now - _Stop.ctrl_c >= _ONE_CTRL_C
+    if number == signal.SIGINT and _Stop.ctrl_c is None:
+        _Stop.ctrl_c = now
+    if not first and not again:
         return
-    _Stop.asked, _Stop.forced = now, not first
+    _Stop.asked, _Stop.forced = now, again
     if number == getattr(signal, "SIGHUP", None):
         _leave_terminal()
     if _Stop.forced or not _Stop.delays:
@@ -97,7 +101,7 @@ def take_stop_signals() -> dict[signal.Signals, Any]:
         if ours or (callable(handler) and number in (signal.SIGINT, signal.SIGTERM)):
             previous[number] = signal.signal(number, _handle)
     if _handle not in previous.values():
-        _Stop.asked, _Stop.forced = None, False
+        _Stop.asked, _Stop.forced, _Stop.ctrl_c = None, False, None
     return previous
 
 
@@ -113,6 +117,8 @@ def interruptible() -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+        if _handle not in previous.values():  # the outermost block: a later run starts afresh
+            _Stop.asked, _Stop.forced, _Stop.ctrl_c = None, False, None
 
 
 def raise_if_stopped() -> None:

@@ -47,7 +47,7 @@ def fill_from_arrays(
         observations, next_observations, about["entries"] = packed_columns(
             observations, next_observations, source=source
         )
-    tolerance = _tolerance(observations, next_observations)
+    tolerance = same_relative(observations, next_observations)
     observations, actions = as_column("observations", observations, source), as_column("actions", actions, source)
     if next_observations is not None:
         next_observations = as_column("next_observations", next_observations, source)
@@ -88,7 +88,10 @@ def fill_from_arrays(
         observations, next_observations, ends, terminal, tolerance=tolerance, source=source
     ):
         after = np.flatnonzero(extra[own]) + 1
-        frames = np.insert(part, after, final[extra[own]], axis=0)
+        wide = (
+            part if images else part.astype(np.result_type(part, final), copy=False)
+        )  # np.insert takes the first's type
+        frames = np.insert(wide, after, final[extra[own]], axis=0)
         builder.add_frames(frames, rows=np.insert(own, after, own[extra[own]]))
     for begin, part in chunks(actions):
         own = np.arange(begin, begin + len(part))
@@ -166,14 +169,17 @@ def _frames(
 def _without_placeholders(
     part: np.ndarray, final: np.ndarray, terminal: np.ndarray, rows: np.ndarray, source: str
 ) -> np.ndarray:
-    """Put s in the place of NaN in the s' of terminal rows, which nobody looks behind; elsewhere NaN is refused."""
+    """Put s in the place of NaN in the s' of terminal rows, which nobody looks behind; refuse NaN elsewhere and infinity."""
     if final.dtype.kind != "f":
         return final
-    missing = np.isnan(final).reshape(len(final), -1).any(1)
-    if (unknown := missing & ~terminal).any():
+    flat = final.reshape(len(final), -1)
+    missing = np.isnan(flat).any(1)
+    if (bad := np.isinf(flat).any(1) | (missing & ~terminal)).any():
+        first = bad.argmax()
+        where = "" if terminal[first] else ", which is not terminal"
         raise InputError(
-            f"{source}: next_observations has a NaN or infinite value in row {rows[unknown.argmax()]}, which is not terminal; "
-            "repair or drop that trajectory"
+            f"{source}: next_observations has a NaN or infinite value in row {rows[first]}{where}; repair or drop that "
+            "trajectory"
         )
     return np.where(missing.reshape(-1, *[1] * (final.ndim - 1)), part, final) if missing.any() else final
 
@@ -288,7 +294,7 @@ def discontinuities(observations: Column, next_observations: Column, tolerance: 
     return ends
 
 
-def _tolerance(observations: Any, next_observations: Any) -> float:
+def same_relative(observations: Any, next_observations: Any) -> float:
     """The relative difference of numbers that are equal but were rounded to two types."""
     steps = [_rounding(array) for array in (observations, next_observations)]
     return max(_SAME_RELATIVE, *steps) if steps[0] != steps[1] else _SAME_RELATIVE

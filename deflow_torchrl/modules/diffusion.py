@@ -13,7 +13,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deflow_torchrl.modules.policies import NoiseModel, Policy
+from deflow_torchrl.modules.policies import NoiseModel, Policy, in_evaluation_mode
 
 Schedule = Literal["ddpm", "vp"]
 Variance = Literal["beta", "posterior"]
@@ -150,10 +150,14 @@ class DiffusionModel(NoiseModel):
         return log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()
 
     def forward(self, observation: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Denoise ``noise [..., T, A]`` (drawn if None) to actions ``[..., A]``; differentiable."""
+        """Denoise ``noise [..., T, A]`` (drawn if None) to actions ``[..., A]``; differentiable, and without dropout."""
         if self.schedule == "vp":
             raise RuntimeError("schedule='vp' is a density of the data for a policy to climb; it is not sampled")
         noise = self.draw_noise(observation) if noise is None else noise
+        with in_evaluation_mode(self):
+            return self._denoise(observation, noise)
+
+    def _denoise(self, observation: Tensor, noise: Tensor) -> Tensor:
         x = noise[..., 0, :]
         for taken, k in enumerate(range(self.num_steps - 1, -1, -1), start=1):
             time = x.new_full((*x.shape[:-1], 1), float(k))
@@ -308,8 +312,8 @@ class ConsistencyModel(NoiseModel):
     ) -> None:
         if num_steps < 1:
             raise ValueError(f"num_steps must be positive, got {num_steps}")
-        if not 0 < sigma_min < 2 < sigma_max:
-            raise ValueError(f"sigma_min < 2 < sigma_max is needed, got {sigma_min} and {sigma_max}")
+        if not 0 < sigma_min < sigma_max:
+            raise ValueError(f"0 < sigma_min < sigma_max is needed, got {sigma_min} and {sigma_max}")
         super().__init__(action_dim, low, high)
         self.network = network
         self.num_steps = num_steps

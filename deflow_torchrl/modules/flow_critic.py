@@ -109,7 +109,7 @@ class FlowCriticModel(nn.Module):
         far = _FARTHEST / scale
         z = z.clamp(low - far, high + far)
         points = low + width * torch.arange(self.num_bins, dtype=z.dtype, device=z.device)
-        side = torch.where(z > (low + high) / 2, -scale, scale)
+        side = scale * (1 - 2 * (z > (low + high) / 2).to(z.dtype))
         tails = ((points - z) * side).erfc()
         return (tails[..., 1:] - tails[..., :-1]) / (tails[..., -1:] - tails[..., :1])
 

@@ -7,8 +7,9 @@ FQL's one-step policy, the Gaussian of BC and IQL, and ReBRAC's deterministic po
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from tensordict import TensorDictBase
@@ -113,6 +114,19 @@ class Policy(CheckedModule):
     def noise_key(self) -> NestedKey | None:
         """Key of the optional noise, None where the policy reads none."""
         return self.in_keys[1] if len(self.in_keys) == 2 else None
+
+
+@contextlib.contextmanager
+def in_evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Context in which the module's layers drop nothing out."""
+    training = [layer for layer in module.modules() if layer.training]
+    for layer in training:
+        layer.training = False
+    try:
+        yield
+    finally:
+        for layer in training:
+            layer.training = True
 
 
 def parts(policy: TensorDictModuleBase) -> list[TensorDictModuleBase]:

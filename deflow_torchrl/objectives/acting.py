@@ -7,9 +7,8 @@ result of :func:`~deflow_torchrl.modules.policies.encode`, so that encoders run 
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
@@ -159,19 +158,6 @@ def predicted_noise(
 def signal_and_noise(policy: TensorDictModuleBase, time: Tensor) -> tuple[Tensor, Tensor]:
     """Scales ``[*B, 1]`` of action and noise in x_t of a diffusion policy."""
     return _core(policy).signal_and_noise(time)
-
-
-@contextlib.contextmanager
-def in_evaluation_mode(policy: TensorDictModuleBase) -> Iterator[None]:
-    """Context in which the policy's networks drop nothing out."""
-    training = [module for module in policy.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def draw_time(policy: TensorDictModuleBase, action: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:

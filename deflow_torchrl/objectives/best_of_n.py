@@ -59,6 +59,9 @@ class BestOfNLoss(OffPolicyLoss):
         """Actions ``[*B, N, A]`` that compete at s'; their draws are under ``"next"`` of ``tensordict``, or made in order."""
 
     def _flow_term(self, tensordict: TensorDictBase) -> Tensor:
+        valid = tensordict.get(self.tensor_keys.valid, None)
+        if valid is not None:  # the last step's flag, for the row as a whole: as the QAM authors' code
+            tensordict = tensordict.copy().set(self.tensor_keys.valid, valid[..., -1:])
         return self._reduce(self._flow_error(self.flow_policy, tensordict), tensordict)
 
     def _critic_terms(self, tensordict: TensorDictBase) -> dict[str, Tensor]:

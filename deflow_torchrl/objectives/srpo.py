@@ -18,6 +18,7 @@ from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
+from deflow_torchrl.modules.policies import in_evaluation_mode
 from deflow_torchrl.objectives import acting
 from deflow_torchrl.objectives.base import Critics, Reduction, Terms, term, tiny
 from deflow_torchrl.objectives.idql import DenoisingValueLoss
@@ -127,7 +128,7 @@ class SRPOLoss(DenoisingValueLoss):
         policy = self.actor_network
         action = policy(tensordict.select(*policy.in_keys))[policy.out_keys[-1]]
         fixed = action.detach()
-        with acting.in_evaluation_mode(self.diffusion_policy), torch.no_grad():
+        with in_evaluation_mode(self.diffusion_policy), torch.no_grad():
             predicted = acting.predicted_noise(self.diffusion_policy, tensordict, fixed, noise, time)
         gradient = self._q_gradient(tensordict, fixed)
         pull = predicted - noise if self.subtract_noise else predicted

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from deflow_torchrl.data.assembly import REWARDS, discontinuities
+from deflow_torchrl.data.assembly import REWARDS, discontinuities, same_relative
 from deflow_torchrl.data.columns import Column
 from deflow_torchrl.data.dataset import TransitionDataset
 from deflow_torchrl.data.packed import PackedColumn
@@ -124,6 +124,10 @@ def import_files(
     mapping = columns or {}
     wanted, folders = _expanded(given, split, tuple(observation_keys))
     _check_options(mapping, ends, action_bounds, reward)
+    if reward == "success-at-end" and never_terminates:
+        raise InputError(
+            "--reward success-at-end makes each episode's last row terminal; leave one of them out (--never-terminates)"
+        )
     options = _Options(mapping, ends, never_terminates=never_terminates, reward=reward, padded=padded)
     with _Files(wanted) as opened:
         parts = [_examine(path, opened, options) for path in wanted]
@@ -523,11 +527,11 @@ def _told(parts: Sequence[_Part]) -> Any:
     if ends == "discontinuity":
         if not several or "next_observations" not in parts[0].fields:
             return ends
-        last = [
-            discontinuities(part.fields["observations"], part.fields["next_observations"])
-            | _flagged(part, slice(0, part.rows))
-            for part in parts
-        ]
+        last = []
+        for part in parts:
+            states = part.fields["observations"], part.fields["next_observations"]
+            jumps = discontinuities(*states, same_relative(*states))
+            last.append(jumps | _flagged(part, slice(0, part.rows)))
         return np.cumsum(np.concatenate(last)) - np.concatenate(last)
     if ends.isdecimal():
         for part in parts:

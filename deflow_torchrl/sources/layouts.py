@@ -156,8 +156,8 @@ def _episodes(path: Path, table: Table, groups: Mapping[str, Mapping[str, str]])
 
     def array(episode: str, name: str) -> Column:
         if name not in groups[episode]:
-            other = next(own for own, group in groups.items() if name in group)
-            raise InputError(f"{path}: {episode} has no {name}, {other} has")
+            other = next((own for own, group in groups.items() if name in group), None)
+            raise InputError(f"{path}: {episode} has no {name}" + (f", {other} has" if other else ""))
         return table[groups[episode][name]]
 
     def rows(episode: str) -> int:

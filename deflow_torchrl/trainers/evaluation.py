@@ -223,7 +223,11 @@ class Evaluator:
             if mine:
                 group.send(command, mine)
                 asked.append(group)
-        return {slot: answer for group in asked for slot, answer in group.receive().items()}
+        try:
+            return {slot: answer for group in asked for slot, answer in group.receive().items()}
+        except BaseException:
+            self.close()  # answers of the other groups may be left in their pipes
+            raise
 
 
 def _close_all(groups: list[_LocalGroup | _RemoteGroup]) -> None:
@@ -296,16 +300,25 @@ class _RemoteGroup:
             with children_ignore_signals():
                 self._process.start()
             self._theirs.close()
-        self._pipe.send((command, values))
+        try:
+            self._pipe.send((command, values))
+        except OSError:
+            raise self._died() from None
 
     def receive(self) -> dict[int, Any]:
         try:
             answer = self._pipe.recv()
-        except EOFError:
-            raise RuntimeError(f"an evaluation process died (exit code {self._process.exitcode})") from None
+        except (EOFError, OSError):
+            raise self._died() from None
         if isinstance(answer, Exception):
             raise answer
         return answer
+
+    def _died(self) -> EnvironmentFaultError:
+        self._process.join(1)
+        return EnvironmentFaultError(
+            f"an evaluation process died (exit code {self._process.exitcode}); was the memory full?"
+        )
 
     def close(self) -> None:
         self._pipe.close()  # ends the process

@@ -141,7 +141,8 @@ class TrainingLoop(ABC):
                     self._save_whole_step()
                 raise
             finally:
-                self._close()
+                with signals_delayed(closing=True):
+                    self._close()
 
     @property
     @abstractmethod

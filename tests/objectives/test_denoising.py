@@ -102,6 +102,14 @@ def test_continuous_time_is_never_sampled():
         policy.module(torch.randn(1, OBSERVATION))
 
 
+def test_a_sample_is_taken_without_dropout_and_leaves_the_mode():
+    network = NoiseNetwork(OBSERVATION, ACTION, width=8, dropout=0.5)
+    policy = DiffusionPolicy(network, ACTION, STEPS)
+    observation, noise = torch.randn(BATCH, OBSERVATION), torch.randn(BATCH, STEPS, ACTION)
+    assert torch.equal(policy.module(observation, noise), policy.module(observation, noise))
+    assert network.training
+
+
 def test_noise_network_by_hand():
     network = NoiseNetwork(OBSERVATION, ACTION, width=8, num_frequencies=4).eval()
     observation, x, time = torch.randn(5, OBSERVATION), torch.randn(5, ACTION), torch.arange(5.0)[:, None]

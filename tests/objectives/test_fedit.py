@@ -245,3 +245,13 @@ def test_other_policies_are_refused():
     edit, critics = build().edit_policy, flow_critics.make_ensemble()
     with pytest.raises(TypeError, match="wants 3 actions"):
         FEditLoss(networks.make_flow(), edit, critics, edit_scale=0.1)
+
+
+def test_of_a_flag_for_each_step_the_last_counts_for_the_whole_row():
+    torch.manual_seed(0)
+    loss, batch = build(), make_batch()
+    flags = torch.tensor([[1.0, 1.0], [1.0, 0.0], [1.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
+    steps, rows = loss(batch.clone().set("valid", flags)), loss(batch.clone().set("valid", flags[:, -1:]))
+    for name in ("loss_flow", "loss_qvalue"):
+        torch.testing.assert_close(steps[name], rows[name])
+    assert not torch.isclose(rows["loss_flow"], loss(batch.clone())["loss_flow"])

@@ -111,7 +111,9 @@ class ImplicitQLoss(OffPolicyLoss):
         with torch.no_grad():
             qvalue = self.critics.values(tensordict, target=True).amin(0)
         value = self._value(tensordict)
-        loss = terms.expectile_regression(qvalue - value, self.expectile)
+        # The default type, whatever the networks': results in double precision stay those of earlier versions.
+        rounding = torch.get_default_dtype()
+        loss = terms.expectile_regression(qvalue - value, self.expectile, weight_dtype=rounding)
         return self._reduce(loss, tensordict), value.detach()
 
     def _critic_terms(self, tensordict: TensorDictBase) -> tuple[dict[str, Tensor], Tensor]:

@@ -67,10 +67,12 @@ def distillation(output: Tensor, taught: Tensor) -> Tensor:
     return (output - taught.detach()).square().mean(-1)
 
 
-def expectile_regression(advantage: Tensor, expectile: Tensor | float) -> Tensor:
-    """``|expectile - 1(u < 0)| u^2`` of u = sg[Q] - V (IQL Eq. 5)."""
+def expectile_regression(
+    advantage: Tensor, expectile: Tensor | float, *, weight_dtype: torch.dtype | None = None
+) -> Tensor:
+    """``|expectile - 1(u < 0)| u^2`` of u = sg[Q] - V (IQL Eq. 5); the weight is rounded to u's type, or ``weight_dtype``."""
     weight = torch.where(advantage < 0, 1 - expectile, expectile)
-    return weight.to(advantage.dtype) * advantage.square()
+    return weight.to(weight_dtype or advantage.dtype) * advantage.square()
 
 
 def advantage_weight(advantage: Tensor, temperature: Tensor | float, maximum: Tensor | float) -> Tensor:

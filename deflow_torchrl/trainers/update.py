@@ -38,12 +38,13 @@ class Update(ABC):
     optimizer: torch.optim.Adam
     step: int
     seeds: Sequence[int] = ()
+    _active: Sequence[Stage] = (Stage(),)
 
     def __call__(self, batch: TensorDictBase) -> TensorDictBase:
         """Train on ``batch`` (on the loss's device) and return the losses and metadata, detached."""
         self.begin_phase()
-        out = self.run(batch)
         self.step += 1
+        out = self.run(batch)
         if self._count.device.type == "cpu":
             self.check_finite()
         return out
@@ -54,7 +55,7 @@ class Update(ABC):
         for learner in self._learners:
             if learner.before_update is not None:
                 learner.before_update(self._count)
-        *earlier, last = self.active_stages
+        *earlier, last = self._active
         results = TensorDict(batch_size=self._first_bad.shape[1:])
         for stage in earlier:
             results.update(self._train_stage(stage, batch, last=False))
@@ -100,7 +101,8 @@ class Update(ABC):
 
     @torch.no_grad()
     def begin_phase(self) -> None:
-        """Copy weights, as stages that begin with the next update ask for."""
+        """Choose the stages of the next calls of :meth:`run`, and copy weights as those that begin now ask for."""
+        self._active = self.active_stages
         for stage in self.learner.stages:
             if stage.begin == self.step:
                 for copy, original in stage.copies.items():

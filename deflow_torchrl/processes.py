@@ -58,18 +58,14 @@ class _Stop:
 
     asked: float | None = None  # when, on the monotonic clock
     forced = False  # by a second Ctrl-C
-    ctrl_c: float | None = None  # when the first came
     delays = 0  # nested blocks of signals_delayed()
 
 
 def _handle(number: int, frame: FrameType | None) -> None:
-    now, first = time.monotonic(), _Stop.asked is None
-    again = number == signal.SIGINT and _Stop.ctrl_c is not None and now - _Stop.ctrl_c >= _ONE_CTRL_C
-    if number == signal.SIGINT and _Stop.ctrl_c is None:
-        _Stop.ctrl_c = now
-    if not first and not again:
+    now, asked = time.monotonic(), _Stop.asked
+    if asked is not None and (number != signal.SIGINT or now - asked < _ONE_CTRL_C):
         return
-    _Stop.asked, _Stop.forced = now, again
+    _Stop.asked, _Stop.forced = now, asked is not None
     if number == getattr(signal, "SIGHUP", None):
         _leave_terminal()
     if _Stop.forced or not _Stop.delays:
@@ -101,7 +97,7 @@ def take_stop_signals() -> dict[signal.Signals, Any]:
         if ours or (callable(handler) and number in (signal.SIGINT, signal.SIGTERM)):
             previous[number] = signal.signal(number, _handle)
     if _handle not in previous.values():
-        _Stop.asked, _Stop.forced, _Stop.ctrl_c = None, False, None
+        _Stop.asked, _Stop.forced = None, False
     return previous
 
 
@@ -118,7 +114,7 @@ def interruptible() -> Iterator[None]:
         for number, handler in previous.items():
             signal.signal(number, handler)
         if _handle not in previous.values():  # the outermost block: a later run starts afresh
-            _Stop.asked, _Stop.forced, _Stop.ctrl_c = None, False, None
+            _Stop.asked, _Stop.forced = None, False
 
 
 def raise_if_stopped() -> None:

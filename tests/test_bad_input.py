@@ -108,6 +108,11 @@ TABLE = {
     "unknown both": Bad("both='neither' is unknown", options=("--both", "neither")),
     "bounds upside down": Bad("the first must be the smaller", options=("--action-bounds", "2", "-2")),
     "infinite bounds": Bad("both must be finite", options=("--action-bounds", "-1", "inf")),
+    "ends that are none": Bad(
+        "makes each episode's last row terminal",
+        without("rewards"),
+        ("--reward", "success-at-end", "--never-terminates"),
+    ),
     "unknown reward": Bad("there are success-at-end and zero", without("rewards"), ("--reward", "one")),
     "reward beside rewards": Bad("has rewards.*for files without", options=("--reward", "zero")),
     "no padding": Bad(r"padded arrays are \[episodes, steps, A\]", options=("--padded",)),

@@ -111,17 +111,13 @@ class CandidatesConfig(BootstrapConfig):
             need(getattr(self, name) >= 1, f"algo.{name}", getattr(self, name), "at least 1")
 
 
-FOOTINGS = ("common", "original")
-"""What ``algo.footing=`` chooses between: the family's steps, networks and optimiser, or those of the method's own authors."""
-
-
 @dataclass
 class FootedConfig(CriticConfig):
     """Settings of methods that were published with budgets and networks of their own.
 
     Attributes:
-        footing: ``common``, what all methods here are compared by, or ``original``: steps, batches, networks and optimiser of
-            the method's own publication.
+        footing: ``common``: the family's steps, batches, networks and optimiser, by which all methods here are compared. Those of
+            the method's own publication are not built.
     """
 
     footing: str = "common"
@@ -129,9 +125,12 @@ class FootedConfig(CriticConfig):
     def check(self, need: Need) -> None:
         """As :meth:`MethodConfig.check`."""
         super().check(need)
-        need(self.footing in FOOTINGS, "algo.footing", self.footing, " or ".join(FOOTINGS))
-        if self.footing != "common":
-            raise InputError(f"algo.footing={self.footing} is not built yet for algo={self.name}; leave it out")
+        need(
+            self.footing == "common",
+            "algo.footing",
+            self.footing,
+            "common; published budgets and networks are not built",
+        )
 
 
 @dataclass
@@ -196,7 +195,6 @@ class Algorithm:
         build: settings and problem to :class:`~deflow_torchrl.algorithms.base.Learner`.
         alarms: what in its rows of metrics says that a run is going wrong.
         run_settings: settings of a run, by name, that are the method's where they are not given.
-        original: further ones with ``algo.footing=original``.
         trains_offline: whether it learns from data alone; if not, a run with offline steps is refused.
         panels: further panels of a run's report.
         pictures: whether it trains on pictures.
@@ -208,7 +206,6 @@ class Algorithm:
     build: Callable[[Any, ProblemSpec], Learner] = _no_build
     alarms: tuple[AlarmRule, ...] = ()
     run_settings: Mapping[str, Any] = field(default_factory=dict)
-    original: Mapping[str, Any] = field(default_factory=dict)
     trains_offline: bool = True
     panels: tuple[Panel, ...] = ()
     pictures: bool = True

@@ -19,11 +19,11 @@ def sweep(
     """Train every task with every method and seed: deflow sweep tasks=A,B algos=deflow,fql seeds=0..7 out=DIR [KEY=VALUE...]
 
     tasks: names, families (deflow tasks lists them), all (the paper's 73 offline tasks) or o2o (its 15 offline to online).
-    algos: methods; deflow:fixed_alpha=0.3 is one with settings of its own. seeds: 0..7 or 0,1,2.
+    algos: methods, or all; deflow:fixed_alpha=0.3 is one with settings of its own. seeds: 0..7 or 0,1,2.
 
     A run's folder is OUT/TASK/ALGO/seedN. Finished runs are never run again, interrupted ones go on from their
-    checkpoints: after Ctrl-C, a kill or a lost machine the same command goes on. A job that failed is tried once more
-    (retries=1); the others go on, and at the end the exit code is 1.
+    checkpoints: after Ctrl-C or a kill the same command goes on, on another machine once OUT/.sweep.lock is removed. A job
+    that failed is tried once more (retries=1); the others go on, and at the end the exit code is 1.
 
     engine: local (this machine; jobs=N at once, one a core by default) or ray (ray_address=HOST:PORT, auto or ray://HOST:PORT;
     num_cpus=1 and num_gpus= of a job; OUT in a folder that all nodes share). stacked=auto|true|false: whether the seeds of a

@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from tensordict.utils import NestedKey
@@ -21,6 +21,42 @@ Clip = Literal["sample", "denoised"]
 
 _BETA_MIN = 0.1
 _BETA_MAX = {"ddpm": 10.0, "vp": 20.0}
+
+
+class StepwiseModel(NoiseModel):
+    """Base of the models whose samples take a row of noise for each of their steps.
+
+    Args:
+        action_dim: number of action dimensions A.
+        num_steps: rows K of a sample's noise.
+        low: lower action bound, broadcast over the action dimensions.
+        high: upper action bound.
+
+    Raises:
+        ValueError: if a number is not positive or the bounds are not ordered.
+    """
+
+    def __init__(self, action_dim: int, num_steps: int, low: float | Tensor, high: float | Tensor) -> None:
+        if num_steps < 1:
+            raise ValueError(f"num_steps must be positive, got {num_steps}")
+        super().__init__(action_dim, low, high)
+        self.num_steps = num_steps
+
+    def draw_noise(self, observation: Tensor) -> Tensor:
+        """Draw the noise of a sample, ``[..., K, A]``, from torch's global generator."""
+        shape = (*observation.shape[:-1], self.num_steps, self.action_dim)
+        return torch.randn(shape, device=self.low.device, dtype=self.low.dtype)
+
+
+class StepwisePolicy(Policy):
+    """Base of the policies over a :class:`StepwiseModel`."""
+
+    module: Any
+
+    @property
+    def noise_shape(self) -> tuple[int, int]:
+        """Shape of a state's noise, (K, A)."""
+        return self.module.num_steps, self.module.action_dim
 
 
 class NoiseNetwork(nn.Module):
@@ -90,7 +126,7 @@ class NoiseNetwork(nn.Module):
         return self.last(F.silu(hidden))
 
 
-class DiffusionModel(NoiseModel):
+class DiffusionModel(StepwiseModel):
     """Tensor-only core of :class:`DiffusionPolicy`; arguments as there."""
 
     alphas: Tensor
@@ -109,8 +145,6 @@ class DiffusionModel(NoiseModel):
         low: float | Tensor = -1.0,
         high: float | Tensor = 1.0,
     ) -> None:
-        if num_steps < 1:
-            raise ValueError(f"num_steps must be positive, got {num_steps}")
         for name, value, known in (
             ("schedule", schedule, Schedule),
             ("variance", variance, Variance),
@@ -118,9 +152,8 @@ class DiffusionModel(NoiseModel):
         ):
             if value not in get_args(known):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(known))}, got {value!r}")
-        super().__init__(action_dim, low, high)
+        super().__init__(action_dim, num_steps, low, high)
         self.noise_network = noise_network
-        self.num_steps = num_steps
         self.schedule = schedule
         self.variance = variance
         self.clip_mode = clip
@@ -131,11 +164,6 @@ class DiffusionModel(NoiseModel):
         default = torch.get_default_dtype()
         self.register_buffer("alphas", alphas.to(default), persistent=False)
         self.register_buffer("alpha_bars", alphas.cumprod(0).to(default), persistent=False)
-
-    def draw_noise(self, observation: Tensor) -> Tensor:
-        """Draw the noise of a sample, ``[..., T, A]``, from torch's global generator."""
-        shape = (*observation.shape[:-1], self.num_steps, self.action_dim)
-        return torch.randn(shape, device=self.low.device, dtype=self.low.dtype)
 
     def predicted_noise(self, observation: Tensor, x: Tensor, time: Tensor) -> Tensor:
         """eps(s, x_t, t) ``[..., A]``; ``time [..., 1]`` is a step 0..T-1, or with ``schedule="vp"`` in [0, 1]."""
@@ -187,7 +215,7 @@ class DiffusionModel(NoiseModel):
         return (beta * (1 - self.alpha_bars[k - 1]) / (1 - self.alpha_bars[k])).sqrt()
 
 
-class DiffusionPolicy(Policy):
+class DiffusionPolicy(StepwisePolicy):
     """Actions denoised in T steps (DDPM): the behaviour model of IDQL and SRPO.
 
     With steps k = T-1..0 of the variance-preserving schedule a_i = exp(-b0/T - (b1 - b0)(2i - 1)/(2 T^2)), i = k + 1, b0 = 0.1
@@ -255,11 +283,6 @@ class DiffusionPolicy(Policy):
         )
         super().__init__(model, in_keys, out_keys)
 
-    @property
-    def noise_shape(self) -> tuple[int, int]:
-        """Shape of a state's noise, (T, A)."""
-        return self.module.num_steps, self.module.action_dim
-
 
 class ConsistencyNetwork(nn.Module):
     """``cat([s, x, sigma]) [..., O + A + 1]`` to ``[..., A]``: a sinusoidal embedding of sigma and an MLP with mish (CAC).
@@ -295,7 +318,7 @@ class ConsistencyNetwork(nn.Module):
         return self.layers(torch.cat([x, embedded, observation], -1))
 
 
-class ConsistencyModel(NoiseModel):
+class ConsistencyModel(StepwiseModel):
     """Tensor-only core of :class:`ConsistencyPolicy`; arguments as there."""
 
     def __init__(
@@ -310,19 +333,11 @@ class ConsistencyModel(NoiseModel):
         low: float | Tensor = -1.0,
         high: float | Tensor = 1.0,
     ) -> None:
-        if num_steps < 1:
-            raise ValueError(f"num_steps must be positive, got {num_steps}")
         if not 0 < sigma_min < sigma_max:
             raise ValueError(f"0 < sigma_min < sigma_max is needed, got {sigma_min} and {sigma_max}")
-        super().__init__(action_dim, low, high)
+        super().__init__(action_dim, num_steps, low, high)
         self.network = network
-        self.num_steps = num_steps
         self.sigma_min, self.sigma_max, self.sigma_data = sigma_min, sigma_max, sigma_data
-
-    def draw_noise(self, observation: Tensor) -> Tensor:
-        """Draw the noise of a sample, ``[..., K, A]``, from torch's global generator."""
-        shape = (*observation.shape[:-1], self.num_steps, self.action_dim)
-        return torch.randn(shape, device=self.low.device, dtype=self.low.dtype)
 
     def consistency(self, observation: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
         """f(s, x, sigma) = c_skip x + c_out F(s, x, sigma) ``[..., A]``, sigma ``[..., 1]``; f(s, x, sigma_min) = x."""
@@ -344,7 +359,7 @@ class ConsistencyModel(NoiseModel):
         return self.clip(x)
 
 
-class ConsistencyPolicy(Policy):
+class ConsistencyPolicy(StepwisePolicy):
     """Actions in K evaluations of a consistency function (CAC, https://arxiv.org/abs/2309.16984).
 
     x = f(s, sigma_max z_0, sigma_max); then for the levels of linspace(2, sigma_max, K) below, from the top,
@@ -404,8 +419,3 @@ class ConsistencyPolicy(Policy):
             high=high,
         )
         super().__init__(model, in_keys, out_keys)
-
-    @property
-    def noise_shape(self) -> tuple[int, int]:
-        """Shape of a state's noise, (K, A)."""
-        return self.module.num_steps, self.module.action_dim

@@ -77,7 +77,7 @@ class TrainConfig:
         collector_workers: processes that act; 0 acts in the learner's process, with the weights of the very last update.
         steps_per_collection: environment steps acted with the same weights (for processes: a multiple of them).
         max_fault_share: share of online episodes that may fail (an environment that raises or returns NaN).
-        batch_size: transitions per gradient step; 256 where None, or what the method's footing says.
+        batch_size: transitions per gradient step; 256 where None.
         chunk: actions chosen at once and executed open loop (Q-chunking); the transitions are chunks of so many steps, whose
             rewards are discounted step by step.
         hidden_dims: widths of the hidden layers of every network; where None 4 x 512, or the paper's for this method
@@ -237,13 +237,8 @@ def with_run_defaults(config: TrainConfig) -> SettledConfig:
     if pixels is not None:
         values |= {name: pixels[known] for name, known in _OF_PICTURES.items()}
     values |= {"overwrite": "fifo" if config.preset == "released" else "online", "batch_size": 256, "mixing": "uniform"}
-    method = get_algorithm(config.algo.name)
-    values |= {**method.run_settings, **(method.original if _is_original(config) else {})}
+    values |= get_algorithm(config.algo.name).run_settings
     return cast("SettledConfig", replace(config, **{name: values[name] for name in missing}))
-
-
-def _is_original(config: TrainConfig) -> bool:
-    return getattr(config.algo, "footing", "common") == "original"
 
 
 def method_values(config: TrainConfig) -> dict[str, Any]:
@@ -339,8 +334,6 @@ def _check(config: TrainConfig) -> None:
             f"algo={config.algo.name} learns from its own experience beside the data and has no offline phase; set "
             "online_steps, and leave offline_steps out"
         )
-    if _is_original(config) and config.protocol not in (None, "paper"):
-        raise InputError(f"algo.footing=original belongs to protocol=paper, not to protocol={config.protocol}")
     if config.seeds is not None:
         _check_seeds(config, config.seeds)
     for name, value in vars(config.algo).items():

@@ -290,3 +290,16 @@ def test_jumps_are_accepted_up_to_a_ratio():
     assert build(given, allow_jumps=ratio + 1).report.jump.ratio == ratio
     with pytest.raises(InputError, match="--allow-jumps"):
         build(given, allow_jumps=ratio - 1)
+
+
+def test_a_last_successor_of_a_wider_type_keeps_its_digits():
+    dataset = TransitionDataset.from_arrays(
+        observations=np.array([[1], [2], [3]]),
+        next_observations=np.array([[2.0], [3.0], [8.75]]),
+        actions=np.zeros((3, 1)),
+        rewards=np.zeros(3),
+        terminals=[0, 0, 0],
+        timeouts=[0, 0, 1],
+        allow_jumps=True,
+    )
+    assert dataset[2]["next", "observation"].tolist() == [8.75]

@@ -127,7 +127,7 @@ def test_scores_and_returns_are_compared_in_their_own_unit(monkeypatch):
     monkeypatch.setattr(comparison, "reference_returns", lambda task: references)
     task = get_task("door-human-v1")
     values = {
-        metric: comparison._values(outcome, replace(task, metric=metric)) for metric in ("success", "score", "return")
+        metric: comparison.values_of(outcome, replace(task, metric=metric)) for metric in ("success", "score", "return")
     }
     np.testing.assert_array_equal(values["success"], [0, 1])
     np.testing.assert_array_equal(values["return"], [10, 20])

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from deflow_torchrl.processes import STOP_SIGNALS
 from tests.support.generation import DATASET, generation_in_process
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a suite started in the background, whose tests press Ctrl-C
@@ -21,6 +22,15 @@ collect_ignore = ["support/without_page.py"]
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _signals():
+    """The command line takes the signals that stop a process and keeps them: here it is not the process's end."""
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

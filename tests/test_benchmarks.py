@@ -63,6 +63,7 @@ def test_a_full_disk_is_said_before_anything_is_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_collectors_are_compared_in_turns():
     pytest.importorskip("gymnasium", reason="needs the extra ogbench")
     tiny = (
@@ -108,7 +109,7 @@ def test_an_interrupted_measurement_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("mode", ["uniform", "balanced"])
+@pytest.mark.parametrize("mode", ["uniform", pytest.param("balanced", marks=pytest.mark.slow)])
 def test_the_union_buffer_is_timed_against_torchrls_storages(mode, tmp_path):
     sizes = ("--offline", "3000", "--online", "2000", "--repeats", "5", "--warmup", "1", "--batch-size", "16")
     result = subprocess.run(

@@ -479,6 +479,7 @@ def test_several_cameras_cannot_be_exported_and_the_message_names_them(tmp_path)
         export_policy(policy, tmp_path / "policy.pt2", observation_dim=SHAPE, action_dim=ACTION_DIM)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["deflow", "iql"])
 def test_losses_on_pictures_compile(name):
     def make():

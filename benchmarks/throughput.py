@@ -41,6 +41,7 @@ from torchrl.data import Composite, LazyTensorStorage, TensorDictReplayBuffer, U
 
 from deflow_torchrl.algorithms import DeFlowConfig, get_algorithm
 from deflow_torchrl.algorithms.base import ProblemSpec
+from deflow_torchrl.algorithms.settings import UPDATE_PRECISIONS
 from deflow_torchrl.data import BaseActionBank
 from deflow_torchrl.modules import kernels, make_encoder
 from deflow_torchrl.modules.encoders import ENCODERS
@@ -68,7 +69,9 @@ def make_update(arguments: argparse.Namespace) -> UpdateStep:
         reward_range=(-1.0, 0.0),
     )
     config = DeFlowConfig(critic=getattr(arguments, "critic", "mse"))
-    return UpdateStep(get_algorithm(config.name).build(config, problem), compile_loss=arguments.compile)
+    learner = get_algorithm(config.name).build(config, problem)
+    precision = getattr(arguments, "precision", "highest")
+    return UpdateStep(learner, compile_loss=arguments.compile, precision=precision)
 
 
 def make_frozen_update(arguments: argparse.Namespace, buffer: TensorDictReplayBuffer) -> Update:
@@ -456,6 +459,12 @@ def main() -> None:
     verb = verbs.add_parser("update", help="a full update at the given sizes (default: the paper's)")
     add_sizes(verb)
     verb.add_argument("--frozen-prior", action="store_true", help="a frozen prior and a bank of its base actions")
+    verb.add_argument(
+        "--precision",
+        default="highest",
+        choices=UPDATE_PRECISIONS,
+        help="of every matrix product [default: %(default)s]",
+    )
     verb.add_argument("--plain", action="store_true", help="the update without the CPU kernels too, in turns")
     verb.add_argument(
         "--in-a-row", type=int, help="updates of each kind in a turn, after one that is not timed (5; of pictures 1)"

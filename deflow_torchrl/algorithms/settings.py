@@ -22,7 +22,8 @@ Need: TypeAlias = Callable[[bool, str, Any, str], None]
 PRESETS = ("paper", "released")
 """What ``preset=`` chooses between: what the paper prints, and what its authors' code does."""
 
-PRECISIONS = ("highest", "high", "medium", "bfloat16")
+UPDATE_PRECISIONS = ("highest", "high", "medium")
+PRECISIONS = (*UPDATE_PRECISIONS, "bfloat16")
 
 
 @dataclass

@@ -161,7 +161,7 @@ class Run:
             rows = torch.linspace(0, len(transitions) - 1, min(len(transitions), _DIAGNOSED_TRANSITIONS)).round().long()
             learner.diagnostics.use_data(transitions[rows])
         self.alarms = Alarms(gamma=gamma, reward_bound=reward_bound, rules=get_algorithm(config.algo.name).alarms)
-        self.update = UpdateStep(learner, compile_loss=config.compile)
+        self.update = UpdateStep(learner, compile_loss=config.compile, precision=config.precision)
 
     def write_config(self) -> None:
         """Write the settings into the run folder."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from deflow_torchrl.algorithms.registry import get_algorithm
-from deflow_torchrl.algorithms.settings import PRESETS, needed, one_of
+from deflow_torchrl.algorithms.settings import PRESETS, UPDATE_PRECISIONS, needed, one_of
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.paths import file_name
 from deflow_torchrl.tasks import get_task, paper_settings, paper_task, published_settings, usual_protocol
@@ -22,6 +22,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "overwrite": (None, "online", "fifo"),
     "storage": ("device", "memmap"),
     "normalize": ("none", "standard"),
+    "precision": UPDATE_PRECISIONS,
     "encoder": (None, "impala_small", "impala", "impala_large", "impala_debug"),
     "logger": ("none", "wandb", "tensorboard", "mlflow"),
 }
@@ -108,6 +109,9 @@ class TrainConfig:
         updates_per_replay: ``cuda_graph``: updates of one graph.
         self_check: ``cuda_graph``: before it is used, three updates with and without it are compared; if they differ the run goes
             on without it and says so.
+        precision: of the float32 matrix products of a whole update, forward and backward: ``highest``; ``high`` or ``medium`` as
+            in ``torch.set_float32_matmul_precision`` (TF32 on a GPU; ``medium`` is bfloat16 on a CPU with AMX or AVX-512 BF16,
+            and changes nothing on others). Acting, evaluation and diagnostics are always computed in full.
         threads: torch's CPU threads; torch's default where None.
         eval_workers: processes that step environments; all cores where None.
         logger: ``none``, ``wandb``, ``tensorboard`` or ``mlflow``, beside the JSONL and CSV that are always written.
@@ -156,6 +160,7 @@ class TrainConfig:
     cuda_graph: bool = True
     updates_per_replay: int = 10
     self_check: bool = True
+    precision: str = "highest"
     threads: int | None = None
     eval_workers: int | None = None
     logger: str = "none"

@@ -215,6 +215,7 @@ def _kind_of(cell: Cell, sizes: dict[str, _Sizes]) -> _Kind:
         config.batch_size,
         config.device,
         config.kernels,
+        config.precision,
         tuple(sorted(counts.items())),
     )
     observations, actions = _sizes(config, sizes)
@@ -264,7 +265,11 @@ def _measure(config: SettledConfig, kind: _Kind, stack: int, seconds: float) -> 
     enable_kernels(config.kernels)
     with generators_set_aside():
         updates = [
-            UpdateStep(build_learner(config, kind.observation_dim, kind.action_dim, device)) for _ in range(stack)
+            UpdateStep(
+                build_learner(config, kind.observation_dim, kind.action_dim, device),
+                precision=config.precision,
+            )
+            for _ in range(stack)
         ]
         update = StackedUpdate(updates) if stack > 1 else updates[0]
         batch = _random_batch((stack, config.batch_size) if stack > 1 else (config.batch_size,), kind).to(device)

@@ -55,6 +55,7 @@ class StackedUpdate(Update):
         self.updates = list(updates)
         self.seeds = list(range(len(updates))) if seeds is None else list(seeds)
         self.learner = updates[0].learner
+        self.precision = updates[0].precision
         self.gather()
 
     def __call__(self, batch: TensorDictBase) -> TensorDictBase:
@@ -329,6 +330,7 @@ def _description(update: UpdateStep) -> dict[str, Any]:
         "target updater's rate": getattr(updater, "eps", None),
         "periods": (dict(update.learner.term_periods), update.learner.target_period),
         "stages": tuple(update.learner.stages),
+        "precision": update.precision,
         "optimiser": type(update.optimizer).__name__,
     }
     for name, tensor in _state_of(loss).items():

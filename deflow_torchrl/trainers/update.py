@@ -7,7 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -17,7 +17,9 @@ from torchrl.objectives.common import LossModule
 from torchrl.objectives.utils import TargetNetUpdater
 
 from deflow_torchrl.algorithms.base import Learner, Stage
+from deflow_torchrl.algorithms.settings import UPDATE_PRECISIONS
 from deflow_torchrl.errors import InputError, NonFiniteLossError
+from deflow_torchrl.modules.flow import Precision, matmul_precision
 
 
 class Update(ABC):
@@ -31,12 +33,14 @@ class Update(ABC):
         learner: gives the terms, their periods and the target updater.
         optimizer: the one optimiser.
         step: updates so far.
+        precision: of every matrix product of an update, as :func:`~deflow_torchrl.modules.flow.matmul_precision` takes it.
         seeds: names of the stacked learners in messages; empty for a single learner.
     """
 
     learner: Learner
     optimizer: torch.optim.Adam
     step: int
+    precision: str = "highest"
     seeds: Sequence[int] = ()
     _active: Sequence[Stage] = (Stage(),)
 
@@ -51,6 +55,10 @@ class Update(ABC):
 
     def run(self, batch: TensorDictBase) -> TensorDictBase:
         """Do the work of a call on the device alone, as a CUDA graph can record it; :attr:`step` is left to the caller."""
+        with matmul_precision(cast("Precision", self.precision), self._count.device):
+            return self._run(batch)
+
+    def _run(self, batch: TensorDictBase) -> TensorDictBase:
         self._count += 1
         for learner in self._learners:
             if learner.before_update is not None:
@@ -241,13 +249,18 @@ class UpdateStep(Update):
 
     Keyword Args:
         compile_loss: run the losses through ``torch.compile(fullgraph=True)``.
+        precision: of every matrix product, forward and backward (:func:`~deflow_torchrl.modules.flow.matmul_precision`).
 
     Raises:
+        ValueError: on an unknown precision.
         NonFiniteLossError: by calls, on a CPU, as soon as a loss is NaN or infinite.
     """
 
-    def __init__(self, learner: Learner, *, compile_loss: bool = False) -> None:
+    def __init__(self, learner: Learner, *, compile_loss: bool = False, precision: str = "highest") -> None:
+        if precision not in UPDATE_PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(UPDATE_PRECISIONS)}, got {precision!r}")
         self.learner = learner
+        self.precision = precision
         device = next(learner.loss.parameters()).device
         groups = [dict(group) for group in learner.param_groups]
         for group in groups:

@@ -13,9 +13,9 @@ PROBLEM = ProblemSpec(
 )  # fmt: skip
 
 
-def make_update(**settings):
+def make_update(*, precision="highest", **settings):
     torch.manual_seed(0)
-    return UpdateStep(get_algorithm("deflow").build(DeFlowConfig(**settings), PROBLEM))
+    return UpdateStep(get_algorithm("deflow").build(DeFlowConfig(**settings), PROBLEM), precision=precision)
 
 
 def rows_of_training(steps, *, prepare=lambda update: None, **settings):

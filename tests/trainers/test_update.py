@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from deflow_torchrl.algorithms import ALGORITHMS, DeFlowConfig, get_algorithm
+from deflow_torchrl.algorithms.settings import UPDATE_PRECISIONS
 from deflow_torchrl.errors import InputError, NonFiniteLossError
 from deflow_torchrl.runs.overrides import compose_config
+from deflow_torchrl.trainers import StackedUpdate
 from tests.support.networks import make_batch, total
 from tests.support.updates import PROBLEM, make_update
 
@@ -203,3 +205,48 @@ def test_an_unknown_method_is_refused_with_the_nearest_names():
         get_algorithm("deflw")
     with pytest.raises(InputError, match="unknown method"):
         get_algorithm("nonsense")
+
+
+@pytest.mark.parametrize("precision", UPDATE_PRECISIONS)
+@pytest.mark.parametrize("stacked", [False, True])
+def test_a_precision_is_that_of_the_whole_update_forward_and_backward_and_of_nothing_else(precision, stacked):
+    seen = []
+    updates = [make_update(precision=precision) for _ in range(2 if stacked else 1)]
+    update = StackedUpdate(updates) if stacked else updates[0]
+
+    class Look(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(x):
+            seen.append(("forward", torch.get_float32_matmul_precision()))
+            return x.clone()
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            pass
+
+        @staticmethod
+        def backward(ctx, gradient):
+            seen.append(("backward", torch.get_float32_matmul_precision()))
+            return gradient
+
+    flow = update.learner.loss.actor_network.flow_policy.module.velocity_network
+    flow.register_forward_hook(lambda module, inputs, output: Look.apply(output))
+    update(make_batch(2, 8) if stacked else make_batch(8))
+    assert set(seen) == {("forward", precision), ("backward", precision)}
+    assert torch.get_float32_matmul_precision() == "highest"
+    bad = make_batch(2, 8) if stacked else make_batch(8)
+    bad["action"].fill_(float("nan"))
+    with pytest.raises(NonFiniteLossError):
+        update(bad)
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_a_precision_is_checked_and_seeds_of_two_are_not_stacked():
+    with pytest.raises(ValueError, match="highest, high, medium, got 'bfloat16'"):
+        make_update(precision="bfloat16")
+    with pytest.raises(InputError, match="they differ in precision: highest and medium"):
+        StackedUpdate([make_update(), make_update(precision="medium")])
+    with pytest.raises(InputError, match="precision=low is out of range; expected one of highest, high, medium"):
+        compose_config(["task=cube-single-play-singletask-task2-v0", "algo=deflow", "precision=low"])

@@ -62,6 +62,13 @@ def test_a_frozen_diffusion_policy_is_refined_without_being_called(run, capsys):
     assert found["refined"] != found["diffusion policy"]
 
 
+def test_a_frozen_diffusion_policy_is_steered(run, capsys):
+    assert len((EXAMPLES / "steer_a_frozen_policy.py").read_text().splitlines()) < 125
+    found = run("steer_a_frozen_policy.py", "--rounds", "1", "--cloning-steps", "5", "--steps", "5")
+    assert f"steered {found['steered']:.0f}" in capsys.readouterr().out
+    assert found["steered"] != found["diffusion policy"]
+
+
 @pytest.fixture
 def unregistered():
     """Looks a registered method up, which is forgotten after the test."""

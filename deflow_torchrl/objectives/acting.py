@@ -29,6 +29,15 @@ def check_flow_policy(policy: TensorDictModuleBase) -> None:
     _check(policy, is_flow(policy), "FlowMatchingPolicy")
 
 
+def check_noise_policy(policy: TensorDictModuleBase) -> None:
+    """Raise TypeError unless the policy maps an observation and noise to an action."""
+    if noise_key(policy) is None:
+        raise TypeError(
+            f"the policy must read an observation and noise and have an action_dim, got {type(policy).__name__}"
+        )
+    check_encoders(policy)
+
+
 def check_one_step_policy(policy: TensorDictModuleBase) -> None:
     """Raise TypeError unless the policy maps an observation and noise to an action in one pass."""
     core = _core(policy)

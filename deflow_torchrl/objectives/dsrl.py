@@ -4,7 +4,7 @@
 As in the code base of QAM, whose flow is cloned in the same updates. The numbers here are held against these equations, written
 out by hand; they were not compared with runs of that code, nor with DSRL's own, which
 
-1. steers a frozen diffusion policy, online only;
+1. steers a frozen diffusion policy, online only (``freeze_prior=True`` has the frozen policy);
 2. has the entropy in its targets, and a target entropy of 0;
 3. teaches the latent critics in steps of their own.
 """
@@ -40,7 +40,8 @@ class DSRLLoss(BestOfNLoss):
     Each is also a method. Metadata: ``alpha``, ``entropy`` (-mean log p) and ``q`` (mean of W at the actor's w).
 
     Args:
-        flow_policy (FlowMatchingPolicy): the flow; its target samples.
+        flow_policy (FlowMatchingPolicy): the flow; its target samples. Frozen, any policy that maps an observation and noise
+            ``[..., A]`` to an action.
         actor_network (TanhGaussianPolicy): reads the state and writes w / c, inside [-1, 1].
         qvalue_network: critics of actions; see :class:`~deflow_torchrl.objectives.base.OffPolicyLoss`.
         latent_qvalue_network: as many critics that read w under ``action``.
@@ -51,6 +52,7 @@ class DSRLLoss(BestOfNLoss):
         pessimism (float, optional): rho of mean - rho std over the target critics. Defaults to ``0.5``.
         target_entropy (float, optional): H, of tanh u. Defaults to -A / 2.
         alpha_init (float, optional): start of alpha. Defaults to ``1.0``.
+        freeze_prior (bool, optional): the flow does not learn: no ``loss_flow``, no target of it. Defaults to ``False``.
         delay_qvalue, num_qvalue_nets, reduction, deactivate_vmap: see :class:`~deflow_torchrl.objectives.base.OffPolicyLoss`.
 
     Raises:
@@ -99,15 +101,20 @@ class DSRLLoss(BestOfNLoss):
         pessimism: float = 0.5,
         target_entropy: float | None = None,
         alpha_init: float = 1.0,
+        freeze_prior: bool = False,
         delay_qvalue: bool = True,
         num_qvalue_nets: int = 2,
         reduction: Reduction | None = None,
         deactivate_vmap: bool = False,
     ) -> None:
-        acting.check_flow_policy(flow_policy)
+        (acting.check_noise_policy if freeze_prior else acting.check_flow_policy)(flow_policy)
         acting.check_tanh_gaussian_policy(actor_network)
         super().__init__(reduction=reduction)
-        self._add_policy(flow_policy, "flow_policy", create_target_params=True)
+        self._add_policy(flow_policy, "flow_policy", create_target_params=not freeze_prior)
+        self.prior_frozen = freeze_prior
+        if freeze_prior:
+            self.out_keys = [key for key in self.out_keys if key != "loss_flow"]
+            self.flow_policy_params.requires_grad_(False)
         self._add_policy(actor_network, "actor_network")
         self._add_critics(
             qvalue_network,
@@ -139,16 +146,23 @@ class DSRLLoss(BestOfNLoss):
         ]
 
     def _optional_keys(self) -> list[NestedKey]:
-        return [*self._sampling_keys(), _LATENT_NOISE]
+        keys = self.tensor_keys
+        flow = [keys.flow_noise, keys.flow_time] if self.prior_frozen else []
+        return [key for key in [*self._sampling_keys(), _LATENT_NOISE] if key not in flow]
 
     def _compute(self, tensordict: TensorDictBase) -> dict[str, Tensor]:
         # In this order: draws that the input lacks are taken from one generator.
         of_critics, of_latent = self.critics.encode(tensordict), self.latent_critics.encode(tensordict)
         critic_terms = self._critic_terms(of_critics)
         loss_latent = self._latent_term(tensordict, of_critics, of_latent)
-        loss_flow = self._flow_term(tensordict)
+        flow = {} if self.prior_frozen else {"loss_flow": self._flow_term(tensordict)}
         actor_terms = self._actor_terms(tensordict, of_latent)
-        return {"loss_flow": loss_flow, **actor_terms, **critic_terms, "loss_latent": loss_latent}
+        return {**flow, **actor_terms, **critic_terms, "loss_latent": loss_latent}
+
+    def _flow_term(self, tensordict: TensorDictBase) -> Tensor:
+        if self.prior_frozen:
+            raise RuntimeError("the prior is frozen: it has no flow loss")
+        return super()._flow_term(tensordict)
 
     def _candidates(self, tensordict: TensorDictBase, following: TensorDictBase) -> Tensor:
         noise = self._draw_candidates(tensordict, self.tensor_keys.noise)

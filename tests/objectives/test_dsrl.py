@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tensordict.nn import TensorDictModule
 from torchrl.objectives import SoftUpdate, ValueEstimators
 
 from deflow_torchrl.modules import (
@@ -30,15 +31,14 @@ from tests.support.plain_flow import (
 GAMMA, STEPS, SCALE, RHO = 0.875, 4, 1.25, 0.5  # the same numbers in every precision
 
 
-def build(**options):
+def build(flow_policy=None, **options):
     sizes = OBSERVATION_DIM, ACTION_DIM, HIDDEN
     actor = TanhGaussianPolicy(make_tanh_gaussian_network(*sizes), log_std_min=-20.0)
     critics, latent = (make_qvalue_networks(*sizes, num_qvalue_nets=3) for _ in range(2))
-    loss = DSRLLoss(
-        networks.make_flow(STEPS), actor, critics, latent, **{"noise_scale": SCALE, "pessimism": RHO, **options}
-    )
+    flow_policy = networks.make_flow(STEPS) if flow_policy is None else flow_policy
+    loss = DSRLLoss(flow_policy, actor, critics, latent, **{"noise_scale": SCALE, "pessimism": RHO, **options})
     loss.make_value_estimator(ValueEstimators.TD0, gamma=GAMMA)
-    apart(loss.target_qvalue_network_params, loss.target_flow_policy_params)
+    apart(loss.target_qvalue_network_params, *([] if loss.prior_frozen else [loss.target_flow_policy_params]))
     return loss.double()
 
 
@@ -135,3 +135,38 @@ def test_the_acting_policy_steers_the_target_flow():
             s = batch["observation"][i]
             w = SCALE * tanh_gaussian(loss.actor_network_params, s, batch["noise"][i])[0]
             torch.testing.assert_close(action[i], flow(loss.target_flow_policy_params, s, w, steps=STEPS))
+
+
+class Bent(torch.nn.Module):
+    """A policy that is no flow: the noise, bent by a layer of the observation."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.action_dim = torch.nn.Linear(OBSERVATION_DIM, ACTION_DIM), ACTION_DIM
+
+    def forward(self, observation, noise):
+        return (noise + self.layer(observation)).tanh()
+
+
+def test_a_frozen_policy_of_any_kind_is_steered_and_does_not_learn():
+    torch.manual_seed(0)
+    bent = Bent()
+    policy = TensorDictModule(bent, in_keys=["observation", "noise"], out_keys=["action"])
+    with pytest.raises(TypeError, match="FlowMatchingPolicy"):
+        build(policy)
+    loss, batch = build(policy, freeze_prior=True), make_batch()
+    SoftUpdate(loss, tau=0.005)
+    out = loss(batch.clone())
+    assert set(out.keys()) == set(loss.out_keys) == set(build().out_keys) - {"loss_flow"}
+    errors = [
+        values(loss.latent_qvalue_network_params, s, w) - values(loss.qvalue_network_params, s, bent.double()(s, w))
+        for s, w in zip(batch["observation"], batch["latent_noise"], strict=True)
+    ]
+    torch.testing.assert_close(out["loss_latent"], torch.stack(errors).square().mean())
+    sum(out[name] for name in out.keys() if name.startswith("loss_")).backward()  # noqa: SIM118
+    moved = {name.split("_params")[0] for name, parameter in loss.named_parameters() if parameter.grad is not None}
+    assert moved == {"actor_network", "qvalue_network", "latent_qvalue_network", "log_alpha"}
+    with pytest.raises(RuntimeError, match="frozen"):
+        loss.flow_loss(batch)
+    with pytest.raises(TypeError, match="noise"):
+        build(TensorDictModule(bent, in_keys=["observation"], out_keys=["action"]), freeze_prior=True)

@@ -6,6 +6,7 @@ WHEELS_FOR := $(PYTHON)
 override PYTHON := python3
 endif
 EXTRAS ?= cli,ogbench,minari,files,reports
+ALSO ?=
 VENV ?= .venv
 SEED ?= 0
 QUICK ?=
@@ -48,7 +49,7 @@ bench: $(STAMP) ## how long an update takes: ratios now, against the stored ones
 	$(BIN)/python benchmarks/throughput.py bench
 
 wheelhouse: $(STAMP) ## wheels for a machine without a registry, besides torch: PYTHON=3.12
-	$(BIN)/python .ci/wheelhouse.py --python $(WHEELS_FOR) --extras $(EXTRAS)
+	$(BIN)/python .ci/wheelhouse.py --python $(WHEELS_FOR) --extras $(EXTRAS) --also $(ALSO)
 
 clean: ## remove the environment and caches (never data or runs)
 	rm -rf $(VENV) *.egg-info build .mypy_cache .ruff_cache

@@ -2,6 +2,7 @@
 
     make wheelhouse PYTHON=3.12                      # for that Python on Linux x86-64, into wheelhouse/
     make wheelhouse PYTHON=3.12 EXTRAS=cli,ogbench   # fewer extras
+    make wheelhouse PYTHON=3.12 ALSO="pytest"        # and further packages with what they need
 
 For machines without a package registry that have a torch (2.9 or newer) of their own. Versions are those of constraints.txt.
 """
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,11 @@ PROJECT = "deflow-torchrl"
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 
 
-def closure(extras: set[str], python: str) -> Iterator[str]:
-    """Names of all packages that ``deflow-torchrl[extras]`` needs on that Python, torch's own requirements not followed."""
+def closure(extras: set[str], python: str, also: Sequence[str] = ()) -> Iterator[str]:
+    """Names of all that ``deflow-torchrl[extras]`` and ``also`` need on that Python, torch's own requirements not followed."""
     environment = {"python_version": python, "python_full_version": f"{python}.0", "sys_platform": "linux"}
     seen, waiting = set(), [(PROJECT, extra) for extra in ("", *sorted(extras))]
+    waiting += [(canonicalize_name(name), "") for name in also]
     while waiting:
         name, extra = waiting.pop()
         if (name, extra) in seen or name == "torch":
@@ -95,6 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", required=True, help="version of the machine's Python, such as 3.12")
     parser.add_argument("--extras", default="cli,ogbench,minari,files,reports", help="extras to include (%(default)s)")
+    parser.add_argument("--also", nargs="*", default=[], metavar="PACKAGE", help="further packages, installed here too")
     parser.add_argument("--out", type=Path, default=ROOT / "wheelhouse", help="the folder (%(default)s)")
     arguments = parser.parse_args()
     if not re.fullmatch(r"3\.\d+", arguments.python):
@@ -105,7 +108,7 @@ def main() -> None:
         parser.error(f"there is no extra {', '.join(sorted(unknown))}")
     arguments.out.mkdir(parents=True, exist_ok=True)
     versions = pinned()
-    names = sorted(set(closure(extras, arguments.python)) - {PROJECT})
+    names = sorted(set(closure(extras, arguments.python, arguments.also)) - {PROJECT})
     for name in tqdm(names, desc="wheelhouse", unit="wheel"):
         add(name, versions.get(name) or distribution(name).version, arguments.python, arguments.out)
     with tempfile.TemporaryDirectory() as folder:  # setuptools would leave a build folder in the checkout
@@ -116,7 +119,8 @@ def main() -> None:
         raise SystemExit(f"wheelhouse: the package itself could not be built: {built.stderr.strip().splitlines()[-1]}")
     size = sum(path.stat().st_size for path in arguments.out.glob("*.whl")) / 1e6
     print(f"{len(names) + 1} wheels, {size:.0f} MB, in {arguments.out}. There, in an environment that has torch:")
-    print(f"pip install --no-index --find-links {arguments.out.name} '{PROJECT}[{arguments.extras}]'")
+    wanted = " ".join([f"'{PROJECT}[{arguments.extras}]'", *arguments.also])
+    print(f"pip install --no-index --find-links {arguments.out.name} {wanted}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
     python benchmarks/throughput.py update --pixels
     python benchmarks/throughput.py update --critic floq --steps 5
     python benchmarks/throughput.py update --against-jax PATH --jax-python PYTHON
+    python benchmarks/throughput.py seeds --seeds 8 --steps 10
     python benchmarks/throughput.py roofline
     python benchmarks/throughput.py precision
     make bench
@@ -15,6 +16,8 @@ DeFlow with flow critics. `--plain` adds the update without this package's CPU k
 authors' agent at the same sizes: PATH is a checkout of their repository, PYTHON an interpreter that has jax, flax and optax.
 `--pixels` updates on pictures of the paper's sizes, with an encoder for each part, and prints how far the encodings are from
 their convolutions at the rate of a matrix product; an update of 256 pictures takes seconds on a core.
+`seeds` times one update of S stacked seeds against S separate updates one after another, and against one; on a GPU all three as
+`deflow train` runs them there, drawing included, in CUDA graphs, as milliseconds of one update (`separate` is S times `one`).
 `roofline` counts an update's products, times them alone, and says how far each part is from that; `bench` compares these and
 other ratios with stored ones, for changes to the code. Machines are noisy: compare
 figures of interleaved runs as ratios, never single numbers across machines.
@@ -47,7 +50,7 @@ from deflow_torchrl.modules import kernels, make_encoder
 from deflow_torchrl.modules.encoders import ENCODERS
 from deflow_torchrl.modules.flow import Precision
 from deflow_torchrl.processes import keep_freed_memory
-from deflow_torchrl.trainers import UpdateStep
+from deflow_torchrl.trainers import StackedUpdate, UpdateStep
 from deflow_torchrl.trainers.graphed import GraphedUpdate
 
 Update = Callable[[TensorDict], object]
@@ -140,21 +143,24 @@ def stopwatch(
     return once
 
 
-def replays(arguments: argparse.Namespace, transitions: TensorDict) -> Callable[[], float]:
-    """The same of updates that draw their batches themselves, several a replay: as `deflow train` does on a GPU."""
-    device = torch.device(arguments.device)
+def graphed(
+    update: StackedUpdate | UpdateStep, transitions: TensorDict, arguments: argparse.Namespace, *shape: int
+) -> tuple[Callable[[], float], GraphedUpdate]:
+    """The same of updates that draw batches ``[*shape, B]`` themselves, several a replay, as `deflow train` does on a GPU."""
+    size, device = (*shape, arguments.batch_size), torch.device(arguments.device)
 
     def draw() -> TensorDict:
-        return transitions[torch.randint(len(transitions), (arguments.batch_size,), device=device)]
+        return transitions[torch.randint(len(transitions), size, device=device)]
 
-    per_replay = arguments.updates_per_replay
-    graphed = GraphedUpdate(make_update(arguments), draw, updates_per_replay=per_replay)
+    per_replay = getattr(arguments, "updates_per_replay", None) or 10
+    replayed = GraphedUpdate(update, draw, updates_per_replay=per_replay)
+    row = getattr(arguments, "in_a_row", 10) * per_replay
 
     def once() -> float:
-        graphed(per_replay)
-        return clock(lambda: graphed(arguments.in_a_row * per_replay), device) / (arguments.in_a_row * per_replay)
+        replayed(per_replay)
+        return clock(lambda: replayed(row), device) / row
 
-    return once
+    return once, replayed
 
 
 def jax_rows(jax: JaxAgent, in_a_row: int) -> Callable[[], float]:
@@ -272,7 +278,7 @@ def run_update(arguments: argparse.Namespace) -> dict[str, object]:
     row = arguments.in_a_row
     timed = {name: stopwatch(update, buffer, device, in_a_row=row) for name, update in updates.items()}
     if arguments.updates_per_replay:
-        timed["replayed"] = replays(arguments, buffer[:])
+        timed["replayed"], _ = graphed(make_update(arguments), buffer[:], arguments)
     jax = None
     if arguments.against_jax:
         jax = JaxAgent(arguments)
@@ -327,6 +333,47 @@ def run_update(arguments: argparse.Namespace) -> dict[str, object]:
         result["encodings"] = row
         print("the six encodings of an update; floor: their convolutions at the rate of a matrix product")
         print(table({"encodings": row}))
+    return result
+
+
+def run_seeds(arguments: argparse.Namespace) -> dict[str, object]:
+    """One update of S stacked seeds against S separate ones one after another, and against one."""
+    device, count = torch.device(arguments.device), arguments.seeds
+    separate = [make_update(arguments) for _ in range(count)]
+    stacked = StackedUpdate([make_update(arguments) for _ in range(count)])
+    buffer = make_buffer(arguments)
+    batches = make_buffer(argparse.Namespace(**{**vars(arguments), "batch_size": count * arguments.batch_size}))
+
+    def all_separately() -> None:
+        for update in separate:
+            update(buffer.sample())
+
+    kinds: dict[str, Callable[[], object]] = {
+        "stacked": lambda: stacked(batches.sample().reshape(count, -1)),
+        "separate": all_separately,
+        "one": lambda: separate[0](buffer.sample()),
+    }
+    timed = {name: functools.partial(clock, kind, device) for name, kind in kinds.items()}
+    if device.type == "cuda":
+        transitions = buffer[:]
+        single, _ = graphed(separate[0], transitions, arguments)
+        several, _ = graphed(stacked, transitions, arguments, count)
+        timed = {"stacked": several, "separate": lambda: count * single(), "one": single}
+    times = time_updates(timed, steps=arguments.steps, warmup=arguments.warmup)
+    result: dict[str, object] = {f"{name}_ms": statistics.median(each) for name, each in times.items()}
+    result |= {
+        "seeds": count,
+        "to_separate": ratio(times["stacked"], times["separate"]),
+        "to_one": ratio(times["stacked"], times["one"]),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else arguments.device,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    print(
+        f"{result['stacked_ms']:.1f} ms for {count} stacked seeds (median of {arguments.steps}, in turns): "
+        f"{result['to_separate']:.2f} of the separate updates' {result['separate_ms']:.1f} ms, {result['to_one']:.2f} times "
+        f"one's {result['one_ms']:.1f} ms"
+    )
     return result
 
 
@@ -481,6 +528,9 @@ def main() -> None:
         help="so many updates as one CUDA graph too, in turns (on a CPU without a graph); 10 on a GPU",
     )
     add_jax(verb)
+    verb = verbs.add_parser("seeds", help="stacked seeds against separate updates one after another, and against one")
+    add_sizes(verb)
+    verb.add_argument("--seeds", type=int, default=8, help="how many are stacked")
     verb = verbs.add_parser("roofline", help="floor and time of each part of an update")
     add_sizes(verb)
     verb = verbs.add_parser(
@@ -508,10 +558,16 @@ def main() -> None:
             arguments.updates_per_replay = 10
         if arguments.in_a_row < 1 or (arguments.updates_per_replay or 1) < 1:
             parser.error("--in-a-row and --updates-per-replay must be at least 1")
+    if arguments.verb == "seeds":
+        if arguments.seeds < 1:
+            parser.error(f"--seeds must be at least 1, got {arguments.seeds}")
+        if arguments.compile:
+            parser.error("--compile: stacked losses cannot be compiled")
     keep_freed_memory()  # as `deflow train` does
     torch.manual_seed(0)
     runs = {
         "update": run_update,
+        "seeds": run_seeds,
         "roofline": run_roofline,
         "precision": run_precision,
         "gelu": run_gelu,

@@ -252,6 +252,11 @@ def test_the_wheelhouse_holds_what_the_extras_need_and_not_torch():
     assert {"deflow-torchrl", "torchrl", "tensordict", "numpy", "tqdm"} <= bare
     assert not {"torch", "ogbench", "mujoco", "minari", "typer"} & bare
     assert {"ogbench", "mujoco", "typer", "h5py"} <= needed("ogbench", "cli", "files")
+    with_pytest = "import wheelhouse; print(*wheelhouse.closure(set(), '3.12', ['pytest']))"
+    found = subprocess.run(
+        [sys.executable, "-c", with_pytest], capture_output=True, text=True, check=True, cwd=script.parent
+    )
+    assert set(found.stdout.split()) >= bare | {"pytest", "pluggy"}
     for bad, said in (("--python=3", "takes a version such as 3.12"), ("--extras=clii", "there is no extra clii")):
         arguments = [sys.executable, str(script), "--python=3.12", bad]
         result = subprocess.run(arguments, capture_output=True, text=True, check=False)
@@ -279,15 +284,67 @@ def test_the_latency_of_an_action_is_measured_in_turns(script):
 
 
 def test_stacked_seeds_are_timed_against_separate_updates_in_turns(script):
-    path = SCRIPT.with_name("stacked_seeds.py")
-    tiny = ("--seeds", "2", "--steps", "2", "--warmup", "1", "--hidden-dims", "8", "--batch-size", "8", "--json")
-    result = subprocess.run([sys.executable, str(path), *tiny], capture_output=True, text=True, check=False)
+    result = throughput("seeds", "--seeds", "2")
     assert result.returncode == 0, result.stderr
     measured = json.loads(result.stdout.splitlines()[-1])
     assert measured["seeds"] == 2
     assert all(measured[name] > 0 for name in ("stacked_ms", "separate_ms", "one_ms", "to_separate", "to_one"))
-    code, _, _ = script("stacked_seeds", "--seeds", "0")
+    code, _, _ = script("throughput", "seeds", "--seeds", "0")
     assert code == 2
+
+
+def test_the_gpu_script_runs_to_its_end_on_a_cpu(script, tmp_path):
+    pytest.importorskip("gymnasium", reason="needs the extra ogbench")
+    out = tmp_path / "gpu.json"
+    run = run_script("gpu.py", "--tiny", "--device", "cpu", "--out", str(out))
+    parts = json.loads(out.read_text())["parts"]
+    outcomes = {name: part["status"] for name, part in parts.items()}
+    assert outcomes.pop("jax") == "left out"
+    assert set(outcomes) == {"machine", "updates", "seeds", "pixels", "tests", "run"}
+    assert set(outcomes.values()) == {"done"}, parts
+    for name, kinds in (("updates", 5), ("seeds", 2), ("pixels", 3)):
+        figures = parts[name]["figures"]
+        assert len(figures) == kinds
+        assert all(row["ms"] > 0 for row in figures.values()), figures
+    assert parts["tests"]["figures"]["outcomes"] == {"skipped": 1}, "they need a GPU"
+    curve = parts["run"]["figures"]["curve"]
+    assert curve[-1]["step"] > curve[0]["step"] == 0
+    assert all(row["deflow"] < 0 for row in curve)
+    code, shown, _ = script("gpu", "--show", out)
+    assert code == 0
+    assert shown == run.stdout
+    assert "| updates | graph, TF32 | " in shown
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_part_of_the_gpu_script_that_fails_or_hangs_keeps_its_figures(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    gpu = importlib.import_module("gpu")
+
+    def fails(task, emit):
+        emit("one", 1)
+        raise RuntimeError("no such kernel")
+
+    def dies(task, emit):
+        emit("one", 1)
+        os.kill(os.getpid(), signal.SIGKILL)  # as a system that is out of memory
+
+    def hangs(task, emit):
+        emit("one", 1)
+        subprocess.run(["sleep", "60"], check=False)
+
+    for work, seconds, status, said in (
+        (fails, 20, "failed", "RuntimeError: no such kernel"),
+        (dies, 20, "failed", "exit code -9"),
+        (hangs, 0.5, "cut off after 0.5 s", "exit code -9"),
+    ):
+        kept = []
+        task = gpu.Task(gpu.TINY, "cpu", seconds, None, "")
+        found = gpu.run_part(gpu.Part(work, seconds), task, "fork", lambda found, kept=kept: kept.append(dict(found)))
+        assert (found["status"], found["error"]) == (status, said)
+        assert found["seconds"] < 20
+        assert found["figures"] == {"one": 1}
+        assert kept[-1]["figures"] == {"one": 1}, "kept when it was known"
 
 
 def test_evaluation_in_a_batch_is_timed_against_a_loop_with_the_same_results(script):

@@ -404,6 +404,7 @@ def test_every_global_generator_goes_on_where_it_was(tmp_path):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_generators_of_a_gpu_go_on_where_they_were(tmp_path):
     path = save_checkpoint(tmp_path, 1, {"generators": capture_generators()})
     expected = torch.rand(3, device="cuda").tolist()

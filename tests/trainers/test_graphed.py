@@ -270,6 +270,7 @@ def test_a_learning_rate_that_is_changed_in_mid_training_acts(as_tensor):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_a_learning_rate_that_is_changed_after_a_graph_was_captured_acts(as_tensor):
     eager = train_with_another_rate("cuda", graphed=None, as_tensor=as_tensor)

@@ -202,13 +202,13 @@ def colours_of(labels: Sequence[str], order: Sequence[str]) -> dict[str, Any]:
 
     Args:
         labels: of the figure; those not in ``order`` are sorted by the setting that the scale shows.
-        order: labels with a colour of their own, at most ten.
+        order: labels with a colour of their own, at most twenty.
     """
     from matplotlib import colormaps
 
-    scale = colormaps["YlOrRd"]
+    scale, own = colormaps["YlOrRd"], colormaps["tab10" if len(order) <= 10 else "tab20"]
     others = [label for label in labels if label not in order]
-    colours: dict[str, Any] = {label: f"C{order.index(label)}" for label in labels if label in order}
+    colours: dict[str, Any] = {label: own(order.index(label) % own.N) for label in labels if label in order}
     return colours | {label: scale(0.3 + 0.7 * place / max(len(others) - 1, 1)) for place, label in enumerate(others)}
 
 

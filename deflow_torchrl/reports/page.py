@@ -26,7 +26,7 @@ from deflow_torchrl.reports.figures import (
     draw_outcomes,
 )
 from deflow_torchrl.reports.grids import Grid
-from deflow_torchrl.reports.paper import method_order, paper_grids, paper_methods, paper_runtime, task_order
+from deflow_torchrl.reports.paper import paper_grids, paper_methods, paper_runtime, table_methods, task_order
 from deflow_torchrl.reports.records import METRICS
 from deflow_torchrl.reports.runs import FinishedRun, find_runs, flat_settings, standard_error
 from deflow_torchrl.reports.statistics import stratified_bootstrap
@@ -148,7 +148,7 @@ def summarize_runs(folders: Sequence[Path], *, label: str | None = None, last: i
         sorted({run.task for run in usual if run.online == online}, key=task_order) for online in (False, True)
     )
     titles = {column_name(run.record["algo"]) for run in runs}
-    flow_critics = bool(titles & (set(method_order()) - set(paper_methods())))
+    flow_critics = bool(titles & (set(table_methods("flow_critics")) - set(paper_methods())))
     copied = paper_grids(offline, online, ablation=len(usual) < len(runs), flow_critics=flow_critics)
     copied += [paper_runtime()] if copied else []
     commits = sorted({run.record["git_commit"] or "no checkout" for run in runs})
@@ -244,7 +244,7 @@ def draw_curves(runs: Sequence[FinishedRun]) -> list[tuple[str, bytes]]:
         for title, labels in figures.items():
             curves = {label: points for column, label in labels.items() if (points := learning_curve(columns[column]))}
             if curves:
-                colours = _colours(curves)
+                colours = _colours(curves, runs)
                 png = draw_outcomes(curves, metric=first.record["metric"], colours=colours, boundary=boundary)
                 drawn.append((title, png))
     return drawn
@@ -283,7 +283,7 @@ def _draw_trust_region(runs: Sequence[FinishedRun]) -> list[tuple[str, list[tupl
         # Methods without a trust region are not in the legend.
         named = {label: set(itertools.chain(*itertools.chain(*own))) for label, own in rows.items()}
         rows = {label: rows[label] for label, names in named.items() if any(panel.name in names for panel in compared)}
-        pictures = [(panel, draw_diagnostic_of_runs(panel, rows, colours=_colours(rows))) for panel in compared]
+        pictures = [(panel, draw_diagnostic_of_runs(panel, rows, colours=_colours(rows, runs))) for panel in compared]
         if panels := [(panel, png) for panel, png in pictures if png is not None]:
             drawn.append((name, panels))
     return drawn
@@ -298,8 +298,9 @@ def _by_task(runs: Sequence[FinishedRun]) -> dict[str, dict[str, list[FinishedRu
     return groups
 
 
-def _colours(labels: Mapping[str, Any]) -> dict[str, Any]:
-    return colours_of(list(labels), [column_name(algo) for algo in sorted(ALGORITHMS, key=column_order, reverse=True)])
+def _colours(labels: Mapping[str, Any], runs: Sequence[FinishedRun]) -> dict[str, Any]:
+    methods = sorted({run.record["algo"] for run in runs}, key=column_order)
+    return colours_of(list(labels), [column_name(algo) for algo in methods])
 
 
 def _card_title(run: FinishedRun) -> str:

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""The paper's printed results, read from ``paper_tables.json``: copied figures, marked as copied wherever they are shown."""
+"""Printed results of the paper and of QAM's authors, from ``paper_tables.json``: marked as copied wherever they are shown."""
 
 from __future__ import annotations
 
@@ -15,12 +15,17 @@ from deflow_torchrl.errors import InputError
 from deflow_torchrl.reports.grids import Entry, Grid, grid_row, make_grid
 from deflow_torchrl.tasks import PaperTask, paper_task, paper_tasks
 
+_FURTHER = ("offline_to_online", "flow_critics")
+_EARLIER, _LATER = ("flow BC",), ("FEdit", "QAM", "QAM-E", "QAM-F", "TRQAM", "DSRL", "FAN")
 _PHASES = {"offline_training": "offline update", "online_training": "online update", "inference": "one action"}
 
 
 @functools.cache
 def paper_tables() -> Mapping[str, Any]:
-    """The data file: Tables 1 (``offline_families``), 2 (``offline_to_online``), 3, 4, 5 and 7 (``offline``)."""
+    """The data file: Tables 1 (``offline_families``), 2 (``offline_to_online``), 3 (``flow_critics``), 4, 5 and 7 (``offline``).
+
+    ``qam_authors`` are results that QAM's authors published, under a protocol of their own.
+    """
     return json.loads(resources.files(__package__).joinpath("paper_tables.json").read_text(encoding="utf-8"))
 
 
@@ -73,14 +78,27 @@ def paper_methods() -> list[str]:
     return list(next(iter(paper_tables()["offline_families"].values())))
 
 
-def method_order() -> list[str]:
-    """:func:`paper_methods` with those of Table 3 alone, each behind the method that it changes."""
+def table_methods(table: str) -> list[str]:
+    """The methods of one of :func:`paper_tables`, by title, in its order.
+
+    Examples:
+        >>> table_methods("flow_critics")
+        ['FQL', 'floq', 'DeFlow', 'DeFlow + floq']
+    """
+    return list(dict.fromkeys(name for cells in paper_tables()[table].values() for name in cells))
+
+
+@functools.cache
+def method_order() -> tuple[str, ...]:
+    """All methods by title, in the one order of every table: flow BC, the paper's in the order of its tables, the later ones.
+
+    The order of Tables 1 and 7, with those that Tables 2 and 3 alone have behind the method that they follow there.
+    """
     order = paper_methods()
-    columns = list(next(iter(paper_tables()["flow_critics"].values())))
-    for before, title in itertools.pairwise(columns):
+    for before, title in itertools.chain(*(itertools.pairwise(table_methods(name)) for name in _FURTHER)):
         if title not in order:
             order.insert(order.index(before) + 1, title)
-    return order
+    return (*_EARLIER, *order, *_LATER)
 
 
 def paper_means(task: str, *, online: bool) -> dict[str, float]:
@@ -92,7 +110,7 @@ def paper_means(task: str, *, online: bool) -> dict[str, float]:
 def paper_grids(
     tasks: Sequence[str], online_tasks: Sequence[str], *, ablation: bool, flow_critics: bool = False
 ) -> list[Grid]:
-    """The paper's figures for these tasks, each table of its own.
+    """The paper's figures for these tasks, and those of QAM's authors for their families, each table of its own.
 
     Args:
         tasks: tasks trained offline.
@@ -126,6 +144,9 @@ def paper_grids(
             for task, cells in tables["alpha_ablation"].items()
         ]
         grids.append(_grid("paper_ablation", rows))
+    domains = {family: tables["qam_authors"].get(family) for family in map(family_of, (*tasks, *online_tasks))}
+    if rows := [(family, "five tasks", "average", cells) for family, cells in domains.items() if cells]:
+        grids.append(_grid("paper_qam", rows))
     return grids
 
 
@@ -140,6 +161,7 @@ def paper_runtime() -> Grid:
 
 def _grid(kind: str, rows: Sequence[tuple[str, str, str, Mapping[str, Any]]]) -> Grid:
     columns = list(dict.fromkeys(name for *_, cells in rows for name in cells))
+    columns.sort(key=lambda name: method_order().index(name) if name in method_order() else -1)
     lines = [
         grid_row(family, task, *(_cell(cells.get(name)) for name in columns), kind=row_kind)
         for family, task, row_kind, cells in rows

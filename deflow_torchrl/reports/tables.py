@@ -190,13 +190,13 @@ def column_settings(column: str) -> str:
 
 
 def column_order(column: str) -> tuple[Any, ...]:
-    """Sort key of columns: by the paper's order of methods, with DeFlow last; variants by their settings.
+    """Sort key of columns: by :func:`.paper.method_order`; variants by their settings.
 
-    Methods that are not in the paper's tables come first, names that this version does not know last.
+    Methods of other packages come behind these, names that this version does not know last.
     """
-    algo, papers = column.split(" ", maxsplit=1)[0], method_order()
+    algo, order = column.split(" ", maxsplit=1)[0], method_order()
     title = column_name(algo)
-    place = len(papers) if algo not in ALGORITHMS else papers.index(title) if title in papers else -1
+    place = order.index(title) if title in order else len(order) + (algo not in ALGORITHMS)
     return (place, algo, natural(column))
 
 

@@ -10,13 +10,16 @@ import pytest
 
 pytest.importorskip("jsonschema", reason="needs the extra reports")
 
+from deflow_torchrl.algorithms.registry import ALGORITHMS
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.reports.paper import (
     averaged_evaluations,
     family_of,
     find_paper_task,
+    method_order,
     paper_grids,
     paper_tables,
+    table_methods,
     task_order,
 )
 from deflow_torchrl.reports.runs import find_runs, score_of
@@ -337,6 +340,53 @@ def test_the_papers_table_of_flow_critics_is_shown_beside_runs_of_them_in_its_or
         "deflow",
         "deflow_floq",
     ]
+
+
+def test_columns_have_one_order_which_is_that_of_each_of_the_papers_tables():
+    tables = {
+        "offline_families": "BC IQL ReBRAC IDQL SRPO CAC FAWAC FBRAC IFQL FQL DeFlow",
+        "offline_to_online": "IQL ReBRAC Cal-QL RLPD IFQL FQL DeFlow",
+        "flow_critics": "FQL floq DeFlow DeFlow+floq",
+        "qam_authors": "ReBRAC FAWAC FBRAC IFQL FQL FEdit QAM QAM-E QAM-F DSRL",
+    }
+    for table, titles in tables.items():
+        expected = [title.replace("+", " + ") for title in titles.split()]
+        assert table_methods(table) == expected
+        assert [title for title in method_order() if title in expected] == expected
+    assert method_order()[0] == "flow BC"
+    assert method_order()[-7:] == ("FEdit", "QAM", "QAM-E", "QAM-F", "TRQAM", "DSRL", "FAN")
+    assert {ALGORITHMS[name].title for name in ALGORITHMS} <= set(method_order())
+    columns = sorted(
+        ["nobodys", "fan", "qam (edit_scale=0.1)", "qam", "deflow", "calql", "flow_bc", "iql"], key=column_order
+    )
+    assert columns == ["flow_bc", "iql", "calql", "deflow", "qam", "qam (edit_scale=0.1)", "fan", "nobodys"]
+
+
+def test_copied_columns_stand_in_this_order_whatever_the_first_row_lacks():
+    (grid,) = paper_grids(["visual-cube-single-play-singletask-task1-v0", CUBE2], [], ablation=False)
+    assert grid.headers[2:] == tuple(table_methods("offline_families"))
+
+
+def test_results_of_qams_authors_are_a_table_of_their_own_that_says_its_protocol():
+    scene, triple = "scene-play-singletask-task1-v0", "cube-triple-play-singletask-task2-v0"
+    *_, grid = paper_grids([scene, scene.replace("task1", "task2")], [triple], ablation=False)
+    assert grid.title == "Copied from QAM's authors, under a protocol of their own"
+    for part in ("Not comparable", "12 seeds", "chunks of 5", "sparse rewards", "scene and puzzle", "10 critics"):
+        assert part in grid.caption
+    assert grid.copied
+    assert [[entry.text for entry in row.entries[:2]] for row in grid.rows] == [
+        ["scene-play", "five tasks"],
+        ["cube-triple-play", "five tasks"],
+    ]
+    assert texts(grid, "QAM-E")["five tasks"].text == "4.5±2 → 79.2±0.6"
+
+
+def test_the_results_of_qams_authors_are_theirs():
+    ours, rows = paper_tables()["qam_authors"], rows_of("extra_qam_results.csv")
+    assert sum(map(len, ours.values())) == len(rows)
+    for row in rows:
+        expected = [float(row[f"{phase}_{what}"]) for phase in ("off", "on") for what in ("mean", "std")]
+        assert ours[row["task"]][row["method"]] == expected
 
 
 def test_the_flow_critics_are_table_threes():

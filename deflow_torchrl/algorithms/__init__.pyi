@@ -21,6 +21,8 @@ from .ifql import IFQLConfig as IFQLConfig
 from .iql import IQLConfig as IQLConfig
 from .panels import Panel as Panel
 from .qam import QAMConfig as QAMConfig
+from .qam_e import QAMEConfig as QAMEConfig
+from .qam_f import QAMFConfig as QAMFConfig
 from .rebrac import ReBRACConfig as ReBRACConfig
 from .registry import ALGORITHMS as ALGORITHMS
 from .registry import get_algorithm as get_algorithm

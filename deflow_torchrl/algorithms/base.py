@@ -22,11 +22,12 @@ from deflow_torchrl.algorithms.settings import BootstrapConfig, CandidatesConfig
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.modules.best_of_n import BestOfNPolicy
 from deflow_torchrl.modules.critics import CriticEnsemble, EncodedCritics
-from deflow_torchrl.modules.diffusion import DiffusionPolicy, NoiseNetwork
+from deflow_torchrl.modules.diffusion import ContinuousNoiseNetwork, DiffusionPolicy, NoiseNetwork, Schedule
 from deflow_torchrl.modules.encoders import ImpalaEncoder, JoinedEncoder, make_encoder
 from deflow_torchrl.modules.flow import FlowMatchingPolicy
 from deflow_torchrl.modules.flow_critic import FlowCritic, FlowCriticEnsemble, make_flow_critic_network
 from deflow_torchrl.modules.networks import (
+    MakeMLP,
     make_one_step_network,
     make_qvalue_networks,
     make_value_network,
@@ -59,6 +60,9 @@ class ProblemSpec:
         normalizer: of all observations together, ``[O]``; each part has a copy; None leaves them as they are.
         encoder: name of the encoder of pictures (:func:`~deflow_torchrl.modules.make_encoder`); each part has one of its own.
         reward_range: smallest and largest reward of a step in the data; None where nothing is known.
+        reward_moments: mean and standard deviation of the data's rewards; None where nothing is known.
+        chunk: steps h of an action, whose A numbers are those of all steps.
+        num_updates: updates of the run, over which a method may move a learning rate or a schedule.
 
     Raises:
         InputError: if an observation is neither a vector nor a picture, pictures come with a normaliser, or neither widths nor
@@ -77,6 +81,9 @@ class ProblemSpec:
     normalizer: ObservationNormalizer | None = None
     encoder: str = "impala_small"
     reward_range: tuple[float, float] | None = None
+    reward_moments: tuple[float, float] | None = None
+    chunk: int = 1
+    num_updates: int = 1_000_000
 
     def __post_init__(self) -> None:
         observation, action = self.observation_spec, self.action_spec
@@ -154,21 +161,25 @@ class ProblemSpec:
         )
         return self.encoded(flow)
 
-    def diffusion_policy(self, num_steps: int, *, dropout: float) -> TensorDictModule:
-        """A diffusion policy over IDQL's noise network."""
+    def diffusion_policy(self, num_steps: int, *, dropout: float, schedule: Schedule = "ddpm") -> TensorDictModule:
+        """A diffusion policy over IDQL's noise network, in continuous time over that of SRPO's authors."""
         observation_dim, action_dim, _ = self.sizes
-        network = NoiseNetwork(observation_dim, action_dim, dropout=dropout)
+        kind = NoiseNetwork if schedule == "ddpm" else ContinuousNoiseNetwork
+        network = kind(observation_dim, action_dim, dropout=dropout)
         keys = (self.state_key, "noise")
-        return self.encoded(DiffusionPolicy(network, action_dim, num_steps, in_keys=keys, **self.bounds))
+        return self.encoded(
+            DiffusionPolicy(network, action_dim, num_steps, schedule=schedule, in_keys=keys, **self.bounds)
+        )
 
-    def value_network(self) -> TensorDictModule:
-        """The critics' network without an action: V(s)."""
-        return self.encoded(make_value_network(self.sizes[0], self.hidden_dims, observation_key=self.state_key))
+    def value_network(self, mlp: MakeMLP | None = None) -> TensorDictModule:
+        """The critics' network without an action, V(s), or another one."""
+        key = self.state_key
+        return self.encoded(make_value_network(self.sizes[0], self.hidden_dims, observation_key=key, mlp=mlp))
 
-    def critics(self, number: int = 2) -> list[TensorDictModule] | CriticEnsemble:
-        """The paper's twin critics, or more of them; an encoder before them is the ensemble's."""
+    def critics(self, number: int = 2, *, mlp: MakeMLP | None = None) -> list[TensorDictModule] | CriticEnsemble:
+        """The paper's twin critics, more of them, or other networks; an encoder before them is the ensemble's."""
         return self.encoded_critics(
-            make_qvalue_networks(*self.sizes, num_qvalue_nets=number, observation_key=self.state_key)
+            make_qvalue_networks(*self.sizes, num_qvalue_nets=number, observation_key=self.state_key, mlp=mlp)
         )
 
     def encoded_critics(self, critics: Sequence[TensorDictModule]) -> list[TensorDictModule] | CriticEnsemble:
@@ -308,6 +319,7 @@ class Stage:
         begin: updates before the first that has the stage.
         end: updates after which it is left out; never where None.
         copies: name of a network -> name of the network whose weights it gets before the stage's first update.
+        rows: it reads so many rows of the batch, the first; all of them where None.
     """
 
     terms: Sequence[str] = ()
@@ -316,6 +328,7 @@ class Stage:
     begin: int = 0
     end: int | None = None
     copies: Mapping[str, str] = field(default_factory=dict)
+    rows: int | None = None
 
 
 @dataclass
@@ -327,7 +340,7 @@ class Learner:
         policy: the acting policy.
         evaluated_policies: name -> policy, everything worth evaluating at the end of a run.
         param_groups: optimiser groups over the loss's parameters, in the form of ``torch.optim.Adam``. A group's
-            ``cosine_steps`` N lets its learning rate fall to 0 along a half cosine over N updates.
+            ``cosine_steps`` N lets its learning rate fall to 0 along a half cosine over N updates, after ``cosine_begin`` ones.
         target_updater: moves target networks before the optimiser step (of the last stage); None where there are none, or
             the stages move them.
         prior: the part that writes the base action, which :meth:`~deflow_torchrl.trainers.UpdateStep.freeze_prior` fixes; None
@@ -345,6 +358,7 @@ class Learner:
             in its trajectory, the transition's own at the trajectory's end.
         returns: the loss reads ``mc_return``: buffers are to deliver returns to go, whose trajectories end like this
             (:class:`~deflow_torchrl.data.returns.ReturnsToGo`).
+        online: coefficients of the loss, by name, that have other values in the online phase.
     """
 
     loss: LossModule
@@ -362,6 +376,7 @@ class Learner:
     after_update: Callable[[TensorDictBase], None] | None = None
     next_action: bool = False
     returns: Literal["last_reward", "cut"] | None = None
+    online: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def online_policy(self) -> TensorDictModuleBase:
@@ -386,6 +401,7 @@ def learner_with_critics(
     policy: TensorDictModuleBase,
     *,
     evaluated_policies: Mapping[str, TensorDictModuleBase] | None = None,
+    optimizer_groups: Mapping[str, Mapping[str, Any]] | None = None,
     **more: Any,
 ) -> Learner:
     """What every method with critics ends in: the discount, one Adam over all parameters, and targets that move softly.
@@ -398,6 +414,7 @@ def learner_with_critics(
 
     Keyword Args:
         evaluated_policies: as of :class:`Learner`; the acting policy under the method's name by default.
+        optimizer_groups: network or parameter of the loss, by name -> options of an optimiser group of its own.
         more: further fields of :class:`Learner`; where its stages move the targets, nothing else does.
     """
     gamma = given(config.gamma, problem.gamma)
@@ -408,10 +425,22 @@ def learner_with_critics(
         loss=loss,
         policy=policy,
         evaluated_policies={config.name: policy} if evaluated_policies is None else evaluated_policies,
-        param_groups=[{"params": trainable(loss), "lr": config.lr}],
+        param_groups=_groups(loss, config.lr, optimizer_groups or {}),
         target_updater=None if staged else updater,
         **more,
     )
+
+
+def _groups(loss: LossModule, lr: float, own: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One optimiser group of all parameters, but for those that have options of their own."""
+    groups: list[dict[str, Any]] = []
+    for name, options in own.items():
+        part = getattr(loss, name)
+        params = [part] if isinstance(part, Tensor) else trainable(part)
+        groups.append({"params": params, "lr": lr, **options})
+    taken = {id(parameter) for group in groups for parameter in group["params"]}
+    rest = [parameter for parameter in trainable(loss) if id(parameter) not in taken]
+    return [{"params": rest, "lr": lr}, *groups]
 
 
 def best_of_n_learner(

@@ -50,11 +50,11 @@ def build_dsrl(config: DSRLConfig, problem: ProblemSpec) -> Learner:
     loss = DSRLLoss(
         flow,
         latent,
-        problem.critics(config.num_critics),
-        problem.critics(config.num_critics),
+        problem.critics(config.settled("num_critics")),
+        problem.critics(config.settled("num_critics")),
         noise_scale=noise_scale,
         best_of_n=config.best_of_n,
-        pessimism=config.pessimism,
+        pessimism=config.settled("pessimism"),
         target_entropy=config.target_entropy,
     )
     policy = SteeredFlowPolicy(flow, latent, noise_scale=noise_scale, flow_params=loss.target_flow_policy_params)

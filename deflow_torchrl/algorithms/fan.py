@@ -6,19 +6,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, cast
 
-from deflow_torchrl.algorithms.settings import Algorithm, CriticConfig, Need, given, needed
+from deflow_torchrl.algorithms.settings import Algorithm, FootedConfig, Need, given, needed
 
 if TYPE_CHECKING:
     from deflow_torchrl.algorithms.base import Learner, ProblemSpec
 
 
 @dataclass
-class FANConfig(CriticConfig):
+class FANConfig(FootedConfig):
     """Settings of FAN, ``algo.<name>=...``; ``q_aggregation`` is that of the marginal critics in the target.
 
     Attributes:
         alpha: weight of the actor's anchor; the task's where None.
         critic_alpha: weight of the anchor in the target; the task's where None.
+        alpha_online: ``alpha`` in the online phase; the task's where None, as before without one.
+        critic_alpha_online: the same of ``critic_alpha``.
         expectile: of the marginal critics' regression.
         normalize_q_loss: scale each of the actor's value terms by 1 / mean|.|.
     """
@@ -26,13 +28,15 @@ class FANConfig(CriticConfig):
     name: str = "fan"
     alpha: float | None = None
     critic_alpha: float | None = None
+    alpha_online: float | None = None
+    critic_alpha_online: float | None = None
     expectile: float = 0.9
     normalize_q_loss: bool = False
 
     def check(self, need: Need) -> None:
         """As :meth:`MethodConfig.check`."""
         super().check(need)
-        for name in ("alpha", "critic_alpha"):
+        for name in ("alpha", "critic_alpha", "alpha_online", "critic_alpha_online"):
             value = getattr(self, name)
             need(value is None or value >= 0, f"algo.{name}", value, "a number >= 0")
         need(0 < self.expectile < 1, "algo.expectile", self.expectile, "a number between 0 and 1")
@@ -63,7 +67,9 @@ def build_fan(config: FANConfig, problem: ProblemSpec) -> Learner:
         marginal_aggregation=cast("Literal['mean', 'min']", given(config.q_aggregation, problem.q_aggregation)),
         normalize_q_loss=config.normalize_q_loss,
     )
-    return learner_with_critics(config, problem, loss, actor)
+    online = {"alpha": config.alpha_online, "critic_alpha": config.critic_alpha_online}
+    online = {name: value for name, value in online.items() if value is not None}
+    return learner_with_critics(config, problem, loss, actor, online=online)
 
 
 ALGORITHM = Algorithm(name="fan", title="FAN", config=FANConfig, build=build_fan)

@@ -46,10 +46,10 @@ def build_fedit(config: FEditConfig, problem: ProblemSpec) -> Learner:
     loss = FEditLoss(
         flow,
         edit,
-        problem.critics(config.num_critics),
+        problem.critics(config.settled("num_critics")),
         edit_scale=edit_scale,
         best_of_n=config.best_of_n,
-        pessimism=config.pessimism,
+        pessimism=config.settled("pessimism"),
         target_entropy=config.target_entropy,
     )
     policy = EditedFlowPolicy(flow, edit, edit_scale=edit_scale)

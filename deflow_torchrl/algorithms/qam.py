@@ -16,13 +16,14 @@ if TYPE_CHECKING:
 class QAMConfig(CandidatesConfig):
     """Settings of QAM, ``algo.<name>=...``.
 
-    With an ``edit_scale`` it is QAM-E, with a ``distillation_coef`` QAM-F; they exclude each other.
+    With an ``edit_scale`` it is QAM-E, with a ``distillation_coef`` QAM-F; they exclude each other. ``qam_e`` and ``qam_f`` are
+    these with the values that were published for each task.
 
     Attributes:
         inverse_temperature: tau, the weight of Q; the task's where None.
         clip_adjoint: Q's gradient passes through the actions' bounds.
-        edit_scale: c, the largest edit of an action dimension; no edit where None.
-        distillation_coef: weight of the one-step policy's distillation; no such policy where None.
+        edit_scale: c, the largest edit of an action dimension; no edit where None or 0.
+        distillation_coef: weight of the one-step policy's distillation; no such policy where None or 0.
     """
 
     name: str = "qam"
@@ -37,7 +38,7 @@ class QAMConfig(CandidatesConfig):
         for name in ("inverse_temperature", "edit_scale", "distillation_coef"):
             value = getattr(self, name)
             need(value is None or value >= 0, f"algo.{name}", value, "a number >= 0")
-        both = self.edit_scale is not None and self.distillation_coef is not None
+        both = bool(self.edit_scale) and bool(self.distillation_coef)
         need(not both, "algo.distillation_coef", self.distillation_coef, "null where there is an edit_scale")
 
 
@@ -54,10 +55,10 @@ def build_qam(config: QAMConfig, problem: ProblemSpec) -> Learner:
     temperature = needed(config.inverse_temperature, "inverse_temperature")
     more: dict[str, Any] = {}
     flow, tuned = (problem.flow_policy(config.flow_steps) for _ in range(2))
-    critics = problem.critics(config.num_critics)
-    if config.edit_scale is not None:
+    critics = problem.critics(config.settled("num_critics"))
+    if config.edit_scale:
         more |= {"edit_policy": problem.edit_policy(), "edit_scale": config.edit_scale}
-    if config.distillation_coef is not None:
+    if config.distillation_coef:
         more |= {"one_step_policy": one_step_policy(problem), "distillation_coef": config.distillation_coef}
     loss = QAMLoss(
         flow,
@@ -65,12 +66,12 @@ def build_qam(config: QAMConfig, problem: ProblemSpec) -> Learner:
         critics,
         inverse_temperature=temperature,
         best_of_n=config.best_of_n,
-        pessimism=config.pessimism,
+        pessimism=config.settled("pessimism"),
         clip_adjoint=config.clip_adjoint,
         **more,
     )
     stages = (Stage(max_grad_norm=1.0),)
-    if config.edit_scale is not None:
+    if config.edit_scale:
         policy = EditedFlowPolicy(
             flow if temperature == 0 else tuned, more["edit_policy"], edit_scale=config.edit_scale
         )

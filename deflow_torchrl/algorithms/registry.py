@@ -26,6 +26,8 @@ _NAMES = (
     "ifql",
     "iql",
     "qam",
+    "qam_e",
+    "qam_f",
     "rebrac",
     "rlpd",
     "srpo",

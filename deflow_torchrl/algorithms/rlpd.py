@@ -6,15 +6,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from deflow_torchrl.algorithms.settings import Algorithm, CriticConfig
+from deflow_torchrl.algorithms.settings import Algorithm, FootedConfig
 
 if TYPE_CHECKING:
     from deflow_torchrl.algorithms.base import Learner, ProblemSpec
 
 
 @dataclass
-class RLPDConfig(CriticConfig):
-    """Settings of RLPD, ``algo.<name>=...``.
+class RLPDConfig(FootedConfig):
+    """Settings of RLPD, ``algo.<name>=...``; both footings are that of FQL's comparison.
 
     Attributes:
         q_aggregation: ``min`` or ``mean`` over the target critics; ``min`` where None, as FQL's code on every task.

@@ -22,6 +22,10 @@ Need: TypeAlias = Callable[[bool, str, Any, str], None]
 PRESETS = ("paper", "released")
 """What ``preset=`` chooses between: what the paper prints, and what its authors' code does."""
 
+FOOTINGS = ("common", "original")
+"""What ``algo.footing=`` chooses between: the family's steps, batches, networks and optimiser, by which all methods here are
+compared, or those of the method's own publication."""
+
 UPDATE_PRECISIONS = ("highest", "high", "medium")
 PRECISIONS = (*UPDATE_PRECISIONS, "bfloat16")
 
@@ -36,18 +40,26 @@ class MethodConfig:
         prior_settings: settings that the base actions of a frozen prior depend on.
         alternatives: settings of which a task of the paper has one; :func:`one_of` says which.
         choices: settings, None by default, whose value is the preset's: name -> preset, None for no preset, -> value.
+        common: settings, None by default, whose value is the footing's: name -> value in the common one.
     """
 
     prior_settings: ClassVar[tuple[str, ...]] = ()
     alternatives: ClassVar[tuple[str, ...]] = ()
     choices: ClassVar[Mapping[str, Mapping[str | None, Any]]] = {}
+    common: ClassVar[Mapping[str, Any]] = {}
 
     name: str = "???"
     lr: float = 3e-4
 
+    def settled(self, name: str) -> Any:
+        """A setting of :attr:`common`, or its value there where it is None."""
+        return given(getattr(self, name), self.common[name])
+
     def check(self, need: Need) -> None:
         """Raise :class:`InputError`, by ``need``, on a setting out of range."""
         need(self.lr > 0, "algo.lr", self.lr, "a positive number")
+        footing = getattr(self, "footing", "common")
+        need(footing in FOOTINGS, "algo.footing", footing, " or ".join(FOOTINGS))
 
 
 @dataclass
@@ -89,27 +101,30 @@ class CriticConfig(BootstrapConfig):
 class CandidatesConfig(BootstrapConfig):
     """Settings of the methods of QAM's code base, which can take the best of several actions.
 
-    The defaults are DeFlow's footing: two critics without pessimism. The published runs have ``num_critics=10``,
-    ``pessimism=0.5`` (0 on humanoidmaze) and chunks of 5 actions in manipulation.
-
     Attributes:
-        num_critics: J.
-        pessimism: rho of mean - rho std over the target critics.
+        footing: ``common`` or ``original``, see :data:`FOOTINGS`.
+        num_critics: J; the footing's where None: 2, in the original 10.
+        pessimism: rho of mean - rho std over the target critics; the footing's where None: 0, in the original 0.5 (0 on
+            humanoidmaze).
         best_of_n: candidates N of an action, in targets, evaluation and online.
         flow_steps: Euler steps M of the flow.
     """
 
-    num_critics: int = 2
-    pessimism: float = 0.0
+    common: ClassVar[Mapping[str, Any]] = {"num_critics": 2, "pessimism": 0.0}
+
+    footing: str = "common"
+    num_critics: int | None = None
+    pessimism: float | None = None
     best_of_n: int = 1
     flow_steps: int = 10
 
     def check(self, need: Need) -> None:
         """As :meth:`MethodConfig.check`."""
         super().check(need)
-        need(self.pessimism >= 0, "algo.pessimism", self.pessimism, "a number >= 0")
+        need(self.pessimism is None or self.pessimism >= 0, "algo.pessimism", self.pessimism, "a number >= 0")
         for name in ("num_critics", "best_of_n", "flow_steps"):
-            need(getattr(self, name) >= 1, f"algo.{name}", getattr(self, name), "at least 1")
+            value = getattr(self, name)
+            need(value is None or value >= 1, f"algo.{name}", value, "at least 1")
 
 
 @dataclass
@@ -117,21 +132,15 @@ class FootedConfig(CriticConfig):
     """Settings of methods that were published with budgets and networks of their own.
 
     Attributes:
-        footing: ``common``: the family's steps, batches, networks and optimiser, by which all methods here are compared. Those of
-            the method's own publication are not built.
+        footing: ``common`` or ``original``, see :data:`FOOTINGS`.
     """
 
     footing: str = "common"
 
-    def check(self, need: Need) -> None:
-        """As :meth:`MethodConfig.check`."""
-        super().check(need)
-        need(
-            self.footing == "common",
-            "algo.footing",
-            self.footing,
-            "common; published budgets and networks are not built",
-        )
+    @property
+    def is_original(self) -> bool:
+        """Whether networks and optimiser are those of the method's own publication."""
+        return self.footing == "original"
 
 
 @dataclass
@@ -248,6 +257,11 @@ def one_of(config: MethodConfig) -> str:
         found = f"only one of them can have a value: give either {options}" if names else f"give {options}"
         raise InputError(f"{found}; this task names none" if not names else found)
     return names[0]
+
+
+def check_expectile(need: Need, value: float | None) -> None:
+    """An expectile lies between 0 and 1; None is the footing's."""
+    need(value is None or 0 < value < 1, "algo.expectile", value, "a number between 0 and 1")
 
 
 def check_positive(need: Need, config: MethodConfig, *names: str, optional: bool = True) -> None:

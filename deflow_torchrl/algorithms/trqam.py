@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from deflow_torchrl.algorithms.settings import Algorithm, CandidatesConfig, Need, check_positive
+from deflow_torchrl.algorithms.settings import Algorithm, CandidatesConfig, Need, check_positive, given
 
 if TYPE_CHECKING:
     from tensordict import TensorDictBase
@@ -20,24 +21,31 @@ class TRQAMConfig(CandidatesConfig):
 
     Attributes:
         kl_budget: path KL for each step of an action sequence.
-        horizon: length of the action sequences, as ``chunk``.
+        kl_budget_online: the same in the online phase; as before where None.
+        horizon: length of the action sequences; the run's ``chunk`` where None.
         lambda_scale: factor of the multiplier in the loss.
         clip_adjoint: Q's gradient passes through the actions' bounds.
-        cloning_steps: updates that clone the flow alone, before the tuned flow starts from it; 300000 in the published runs.
+        cloning_steps: updates that clone the flow alone, before the tuned flow starts from it; the footing's where None: 0, in
+            the original 300000.
     """
+
+    common: ClassVar[Mapping[str, Any]] = {**CandidatesConfig.common, "cloning_steps": 0}
 
     name: str = "trqam"
     kl_budget: float = 1.0
-    horizon: int = 1
+    kl_budget_online: float | None = None
+    horizon: int | None = None
     lambda_scale: float = 3.0
     clip_adjoint: bool = True
-    cloning_steps: int = 0
+    cloning_steps: int | None = None
 
     def check(self, need: Need) -> None:
         """As :meth:`MethodConfig.check`."""
         super().check(need)
-        check_positive(need, self, "kl_budget", "horizon", "lambda_scale", optional=False)
-        need(self.cloning_steps >= 0, "algo.cloning_steps", self.cloning_steps, "at least 0")
+        check_positive(need, self, "kl_budget", "lambda_scale", optional=False)
+        check_positive(need, self, "kl_budget_online", "horizon")
+        cloning = self.cloning_steps
+        need(cloning is None or cloning >= 0, "algo.cloning_steps", cloning, "at least 0")
 
 
 def build_trqam(config: TRQAMConfig, problem: ProblemSpec) -> Learner:
@@ -49,11 +57,11 @@ def build_trqam(config: TRQAMConfig, problem: ProblemSpec) -> Learner:
     loss = TRQAMLoss(
         flow,
         tuned,
-        problem.critics(config.num_critics),
+        problem.critics(config.settled("num_critics")),
         kl_budget=config.kl_budget,
-        horizon=config.horizon,
+        horizon=given(config.horizon, problem.chunk),
         best_of_n=config.best_of_n,
-        pessimism=config.pessimism,
+        pessimism=config.settled("pessimism"),
         lambda_scale=config.lambda_scale,
         clip_adjoint=config.clip_adjoint,
     )
@@ -63,13 +71,16 @@ def build_trqam(config: TRQAMConfig, problem: ProblemSpec) -> Learner:
             loss.update_trust_region(out["path_kl"])
 
     stages = [Stage(max_grad_norm=1.0)]
-    if config.cloning_steps:
+    if cloning := config.settled("cloning_steps"):
         cloned = {"actor_network": "flow_policy", "target_flow_policy": "flow_policy"}
         stages = [
-            Stage(terms=("loss_flow",), end=config.cloning_steps, max_grad_norm=1.0),
-            Stage(begin=config.cloning_steps, copies=cloned, max_grad_norm=1.0),
+            Stage(terms=("loss_flow",), end=cloning, max_grad_norm=1.0),
+            Stage(begin=cloning, copies=cloned, max_grad_norm=1.0),
         ]
-    return best_of_n_learner(config, problem, loss, tuned, stages=tuple(stages), after_update=after_update)
+    online = {} if config.kl_budget_online is None else {"kl_budget": config.kl_budget_online}
+    return best_of_n_learner(
+        config, problem, loss, tuned, stages=tuple(stages), after_update=after_update, online=online
+    )
 
 
 ALGORITHM = Algorithm(name="trqam", title="TRQAM", config=TRQAMConfig, build=build_trqam)

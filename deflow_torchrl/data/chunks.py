@@ -14,7 +14,7 @@ The chunk that starts at step t has
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -25,6 +25,8 @@ from deflow_torchrl.errors import InputError
 
 if TYPE_CHECKING:
     from deflow_torchrl.data.dataset import TransitionDataset
+
+Ends = Literal["whole", "valid", "valid_row"]
 
 
 class ChunkedDataset(Transitions):
@@ -42,13 +44,11 @@ class ChunkedDataset(Transitions):
         InputError: on an option out of range, or a chunk longer than every trajectory.
     """
 
-    def __init__(
-        self, base: TransitionDataset, length: int, *, gamma: float = 0.99, ends: Literal["whole", "valid"] = "whole"
-    ) -> None:
+    def __init__(self, base: TransitionDataset, length: int, *, gamma: float = 0.99, ends: Ends = "whole") -> None:
         if not isinstance(length, int) or isinstance(length, bool) or length < 1:
             raise InputError(f"a chunk of {length!r} steps is none; give a positive number of steps")
-        if ends not in ("whole", "valid"):
-            raise InputError(f"ends={ends!r} is unknown; there are whole and valid")
+        if ends not in get_args(Ends):
+            raise InputError(f"ends={ends!r} is unknown; there are whole and valid, and valid_row")
         if not 0.0 <= gamma <= 1.0:
             raise InputError(f"gamma={gamma!r} does not lie between 0 and 1")
         longest = int(base.episode_lengths.max())
@@ -58,7 +58,7 @@ class ChunkedDataset(Transitions):
             )
         self.base = base
         self.length, self.gamma, self.ends = length, gamma, ends
-        # "valid" takes the whole set for one trajectory, as the authors' sampling does.
+        # "valid" and "valid_row" take the whole set for one trajectory, as the authors' sampling does.
         lengths = base.episode_lengths if ends == "whole" else base.episode_lengths.sum().unsqueeze(0)
         self._bounds = torch.nn.functional.pad((lengths - (length - 1)).clamp(min=0).cumsum(0), (1, 0))
         self._number = int(self._bounds[-1])
@@ -105,11 +105,12 @@ class ChunkedDataset(Transitions):
         return Rows(frames, action.unsqueeze(0), reward.unsqueeze(0), flags)
 
     def extras(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
-        """``steps_to_next_obs`` int64 ``[n, 1]`` and, with ``ends="valid"``, ``valid`` float32 ``[n, h]``."""
+        """``steps_to_next_obs`` int64 ``[n, 1]`` and, but for whole chunks, ``valid`` float32 ``[n, h]``, of rows ``[n, 1]``."""
         entries = {"steps_to_next_obs": torch.full((len(rows), 1), self.length, device=self.device)}
-        if self.ends == "valid":
+        if self.ends != "whole":
             ended = self.base.is_last(self.starts(rows).unsqueeze(1) + self._offsets[:-1]).cumsum(1) > 0
-            entries["valid"] = torch.nn.functional.pad((~ended).float(), (1, 0), value=1.0)
+            valid = torch.nn.functional.pad((~ended).float(), (1, 0), value=1.0)
+            entries["valid"] = valid if self.ends == "valid" else valid[:, -1:]
         return entries
 
     def next_actions(self, rows: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from torchrl.data.replay_buffers.writers import ImmutableDatasetWriter
 from deflow_torchrl.data.assembly import fill_from_arrays
 from deflow_torchrl.data.builder import ColumnBuilder
 from deflow_torchrl.data.checks import Jump, ValidationReport, validate
-from deflow_torchrl.data.chunks import ChunkedDataset
+from deflow_torchrl.data.chunks import ChunkedDataset, Ends
 from deflow_torchrl.data.columns import POSITIONAL_READS, RowFile, map_column, release_pages
 from deflow_torchrl.data.packed import Entries, unpack
 from deflow_torchrl.data.schema import Rows
@@ -100,6 +100,7 @@ class TransitionDataset(Transitions):
             if folder is not None and POSITIONAL_READS
             else {}
         )
+        self._in_memory: frozenset[str] = frozenset()
         self._bounds = torch.cat([episode_starts, episode_starts.new_tensor([len(action)])])
         self._first_frames = episode_starts + torch.arange(len(episode_starts), device=episode_starts.device)
 
@@ -211,7 +212,7 @@ class TransitionDataset(Transitions):
             name: ``observation``, ``action``, ``reward`` or ``terminated``.
             rows: int64 of any shape; of ``observation`` the numbers of frames.
         """
-        if self._files:
+        if name in self._files:
             return self._files[name].read(rows)
         column: torch.Tensor = getattr(self, name)
         return column.index_select(0, rows.reshape(-1)).view(
@@ -244,7 +245,32 @@ class TransitionDataset(Transitions):
         other.__dict__.update(self.__dict__, frame_stack=frame_stack)
         return other
 
-    def chunked(self, length: int, *, gamma: float = 0.99, ends: Literal["whole", "valid"] = "whole") -> ChunkedDataset:
+    def with_rewards(self, reward: torch.Tensor, *, about: dict[str, Any] | None = None) -> TransitionDataset:
+        """Give the same transitions with other rewards; nothing else is copied.
+
+        Args:
+            reward: ``[N]`` float32 on the set's device, kept in memory.
+
+        Keyword Args:
+            about: further facts about the set.
+
+        Raises:
+            InputError: if there are not as many rewards as transitions.
+        """
+        if reward.shape != self.reward.shape:
+            raise InputError(f"{len(self)} rewards are needed, got {list(reward.shape)}")
+        other = TransitionDataset.__new__(TransitionDataset)
+        other.__dict__.update(self.__dict__, about={**self.about, **(about or {})})
+        other._keep_in_memory({"reward": reward})
+        return other
+
+    def _keep_in_memory(self, columns: dict[str, torch.Tensor]) -> None:
+        """Replace columns, those of a mapped set by tensors in memory."""
+        self.__dict__.update(columns)
+        self._in_memory = frozenset(columns)
+        self._files = {name: file for name, file in self._files.items() if name not in columns}
+
+    def chunked(self, length: int, *, gamma: float = 0.99, ends: Ends = "whole") -> ChunkedDataset:
         """Give chunks of ``length`` actions as single transitions, without copying anything: :mod:`deflow_torchrl.data.chunks`.
 
         Args:
@@ -254,7 +280,8 @@ class TransitionDataset(Transitions):
             gamma: discount of one step; that of the losses, which see gamma^h through ``steps_to_next_obs``.
             ends: ``"whole"``: a chunk starts wherever its h steps lie inside one trajectory. ``"valid"``: it starts at every
                 row that h - 1 rows follow, also across trajectories' ends, as Q-chunking's authors sample; ``valid`` ``[h]``
-                is then 1 for the first step and until a trajectory has ended, else 0.
+                is then 1 for the first step and until a trajectory has ended, else 0. ``"valid_row"``: the same starts, and
+                ``valid`` ``[1]`` of the last step, as QAM's authors mask whole chunks.
 
         Raises:
             InputError: on an option out of range, or a chunk longer than every trajectory.
@@ -314,8 +341,9 @@ class TransitionDataset(Transitions):
 
     def release(self) -> None:
         """Give the pages of memory-mapped columns back to the system's cache."""
-        for _, column in self._columns():
-            release_pages(column, self.folder)
+        for name, column in self._columns():
+            if name not in self._in_memory:  # its pages would be lost
+                release_pages(column, self.folder)
 
     def states(self) -> torch.Tensor:
         """Copy s of every transition, ``[N, ...]``; ``dataset[:]`` copies s' as well."""
@@ -388,7 +416,8 @@ class TransitionDataset(Transitions):
         """Pickle a mapped set as the name of its folder."""
         if self.folder is None:
             return self.__dict__
-        return {"folder": self.folder, "about": self.about, "frame_stack": self.frame_stack}
+        in_memory = {name: getattr(self, name) for name in self._in_memory}
+        return {"folder": self.folder, "about": self.about, "frame_stack": self.frame_stack, "in_memory": in_memory}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """See :meth:`__getstate__`.
@@ -397,11 +426,15 @@ class TransitionDataset(Transitions):
             InputError: where the folder holds another set by now.
         """
         about, folder, frame_stack = state["about"], state["folder"], state["frame_stack"]
-        if folder is not None:
-            state = self.load(folder).__dict__
-            if state["about"].get("fingerprint") != about.get("fingerprint"):
-                raise InputError(f"{folder} holds another set than it did; start again")
-        self.__dict__.update({**state, "about": about, "frame_stack": frame_stack})
+        if folder is None:
+            self.__dict__.update(state)
+            return
+        loaded = self.load(folder).__dict__
+        if loaded["about"].get("fingerprint") != about.get("fingerprint"):
+            raise InputError(f"{folder} holds another set than it did; start again")
+        self.__dict__.update({**loaded, "about": about, "frame_stack": frame_stack})
+        if state["in_memory"]:
+            self._keep_in_memory(state["in_memory"])
 
     def __repr__(self) -> str:
         where = f"mapped from {self.folder}" if self.folder else f"on {self.device}"

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 _MAKERS = {
     "gym": "deflow_torchrl.envs.factory:make_registered_env",
     "minari": "deflow_torchrl.sources.minari_env:make_rescaled_minari_env",
+    "sparse": "deflow_torchrl.envs.wrappers:make_sparse_env",
 }
 """Prefix of a name -> function that makes its environment from the rest of the name, imported on use."""
 
@@ -80,7 +81,8 @@ def make_gym_env(task: str, *, chunk: int = 1, frame_stack: int = 1, **kwargs: A
             (:func:`deflow_torchrl.envs.make_minari_env`), or ``gym:ID`` for any environment registered with gymnasium
             (as ``gymnasium.make`` reads it, ``module:ID`` included; those of ``gymnasium_robotics`` are; finite action
             bounds are mapped to [-1, 1]; a ``Dict`` of pictures and vectors is packed, see
-            :class:`deflow_torchrl.envs.wrappers.PackedObservations`).
+            :class:`deflow_torchrl.envs.wrappers.PackedObservations`); ``sparse:NAME`` for an OGBench task with the reward -1
+            until it is solved, then 0.
 
     Keyword Args:
         chunk: h, steps of a chunk: with more than one the environment takes ``[h * A]`` and executes it open loop
@@ -216,6 +218,7 @@ def success_timing(task: str) -> Literal["pre", "post"] | None:
     Raises:
         MissingExtraError: if the task is OGBench's and ``ogbench`` is not installed.
     """
+    task = task.removeprefix("sparse:")
     if ":" in task:
         return None
     import_ogbench()

@@ -90,7 +90,7 @@ class NoiseNetwork(nn.Module):
     ) -> None:
         super().__init__()
         self.observation_dim = observation_dim
-        self.frequencies = nn.Parameter(0.2 * torch.randn(num_frequencies))
+        self.frequencies: Tensor = nn.Parameter(0.2 * torch.randn(num_frequencies))
         self.time = nn.Sequential(nn.Linear(2 * num_frequencies, width), nn.SiLU(), nn.Linear(width, width))
         self.first = nn.Linear(action_dim + observation_dim + width, width)
         self.blocks = nn.ModuleList(
@@ -124,6 +124,51 @@ class NoiseNetwork(nn.Module):
         for block in self.blocks:
             hidden = hidden + block(hidden)
         return self.last(F.silu(hidden))
+
+
+class ContinuousNoiseNetwork(nn.Module):
+    """As :class:`NoiseNetwork` for a time in [0, 1], of SRPO's authors: fixed frequencies, mish, torch's own initialisation.
+
+    Features [sin f, cos f], f = 2 pi t w with 32 fixed w ~ N(0, 30^2), go through Linear, mish, Linear, 128 wide.
+
+    Args:
+        observation_dim: O.
+        action_dim: A.
+
+    Keyword Args:
+        width: of the blocks.
+        dropout: before each block's LayerNorm, in training mode.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, observation_dim: int, action_dim: int, *, width: int = 256, dropout: float = 0.1) -> None:
+        super().__init__()
+        self.observation_dim = observation_dim
+        self.register_buffer("frequencies", 30 * torch.randn(32))
+        self.time = nn.Sequential(nn.Linear(64, 128), nn.Mish(), nn.Linear(128, 128))
+        self.first = nn.Linear(action_dim + observation_dim + 128, width)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.Dropout(dropout),
+                nn.LayerNorm(width),
+                nn.Linear(width, 4 * width),
+                nn.Mish(),
+                nn.Linear(4 * width, width),
+            )
+            for _ in range(3)
+        )
+        self.last = nn.Linear(width, action_dim)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Noise ``[..., A]`` of ``cat([s, x_t, t], -1)``."""
+        observation, x, time = inputs.tensor_split((self.observation_dim, inputs.shape[-1] - 1), -1)
+        phase = 2 * math.pi * time * self.frequencies
+        embedded = self.time(torch.cat([phase.sin(), phase.cos()], -1))
+        hidden = self.first(torch.cat([x, observation, embedded], -1))
+        for block in self.blocks:
+            hidden = hidden + block(hidden)
+        return self.last(F.mish(hidden))
 
 
 class DiffusionModel(StepwiseModel):

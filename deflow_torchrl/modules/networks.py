@@ -7,9 +7,11 @@ a plain ``Linear``; weights are Xavier-uniform and biases zero. Width and depth 
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NoReturn
 
 import torch
 from tensordict import TensorDictBase
@@ -144,6 +146,62 @@ class _XavierLinear(nn.Linear):
         nn.init.zeros_(self.bias)
 
 
+class _InitialisedLinear(nn.Linear):
+    """``nn.Linear`` with weights by a given function and zero biases."""
+
+    def __init__(self, fan_in: int, fan_out: int, initialise: Callable[[Tensor], Any]) -> None:
+        self.initialise = initialise
+        super().__init__(fan_in, fan_out)
+
+    def reset_parameters(self) -> None:
+        self.initialise(self.weight)
+        nn.init.zeros_(self.bias)
+
+
+def make_plain_mlp(
+    in_features: int,
+    out_features: int,
+    hidden_dims: Sequence[int],
+    *,
+    activation: type[nn.Module] = nn.ReLU,
+    init: Literal["xavier", "orthogonal", "torch"] = "xavier",
+    input_norm: bool = False,
+) -> nn.Sequential:
+    """Build an MLP as methods that this package compares with have it in their own code: no LayerNorm between layers.
+
+    Args:
+        in_features: width of the input.
+        out_features: width of the output.
+        hidden_dims: widths of the hidden layers.
+
+    Keyword Args:
+        activation: behind every hidden layer.
+        init: Xavier-uniform; orthogonal of gain sqrt(2), of the last layer 0.01; or torch's own, also of biases, else zero.
+        input_norm: put a ``LayerNorm(eps=1e-6)`` before the first layer.
+
+    Examples:
+        >>> make_plain_mlp(3, 1, (8, 8), input_norm=True)(torch.zeros(5, 3)).shape
+        torch.Size([5, 1])
+    """
+
+    def linear(fan_in: int, fan_out: int, gain: float) -> nn.Module:
+        if init == "torch":
+            return nn.Linear(fan_in, fan_out)
+        if init == "xavier":
+            return _InitialisedLinear(fan_in, fan_out, nn.init.xavier_uniform_)
+        return _InitialisedLinear(fan_in, fan_out, functools.partial(nn.init.orthogonal_, gain=gain))
+
+    layers: list[nn.Module] = [nn.LayerNorm(in_features, eps=kernels.LAYER_NORM_EPS)] if input_norm else []
+    widths = [in_features, *hidden_dims]
+    for fan_in, fan_out in itertools.pairwise(widths):
+        layers += [linear(fan_in, fan_out, math.sqrt(2)), activation()]
+    return nn.Sequential(*layers, linear(widths[-1], out_features, 0.01))
+
+
+MakeMLP = Callable[[int, int, Sequence[int]], nn.Module]
+"""Makes a network from its widths: input, output, hidden layers."""
+
+
 def _calls() -> tuple[object, ...]:
     """Return the functions that a call of an :class:`MLP` runs; other libraries may replace them for a whole class."""
     return (
@@ -263,15 +321,19 @@ def make_policy_network(
     return make_mlp(observation_dim, action_dim, hidden_dims, layer_norm=False, head_gain=0.1)
 
 
+_with_norm = functools.partial(make_mlp, layer_norm=True)
+
+
 def make_value_network(
     observation_dim: int,
     hidden_dims: Sequence[int] = PAPER_HIDDEN_DIMS,
     *,
     observation_key: NestedKey = "observation",
+    mlp: MakeMLP | None = None,
 ) -> TensorDictModule:
-    """V(s), the critics' MLP without an action: reads ``observation_key`` and writes ``state_value [..., 1]``."""
+    """V(s), the critics' MLP, or another, without an action: reads ``observation_key``, writes ``state_value [..., 1]``."""
     return CheckedModule(
-        make_mlp(observation_dim, 1, hidden_dims, layer_norm=True),
+        (mlp or _with_norm)(observation_dim, 1, hidden_dims),
         in_keys=[observation_key],
         out_keys=["state_value"],
     )
@@ -292,15 +354,16 @@ def make_qvalue_networks(
     num_qvalue_nets: int = 2,
     observation_key: NestedKey = "observation",
     action_key: NestedKey = "action",
+    mlp: MakeMLP | None = None,
 ) -> list[TensorDictModule]:
-    """Independent critics, as the list the losses take (a list keeps each critic's own initialisation).
+    """Independent critics, as the list the losses take (a list keeps each critic's own initialisation); ``mlp`` is another net.
 
     Returns:
         ``num_qvalue_nets`` modules reading (``observation_key``, ``action_key``) and writing ``state_action_value [..., 1]``.
     """
     return [
         CheckedModule(
-            StateActionValue(make_mlp(observation_dim + action_dim, 1, hidden_dims, layer_norm=True)),
+            StateActionValue((mlp or _with_norm)(observation_dim + action_dim, 1, hidden_dims)),
             in_keys=[observation_key, action_key],
             out_keys=["state_action_value"],
         )

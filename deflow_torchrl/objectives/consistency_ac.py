@@ -52,6 +52,8 @@ class ConsistencyACLoss(OffPolicyLoss):
         scale_consistency (bool, optional): weight levels by 100 over their distance. Defaults to ``True``.
         num_target_samples (int, optional): next actions of the target. Defaults to ``1``.
         normalize_target (bool, optional): divide y by its standard deviation over the batch + 1e-6. Defaults to ``False``.
+        reward_scale (float, optional): factor of rewards. Defaults to ``1.0``.
+        reward_shift (float, optional): what is added to them then. Defaults to ``0.0``.
         num_qvalue_nets, reduction, deactivate_vmap: see :class:`~deflow_torchrl.objectives.base.OffPolicyLoss`.
 
     Raises:
@@ -88,6 +90,8 @@ class ConsistencyACLoss(OffPolicyLoss):
         scale_consistency: bool = True,
         num_target_samples: int = 1,
         normalize_target: bool = False,
+        reward_scale: float = 1.0,
+        reward_shift: float = 0.0,
         num_qvalue_nets: int = 2,
         reduction: Reduction | None = None,
         deactivate_vmap: bool = False,
@@ -103,6 +107,7 @@ class ConsistencyACLoss(OffPolicyLoss):
         self.scale_consistency = scale_consistency
         self.num_target_samples = num_target_samples
         self.normalize_target = normalize_target
+        self.reward_scale, self.reward_shift = reward_scale, reward_shift
 
     def _required_keys(self, tensordict: TensorDictBase | None = None) -> list[NestedKey]:
         states = [*acting.state_keys(self.actor_network), *self.critics.state_keys]
@@ -140,7 +145,9 @@ class ConsistencyACLoss(OffPolicyLoss):
         with torch.no_grad(), self.target_actor_network_params.to_module(policy, preserve_module_state=False):
             action = acting.act_in_steps(policy, states, noise)
             qvalues = self.critics.values(self._with_action(states, action), target=True)
-            target = self._bootstrap(tensordict, (qvalues.amax(-1) if number > 1 else qvalues).amin(0))
+            reward = next_key(self.tensor_keys.reward)
+            scaled = tensordict.copy().set(reward, self.reward_scale * tensordict[reward] + self.reward_shift)
+            target = self._bootstrap(scaled, (qvalues.amax(-1) if number > 1 else qvalues).amin(0))
             if self.normalize_target:
                 target = target / (target.std() + 1e-6)
         error = self.critics.values(tensordict) - target

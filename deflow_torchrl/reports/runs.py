@@ -24,6 +24,10 @@ _NEUTRAL = frozenset(
      "updates_per_replay", "threads", "eval_workers", "eval_interval", "eval_episodes", "log_interval", "save_interval",
      "logger", "protocol")
 )  # fmt: skip
+# Settings that older records lack: they had these.
+_USUAL = {"reward": "task", "chunk_ends": "whole"}
+# Settings by which a run is never the usual one of its method: every table says so.
+_ALWAYS_SHOWN = frozenset(("footing", "reward"))
 AT = ("end", "offline", "best")
 
 
@@ -203,7 +207,8 @@ def _record_files(folder: Path) -> list[Path]:
 
 def _identity(record: Mapping[str, Any]) -> dict[str, Any]:
     """The settings and data, beside the seed, by which runs of one method and task differ."""
-    settings = {name: value for name, value in record["config"].items() if name not in _NEUTRAL}
+    config = record["config"].items()
+    settings = {name: value for name, value in config if name not in _NEUTRAL and (name, value) not in _USUAL.items()}
     data = record["data"]["sha256"]
     return {**record["variant"], **settings, **({} if data is None else {"data": data[:8]})}
 
@@ -223,7 +228,7 @@ def _columns(records: Sequence[Mapping[str, Any]]) -> list[str]:
     columns = []
     for record, identity in zip(records, identities, strict=True):
         algo = record["algo"]
-        names = telling[record["config"]["online_steps"] > 0, algo] & identity.keys()
+        names = (telling[record["config"]["online_steps"] > 0, algo] | _ALWAYS_SHOWN) & identity.keys()
         settings = ", ".join(f"{name}={as_setting(identity[name])}" for name in sorted(names))
         columns.append(f"{algo} ({settings})" if settings else algo)
     return columns

@@ -57,7 +57,7 @@ class TaskData:
 
 def find_task(config: TrainConfig) -> Task:
     """The task of a run."""
-    return get_task(config.task, environment=config.env)
+    return get_task(config.task, environment=config.env, reward=config.reward)
 
 
 def use_device(config: TrainConfig, device: str | None = None) -> torch.device:
@@ -120,6 +120,9 @@ def build_learner(
         normalizer=normalizer,
         encoder=config.encoder,
         reward_range=None if reward_range is None else (reward_range[0], reward_range[1]),
+        reward_moments=None if data is None else (float(data.reward.mean()), float(data.reward.std())),
+        chunk=config.chunk,
+        num_updates=number_of_updates(config),
     )
     learner = get_algorithm(config.algo.name).build(config.algo, problem)
     if data is not None and "rewards" in data.about and ("next", "reward") in learner.loss.in_keys:
@@ -146,19 +149,26 @@ def _spec(shape: Sequence[int]) -> Unbounded:
     return Unbounded(torch.Size(shape), dtype=torch.uint8 if len(shape) == 3 else torch.float32)
 
 
+def number_of_updates(config: SettledConfig) -> int:
+    """Gradient steps of the whole run."""
+    return config.offline_steps + int(max(config.online_steps - config.warmup_steps, 0) * config.utd)
+
+
 def step_gamma(config: TrainConfig, task: Task) -> float:
     """Discount of one environment step: the method's setting, else the task's."""
     gamma = getattr(config.algo, "gamma", None)
     return task.gamma if gamma is None else gamma
 
 
-def training_set(dataset: TransitionDataset, config: TrainConfig, learner: Learner, gamma: float) -> Transitions:
+def training_set(dataset: TransitionDataset, config: SettledConfig, learner: Learner, gamma: float) -> Transitions:
     """The transitions that are trained on: those of the set, with returns to go if the method reads them, or whole chunks.
 
     Raises:
         InputError: for chunks of a method that reads returns to go.
     """
-    transitions = dataset.chunked(config.chunk, gamma=gamma) if config.chunk > 1 else dataset
+    transitions: Any = dataset
+    if config.chunk > 1:
+        transitions = dataset.chunked(config.chunk, gamma=gamma, ends=cast("Any", config.chunk_ends))
     return transitions if learner.returns is None else with_returns(transitions, gamma=gamma, tail=learner.returns)
 
 
@@ -257,7 +267,7 @@ def _crop(dataset: Transitions, config: TrainConfig) -> RandomCrop | None:
 
 
 def make_union_buffer(
-    dataset: Transitions, config: TrainConfig, learner: Learner, device: torch.device
+    dataset: Transitions, config: SettledConfig, learner: Learner, device: torch.device
 ) -> OfflineOnlineReplayBuffer:
     """A buffer of the data set with room for online experience."""
     capacity = config.online_capacity
@@ -279,7 +289,7 @@ def make_union_buffer(
 
 
 def make_online_phase(
-    config: TrainConfig,
+    config: SettledConfig,
     task: Task,
     learner: Learner,
     buffer: OfflineOnlineReplayBuffer,

@@ -20,7 +20,7 @@ from deflow_torchrl.processes import available_cores
 from deflow_torchrl.progress import progress_bar
 from deflow_torchrl.runs.build import build_learner, find_task, use_device
 from deflow_torchrl.runs.folder import CHECKPOINTS, read_run_settings
-from deflow_torchrl.runs.settings import SettledConfig, TrainConfig, config_from_dict, config_to_dict
+from deflow_torchrl.runs.settings import SettledConfig, config_from_dict, config_to_dict
 from deflow_torchrl.tasks import Task
 from deflow_torchrl.tasks.data import reference_returns
 from deflow_torchrl.trainers import EvaluationResult, Evaluator, UpdateStep
@@ -198,7 +198,7 @@ def evaluate_run(
 
 
 @contextmanager
-def open_evaluator(task: Task, config: TrainConfig, device: torch.device) -> Iterator[Evaluator | None]:
+def open_evaluator(task: Task, config: SettledConfig, device: torch.device) -> Iterator[Evaluator | None]:
     """The evaluator of a task; None where it has no environment."""
     if task.environment is None:
         yield None

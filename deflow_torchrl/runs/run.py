@@ -160,6 +160,13 @@ class Run:
         ):  # a few thousand rows of a set that may not fit into memory
             rows = torch.linspace(0, len(transitions) - 1, min(len(transitions), _DIAGNOSED_TRANSITIONS)).round().long()
             learner.diagnostics.use_data(transitions[rows])
+        updates = build.number_of_updates(config)
+        late = max((stage.begin for stage in learner.stages), default=0)
+        if late >= updates:
+            raise InputError(
+                f"{config.algo.name} has phases, the last of which begins after {late} updates, and the run has {updates}; give "
+                "it more steps, or shorter phases"
+            )
         self.alarms = Alarms(gamma=gamma, reward_bound=reward_bound, rules=get_algorithm(config.algo.name).alarms)
         self.update = UpdateStep(learner, compile_loss=config.compile, precision=config.precision)
 

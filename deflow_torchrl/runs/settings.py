@@ -14,12 +14,21 @@ from deflow_torchrl.algorithms.registry import get_algorithm
 from deflow_torchrl.algorithms.settings import PRESETS, UPDATE_PRECISIONS, needed, one_of
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.paths import file_name
-from deflow_torchrl.tasks import get_task, paper_settings, paper_task, published_settings, usual_protocol
+from deflow_torchrl.tasks import (
+    get_task,
+    original_settings,
+    paper_settings,
+    paper_task,
+    published_settings,
+    usual_protocol,
+)
 
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "preset": (None, *PRESETS),
     "mixing": (None, "uniform", "balanced", "annealed"),
     "overwrite": (None, "online", "fifo"),
+    "reward": (None, "task", "sparse"),
+    "chunk_ends": (None, "whole", "valid", "valid_row"),
     "storage": ("device", "memmap"),
     "normalize": ("none", "standard"),
     "precision": UPDATE_PRECISIONS,
@@ -40,7 +49,8 @@ _OF_PICTURES = {
     "frame_stack": "frame_stack",
 }  # setting -> in the table
 _OF_THE_TASK = (
-    "offline_steps", "overwrite", "hidden_dims", "eval_interval", "eval_episodes", "batch_size", "mixing", *_OF_PICTURES,
+    "offline_steps", "overwrite", "hidden_dims", "eval_interval", "eval_episodes", "batch_size", "mixing", "warmup_steps",
+    "reward", "chunk", "chunk_ends", *_OF_PICTURES,
 )  # fmt: skip
 
 
@@ -62,10 +72,12 @@ class TrainConfig:
         seed: seed of networks, batches and noise.
         seeds: train one run for each of these seeds (``seeds=[0,1,2]``), all at once in one process and offline; each has a run
             folder of its own in ``out``.
+        reward: ``task``, the environment's, or ``sparse``: -1 until the task is solved, then 0, in data and environment; of
+            OGBench's scene and puzzle tasks only. ``task`` where None.
         offline_steps: gradient steps on the data set; the task's where None (1M of tasks outside the paper).
         online_steps: environment steps after them, on the policy's own experience and the data set.
         utd: gradient steps per environment step.
-        warmup_steps: environment steps before the first online gradient step.
+        warmup_steps: environment steps before the first online gradient step; 0 where None.
         mixing: how batches mix data set and experience: ``uniform`` over their union (the paper's), ``balanced`` (a fixed
             share) or ``annealed`` (a share that moves); ``uniform`` where None, or what the method is defined by.
         offline_fraction: ``balanced``: the data set's share of a batch; ``annealed``: ``[START,END]``.
@@ -80,7 +92,10 @@ class TrainConfig:
         max_fault_share: share of online episodes that may fail (an environment that raises or returns NaN).
         batch_size: transitions per gradient step; 256 where None.
         chunk: actions chosen at once and executed open loop (Q-chunking); the transitions are chunks of so many steps, whose
-            rewards are discounted step by step.
+            rewards are discounted step by step; 1 where None.
+        chunk_ends: where chunks of the data start: ``whole``, where all steps lie inside one trajectory; or everywhere, with
+            flags of the steps behind a trajectory's end (``valid``, Q-chunking's), or one flag of the whole chunk (``valid_row``,
+            QAM's). ``whole`` where None.
         hidden_dims: widths of the hidden layers of every network; where None 4 x 512, or the paper's for this method
             on this task.
         normalize: what the networks read: observations as they are (``none``, as the paper), or ``standard``, in units of the
@@ -124,10 +139,11 @@ class TrainConfig:
     protocol: str | None = None
     seed: int = 0
     seeds: list[int] | None = None
+    reward: str | None = None
     offline_steps: int | None = None
     online_steps: int = 0
     utd: float = 1.0
-    warmup_steps: int = 0
+    warmup_steps: int | None = None
     mixing: str | None = None
     offline_fraction: Any = 0.5
     anneal_steps: int | None = None
@@ -139,7 +155,8 @@ class TrainConfig:
     steps_per_collection: int = 1
     max_fault_share: float = 0.1
     batch_size: int | None = None
-    chunk: int = 1
+    chunk: int | None = None
+    chunk_ends: str | None = None
     hidden_dims: list[int] | None = None
     normalize: str = "none"
     encoder: str | None = None
@@ -182,6 +199,10 @@ if TYPE_CHECKING:
         eval_episodes: int
         batch_size: int
         mixing: str
+        warmup_steps: int
+        reward: str
+        chunk: int
+        chunk_ends: str
 
 else:
     SettledConfig = TrainConfig
@@ -242,17 +263,27 @@ def with_run_defaults(config: TrainConfig) -> SettledConfig:
     if pixels is not None:
         values |= {name: pixels[known] for name, known in _OF_PICTURES.items()}
     values |= {"overwrite": "fifo" if config.preset == "released" else "online", "batch_size": 256, "mixing": "uniform"}
+    values |= {"warmup_steps": 0, "reward": "task", "chunk": 1, "chunk_ends": "whole"}
     values |= get_algorithm(config.algo.name).run_settings
+    values |= {name: value for name, value in footing_settings(config).items() if not name.startswith("algo.")}
     return cast("SettledConfig", replace(config, **{name: values[name] for name in missing}))
+
+
+def footing_settings(config: TrainConfig) -> dict[str, Any]:
+    """Settings of the run, and ``algo.NAME`` of the method, that an original footing has on the task."""
+    if getattr(config.algo, "footing", "common") == "common":
+        return {}
+    return original_settings(config.algo.name, config.task, vars(config.algo))
 
 
 def method_values(config: TrainConfig) -> dict[str, Any]:
     """Values that the task and the preset give to settings of the run's method."""
-    task = get_task(config.task, environment=config.env)
+    task = get_task(config.task, environment=config.env, reward=config.reward)
     # Every task has these, in the paper or not.
     values: dict[str, Any] = {
         "gamma": task.gamma, "q_aggregation": task.q_aggregation, "target_divergence": task.target_divergence,
     }  # fmt: skip
+    values |= config.algo.common
     for row in (paper_task(config.task), paper_task(config.task, "offline_to_online") if config.online_steps else None):
         if row is not None:
             values |= row.hyperparameters.get(config.algo.name, {})
@@ -260,6 +291,10 @@ def method_values(config: TrainConfig) -> dict[str, Any]:
             if config.preset == "released":
                 values |= {name: value for name, value in row.released.items() if name in values}
     values |= {key: choice[config.preset] for key, choice in config.algo.choices.items()}
+    prefix = "algo."
+    values |= {
+        name.removeprefix(prefix): value for name, value in footing_settings(config).items() if name.startswith(prefix)
+    }
     return values
 
 

@@ -20,6 +20,7 @@ from deflow_torchrl.runs.settings import (
     TrainConfig,
     config_from_dict,
     config_to_dict,
+    footing_settings,
     setting_names,
     with_task_defaults,
 )
@@ -337,6 +338,12 @@ def _reader(variant: Variant, settings: Sequence[str], protocol: Any) -> Callabl
     base = TrainConfig(algo=get_algorithm(variant.method).config())
     method_settings = setting_names(type(base.algo))
     given = read_overrides([*settings, *(f"algo.{text}" for text in variant.settings)], base)
+    footing = given.get("algo.footing", "common")
+    if footing != "common" and protocol is not None and not protocol.comparable:
+        raise InputError(
+            f"algo.footing={footing} of {variant.method} has steps, batches and networks of its own, and protocol="
+            f"{protocol.name} others; take protocol=paper, or none"
+        )
     if given.get("data_root") is not None:
         given["data_root"] = str(Path(given["data_root"]).expanduser().absolute())
 
@@ -349,10 +356,14 @@ def _reader(variant: Variant, settings: Sequence[str], protocol: Any) -> Callabl
         if protocol is not None and not given.keys() & fixed.keys():
             values["protocol"] = protocol.name  # a run that overrides a setting of the protocol does not follow it
         known = paper_task(task, "offline_to_online") if online else None
-        if known is not None and not values["online_steps"]:
+        untold = known is not None and not values["online_steps"]
+        if known is not None and untold:
             values["online_steps"] = known.online_steps
         put(values, given)
-        return with_task_defaults(config_from_dict(values))
+        config = config_from_dict(values)
+        if untold and "online_steps" not in given:
+            config = replace(config, online_steps=footing_settings(config).get("online_steps", config.online_steps))
+        return with_task_defaults(config)
 
     return config_of
 

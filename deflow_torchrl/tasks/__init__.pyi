@@ -3,6 +3,7 @@
 from .paper import PaperTask as PaperTask
 from .paper import families as families
 from .paper import family_groups as family_groups
+from .paper import original_settings as original_settings
 from .paper import paper_settings as paper_settings
 from .paper import paper_task as paper_task
 from .paper import paper_tasks as paper_tasks

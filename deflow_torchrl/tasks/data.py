@@ -47,7 +47,11 @@ def load_task_data(
         MissingExtraError: if the source's extra is not installed.
     """
     kept: dict[str, Any] = {"memmap_dir": cache_home() / "prepared"} if memmap else {"device": device}
-    return get_source(task.source).load(task.dataset, split=split, root=root, download=download, **kept)
+    dataset = get_source(task.source).load(task.dataset, split=split, root=root, download=download, **kept)
+    if dataset is None or task.reward == "task":
+        return dataset
+    sparse = -(dataset.reward != 0).to(dataset.reward.dtype)
+    return dataset.with_rewards(sparse, about={"reward": f"{task.reward}: {task.reward_meaning}"})
 
 
 def load_any(

@@ -158,7 +158,31 @@ def published_settings(method: str, task: PaperTask, *, online: bool = False) ->
     table = read_table("published.json")
     values: dict[str, Any] = {}
     for setting in SETTINGS[: 1 + online]:
-        values |= table[setting].get(method, {}).get(task.family, {})
+        of_method = table[setting].get(method, {})
+        values |= {**of_method.get(task.family, {}), **of_method.get(task.name, {})}
+    return values
+
+
+def original_settings(method: str, name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``algo.footing=original`` changes: settings of ``deflow train``, those of the method as ``algo.NAME``.
+
+    Args:
+        method: name of the method.
+        name: of the task.
+        given: settings of the method, of which some decide about others.
+
+    Examples:
+        >>> original_settings("fan", "cube-double-play-singletask-v0", {})
+        {'algo.gamma': 0.995}
+    """
+    task, row = get_task(name), paper_task(name)
+    of_task = {"domains": task.domain, "families": row and row.family, "tasks": row and row.name}
+    values: dict[str, Any] = {}
+    for entry in read_table("footings.json")["original"]:
+        matches = all(value in entry[kind] for kind, value in of_task.items() if kind in entry)
+        chosen = all(given.get(key) == value for key, value in entry.get("when", {}).items())
+        if method in entry["methods"] and matches and chosen:
+            values |= entry["settings"]
     return values
 
 

@@ -34,6 +34,8 @@ class Task:
         number: number of an OGBench task; that of the environment's default task if the name has none.
         default_number: number of its environment's default task; ``None`` for other tasks.
         images: whether observations are known to be uint8 images ``[H, W, C]`` instead of states.
+        sparse_rewards: whether rewards may be made sparse: -1 until the task is solved, then 0.
+        reward: ``task``, the environment's rewards, or ``sparse``.
         published: name of the published set, if several tasks share it; ``None`` if it is ``dataset``.
     """
 
@@ -51,6 +53,8 @@ class Task:
     number: int | None = None
     default_number: int | None = None
     images: bool = False
+    sparse_rewards: bool = False
+    reward: str = "task"
     published: str | None = None
 
     @property
@@ -64,7 +68,7 @@ class Task:
         return self.source, self.data_name, self.number or self.environment
 
 
-def get_task(name: str, *, environment: str | None = None) -> Task:
+def get_task(name: str, *, environment: str | None = None, reward: str | None = None) -> Task:
     """Look a task up.
 
     Args:
@@ -75,10 +79,21 @@ def get_task(name: str, *, environment: str | None = None) -> Task:
     Keyword Args:
         environment: environment for evaluation, for sources without a fixed one (``file:``, ``minari:``): a gymnasium id, an
             OGBench single-task name, or ``none``. By default a Minari set's own environment, and none for files.
+        reward: ``sparse`` for sparse rewards, in data and environment; the environment's where None or ``task``.
 
     Raises:
-        InputError: on an unknown name or prefix, with the nearest ones.
+        InputError: on an unknown name or prefix, with the nearest ones, and on sparse rewards of a task that has none.
     """
+    task = _find_task(name, environment)
+    if reward != "sparse":
+        return task
+    if not task.sparse_rewards:
+        raise InputError(f"reward=sparse is of OGBench's scene and puzzle tasks, and {name} is none; leave reward=task")
+    meaning = read_table("ogbench.json")["reward_meaning"]["sparse"]
+    return replace(task, reward="sparse", environment=f"sparse:{task.environment}", reward_meaning=meaning)
+
+
+def _find_task(name: str, environment: str | None) -> Task:
     prefix, rest = split_name(name)
     source = None if prefix is None else get_source(prefix)
     if environment is not None and (source is None or source.fixed_environment):
@@ -124,6 +139,7 @@ def _ogbench_tasks() -> Mapping[str, Task]:
                         number=number or default,
                         default_number=default,
                         images=group.get("images", False),
+                        sparse_rewards=group.get("sparse_rewards", False),
                         published=f"{environment}-{data}-v0",
                     )
     return tasks

@@ -296,6 +296,8 @@ class Trainer(TrainingLoop):
         if self.online is not None and not self.online.begun and self.schedule.is_online(self.step + 1):
             self.graphed = None  # frees the memory of its graphs
             self.online.begin(self.update)
+            for name, value in self.update.learner.online.items():
+                setattr(self.update.learner.loss, name, value)
 
     def _close(self) -> None:
         if self.online is not None:

@@ -77,7 +77,7 @@ class Update(ABC):
         return results
 
     def _train_stage(self, stage: Stage, batch: TensorDictBase, *, last: bool) -> TensorDictBase:
-        out = self._compute_losses(batch, tuple(stage.terms))
+        out = self._compute_losses(batch if stage.rows is None else batch[..., : stage.rows], tuple(stage.terms))
         self.optimizer.zero_grad()
         self._total({name: out[name] for name in self._names if name in out}).backward()
         if stage.max_grad_norm is not None:
@@ -88,8 +88,8 @@ class Update(ABC):
             self._move_targets()
         for group in self.optimizer.param_groups:
             if "cosine_steps" in group:
-                progress = (self._count - 1) / group["cosine_steps"]
-                group["lr"].copy_(group["initial_lr"] * (1 + torch.cos(math.pi * progress.clamp(max=1))) / 2)
+                progress = (self._count - 1 - group.get("cosine_begin", 0)) / group["cosine_steps"]
+                group["lr"].copy_(group["initial_lr"] * (1 + torch.cos(math.pi * progress.clamp(0, 1))) / 2)
         self._step_optimizer()
         for target in stage.targets:
             self._follow(*self._pairs_of(target.name), target.rate, target.period, target.first)

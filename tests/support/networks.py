@@ -26,6 +26,8 @@ NEEDED = {  # what a method's settings leave to the task or the user
     "fan": {"alpha": 10.0, "critic_alpha": 0.1},
     "fedit": {"edit_scale": 0.2},
     "qam": {"inverse_temperature": 3.0},
+    "qam_e": {"inverse_temperature": 3.0, "edit_scale": 0.1},
+    "qam_f": {"inverse_temperature": 3.0, "distillation_coef": 10.0},
     "floq": {"alpha": 10.0},
     "fql": {"alpha": 10.0},
     "fbrac": {"alpha": 10.0},
@@ -146,7 +148,7 @@ def add_draws(batch, name):
         for key in (("next", "noise"), "cql_noise", ("next", "cql_noise")):
             batch[key] = normal(2)
         batch["cql_random_action"] = normal(2).tanh()
-    elif name in ("dsrl", "fedit", "qam", "trqam"):
+    elif name in ("dsrl", "fedit", "qam", "qam_e", "qam_f", "trqam"):
         batch["sde_noise"], batch["latent_noise"] = normal(10), normal()
         batch["edit_noise"], batch["next", "edit_noise"] = normal(), normal(1)
         batch["next", "noise"] = normal(1)

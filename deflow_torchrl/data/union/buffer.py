@@ -62,7 +62,7 @@ class OfflineOnlineReplayBuffer(TensorDictReplayBuffer):
     checked instead of promoted, and both sides are on one device.
 
     Args:
-        offline: a :class:`TransitionDataset`, its whole chunks (online transitions are such chunks then) or a
+        offline: a :class:`TransitionDataset`, its chunks (online transitions are whole ones then) or a
             :class:`TransitionReplayBuffer` of these, never copied unless ``device`` says so; any
             TorchRL replay buffer or data set, read once through its transforms; or a TensorDict ``[N]`` or ``[B, T]`` in TED.
 
@@ -454,8 +454,10 @@ class OfflineOnlineReplayBuffer(TensorDictReplayBuffer):
 def _offline_rows(offline: Any, device: torch.device | str | None) -> tuple[ColumnRows | Transitions, torch.device]:
     if isinstance(offline, TransitionReplayBuffer) and not len(offline.transform):
         offline = offline.dataset
-    if isinstance(offline, ChunkedDataset) and offline.ends != "whole":
-        raise InputError(f"chunks with ends={offline.ends!r} cannot be joined with experience; take ends='whole'")
+    if isinstance(offline, ChunkedDataset) and offline.ends == "valid":
+        raise InputError(
+            f"chunks with ends={offline.ends!r} cannot be joined with experience; take ends='whole' or 'valid_row'"
+        )
     if isinstance(offline, Transitions):
         if device is not None and not _is_on(offline.device, torch.device(device)):
             offline = offline.to(device)

@@ -235,6 +235,8 @@ class UnionStorage(Storage):
         if self.returns is not None and self.written:
             known = self.returns.values.index_select(0, self._slots(rows))
             entries["mc_return"] = torch.where(self.is_online(rows).unsqueeze(1), known, entries["mc_return"])
+        if "valid" in entries and self.written:  # experience is whole chunks
+            entries["valid"] = torch.where(self.is_online(rows).unsqueeze(1), 1.0, entries["valid"])
         return found.tensordict(device=self.device, next_action=next_action, about=entries)
 
     def _next_actions(self, rows: torch.Tensor, found: Rows) -> torch.Tensor:

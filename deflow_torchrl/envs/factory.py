@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _MAKERS = {
     "gym": "deflow_torchrl.envs.factory:make_registered_env",
     "minari": "deflow_torchrl.sources.minari_env:make_rescaled_minari_env",
-    "sparse": "deflow_torchrl.envs.wrappers:make_sparse_env",
+    "sparse": "deflow_torchrl.envs.sparse:make_sparse_env",
 }
 """Prefix of a name -> function that makes its environment from the rest of the name, imported on use."""
 

@@ -9,8 +9,6 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from deflow_torchrl.envs.factory import make_env_by_id
-from deflow_torchrl.envs.names import parse_ogbench_name
 from deflow_torchrl.envs.observations import ObservationLayout, flatten_observation
 from deflow_torchrl.open_loop import OpenLoop
 
@@ -57,19 +55,6 @@ class EndAtSuccess(gymnasium.Wrapper):
         """Step the environment."""
         observation, reward, terminated, truncated, info = self.env.step(action)
         return observation, float(reward), bool(terminated or _success(info)), truncated, info
-
-
-class SparseReward(gymnasium.RewardWrapper):
-    """Reward -1 where the environment's is not 0, else 0."""
-
-    def reward(self, reward: Any) -> float:
-        """Make one reward sparse."""
-        return -float(reward != 0)
-
-
-def make_sparse_env(task: str, **kwargs: Any) -> gymnasium.Env:
-    """Make the environment of an OGBench task, with sparse rewards."""
-    return SparseReward(make_env_by_id(parse_ogbench_name(task).environment_id, **kwargs))
 
 
 class StackedFrames(gymnasium.ObservationWrapper):

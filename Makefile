@@ -19,7 +19,7 @@ export GOMP_SPINCOUNT ?= 1000
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test lint bench wheelhouse clean
+.PHONY: help install demo test lint docs bench wheelhouse clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -45,6 +45,9 @@ lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(STAMP) ## build the docs site into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 bench: $(STAMP) ## how long an update takes: ratios now, against the stored ones
 	$(BIN)/python benchmarks/throughput.py bench
 
@@ -52,4 +55,4 @@ wheelhouse: $(STAMP) ## wheels for a machine without a registry, besides torch: 
 	$(BIN)/python .ci/wheelhouse.py --python $(WHEELS_FOR) --extras $(EXTRAS) --also $(ALSO)
 
 clean: ## remove the environment and caches (never data or runs)
-	rm -rf $(VENV) *.egg-info build .mypy_cache .ruff_cache
+	rm -rf $(VENV) *.egg-info build site .mypy_cache .ruff_cache

@@ -1,5 +1,6 @@
 """The pages of docs/: what they name exists, and what exists is named."""
 
+import importlib
 import re
 from pathlib import Path
 
@@ -67,3 +68,18 @@ def test_a_methods_page_has_command_equations_differences_and_what_was_not_check
     named = re.findall(r"`(tests/\S+\.py)`", section(text, "Reproduced and not checked"))
     assert all((ROOT / path).is_file() for path in named)
     assert f"({page}.md)" in (METHODS / "index.md").read_text()
+
+
+def test_the_reference_has_every_public_name():
+    named = set()
+    for page in (ROOT / "docs" / "reference").glob("*.md"):
+        for path, members in re.findall(
+            r"^::: (\S+)\n    options:\n      members:((?:\n        - \w+)+)", page.read_text(), re.MULTILINE
+        ):
+            module = importlib.import_module(path)
+            for name in re.findall(r"- (\w+)", members):
+                assert hasattr(module, name), f"{page.name}: {path}.{name}"
+                named.add(name)
+    rooms = ["", *(f".{room}" for room in ("modules", "objectives", "data", "algorithms", "trainers", "sources"))]
+    public = {name for room in rooms for name in importlib.import_module(f"deflow_torchrl{room}").__all__}
+    assert public - named - {"register", "__version__"} == set()

@@ -14,11 +14,9 @@ from tests.support.updates import PROBLEM
 
 ROOT = Path(__file__).parents[1]
 METHODS = ROOT / "docs" / "methods"
-VARIANTS = {
-    "calql": [{}, {"target_gap": None, "alpha": 5.0}],
-    "qam": [{}, {"edit_scale": 0.1}, {"distillation_coef": 3.0}],
-}
-TOGETHER = {"deflow_floq": "floq", "flow_bc": "bc", "trqam": "qam"}  # method -> the page that has it beside another
+VARIANTS = {"calql": [{}, {"target_gap": None, "alpha": 5.0}]}
+# method -> the page that has it beside another
+TOGETHER = {"deflow_floq": "floq", "flow_bc": "bc", "trqam": "qam", "qam_e": "qam", "qam_f": "qam"}
 PAGES = {
     page: [name for name in ALGORITHMS if TOGETHER.get(name, name) == page] for page in {*ALGORITHMS} - {*TOGETHER}
 }

@@ -41,6 +41,10 @@ def arrays_with(line, *options, **changes):
     return Bad(line, {**arrays(), **changes}, options)
 
 
+def padded_with(line, *options, **changes):
+    return arrays_with(line, *options, **{k: v.reshape(2, 6, *v.shape[1:]) for k, v in arrays().items()} | changes)
+
+
 def command(line, *arguments):
     return Bad(line, command=arguments)
 
@@ -95,6 +99,20 @@ TABLE = {
     ),
     "padded without a word": Bad(
         "keep the valid rows.*--padded", {k: v.reshape(2, 6, *v.shape[1:]) for k, v in arrays().items()}
+    ),
+    "bounds that are no numbers": arrays_with(
+        "action_low and action_high are no numbers.*--action-bounds", action_low=np.array("x"), action_high=np.array("y")
+    ),
+    "bounds of two dimensions": arrays_with(
+        r"action bounds of shape \(1, 2\) and \(1, 2\).*give a number", action_low=-np.ones((1, 2)), action_high=np.ones((1, 2))
+    ),
+    "a mask of one value": padded_with(r"mask has shape \(\), actions \(2, 6, 2\)", mask=np.array(1.0)),
+    "a mask of two numbers a step": padded_with(
+        r"mask has shape \(2, 6, 2\), expected one number a step", mask=np.ones((2, 6, 2))
+    ),
+    "NaN in a mask": padded_with("mask has values that are no numbers", mask=np.full((2, 6), np.nan)),
+    "terminals of two numbers a step": padded_with(
+        r"terminals has shape \(2, 6, 2\), expected one number a step", "--padded", terminals=np.ones((2, 6, 2))
     ),
     # options of an import
     "mapping to a missing field": Bad("has no rewards; name the column", without("rewards"), ("--ends", "file")),

@@ -27,6 +27,7 @@ class CheckedSteps(gymnasium.Wrapper):
 
     A number may come in any type and any shape that holds one number: ``info["success"]``, where it is there, the reward,
     ``terminated`` and ``truncated``. Observations are cast as the data are, and copied: some simulators overwrite their arrays.
+    NaN in the final observation of a terminated episode, which nobody reads, becomes 0.
 
     OGBench's scenes reset themselves wherever they are asked for their observation space. It is therefore asked for once, and
     neither when the environment is made nor by its steps.
@@ -37,7 +38,7 @@ class CheckedSteps(gymnasium.Wrapper):
     Raises:
         StepError: by ``reset`` and ``step``, on an observation of another shape than the one before, or a value that is no
             number.
-        FloatingPointError: by ``reset`` and ``step``, on NaN or infinity in observation or reward.
+        FloatingPointError: by ``reset`` and ``step``, on other NaN or infinity in observation or reward.
     """
 
     def __init__(self, env: gymnasium.Env) -> None:
@@ -73,12 +74,13 @@ class CheckedSteps(gymnasium.Wrapper):
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """Step the environment."""
         observation, reward, terminated, truncated, info = self.env.step(action)
-        observation, number = self._checked(observation), _number("the reward", reward)
+        ended = _flag("terminated", terminated)
+        observation, number = self._checked(observation, unused=ended), _number("the reward", reward)
         if not np.isfinite(number):
             raise FloatingPointError(f"the reward is {number}")
-        return observation, number, _flag("terminated", terminated), _flag("truncated", truncated), _checked_info(info)
+        return observation, number, ended, _flag("truncated", truncated), _checked_info(info)
 
-    def _checked(self, observation: Any) -> np.ndarray:
+    def _checked(self, observation: Any, *, unused: bool = False) -> np.ndarray:
         if isinstance(observation, Mapping):
             raise StepError(f"the observation is a dictionary of {', '.join(map(str, observation))}, not an array")
         array = np.asarray(observation)
@@ -90,6 +92,8 @@ class CheckedSteps(gymnasium.Wrapper):
         dtype = np.uint8 if array.dtype == np.uint8 and self._stays_bytes(array.shape) else np.float32
         with np.errstate(over="ignore"):  # numbers too large for float32 become infinite
             array = np.array(array, dtype)
+        if unused and dtype == np.float32:
+            array[np.isnan(array)] = 0.0
         if not np.isfinite(array).all():
             raise FloatingPointError("the observation is not finite")
         return array

@@ -95,8 +95,10 @@ class NpzColumn:
             raise ValueError(f"{member} holds pickled objects, which are never loaded")
 
     def __getitem__(self, rows: slice) -> np.ndarray:
-        """Read consecutive rows (step 1)."""
-        begin, end, _ = rows.indices(self.shape[0] if self.shape else 0)
+        """Read consecutive rows (step 1); of a single value the value."""
+        if not self.shape:
+            return self._whole()
+        begin, end, _ = rows.indices(self.shape[0])
         if self._fortran and len(self.shape) > 1:
             return self._whole()[begin:end]
         if self._stream is None or begin < self._row:

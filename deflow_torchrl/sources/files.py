@@ -247,7 +247,11 @@ def _check_options(
 def _check_bounds(bounds: tuple[Any, Any], where: str) -> None:
     """Refuse bounds of actions that are no pair of finite numbers, or of vectors of them, the lower ones first."""
     low, high = (np.asarray(bound, np.float64) for bound in bounds)
-    if low.shape != high.shape or low.ndim > 1 or not (np.isfinite(high - low).all() and (low < high).all()):
+    if max(low.ndim, high.ndim) > 1:
+        raise InputError(
+            f"action bounds of shape {low.shape} and {high.shape} ({where}): give a number, or one a dimension"
+        )
+    if low.shape != high.shape or not (np.isfinite(high - low).all() and (low < high).all()):
         shown = f"{low:g} and {high:g}" if low.ndim == high.ndim == 0 else f"{low.tolist()} and {high.tolist()}"
         raise InputError(f"action bounds {shown} ({where}): both must be finite, and the first must be the smaller")
 
@@ -257,9 +261,14 @@ def _stated_bounds(parts: Sequence[_Part], opened: _Files) -> tuple[Any, Any] | 
     stated = {}
     for part in parts:
         if {"action_low", "action_high"} <= set(opened[part.path].names):
-            columns = [opened.column(part.path, name) for name in ("action_low", "action_high")]
+            columns: list[Any] = [opened.column(part.path, name) for name in ("action_low", "action_high")]
+            if any(column.dtype.kind not in "fiu" for column in columns):
+                raise InputError(
+                    f"{part.path}: action_low and action_high are no numbers; give them with --action-bounds"
+                )
             with reading(part.path):
-                stated[part.path] = [np.asarray(column[0 : column.shape[0]], np.float64) for column in columns]
+                bounds = (np.asarray(column[slice(None) if column.shape else ()], np.float64) for column in columns)
+                stated[part.path] = np.broadcast_arrays(*bounds)  # one number bounds every dimension
     if not stated:
         return None
     first, (low, high) = next(iter(stated.items()))

@@ -200,7 +200,7 @@ def _flags(table: Table, name: str) -> np.ndarray:
 
 def _last_rows(numbers: Column) -> np.ndarray:
     values = np.asarray(numbers[0 : numbers.shape[0]])
-    return np.append(values[1:] != values[:-1], True)
+    return np.append(values[1:] != values[:-1], True)[: len(values)]
 
 
 # -- robomimic: data/demo_N/{obs/*, next_obs/*, actions, rewards, dones}, and lists of demos in mask/* ---------------------
@@ -292,6 +292,10 @@ def _lerobot(table: Table, wanted: Wanted) -> Arranged:
 def _lerobot_split(wanted: Wanted) -> tuple[int, int]:
     """First and last + 1 episode of a split."""
     splits = (wanted.info or {}).get("splits") or {}
+    if not isinstance(splits, dict):
+        raise InputError(
+            f"{wanted.path}: splits is {splits!r} in meta/info.json, expected {{NAME: FIRST:END}}, ranges of episodes by name"
+        )
     if wanted.split not in splits:
         known = did_you_mean(str(wanted.split), splits) if splits else "there are none (meta/info.json)"
         raise InputError(f"{wanted.path} has no split {wanted.split!r} (--split); {known}")
@@ -345,7 +349,11 @@ def _d3rlpy(table: Table, wanted: Wanted) -> Arranged:
         if found := re.fullmatch(r"([a-z]\w*?)_(\d+)(?:_(\d+))?", name):
             column = found[1] if found[3] is None else f"{found[1]}/{found[3]}"
             groups.setdefault(f"episode {found[2]}", {})[column] = name
-    groups = dict(sorted(groups.items(), key=lambda item: by_number(item[0])))
+    # An episode that was begun and not recorded has arrays without rows.
+    held = {
+        name: group for name, group in groups.items() if 0 not in table[group.get("actions", "actions_0")].shape[:1]
+    }
+    groups = dict(sorted((held or groups).items(), key=lambda item: by_number(item[0])))
     columns = _episodes(wanted.path, table, groups)
 
     def terminals() -> np.ndarray:
@@ -408,6 +416,15 @@ LAYOUTS = (
 """Every layout that is recognised, in the order in which they are tried."""
 
 
+def _of_steps(name: str, column: Column, path: Path) -> np.ndarray:
+    """One number of each step ``[E, T]``, of a column ``[E, T]`` or ``[E, T, 1]``."""
+    if tuple(column.shape[2:]) not in ((), (1,)):
+        raise InputError(
+            f"{path}: {name} has shape {tuple(column.shape)}, expected one number a step, [episodes, steps]"
+        )
+    return np.asarray(column[0 : column.shape[0]]).reshape(column.shape[:2])
+
+
 def unpadded(columns: Mapping[str, Column], mask: Column | None, *, path: Path) -> tuple[dict[str, Column], np.ndarray]:
     """Padded arrays ``[E, T, ...]`` as rows.
 
@@ -434,7 +451,10 @@ def unpadded(columns: Mapping[str, Column], mask: Column | None, *, path: Path) 
             )
     begins, lengths = np.zeros(episodes, np.int64), np.full(episodes, steps)
     if mask is not None:
-        valid = (np.asarray(mask[0:episodes]) != 0).reshape(episodes, steps)
+        flags_of_rows = _of_steps("mask", mask, path)
+        if flags_of_rows.dtype.kind not in "fiub" or np.isnan(flags_of_rows).any():
+            raise InputError(f"{path}: mask has values that are no numbers, expected 0 or 1 for each step")
+        valid = flags_of_rows != 0
         begins, lengths = valid.argmax(1), valid.sum(1)
         gaps = (
             np.take_along_axis(valid.cumsum(1), np.maximum(begins + lengths - 1, 0)[:, None] % steps, 1)[:, 0]
@@ -445,9 +465,9 @@ def unpadded(columns: Mapping[str, Column], mask: Column | None, *, path: Path) 
                 f"{path}: the mask of episode {int(gaps.argmax())} has a gap; an episode's rows follow one another"
             )
     else:
-        flags = [columns[name] for name in ("terminals", "timeouts") if name in columns]
+        flags = {name: columns[name] for name in ("terminals", "timeouts") if name in columns}
         if flags:
-            ended = sum((np.asarray(flag[0:episodes]) != 0).reshape(episodes, steps) for flag in flags) > 0
+            ended = sum(_of_steps(name, flag, path) != 0 for name, flag in flags.items()) > 0
             lengths = np.where(ended.any(1), ended.argmax(1) + 1, steps)
     kept = np.flatnonzero(lengths)
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -202,18 +203,27 @@ def _open(path: Path, stack: ExitStack) -> Table:
 
 def _read_csv(path: Path) -> Any:
     """Read a CSV file, also with semicolons or tabs and with decimal commas, as many spreadsheets write it."""
-    csv = _module("pyarrow.csv")
+    csv, types = _module("pyarrow.csv"), _module("pyarrow.types")
     with path.open(encoding="utf-8", errors="replace") as file:
-        header = file.readline()
+        header = re.sub(r'"[^"]*"', "", file.readline())
     delimiter = max((",", ";", "\t"), key=header.count)
 
     def read(point: str) -> Any:
         options = csv.ConvertOptions(decimal_point=point)
-        return csv.read_csv(path, parse_options=csv.ParseOptions(delimiter=delimiter), convert_options=options)
+        try:
+            return csv.read_csv(path, parse_options=csv.ParseOptions(delimiter=delimiter), convert_options=options)
+        except ValueError as error:
+            if "Expected" not in str(error):
+                raise
+            shown = str(error).splitlines()[0]
+            raise InputError(
+                f"{path}: {shown}; a text that holds the delimiter {delimiter!r} must be quoted"
+            ) from error
 
     table = read(".")
     if delimiter != "," and any(_has_decimal_comma(column) for column in table.columns):
-        table = read(",")
+        # A text may look like a decimal comma: the reading counts that finds more numbers.
+        table = max(table, read(","), key=lambda it: sum(not types.is_string(column.type) for column in it.columns))
     return table
 
 

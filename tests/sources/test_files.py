@@ -378,6 +378,10 @@ def test_bounds_that_a_file_states_for_each_dimension_are_taken(tmp_path):
     for read in (import_files(path), import_files(path, action_bounds=(low, high))):
         np.testing.assert_allclose(read.action, 2 * (actions - low) / (high - low) - 1, atol=2e-5)
         assert read.about["action_bounds"] == [low.tolist(), high.tolist()]
+    for one in (np.array(-0.5), -0.5 * np.ones(2)):  # a number bounds every dimension
+        actions = bounded(tmp_path / "one.npz", action_low=one, action_high=np.array(300.0))
+        read = import_files(tmp_path / "one.npz")
+        np.testing.assert_allclose(read.action, 2 * (actions + 0.5) / 300.5 - 1, atol=2e-5)
     bounded(tmp_path / "other.npz", action_low=low, action_high=high + 1)
     bounded(tmp_path / "none.npz")
     for other in ("other.npz", "none.npz"):

@@ -180,9 +180,10 @@ def test_a_lerobot_folder_that_is_not_whole_is_refused(tmp_path):
     info.write_text("{")
     with pytest.raises(InputError, match=r"info\.json cannot be read"):
         import_files(folder)
-    info.write_text(json.dumps({**content, "splits": {"train": "all"}}))
-    with pytest.raises(InputError, match="expected FIRST:END"):
-        import_files(folder, split="train")
+    for splits in ({"train": "all"}, {"train": [0, 1]}, ["0:1"], "0:1", 5):
+        info.write_text(json.dumps({**content, "splits": splits}))
+        with pytest.raises(InputError, match=r"in meta/info.json, expected .*FIRST:END"):
+            import_files(folder, split="train")
     for file in (folder / "data").rglob("*.parquet"):
         file.unlink()
     info.write_text(json.dumps(content))
@@ -202,6 +203,28 @@ def test_d3rlpy_episodes_of_both_versions_are_read(tmp_path):
     path = d3rlpy(tmp_path / "tuple.h5", given, second=given["observations"][:, :1] * 3)
     expected = np.concatenate([given["observations"], given["observations"][:, :1] * 3], axis=1)
     same(import_files(path), {**given, "observations": expected})
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_d3rlpy_episodes_without_rows_are_left_out(place, tmp_path):
+    h5py = pytest.importorskip("h5py")
+    given = arrays()
+    path = d3rlpy(tmp_path / "x.h5", given)
+    with h5py.File(path, "r+") as file:
+        for name in ("observations", "actions", "rewards", "terminated"):
+            for number in reversed(range(place, 2)):
+                file.move(f"{name}_{number}", f"{name}_{number + 1}")
+        file[f"observations_{place}"], file[f"actions_{place}"] = np.zeros((0, 3)), np.zeros((0, 2))
+        file[f"rewards_{place}"], file[f"terminated_{place}"] = np.zeros((0, 1)), False
+    same(import_files(path), given)
+    with h5py.File(path, "r+") as file:
+        for name in list(file):
+            if name.rpartition("_")[2].isdecimal() and not name.endswith(f"_{place}"):
+                del file[name]
+            elif name.endswith(f"_{place}") and place:
+                file.move(name, f"{name.rpartition('_')[0]}_0")
+    with pytest.raises(InputError, match="holds no transition"):
+        import_files(path)
 
 
 def test_d4rl_s_last_row_counts_as_cut(tmp_path):
@@ -285,9 +308,18 @@ def test_a_spreadsheet_s_numbers_are_read(delimiter, point, tmp_path):
         delimiter.join(names),
         *(delimiter.join(f"{value:.9g}".replace(".", point) for value in row) for row in table),
     ]
+    expected = TransitionDataset.from_arrays(**given)[:].to_dict()
     (tmp_path / "x.csv").write_bytes("\ufeff".encode() + "\r\n".join(lines).encode())
-    read = import_files(tmp_path / "x.csv")
-    torch.testing.assert_close(read[:].to_dict(), TransitionDataset.from_arrays(**given)[:].to_dict())
+    torch.testing.assert_close(import_files(tmp_path / "x.csv")[:].to_dict(), expected)
+    for text in ('"left, then right; fast"', '"1,5"'):  # a text, also one that looks like a decimal comma
+        noted = [lines[0] + delimiter + '"note; a, b"', *(line + delimiter + text for line in lines[1:])]
+        (tmp_path / "x.csv").write_text("\n".join(noted))
+        torch.testing.assert_close(import_files(tmp_path / "x.csv")[:].to_dict(), expected)
+    (tmp_path / "x.csv").write_text(
+        "\n".join([lines[0] + delimiter + "note", *(line + delimiter + "a" + delimiter for line in lines[1:])])
+    )
+    with pytest.raises(InputError, match=r"Expected 9 columns, got 10.*holds the delimiter .* must be quoted"):
+        import_files(tmp_path / "x.csv")
 
 
 FORMATS = Path(os.environ.get("DEFLOW_TEST_DATA", "")) / "formats"

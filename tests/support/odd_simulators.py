@@ -102,6 +102,7 @@ FINE = {
     "FlagsInt": {"terminated": 0, "truncated": 0},
     "SuccessArray": {"info": {"success": np.array([1.0])}},
     "SuccessNumber": {"info": {"success": 1.0}},
+    "NanAtTheEnd": {"observation": NAN, "terminated": True, "late": EPISODE_STEPS},
     "OutsideBounds": {"observation": np.array([3.0, 40.0]), "space": box(-10, 10)},
 }
 REFUSED = {
@@ -118,6 +119,12 @@ REFUSED = {
     ),
     "NanAtReset": ({"observation": NAN}, "its reset cannot be used: the observation is not finite"),
     "NanInStep": ({"observation": NAN, "first": STATE}, "its first step cannot be used: the observation is not finite"),
+    "NanWhereCut": (
+        {"observation": NAN, "first": STATE, "truncated": True}, "its first step cannot be used: the observation is not finite"
+    ),
+    "InfinityAtTheEnd": (
+        {"observation": np.array([0, np.inf]), "first": STATE, "terminated": True}, "the observation is not finite"
+    ),
     "BeyondFloat32": ({"observation": np.array([0, 1e300])}, "the observation is not finite"),
     "Text": ({"observation": np.array(["a", "b"])}, "the observation has type <U1, expected numbers"),
     "DictObservation": ({"observation": {"position": STATE}}, "the observation is a dictionary of position, not an array"),

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from deflow_torchrl.algorithms.settings import Algorithm, CandidatesConfig, Need, check_positive, needed
 
@@ -20,6 +20,8 @@ class DSRLConfig(CandidatesConfig):
         noise_scale: c, the largest starting noise of a dimension; the task's where None.
         target_entropy: of the noise before it is scaled; -A / 2 where None.
     """
+
+    needs: ClassVar[tuple[str, ...]] = ("noise_scale",)
 
     name: str = "dsrl"
     noise_scale: float | None = None

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
 from deflow_torchrl.algorithms.settings import Algorithm, FootedConfig, Need, given, needed
 
@@ -24,6 +24,11 @@ class FANConfig(FootedConfig):
         expectile: of the marginal critics' regression.
         normalize_q_loss: scale each of the actor's value terms by 1 / mean|.|.
     """
+
+    needs: ClassVar[tuple[str, ...]] = (
+        "alpha",
+        "critic_alpha",
+    )
 
     name: str = "fan"
     alpha: float | None = None

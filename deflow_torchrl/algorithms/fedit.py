@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from deflow_torchrl.algorithms.settings import Algorithm, CandidatesConfig, Need, needed
 
@@ -20,6 +20,8 @@ class FEditConfig(CandidatesConfig):
         edit_scale: c, the largest edit of an action dimension; the task's where None.
         target_entropy: of the edit before it is scaled; -A / 2 where None.
     """
+
+    needs: ClassVar[tuple[str, ...]] = ("edit_scale",)
 
     name: str = "fedit"
     edit_scale: float | None = None

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from deflow_torchrl.algorithms.settings import Algorithm, FlowCriticConfig, Need, given, needed
 
@@ -21,6 +21,8 @@ class FQLConfig(FlowCriticConfig):
         flow_steps: Euler steps M of the flow.
         normalize_q_loss: scale the actor's Q term by 1 / mean|Q|.
     """
+
+    needs: ClassVar[tuple[str, ...]] = ("alpha",)
 
     name: str = "fql"
     alpha: float | None = None

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from deflow_torchrl.algorithms.settings import Algorithm, CandidatesConfig, Need, needed
 
@@ -26,6 +26,8 @@ class QAMConfig(CandidatesConfig):
         distillation_coef: weight of the one-step policy's distillation; no such policy where None or 0.
     """
 
+    needs: ClassVar[tuple[str, ...]] = ("inverse_temperature",)
+
     name: str = "qam"
     inverse_temperature: float | None = None
     clip_adjoint: bool = True
@@ -46,13 +48,15 @@ def build_qam(config: QAMConfig, problem: ProblemSpec) -> Learner:
     """Build QAM for a problem; settings that are None are the task's.
 
     Raises:
-        InputError: where neither the settings nor the task have a temperature.
+        InputError: where neither the settings nor the task have a temperature, or what QAM-E and QAM-F need beside it.
     """
     from deflow_torchrl.algorithms.base import Stage, best_of_n_learner, one_step_policy
     from deflow_torchrl.modules import EditedFlowPolicy
     from deflow_torchrl.objectives import QAMLoss
 
-    temperature = needed(config.inverse_temperature, "inverse_temperature")
+    for name in config.needs:
+        needed(getattr(config, name), name)
+    temperature = cast("float", config.inverse_temperature)
     more: dict[str, Any] = {}
     flow, tuned = (problem.flow_policy(config.flow_steps) for _ in range(2))
     critics = problem.critics(config.settled("num_critics"))

@@ -4,30 +4,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import ClassVar
 
 from deflow_torchrl.algorithms.qam import QAMConfig, build_qam
-from deflow_torchrl.algorithms.settings import Algorithm, needed
-
-if TYPE_CHECKING:
-    from deflow_torchrl.algorithms.base import Learner, ProblemSpec
+from deflow_torchrl.algorithms.settings import Algorithm
 
 
 @dataclass
 class QAMFConfig(QAMConfig):
     """Settings of QAM-F, ``algo.<name>=...``: those of QAM, with the task's ``distillation_coef`` where None; 0 is QAM itself."""
 
+    needs: ClassVar[tuple[str, ...]] = ("inverse_temperature", "distillation_coef")
+
     name: str = "qam_f"
 
 
-def build_qam_f(config: QAMFConfig, problem: ProblemSpec) -> Learner:
-    """Build QAM-F for a problem.
-
-    Raises:
-        InputError: where neither the settings nor the task have a temperature and ``distillation_coef``.
-    """
-    needed(config.distillation_coef, "distillation_coef")
-    return build_qam(config, problem)
-
-
-ALGORITHM = Algorithm(name="qam_f", title="QAM-F", config=QAMFConfig, build=build_qam_f)
+ALGORITHM = Algorithm(name="qam_f", title="QAM-F", config=QAMFConfig, build=build_qam)

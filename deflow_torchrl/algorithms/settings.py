@@ -40,12 +40,14 @@ class MethodConfig:
         prior_settings: settings that the base actions of a frozen prior depend on.
         alternatives: settings of which a task of the paper has one; :func:`one_of` says which.
         choices: settings, None by default, whose value is the preset's: name -> preset, None for no preset, -> value.
+        needs: settings, None by default, that a task or the user has to give.
         common: settings, None by default, whose value is the footing's: name -> value in the common one.
     """
 
     prior_settings: ClassVar[tuple[str, ...]] = ()
     alternatives: ClassVar[tuple[str, ...]] = ()
     choices: ClassVar[Mapping[str, Mapping[str | None, Any]]] = {}
+    needs: ClassVar[tuple[str, ...]] = ()
     common: ClassVar[Mapping[str, Any]] = {}
 
     name: str = "???"

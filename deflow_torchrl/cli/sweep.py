@@ -34,11 +34,14 @@ def sweep(
 
     Args:
         settings KEY=VALUE...: The sweep's settings, then those of its runs.
-        dry_run: Print the jobs and their cost, by steps/s measured here.
+        dry_run: Print the jobs, their cost, by steps/s measured here, and why cells are left out; out= may be missing.
     """
     from deflow_torchrl.sweep import parse_sweep
 
-    plan = parse_sweep(settings or [], command=command_line())
+    settings = settings or []
+    if dry_run and not any(text.startswith("out=") for text in settings):
+        settings = [*settings, "out=OUT"]
+    plan = parse_sweep(settings, command=command_line())
     if dry_run:
         from deflow_torchrl.sweep.costs import describe_costs, estimate_costs
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
+import importlib
 import importlib.util
 import io
 import os
@@ -230,7 +231,7 @@ def success_timing(task: str) -> Literal["pre", "post"] | None:
 def check_renderer(name: str) -> None:
     """Check in a process of its own that pictures can be drawn here; without a display EGL is chosen where nothing is chosen.
 
-    The choice (``MUJOCO_GL``) holds for processes started from now on, and for this one if it has not imported mujoco yet.
+    The choice (``MUJOCO_GL``) holds for this process and for those started from now on.
 
     Args:
         name: of what is to be drawn, for the message.
@@ -240,6 +241,10 @@ def check_renderer(name: str) -> None:
     """
     if sys.platform == "linux" and not any(os.environ.get(key) for key in ("MUJOCO_GL", "DISPLAY", "WAYLAND_DISPLAY")):
         os.environ["MUJOCO_GL"] = "egl"
+        # mujoco chose when it was imported, which torchrl.envs does.
+        for chooser in ("mujoco.rendering.classic.gl_context", "mujoco.gl_context"):
+            if chooser in sys.modules:
+                importlib.reload(sys.modules[chooser])
     _check_renderer(name)
     backend = os.environ.get("MUJOCO_GL", "")
     if (cause := _why_no_picture(backend)) is not None:

@@ -138,6 +138,16 @@ def each_state(state: TensorDictBase, rows: Tensor) -> TensorDictBase:
     return state if rows.ndim == state.ndim + 1 else state.unsqueeze(-1).expand(*rows.shape[:-1])
 
 
+def repeated(state: TensorDictBase, rows: Tensor) -> TensorDictBase:
+    """A state ``[*B]`` once for each of the n rows of ``rows [*B, n, A]``.
+
+    Dimensions that its entries have behind the batch's, as of agents, stand before n.
+    """
+    wide = state.copy()
+    wide.batch_size = rows.shape[:-2]
+    return wide.unsqueeze(-1).expand(*rows.shape[:-1])
+
+
 def _each(observation: Tensor, rows: Tensor) -> Tensor:
     """As :func:`each_state`, of an encoded observation, so that encoders run once per state."""
     if observation.ndim == rows.ndim:

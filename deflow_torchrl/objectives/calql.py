@@ -182,11 +182,15 @@ class CalQLLoss(OffPolicyLoss):
     def _actions(self, state: TensorDictBase, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Actions ``[..., n, A]`` of the policy at a state and their log densities ``[..., n]``, without gradient."""
         with torch.no_grad():
-            return acting.sample_and_log_prob(self.actor_network, _repeat(state, noise.shape[-2]), noise)
+            return acting.sample_and_log_prob(self.actor_network, state, noise)
 
     def _values(self, tensordict: TensorDictBase, actions: Tensor) -> Tensor:
         """Q_j(s, a_i) ``[J, ..., n]``."""
-        return self.critics.values(self._with_action(_repeat(tensordict, actions.shape[-2]), actions))
+        return self.critics.values(self._with_actions(tensordict, actions))
+
+    def _with_actions(self, state: TensorDictBase, actions: Tensor) -> TensorDictBase:
+        """The critics' input ``[..., n]``: a state with n actions ``[..., n, A]``."""
+        return self._with_action(acting.repeated(self.critics.state_of(state), actions), actions)
 
     def _critic_terms(self, tensordict: TensorDictBase) -> tuple[dict[str, Tensor], Tensor]:
         """Return the critics' reduced terms with their metadata, and the gap D_j ``[J, ...]``."""
@@ -198,7 +202,7 @@ class CalQLLoss(OffPolicyLoss):
         gap = self._gap(tensordict)
         critic_terms = self.critics.td_terms(
             tensordict,
-            lambda: self._with_action(_repeat(following, self.num_cql_samples), next_actions),
+            lambda: self._with_actions(following, next_actions),
             functools.partial(self._bootstrap, scaled),
             lambda qvalues: qvalues.amin(0).amax(-1),
         )
@@ -286,11 +290,6 @@ class CalQLLoss(OffPolicyLoss):
         with torch.no_grad():
             gap = self._gap(tensordict)
         return self._alpha_prime_term(tensordict, gap)
-
-
-def _repeat(state: TensorDictBase, number: int) -> TensorDictBase:
-    """The state ``[...]``, repeated along a new last dimension ``[..., number]``."""
-    return state.unsqueeze(-1).expand(*state.batch_size, number)
 
 
 def _finite(state: TensorDictBase) -> TensorDictBase:

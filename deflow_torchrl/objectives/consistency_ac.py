@@ -140,8 +140,10 @@ class ConsistencyACLoss(OffPolicyLoss):
     def _critic_terms(self, tensordict: TensorDictBase) -> dict[str, Tensor]:
         following, number = self._next(tensordict), self.num_target_samples
         noise = self._noise(tensordict, next_key(self.tensor_keys.noise), *((number,) if number > 1 else ()))
-        states = following.unsqueeze(-1).expand(*following.batch_size, number) if number > 1 else following
-        policy = self.actor_network
+        policy, states = self.actor_network, following
+        if number > 1:
+            read = following.select(*acting.state_keys(policy), *self.critics.state_keys)
+            states = acting.repeated(read, noise[..., 0, :])
         with torch.no_grad(), self.target_actor_network_params.to_module(policy, preserve_module_state=False):
             action = acting.act_in_steps(policy, states, noise)
             qvalues = self.critics.values(self._with_action(states, action), target=True)

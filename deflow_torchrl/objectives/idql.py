@@ -18,6 +18,7 @@ from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
+from deflow_torchrl.modules.chosen import ValueChosenPolicy
 from deflow_torchrl.objectives import acting, terms
 from deflow_torchrl.objectives.base import Critics, Reduction, Terms, term
 from deflow_torchrl.objectives.implicit_q import ImplicitQLoss
@@ -125,3 +126,10 @@ class IDQLLoss(DenoisingValueLoss):
             deactivate_vmap=deactivate_vmap,
             policies={"diffusion_policy": diffusion_policy},
         )
+
+    @property
+    def actor_network(self) -> ValueChosenPolicy:
+        """The averaged policy, with one candidate; the best of several is :class:`~deflow_torchrl.modules.ValueChosenPolicy`."""
+        average = self.target_diffusion_policy_params
+        critics = self.qvalue_network, self.target_qvalue_network_params
+        return ValueChosenPolicy(self.diffusion_policy, *critics, 1, policy_params=average)

@@ -30,7 +30,7 @@ from deflow_torchrl.objectives import (
     TDCriticLoss,
 )
 from tests.support import value_losses
-from tests.support.losses import TERMS, WITH_CRITIC, build
+from tests.support.losses import NEWEST, TERMS, WITH_CRITIC, batch_of, build
 from tests.support.networks import (
     ACTION_DIM,
     OBSERVATION_DIM,
@@ -46,7 +46,7 @@ from tests.support.value_losses import make_batch
 ALL = pytest.mark.parametrize("kind", list(TERMS), ids=lambda kind: kind.__name__)
 # What differs by the policy: the other losses' is in test_checklist_values.py.
 SAMPLING = pytest.mark.parametrize(
-    "kind", [kind for kind in TERMS if kind not in value_losses.TERMS], ids=lambda kind: kind.__name__
+    "kind", [kind for kind in TERMS if kind not in {**value_losses.TERMS, **NEWEST}], ids=lambda kind: kind.__name__
 )
 WITH_FLOW = [kind for kind, terms in TERMS.items() if "loss_flow" in terms]
 CRITICS = pytest.mark.parametrize("kind", WITH_CRITIC, ids=lambda kind: kind.__name__)
@@ -55,7 +55,7 @@ CRITICS = pytest.mark.parametrize("kind", WITH_CRITIC, ids=lambda kind: kind.__n
 @ALL
 def test_construction_does_not_warn_and_out_keys_are_what_forward_returns(kind):
     loss = build(kind)
-    out = loss(make_batch())
+    out = loss(batch_of(kind))
     assert set(out.keys()) == set(loss.out_keys)
     assert {name for name, _ in out.items() if name.startswith("loss")} == TERMS[kind]
     assert all(value.grad_fn is None for name, value in out.items() if not name.startswith("loss"))
@@ -64,7 +64,7 @@ def test_construction_does_not_warn_and_out_keys_are_what_forward_returns(kind):
 @ALL
 def test_in_keys_are_sufficient_and_each_is_necessary(kind):
     loss = build(kind)
-    batch = make_batch(noise=False)
+    batch = batch_of(kind, noise=False)
     loss(batch.select(*loss.in_keys))
     for key in loss.in_keys:
         rest = batch.select(*(other for other in loss.in_keys if other != key))
@@ -76,7 +76,7 @@ def test_in_keys_are_sufficient_and_each_is_necessary(kind):
 
 @ALL
 def test_the_input_is_left_as_it_is_but_for_the_priority(kind):
-    batch = make_batch()
+    batch = batch_of(kind)
     before = batch.clone()
     build(kind)(batch)
     added = set(batch.keys(True, True)) - set(before.keys(True, True))
@@ -87,7 +87,7 @@ def test_the_input_is_left_as_it_is_but_for_the_priority(kind):
 @ALL
 def test_dispatch_with_keyword_arguments_equals_the_tensordict_call(kind):
     loss = build(kind)
-    batch = make_batch()
+    batch = batch_of(kind)
     expected = loss(batch.clone())
     given = [key for key in loss._dispatch_keys if key in batch.keys(True)]
     assert any("noise" in str(key) for key in given) == (kind not in (BCLoss, ImplicitQLoss, IQLLoss))
@@ -115,7 +115,7 @@ def test_dispatch_honours_select_out_keys():
 @ALL
 def test_forward_is_the_terms_methods_together(kind):
     loss = build(kind)
-    batch = make_batch()
+    batch = batch_of(kind)
     out = loss(batch)
     for name in TERMS[kind]:
         value, metadata = getattr(loss, f"{name.removeprefix('loss_')}_loss")(batch)
@@ -126,7 +126,7 @@ def test_forward_is_the_terms_methods_together(kind):
 @SAMPLING
 def test_noise_given_equals_noise_drawn_with_the_same_seed(kind):
     loss = build(kind)
-    batch = make_batch(noise=False)
+    batch = batch_of(kind, noise=False)
     torch.manual_seed(5)
     drawn = loss(batch.clone())
     torch.manual_seed(5)
@@ -146,7 +146,7 @@ def test_noise_given_equals_noise_drawn_with_the_same_seed(kind):
 
 @ALL
 def test_reductions_agree(kind):
-    batch = make_batch(6, 5)
+    batch = batch_of(kind, 6, 5)
     losses = {}
     for reduction in ("mean", "sum", "none"):
         torch.manual_seed(1)
@@ -163,7 +163,7 @@ def test_reductions_agree(kind):
 @ALL
 def test_masked_rows_count_for_nothing_even_if_nan(kind):
     loss = build(kind)
-    batch = make_batch(8)
+    batch = batch_of(kind, 8)
     mask = torch.tensor([True, True, False, True, False, True, True, True])
     expected = loss(batch[mask])
     poisoned = batch.clone()
@@ -180,7 +180,7 @@ def test_masked_rows_count_for_nothing_even_if_nan(kind):
 @pytest.mark.parametrize("weighted", [False, True])
 def test_an_all_false_mask_gives_zero_losses_and_finite_gradients(kind, weighted):
     loss = build(kind)
-    batch = make_batch(4)
+    batch = batch_of(kind, 4)
     batch["collector", "mask"] = torch.zeros(4, 1, dtype=torch.bool)
     if weighted:
         batch["priority_weight"] = torch.rand(4)
@@ -193,7 +193,7 @@ def test_an_all_false_mask_gives_zero_losses_and_finite_gradients(kind, weighted
 @ALL
 @pytest.mark.parametrize("shape", [(), (1,)])
 def test_priority_weights_give_the_weighted_mean(kind, shape):
-    batch = make_batch(8)
+    batch = batch_of(kind, 8)
     torch.manual_seed(1)
     terms = build(kind, reduction="none")(batch.clone())
     weights = torch.rand(8)
@@ -209,14 +209,14 @@ def test_priority_weights_give_the_weighted_mean(kind, shape):
 @ALL
 def test_leading_batch_dimensions_are_a_reshape(kind):
     loss = build(kind)
-    batch = make_batch(12)
+    batch = batch_of(kind, 12)
     torch.testing.assert_close(loss(batch.reshape(4, 3)).to_dict(), loss(batch).to_dict())
 
 
 @ALL
 def test_float64(kind):
     loss = build(kind).to(torch.float64)
-    batch = make_batch().apply(lambda entry: entry.double() if entry.is_floating_point() else entry)
+    batch = batch_of(kind).apply(lambda entry: entry.double() if entry.is_floating_point() else entry)
     out = loss(batch)
     total(out).backward()
     assert all(out[name].dtype == torch.float64 for name in TERMS[kind])
@@ -229,13 +229,13 @@ def test_float64(kind):
 @pytest.mark.parametrize("kind", [DeFlowLoss, FQLLoss, FBRACLoss, FAWACLoss])
 def test_unbatched_input_equals_a_batch_of_one(kind):
     loss = build(kind)
-    batch = make_batch(1)
+    batch = batch_of(kind, 1)
     torch.testing.assert_close(loss(batch[0]).to_dict(), loss(batch).to_dict())
 
 
 @CRITICS
 def test_masked_rows_get_no_priority(kind):
-    batch = make_batch(4)
+    batch = batch_of(kind, 4)
     batch["collector", "mask"] = torch.tensor([[True], [False], [True], [False]])
     build(kind)(batch)
     assert (batch["td_error"] > 0).tolist() == [True, False, True, False]
@@ -251,7 +251,7 @@ def test_changing_type_without_target_critics():
 @SAMPLING
 def test_renamed_and_nested_keys(kind):
     reference = build(kind)
-    batch = make_batch()
+    batch = batch_of(kind)
     expected = reference(batch)
     names = {
         "action": ("agent", "act"),
@@ -321,7 +321,7 @@ def test_state_dict_round_trip_and_deepcopy(kind):
     first = build(kind)
     torch.manual_seed(2)
     second = build(kind)
-    batch = make_batch()
+    batch = batch_of(kind)
     assert not torch.allclose(total(first(batch)), total(second(batch)))
     second.load_state_dict(first.state_dict())
     torch.testing.assert_close(second(batch).to_dict(), first(batch).to_dict())
@@ -366,7 +366,7 @@ def test_losses_pickle(kind):
     import pickle
 
     loss = build(kind)
-    batch = make_batch()
+    batch = batch_of(kind)
     torch.testing.assert_close(pickle.loads(pickle.dumps(loss))(batch).to_dict(), loss(batch).to_dict())
 
 
@@ -380,13 +380,13 @@ def test_value_estimators_other_than_td0_are_refused(kind):
 def test_the_target_warning_is_there_until_a_soft_update_is_built(kind):
     loss = build(kind, updated=False)
     with pytest.warns(UserWarning, match="No target network updater"):
-        loss(make_batch())
+        loss(batch_of(kind))
     SoftUpdate(loss, tau=0.1)
     import warnings
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        loss(make_batch())
+        loss(batch_of(kind))
 
 
 def test_a_list_of_critics_keeps_its_initialisation_and_one_module_is_copied():
@@ -410,7 +410,7 @@ def test_a_list_of_critics_keeps_its_initialisation_and_one_module_is_copied():
 
 @CRITICS
 def test_deactivate_vmap_changes_nothing(kind):
-    batch = make_batch()
+    batch = batch_of(kind)
     results = []
     for deactivate in (False, True):
         torch.manual_seed(1)
@@ -435,4 +435,4 @@ def test_compiled_equals_eager_over_optimiser_and_target_updates(kind, backend, 
         loss = build(kind, q_aggregation="min", **settings)
         return loss, SoftUpdate(loss, tau=0.1)
 
-    assert_compiled_equals_eager(make, [make_batch(16) for _ in range(20)], backend)
+    assert_compiled_equals_eager(make, [batch_of(kind, 16) for _ in range(20)], backend)

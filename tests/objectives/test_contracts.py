@@ -12,13 +12,18 @@ from torchrl.objectives import SoftUpdate, ValueEstimators
 
 from deflow_torchrl.modules import (
     BestOfNPolicy,
+    ConsistencyNetwork,
+    ConsistencyPolicy,
     DeFlowActor,
     DeterministicPolicy,
+    DiffusionPolicy,
     FlowMatchingPolicy,
     GaussianPolicy,
+    NoiseNetwork,
     OneStepPolicy,
     RefinementPolicy,
     TanhGaussianPolicy,
+    make_noisy_qvalue_networks,
     make_one_step_network,
     make_policy_network,
     make_qvalue_networks,
@@ -30,21 +35,30 @@ from deflow_torchrl.modules import (
 from deflow_torchrl.modules.critics import EncodedCritics, TwinCritic, aggregate
 from deflow_torchrl.objectives import (
     BCLoss,
+    CalQLLoss,
+    ConsistencyACLoss,
     DeFlowLoss,
+    DSRLLoss,
+    FANLoss,
     FAWACLoss,
     FBRACLoss,
+    FEditLoss,
     FlowMatchingLoss,
     FQLLoss,
+    IDQLLoss,
     IFQLLoss,
     ImplicitQLoss,
     IQLLoss,
+    QAMLoss,
     ReBRACLoss,
     RefinementLoss,
     RLPDLoss,
+    SRPOLoss,
     TDCriticLoss,
+    TRQAMLoss,
 )
 from tests.support import networks
-from tests.support.losses import TERMS, build
+from tests.support.losses import NEWEST, TERMS, batch_of, build
 from tests.support.networks import ACTION_DIM, HIDDEN, OBSERVATION_DIM, assert_compiled_equals_eager, make_actor, total
 from tests.support.value_losses import make_batch
 
@@ -82,6 +96,7 @@ def encoder(out_key, in_keys=OBSERVATIONS):
 
 def build_encoded(kind, *, critics=None, in_keys=OBSERVATIONS, flow_steps=3, **kwargs):
     """A loss whose parts each have an encoder of their own, and its encoders by part."""
+    flow_steps = 10 if kind in NEWEST else flow_steps  # of which the batch has the noise
 
     def behind(policy, key):
         return TensorDictSequential(encoder(key, in_keys), policy)
@@ -116,6 +131,28 @@ def build_encoded(kind, *, critics=None, in_keys=OBSERVATIONS, flow_steps=3, **k
         TanhGaussianPolicy(make_tanh_gaussian_network(*sizes), in_keys=("actor_state",)), "actor_state"
     )
     value = behind(make_value_network(ENCODED, HIDDEN, observation_key="value_state"), "value_state")
+    tuned = behind(
+        FlowMatchingPolicy(make_velocity_network(*sizes), ACTION_DIM, flow_steps, in_keys=("tuned_state", "noise")),
+        "tuned_state",
+    )
+    edit_network = make_tanh_gaussian_network(ENCODED + ACTION_DIM, *sizes[1:])
+    edit = behind(
+        TanhGaussianPolicy(edit_network, in_keys=("edit_state", "base_action"), out_keys=("edit",)), "edit_state"
+    )
+    noise_network = NoiseNetwork(*sizes[:2], width=8, dropout=0.0)
+    diffusion = behind(
+        DiffusionPolicy(noise_network, ACTION_DIM, in_keys=("denoised_state", "noise")), "denoised_state"
+    )
+    consistency_network = ConsistencyNetwork(*sizes[:2], hidden_dims=(8,))
+    consistency = behind(
+        ConsistencyPolicy(consistency_network, ACTION_DIM, in_keys=("consistent_state", "noise")), "consistent_state"
+    )
+    latent_critics = EncodedCritics(
+        encoder("latent_critic_state", in_keys), make_qvalue_networks(*sizes, observation_key="latent_critic_state")
+    )
+    noisy_critics = EncodedCritics(
+        encoder("noisy_critic_state", in_keys), make_noisy_qvalue_networks(*sizes, observation_key="noisy_critic_state")
+    )
     members = make_qvalue_networks(*sizes, observation_key="critic_state")
     critics = EncodedCritics(encoder("critic_state", in_keys), members) if critics is None else critics
     loss = {
@@ -134,18 +171,31 @@ def build_encoded(kind, *, critics=None, in_keys=OBSERVATIONS, flow_steps=3, **k
         IFQLLoss: lambda: IFQLLoss(flow, critics, value, num_samples=4, **kwargs),
         RLPDLoss: lambda: RLPDLoss(tanh_gaussian, critics, **kwargs),
         ReBRACLoss: lambda: ReBRACLoss(deterministic, critics, actor_bc_coef=0.3, critic_bc_coef=0.2, **kwargs),
+        CalQLLoss: lambda: CalQLLoss(tanh_gaussian, critics, num_cql_samples=2, target_gap=0.8, **kwargs),
+        IDQLLoss: lambda: IDQLLoss(diffusion, critics, value, **kwargs),
+        SRPOLoss: lambda: SRPOLoss(deterministic, diffusion, critics, value, beta=0.1, **kwargs),
+        ConsistencyACLoss: lambda: ConsistencyACLoss(consistency, critics, eta=0.1, num_target_samples=2, **kwargs),
+        FEditLoss: lambda: FEditLoss(flow, edit, critics, edit_scale=0.2, **kwargs),
+        QAMLoss: lambda: QAMLoss(
+            flow, tuned, critics, edit_policy=edit, edit_scale=0.2, inverse_temperature=3.0, **kwargs
+        ),
+        TRQAMLoss: lambda: TRQAMLoss(flow, tuned, critics, kl_budget=1.0, **kwargs),
+        DSRLLoss: lambda: DSRLLoss(flow, tanh_gaussian, critics, latent_critics, noise_scale=1.0, **kwargs),
+        FANLoss: lambda: FANLoss(flow, one_step, noisy_critics, critics, **kwargs),
     }[kind]()
     if "loss_qvalue" in TERMS[kind]:
         loss.make_value_estimator(ValueEstimators.TD0, gamma=0.9)
         SoftUpdate(loss, tau=0.005)
     encoders = {"prior": prior, "refinement": refinement, "flow": flow, "one_step": one_step, "gaussian": gaussian,
-                "deterministic": deterministic, "tanh_gaussian": tanh_gaussian, "value": value}  # fmt: skip
+                "deterministic": deterministic, "tanh_gaussian": tanh_gaussian, "value": value, "tuned": tuned,
+                "edit": edit, "diffusion": diffusion, "consistency": consistency}  # fmt: skip
     found = {name: sequence[0].module for name, sequence in encoders.items()}
-    return loss, {**found, "critic": critics.encoder.module}
+    ensembles = {"critic": critics, "latent_critic": latent_critics, "noisy_critic": noisy_critics}
+    return loss, {**found, **{name: ensemble.encoder.module for name, ensemble in ensembles.items()}}
 
 
-def encoded_batch(*shape):
-    batch = make_batch(*shape)
+def encoded_batch(*shape, kind=None):
+    batch = batch_of(kind, *shape)
     for state in (batch, batch["next"]):
         state["sensors", "extra"] = torch.randn(*batch.shape, OBSERVATION_DIM)
     return batch
@@ -167,6 +217,29 @@ PARTS = {  # term -> the encoders that it trains
     IFQLLoss: {"loss_value": {"value"}, "loss_qvalue": {"critic"}, "loss_flow": {"flow"}},
     ReBRACLoss: {"loss_qvalue": {"critic"}, "loss_actor": {"deterministic"}},
     RLPDLoss: {"loss_actor": {"tanh_gaussian"}, "loss_alpha": set(), "loss_qvalue": {"critic"}},
+    CalQLLoss: {
+        "loss_actor": {"tanh_gaussian"}, "loss_alpha": set(), "loss_alpha_prime": set(), "loss_qvalue": {"critic"}
+    },
+    IDQLLoss: {"loss_score": {"diffusion"}, "loss_value": {"value"}, "loss_qvalue": {"critic"}},
+    SRPOLoss: {
+        "loss_score": {"diffusion"}, "loss_value": {"value"}, "loss_qvalue": {"critic"}, "loss_actor": {"deterministic"}
+    },
+    ConsistencyACLoss: {
+        "loss_consistency": {"consistency"}, "loss_actor": {"consistency"}, "loss_qvalue": {"critic"}
+    },
+    FEditLoss: {"loss_flow": {"flow"}, "loss_actor": {"edit"}, "loss_alpha": set(), "loss_qvalue": {"critic"}},
+    QAMLoss: {
+        "loss_flow": {"flow"}, "loss_actor": {"tuned"}, "loss_edit": {"edit"}, "loss_alpha": set(),
+        "loss_qvalue": {"critic"},
+    },
+    TRQAMLoss: {"loss_flow": {"flow"}, "loss_actor": {"tuned"}, "loss_qvalue": {"critic"}},
+    DSRLLoss: {
+        "loss_flow": {"flow"}, "loss_actor": {"tanh_gaussian"}, "loss_alpha": set(), "loss_qvalue": {"critic"},
+        "loss_latent": {"latent_critic"},
+    },
+    FANLoss: {
+        "loss_flow": {"flow"}, "loss_actor": {"one_step"}, "loss_qvalue": {"noisy_critic"}, "loss_marginal": {"critic"}
+    },
 }  # fmt: skip
 
 
@@ -175,7 +248,7 @@ def test_an_encoder_learns_inside_the_wall_of_its_part(kind):
     for name, owners in PARTS[kind].items():
         torch.manual_seed(0)
         loss, encoders = build_encoded(kind)
-        out = loss(encoded_batch(32))
+        out = loss(encoded_batch(32, kind=kind))
         assert set(out.keys()) == set(loss.out_keys)
         out[name].backward()
         touched = {part for part, it in encoders.items() if it.weight.grad is not None and bool(it.weight.grad.any())}
@@ -186,7 +259,7 @@ def test_an_encoder_learns_inside_the_wall_of_its_part(kind):
 @ALL
 def test_encoded_losses_give_what_the_same_losses_give_on_encoded_observations(kind):
     loss, _ = build_encoded(kind)
-    reference, batch = build_encoded(kind)[0], encoded_batch(8)
+    reference, batch = build_encoded(kind)[0], encoded_batch(8, kind=kind)
     reference.load_state_dict(loss.state_dict())
     torch.testing.assert_close(loss(batch.clone()).to_dict(), reference(batch.clone()).to_dict())
     assert set(loss.in_keys) >= {"observation", ("sensors", "extra"), "action"}
@@ -342,7 +415,7 @@ def agents(batch, number=3):
 @ALL
 @pytest.mark.parametrize("number", [3, 4])
 def test_entries_may_have_more_dimensions_than_the_batch(kind, number):
-    loss, batch = build(kind), make_batch(12)
+    loss, batch = build(kind), batch_of(kind, 12)
     expected = loss(batch.clone())
     wide = agents(batch, number)
     torch.testing.assert_close(loss(wide).to_dict(), expected.to_dict())
@@ -358,7 +431,7 @@ def test_entries_may_have_more_dimensions_than_the_batch(kind, number):
 
 @ALL
 def test_a_mask_of_rows_masks_all_their_agents(kind):
-    loss, batch = build(kind), make_batch(16)
+    loss, batch = build(kind), batch_of(kind, 16)
     wide = agents(batch, 4)
     keep = torch.tensor([True, False, True, True])
     expected = loss(wide[keep])
@@ -370,7 +443,11 @@ def test_a_mask_of_rows_masks_all_their_agents(kind):
 
 @TD
 def test_the_next_state_of_a_terminated_row_reaches_no_number(kind):
-    loss, batch = build(kind), make_batch(16)
+    if kind is CalQLLoss:
+        pytest.skip(
+            "as the authors' code has it, the policy's actions at s' bound the values at s also behind a terminal row"
+        )
+    loss, batch = build(kind), batch_of(kind, 16)
     batch["next", "terminated"][:4] = batch["next", "done"][:4] = True
     expected = loss(batch.clone())
     total(expected).backward()
@@ -387,7 +464,7 @@ def test_the_next_state_of_a_terminated_row_reaches_no_number(kind):
 
 @TD
 def test_without_terminated_done_cuts_the_bootstrap(kind):
-    loss, batch = build(kind), make_batch(16)
+    loss, batch = build(kind), batch_of(kind, 16)
     batch["next", "terminated"] = batch["next", "done"]
     expected = loss(batch.clone())
     torch.testing.assert_close(loss(batch.exclude(("next", "terminated"))).to_dict(), expected.to_dict())
@@ -488,6 +565,12 @@ COEFFICIENTS = {
     IQLLoss: {"expectile": 0.6, "temperature": 0.5},
     IFQLLoss: {"expectile": 0.6},
     ReBRACLoss: {"actor_bc_coef": 0.5, "critic_bc_coef": 0.5, "policy_noise": 0.5, "noise_clip": 0.1},
+    IDQLLoss: {"expectile": 0.6},
+    SRPOLoss: {"expectile": 0.6, "beta": 0.5},
+    ConsistencyACLoss: {"eta": 0.5},
+    FEditLoss: {"edit_scale": 0.5},
+    QAMLoss: {"inverse_temperature": 1.0, "edit_scale": 0.5},
+    FANLoss: {"alpha": 0.5, "critic_alpha": 0.5, "expectile": 0.6},
 }
 
 
@@ -495,7 +578,7 @@ COEFFICIENTS = {
 def test_every_coefficient_can_be_assigned_to(kind):
     for name, value in COEFFICIENTS[kind].items():
         torch.manual_seed(1)
-        loss, batch = build(kind), make_batch(16)
+        loss, batch = build(kind), batch_of(kind, 16)
         before = loss(batch.clone())
         buffer = loss.state_dict()[name]
         setattr(loss, name, value)

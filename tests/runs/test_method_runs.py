@@ -27,7 +27,8 @@ LENGTH = 3
 METHODS = {
     "dsrl": {"flow_steps": 2, "best_of_n": 2, "pessimism": 0.5},
     "fan": {"q_aggregation": "min"},
-    "qam": {"flow_steps": 2, "edit_scale": 0.1},
+    "qam_e": {"flow_steps": 2},
+    "qam_f": {"flow_steps": 2},
     "trqam": {"flow_steps": 2, "num_critics": 3, "cloning_steps": 2, "horizon": LENGTH},
     "deflow_floq": {"flow_steps": 2, "noise_samples": 2, "critic_steps": 2, "critic_hidden_dims": [8]},
     "fedit": {"flow_steps": 2, "best_of_n": 2, "num_critics": 3, "pessimism": 0.5},

@@ -49,9 +49,6 @@ def test_a_published_run_of_qam_has_sparse_rewards_everywhere_and_says_so(puzzle
     assert record["config"]["reward"] == "sparse"
     assert record["data"]["reward"] == "sparse: 0 where the task is solved, else -1, computed on s"
     assert record["success_timing"] == "pre"
-    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
-    assert "<tr><th>footing</th><td>original</td></tr>" in page
-    assert "sparse: 0 where the task is solved" in page
     (found,) = find_runs([tmp_path / "run"])
     assert found.column == "qam (footing=original, reward=sparse)"
     state = load_checkpoint(list_checkpoints(tmp_path / "run" / "checkpoints")[-1], device="cpu")

@@ -39,6 +39,8 @@ def build_dsrl(config: DSRLConfig, problem: ProblemSpec) -> Learner:
     Raises:
         InputError: where neither the settings nor the task have a scale of the noise.
     """
+    from torchrl.objectives import SoftUpdate
+
     from deflow_torchrl.algorithms.base import best_of_n_learner
     from deflow_torchrl.modules import SteeredFlowPolicy, TanhGaussianPolicy, make_tanh_gaussian_network
     from deflow_torchrl.objectives import DSRLLoss
@@ -59,6 +61,7 @@ def build_dsrl(config: DSRLConfig, problem: ProblemSpec) -> Learner:
         pessimism=config.settled("pessimism"),
         target_entropy=config.target_entropy,
     )
+    SoftUpdate(loss, tau=config.tau)  # before targets are read: the loss warns where nothing moves them
     policy = SteeredFlowPolicy(flow, latent, noise_scale=noise_scale, flow_params=loss.target_flow_policy_params)
     return best_of_n_learner(config, problem, loss, policy)
 

@@ -393,6 +393,7 @@ def test_all_methods_are_planned_and_every_cell_that_is_left_out_has_its_reason(
     assert "no offline phase" in by_method["rlpd"] or "no version for images" in by_method["rlpd"]
     assert "has no value" in by_method["idql"]
     assert "bc" not in by_method
+    assert ("dsrl", "algo.noise_scale has no value: this task names none, so give one") in reasons
     online = parse_sweep(["tasks=o2o", "algos=all", "seeds=0", f"out={tmp_path}", "protocol=paper"])
     settled = {cell.task: cell.settled for cell in online.trained if cell.variant.method == "rlpd"}
     assert len(settled) == 15

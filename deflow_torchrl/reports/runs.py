@@ -207,8 +207,11 @@ def _record_files(folder: Path) -> list[Path]:
 
 def _identity(record: Mapping[str, Any]) -> dict[str, Any]:
     """The settings and data, beside the seed, by which runs of one method and task differ."""
-    config = record["config"].items()
-    settings = {name: value for name, value in config if name not in _NEUTRAL and (name, value) not in _USUAL.items()}
+    settings = {
+        name: value
+        for name, value in record["config"].items()
+        if name not in _NEUTRAL and (name not in _USUAL or value not in (None, _USUAL[name]))
+    }
     data = record["data"]["sha256"]
     return {**record["variant"], **settings, **({} if data is None else {"data": data[:8]})}
 

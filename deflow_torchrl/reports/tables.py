@@ -317,7 +317,7 @@ def time_grid(runs: Sequence[FinishedRun]) -> Grid:
         config, hardware, stacked = run.record["config"], run.record["hardware"], run.record["stacked"]
         machine = f"{hardware['accelerator'] or hardware['cpu']}, {hardware['torch_threads']} thread(s)"
         machine += f", {len(stacked)} seeds in one process, time of all" if stacked else ""
-        online_steps = max(config["online_steps"] - config.get("warmup_steps", 0), 0) * config.get("utd", 1.0)
+        online_steps = max(config["online_steps"] - (config.get("warmup_steps") or 0), 0) * config.get("utd", 1.0)
         milliseconds = 1000 * run.record["time"].get("updates", math.nan) / (config["offline_steps"] + online_steps)
         name = f"{run.column}, offline to online" if run.online else run.column
         groups.setdefault((name, machine), []).append(milliseconds)

@@ -228,7 +228,7 @@ def with_task_defaults(config: TrainConfig) -> SettledConfig:
         if getattr(algo, item.name) is None and item.name in values
     }
     algo = replace(algo, **filled)
-    for name in (*paper_settings(algo.name), *algo.needs):
+    for name in paper_settings(algo.name):
         if hasattr(algo, name) and name not in algo.alternatives:
             needed(getattr(algo, name), name)
     if algo.alternatives:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from deflow_torchrl.algorithms.registry import ALGORITHMS, get_algorithm
+from deflow_torchrl.algorithms.settings import needed
 from deflow_torchrl.errors import InputError, did_you_mean
 from deflow_torchrl.paths import file_name
 from deflow_torchrl.runs.overrides import put, read_overrides
@@ -363,7 +364,10 @@ def _reader(variant: Variant, settings: Sequence[str], protocol: Any) -> Callabl
         config = config_from_dict(values)
         if untold and "online_steps" not in given:
             config = replace(config, online_steps=footing_settings(config).get("online_steps", config.online_steps))
-        return with_task_defaults(config)
+        settled = with_task_defaults(config)
+        for name in settled.algo.needs:  # building the method would ask for it too, and late
+            needed(getattr(settled.algo, name), name)
+        return settled
 
     return config_of
 

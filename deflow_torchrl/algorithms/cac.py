@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from deflow_torchrl.algorithms.settings import Algorithm, FootedConfig, Need, check_positive, given, needed
+from deflow_torchrl.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,7 +80,7 @@ def build_cac(config: CACConfig, problem: ProblemSpec) -> Learner:
     """Build CAC for a problem: critics step first, then the actor against the new critics.
 
     Raises:
-        InputError: where neither the settings nor the task have an eta.
+        InputError: where neither the settings nor the task have an eta, or rewards that are all equal are to be standardised.
     """
     from torch import nn
     from torchrl.objectives import SoftUpdate
@@ -106,6 +107,8 @@ def build_cac(config: CACConfig, problem: ProblemSpec) -> Learner:
     scale, shift = config.settled("reward_scale"), config.settled("reward_shift")
     if config.settled("standardize_rewards") and problem.reward_moments is not None:
         mean, deviation = problem.reward_moments
+        if not deviation > 0:
+            raise InputError("algo.standardize_rewards=true: all rewards of the data are equal; leave it off")
         scale, shift = 1 / deviation, -mean / deviation
     loss = ConsistencyACLoss(
         policy,

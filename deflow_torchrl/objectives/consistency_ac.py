@@ -76,7 +76,7 @@ class ConsistencyACLoss(OffPolicyLoss):
     """
 
     out_keys = ["loss_consistency", "loss_actor", "loss_qvalue", "q"]
-    _schedulable_buffers = frozenset({"eta"})
+    _schedulable_buffers = frozenset({"eta", "num_scales"})
 
     eta: Tensor
     num_scales: Tensor

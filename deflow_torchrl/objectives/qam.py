@@ -372,7 +372,7 @@ class TRQAMLoss(QAMLoss):
         tensor(True)
     """
 
-    _schedulable_buffers = frozenset({"kl_budget"})
+    _schedulable_buffers = frozenset({"kl_budget", "trust_lambda", "kl_average"})
     state_buffers = ("trust_lambda", "kl_average")
 
     kl_budget: Tensor

@@ -385,8 +385,10 @@ class UpdateStep(Update):
 
     @property
     def _constants(self) -> dict[str, Tensor]:
-        """The loss's buffers that are settings; buffers of networks are state."""
-        return {name: buffer for name, buffer in self.learner.loss.named_buffers() if "_params." not in name}
+        """The loss's buffers that are settings; buffers of networks and those that training moves are state."""
+        loss = self.learner.loss
+        moved = getattr(loss, "state_buffers", ())
+        return {name: it for name, it in loss.named_buffers() if "_params." not in name and name not in moved}
 
 
 def restore_learner(update: UpdateStep, state: dict[str, Any], path: Path, *, keep_settings: bool = False) -> None:

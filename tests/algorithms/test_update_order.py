@@ -250,6 +250,16 @@ def test_targets_follow_the_critics_of_after_the_step_or_of_before(name):
         assert any(not torch.equal(*pair) for pair in zip(before[part], leaves(loss, part), strict=True))
 
 
+def test_a_resume_with_other_settings_keeps_the_multiplier_that_training_has_moved():
+    update, other = make_update("trqam"), make_update("trqam", kl_budget=0.25)
+    for _ in range(3):
+        update(make_batch(0))
+    other.load_state_dict(update.state_dict(), keep_settings=True)
+    assert other.learner.loss.trust_lambda == update.learner.loss.trust_lambda != 1
+    assert other.learner.loss.kl_average == update.learner.loss.kl_average != 0
+    assert other.learner.loss.kl_budget == 0.25
+
+
 @pytest.mark.parametrize("name", ["qam", "trqam"])
 def test_one_clip_bounds_the_gradients_of_all_terms_together(name):
     update = make_update(name)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.objectives import ValueEstimators
 
@@ -220,6 +221,37 @@ def test_srpos_actor_gradient_is_that_of_the_equation(schedule, weighting, optio
     assert {k.split("_params")[0] for k, p in loss.named_parameters() if p.grad is not None} == {"actor_network"}
 
 
+def test_srpos_terms_beside_the_actors_are_those_of_the_equations_in_continuous_time():
+    critics, value = values()
+    network = plain_network(OBSERVATION + ACTION + 1, ACTION)
+    actor = DeterministicPolicy(make_policy_network(OBSERVATION, ACTION, (8,)))
+    loss = SRPOLoss(actor, DiffusionPolicy(network, ACTION, schedule="vp"), critics, value, beta=0.5, expectile=0.75)
+    loss.make_value_estimator(ValueEstimators.TD0, gamma=GAMMA)
+    batch = make_batch()
+    torch.manual_seed(3)
+    out = loss(batch.clone())
+    torch.manual_seed(3)
+    t = 0.001 + 0.999 * torch.rand(BATCH, 1)
+    z = torch.randn(BATCH, ACTION)
+    given = {"policy_time": 0.02 + 0.96 * torch.rand(BATCH, 1), "noise": torch.randn(BATCH, ACTION)}
+    signal = torch.exp(-(t**2) * (20 - 0.1) / 4 - t * 0.1 / 2)
+    observation, action, following = batch["observation"], batch["action"], batch["next", "observation"]
+    noised = signal * action + (1 - signal**2).sqrt() * z
+    score = ((network(torch.cat([observation, noised, t], -1)) - z) ** 2).sum(-1).mean()
+    qs = torch.stack([critic.module(observation, action).squeeze(-1) for critic in critics])
+    v, next_v = (value.module(state).squeeze(-1) for state in (observation, following))
+    u = qs.min(0).values - v
+    y = batch["next", "reward"].squeeze(-1) + GAMMA * (1 - batch["next", "terminated"].squeeze(-1).double()) * next_v
+    expected = {
+        "loss_score": score,
+        "loss_value": (torch.where(u < 0, 0.25, 0.75) * u**2).mean(),
+        "loss_qvalue": ((qs - y) ** 2).sum(0).mean(),
+        "loss_actor": loss.actor_loss(batch.clone().update(given))[0],
+    }
+    for name, number in expected.items():
+        assert out[name].item() == pytest.approx(number.item(), rel=1e-9), name
+
+
 def test_srpos_score_is_taken_without_dropout_and_leaves_the_mode():
     critics, value = values()
     network = NoiseNetwork(OBSERVATION, ACTION, width=8, dropout=0.5)
@@ -270,7 +302,7 @@ def test_cacs_terms_are_those_of_the_equations(options, samples, climbed):
     )
     loss.make_value_estimator(ValueEstimators.TD0, gamma=GAMMA)
     scales = 10
-    loss.num_scales.fill_(scales)
+    loss.num_scales = scales
     average = ConsistencyNetwork(OBSERVATION, ACTION, hidden_dims=(8,))
     average.load_state_dict(network.state_dict())
     with torch.no_grad():
@@ -324,6 +356,36 @@ def test_cacs_terms_are_those_of_the_equations(options, samples, climbed):
         loss.zero_grad()
         loss(batch.clone())[name].backward()
         assert {k.split("_network")[0] for k, p in loss.named_parameters() if p.grad is not None} == {part}
+
+
+def test_cacs_target_is_the_minimum_over_critics_of_each_ones_maximum_over_samples():
+    class FirstEntry(nn.Module):
+        def __init__(self, sign):
+            super().__init__()
+            self.sign = nn.Parameter(torch.tensor(sign))
+
+        def forward(self, observation, action):
+            return self.sign * action[..., :1]
+
+    network = nn.Linear(OBSERVATION + ACTION + 1, ACTION)
+    nn.init.zeros_(network.weight)
+    nn.init.zeros_(network.bias)
+    critics = [
+        TensorDictModule(FirstEntry(sign), in_keys=["observation", "action"], out_keys=["state_action_value"])
+        for sign in (1.0, -1.0)
+    ]
+    loss = ConsistencyACLoss(ConsistencyPolicy(network, ACTION), critics, eta=0.5, num_target_samples=3)
+    loss.make_value_estimator(ValueEstimators.TD0, gamma=GAMMA)
+    batch = make_batch()
+    batch["next", "noise"] = torch.zeros(BATCH, 3, 2, ACTION)
+    batch["next", "noise"][..., 1, 0] = torch.tensor(
+        [-3.0, 1.0, 4.0]
+    )  # of the second step: the action is c_skip(2) 2 z
+    top = 0.25 / (1.998**2 + 0.25) * math.sqrt(4 - 0.002**2)
+    y = batch["next", "reward"] + GAMMA * (~batch["next", "terminated"]) * 3 * top  # min(max a, max -a) = min(4, 3)
+    a = batch["action"][:, :1]
+    expected = ((a - y) ** 2 + (-a - y) ** 2).mean()
+    assert loss.qvalue_loss(batch)[0].item() == pytest.approx(expected.item(), rel=1e-9)
 
 
 def test_levels_are_two_at_first_and_a_hundred_and_fifty_at_last():

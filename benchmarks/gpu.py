@@ -40,8 +40,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from against_jax import JaxAgent, add_jax, check_jax
 from roofline import ratio
-from throughput import add_jax, check_jax, graphed, jax_rows, make_buffer, make_update, stopwatch, time_updates
+from throughput import graphed, jax_rows, make_buffer, make_update, stopwatch, time_updates
 
 from deflow_torchrl.algorithms import DeFlowConfig, get_algorithm
 from deflow_torchrl.algorithms.base import ProblemSpec
@@ -202,8 +203,6 @@ def pixels(task: Task, emit: Emit) -> None:
 
 def beside_jax(task: Task, emit: Emit) -> None:
     """Updates in turns with the authors' agent."""
-    from throughput import JaxAgent
-
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or it takes most of the memory that is free
     sizes = task.sizes()
     agent = JaxAgent(sizes)

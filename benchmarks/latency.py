@@ -22,9 +22,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from against_jax import JaxAgent, add_jax, check_jax
 from roofline import clock, ratio
 from tensordict import TensorDict
-from throughput import JaxAgent, add_jax, check_jax, make_update, time_updates
+from throughput import make_update, time_updates
 
 from deflow_torchrl.deploy import load_policy
 from deflow_torchrl.export import FORMATS, export_policy
@@ -82,7 +83,7 @@ def run(arguments: argparse.Namespace, acts: dict[str, Act], rows: int) -> dict[
     }
     jax = None
     if arguments.against_jax:
-        jax = JaxAgent(argparse.Namespace(**(vars(arguments) | {"batch_size": rows})), "--latency")
+        jax = JaxAgent(argparse.Namespace(**(vars(arguments) | {"batch_size": rows})), latency=True)
         turns["jax"] = functools.partial(jax.several, arguments.in_a_row)
     try:
         times = time_updates(turns, steps=arguments.turns, warmup=1)

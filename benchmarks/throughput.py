@@ -30,14 +30,13 @@ import functools
 import json
 import math
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar, get_args
 
 import torch
+from against_jax import JaxAgent, add_jax, check_jax
 from roofline import clock, measure, measure_encodings, ratio, table, update_products
 from tensordict import TensorDict
 from torchrl.data import Composite, LazyTensorStorage, TensorDictReplayBuffer, Unbounded
@@ -182,54 +181,6 @@ def make_plain_update(arguments: argparse.Namespace) -> Update:
     return plain
 
 
-class JaxAgent:
-    """The authors' agent in a process of its own, which makes one update a call, or what a flag of jax_worker.py says."""
-
-    def __init__(self, arguments: argparse.Namespace, *flags: str) -> None:
-        sizes = ["obs_dim", "action_dim", "batch_size", "seed", "flow_steps"]
-        values = vars(arguments) | {"seed": 0, "flow_steps": DeFlowConfig().flow_steps}
-        command = [arguments.jax_python, str(Path(__file__).with_name("jax_worker.py")), str(arguments.against_jax)]
-        command += [text for name in sizes for text in (f"--{name.replace('_', '-')}", str(values[name]))]
-        command += [
-            "--critic",
-            getattr(arguments, "critic", "mse"),
-            "--hidden-dims",
-            *map(str, arguments.hidden_dims),
-            *flags,
-        ]
-        if getattr(arguments, "pixels", False):
-            command += ["--encoder", arguments.encoder, "--image-shape", *map(str, arguments.image_shape)]
-        try:
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        except OSError as error:
-            print(
-                f"{Path(sys.argv[0]).name}: cannot run --jax-python {arguments.jax_python}: {error.strerror}",
-                file=sys.stderr,
-            )
-            raise SystemExit(2) from None
-        self.about = json.loads(self._read())
-
-    def _read(self) -> str:
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit(2)  # the agent has said why
-        return line
-
-    def __call__(self) -> float:
-        """Milliseconds of one."""
-        return self.several(1)[0]
-
-    def several(self, number: int) -> list[float]:
-        """Milliseconds of each of so many, one right after the other."""
-        self._process.stdin.write("\n" * number)
-        self._process.stdin.flush()
-        return [float(self._read()) for _ in range(number)]
-
-    def close(self) -> None:
-        self._process.stdin.close()
-        self._process.wait()
-
-
 def add_sizes(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--obs-dim", type=int, default=37)
     verb.add_argument("--action-dim", type=int, default=5)
@@ -242,21 +193,6 @@ def add_sizes(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--compile", action="store_true", help="torch.compile the losses (a minute or more at the start)")
     verb.add_argument("--json", action="store_true", help="print one JSON object on the last line")
     verb.set_defaults(pixels=False, encoder="impala_small", image_shape=[64, 64, 9])
-
-
-def add_jax(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--against-jax", type=Path, metavar="PATH", help="the authors' agent too, in turns; PATH: their checkout"
-    )
-    parser.add_argument(
-        "--jax-python", default=sys.executable, metavar="PYTHON", help="interpreter that has jax (this one)"
-    )
-
-
-def check_jax(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    checkout = arguments.against_jax
-    if checkout and not (checkout / "agents/deflow.py").is_file():
-        parser.error(f"--against-jax {checkout} is no checkout of the authors' repository: no agents/deflow.py")
 
 
 def make_buffer(arguments: argparse.Namespace) -> TensorDictReplayBuffer:

@@ -18,7 +18,7 @@ from deflow_torchrl.processes import interruptible
 from deflow_torchrl.sweep import parse_sweep
 from deflow_torchrl.tasks import protocols
 from deflow_torchrl.tasks.protocols import get_protocol
-from tests.support.command_line import heed_ctrl_c
+from tests.support.command_line import deflow, heed_ctrl_c
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "data_memory.py"
 REPLAY_BUFFER = SCRIPT.with_name("replay_buffer.py")
@@ -291,6 +291,72 @@ def test_stacked_seeds_are_timed_against_separate_updates_in_turns(script):
     assert all(measured[name] > 0 for name in ("stacked_ms", "separate_ms", "one_ms", "to_separate", "to_one"))
     code, _, _ = script("throughput", "seeds", "--seeds", "0")
     assert code == 2
+
+
+STAND_IN = """#!{python}
+import json, sys
+import numpy as np
+arguments = sys.argv[1:]
+found = np.load(arguments[arguments.index("--arrays") + 1])
+assert arguments[1] == "train" and "--batch-size 4" in " ".join(arguments)
+settings = json.loads(arguments[arguments.index("--settings") + 1])
+assert (settings["target_divergence"], settings["discount"], settings["q_agg"]) == (0.02, 0.9, "min")
+assert found["start/critic/0"].shape == (2, 8, found["data/observations"].shape[1] + found["data/actions"].shape[1])
+out, done = sys.stdout.buffer, 0
+out.write(json.dumps({{"jax": "0", "device": "none"}}).encode() + b"\\n")
+out.flush()
+for line in sys.stdin.buffer:
+    verb, number = line.split()
+    if verb == b"update":
+        done += int(number)
+        names = ["actor/bc_flow_loss", "actor/alpha_loss", "critic/critic_loss", "actor/distill_loss", "actor/alpha_value"]
+        out.write(json.dumps({{"seconds": 0.5, "info": dict.fromkeys(names, float(done))}}).encode() + b"\\n")
+    else:
+        sys.stdin.buffer.read(4 * int(number) * found["data/observations"].shape[1])
+        out.write(np.zeros((int(number), found["data/actions"].shape[1]), "float32").tobytes())
+    out.flush()
+"""
+
+
+def test_the_authors_agent_is_trained_like_a_run_of_ours_and_recorded_beside_it(script, generated, tmp_path):
+    # A stand-in for an interpreter with JAX, which the tests have not; the real agents: docs/performance.md.
+    task = FAMILIES["cube"]
+    ours = tmp_path / "runs" / task / "deflow" / "seed1"
+    settings = (
+        f"task={task} algo=deflow seed=1 offline_steps=6 eval_interval=3 eval_episodes=2 eval_max_steps=5 batch_size=4"
+    )
+    settings += " hidden_dims=[8] algo.gamma=0.9 algo.target_divergence=0.02 algo.q_aggregation=min eval_workers=1"
+    trained = deflow("train", *settings.split(), f"data_root={generated}", f"out={ours}")
+    assert trained.returncode == 0, trained.stderr
+    checkout, python = tmp_path / "checkout", tmp_path / "python"
+    (checkout / "agents").mkdir(parents=True)
+    (checkout / "agents" / "deflow.py").touch()
+    python.write_text(STAND_IN.format(python=sys.executable))
+    python.chmod(0o755)
+    command = ("train", ours, "--against-jax", checkout, "--jax-python", python, "--at-once", "2")
+    code, out, err = script("against_jax", *command)
+    assert code == 0, err
+    assert re.search(r"^\| 6 \| \d+ \| \d+ \| \d+ / \d+ \|$", out, re.MULTILINE)
+    theirs = tmp_path / "runs" / task / "deflow,code=authors" / "seed1"
+    mine, record = (json.loads((folder / "record.json").read_text()) for folder in (ours, theirs))
+    assert [note["step"] for note in record["history"]] == [note["step"] for note in mine["history"]] == [3, 6]
+    for note, other in zip(record["history"], mine["history"], strict=True):
+        assert note["policies"]["deflow"]["seeds"] == other["policies"]["deflow"]["seeds"]
+    assert record["variant"] == {**mine["variant"], "code": "authors"}
+    assert (record["config"], record["data"], record["time"]["updates"]) == (mine["config"], mine["data"], 2.0)
+    assert record["versions"]["authors' code"] == "checkout"
+    rows = [json.loads(line) for line in (theirs / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["train/loss_flow"]) for row in rows] == [(3, 3.0), (6, 6.0)]
+    shown = deflow("report", str(tmp_path / "runs"), "--md", str(tmp_path / "report.md"))
+    assert shown.returncode == 0, shown.stderr
+    assert "| code = authors |" in (tmp_path / "report.md").read_text()
+
+    python.unlink()
+    code, again, err = script("against_jax", *command)
+    assert (code, again) == (0, out), err
+    code, _, err = script("against_jax", "train", theirs, "--against-jax", checkout)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "is no run of ours" in err
 
 
 def test_the_gpu_script_runs_to_its_end_on_a_cpu(script, tmp_path):

@@ -114,9 +114,10 @@ def test_a_one_step_policy_is_exported(tmp_path):
     assert manifest["action_low"] == [-1.0] * PROBLEM.action_dim
 
 
-def test_a_comparison_with_the_authors_fql_that_cannot_be_made_is_refused_in_one_line(tmp_path):
-    script = Path(__file__).parents[1] / "benchmarks" / "fql_against_jax.py"
-    command = [sys.executable, str(script), "--against-jax", str(tmp_path)]
+@pytest.mark.parametrize("method", ["fql", "deflow"])
+def test_a_comparison_with_the_authors_code_that_cannot_be_made_is_refused_in_one_line(method, tmp_path):
+    script = Path(__file__).parents[1] / "benchmarks" / "against_jax.py"
+    command = [sys.executable, str(script), "losses", method, "--against-jax", str(tmp_path)]
 
     def refused():
         result = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -124,7 +125,7 @@ def test_a_comparison_with_the_authors_fql_that_cannot_be_made_is_refused_in_one
         assert "Traceback" not in result.stderr
         return result.stderr.splitlines()[-1]
 
-    assert refused().endswith("is no checkout of the authors' repository: no agents/fql.py")
+    assert refused().endswith(f"is no checkout of the authors' repository: no agents/{method}.py")
     (tmp_path / "agents").mkdir()
-    (tmp_path / "agents" / "fql.py").write_text("import a_module_that_is_not_there\n")
+    (tmp_path / "agents" / f"{method}.py").write_text("import a_module_that_is_not_there\n")
     assert refused().endswith("give one that can with --jax-python")

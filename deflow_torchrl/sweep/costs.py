@@ -36,6 +36,7 @@ _BUDGET_SECONDS = 30.0  # of timed updates in all
 _KIND_SECONDS = 1.5  # of them for a kind of update
 _LEAST_UPDATES = 2
 _TASKS_NAMED = 4
+_REWARDS = (-1.0, 0.0)  # the range of rewards, which some critics are built for, changes no time
 _WIDTHS = (64, 16)  # observations and actions are counted in so many
 
 
@@ -219,7 +220,7 @@ def _kind_of(cell: Cell, sizes: dict[str, _Sizes]) -> _Kind:
         tuple(sorted(counts.items())),
     )
     observations, actions = _sizes(config, sizes)
-    actions = math.ceil(actions / _WIDTHS[1]) * _WIDTHS[1]
+    actions = math.ceil(actions * config.chunk / _WIDTHS[1]) * _WIDTHS[1]
     if isinstance(observations, tuple):
         observations = *observations[:-1], observations[-1] * config.frame_stack
     else:
@@ -266,11 +267,13 @@ def _measure(config: SettledConfig, kind: _Kind, stack: int, seconds: float) -> 
     with generators_set_aside():
         updates = [
             UpdateStep(
-                build_learner(config, kind.observation_dim, kind.action_dim, device),
+                build_learner(config, kind.observation_dim, kind.action_dim, device, reward_range=_REWARDS),
                 precision=config.precision,
             )
             for _ in range(stack)
         ]
+        for own in updates:  # of a run of phases the last is measured
+            own.step = max((stage.begin for stage in own.learner.stages), default=0)
         update = StackedUpdate(updates) if stack > 1 else updates[0]
         batch = _random_batch((stack, config.batch_size) if stack > 1 else (config.batch_size,), kind).to(device)
         update(batch.clone())  # the first update allocates

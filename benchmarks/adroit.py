@@ -1,11 +1,11 @@
 """The adroit family of the paper's offline tables, by every method of a protocol.
 
-    python benchmarks/adroit.py run --protocol lite --jobs 2
+    python benchmarks/adroit.py run --protocol small --jobs 2
     python benchmarks/adroit.py run --protocol paper --device cuda --dry-run
     python benchmarks/adroit.py render
 
 The twelve Adroit tasks of D4RL; published data, which cannot be generated here: where it is not there the run says so
-and ends. What the protocols fix is in deflow_torchrl/tasks/protocols.json; numbers of `lite` are not comparable with
+and ends. What the protocols fix is in deflow_torchrl/tasks/protocols.json; numbers of `small` are not comparable with
 the paper's.
 """
 

@@ -1,10 +1,10 @@
 """DeFlow with a fixed multiplier alpha against the adaptive one: Table 5.
 
-    python benchmarks/alpha_ablation.py run --protocol lite --jobs 2
+    python benchmarks/alpha_ablation.py run --protocol small --jobs 2
     python benchmarks/alpha_ablation.py run --protocol paper --device cuda --dry-run
     python benchmarks/alpha_ablation.py render
 
-`paper` trains cube-double and puzzle-3x3 offline and then online, `lite` cube-single offline, on data it generates. The variants
+`paper` trains cube-double and puzzle-3x3 offline and then online, `small` cube-single offline, on data it generates. The variants
 are `deflow:fixed_alpha=0.03` and so on, beside `deflow`. A fixed alpha multiplies the divergence once, as in the paper's
 Equation 10; the authors' code multiplies by it twice, so that if Table 5 was made with it, its 0.3 is 0.09 here.
 """

@@ -1,11 +1,11 @@
 """The antmaze family of the paper's offline tables, by every method of a protocol.
 
-    python benchmarks/antmaze.py run --protocol lite --jobs 2
+    python benchmarks/antmaze.py run --protocol small --jobs 2
     python benchmarks/antmaze.py run --protocol paper --device cuda --dry-run
     python benchmarks/antmaze.py render
 
 Antmaze-large and antmaze-giant of OGBench; navigate, published data, which cannot be generated here: where it is not
-there the run says so and ends. What the protocols fix is in deflow_torchrl/tasks/protocols.json; numbers of `lite`
+there the run says so and ends. What the protocols fix is in deflow_torchrl/tasks/protocols.json; numbers of `small`
 are not comparable with the paper's.
 """
 

@@ -1,7 +1,7 @@
 """Keep the records of finished sweeps: what tables are made of, small enough to be committed, and a page of the tables.
 
-    python benchmarks/collect.py runs/cube runs/alpha runs/puzzle --out benchmarks/results/lite \
-        --label "regenerated data, lite protocol, not comparable with the paper's numbers"
+    python benchmarks/collect.py runs/bench-cube --out benchmarks/results/small \
+        --label "regenerated data, small protocol, not comparable with the paper's numbers"
 
 OUT/TASK/ALGO/seedN gets a run's record.json (without this machine's folders) and metrics.jsonl, OUT/TASK the learning curves, and
 OUT/README.md is begun where there is none. What stands between its markers is written anew each time; the rest is its
@@ -28,6 +28,7 @@ from deflow_torchrl.reports.page import draw_curves
 from deflow_torchrl.reports.records import RECORD_FILE
 from deflow_torchrl.reports.runs import FinishedRun, find_runs
 from deflow_torchrl.runs.folder import CONFIG_FILE
+from deflow_torchrl.tasks.protocols import get_protocol, protocol_names
 
 PAGE = "README.md"
 SHOWN = 5  # names in a message
@@ -144,10 +145,11 @@ def skeleton(runs: Sequence[FinishedRun], out: Path, figures: dict[str, list[str
             {folder_of(run, out) for run in own for other in own if other.column.startswith(f"{run.column} (")}
         )
         lines += [f"## {task}", ""]
-        lines += block("table", usual) + block("paper", usual) if usual else []
+        last = averaged(own)
+        lines += block("table", usual, last) + block("paper", usual) if usual else []
         lines += [f"![Outcomes on {task} over steps]({name})\n" for name in figures[task]]
         if varied:
-            lines += ["### Variants", "", *block("table", bases + varied), *block("paper", varied)]
+            lines += ["### Variants", "", *block("table", bases + varied, last), *block("paper", varied)]
     lines += [
         "## What agrees with the paper's ranking, and what does not", "",
         "<!-- The author's words: which orders are as in the paper, which are not, and which the noise leaves open. -->", "",
@@ -160,8 +162,15 @@ def folder_of(run: FinishedRun, out: Path) -> str:
     return str(run.folder.parent.relative_to(out.resolve()))
 
 
-def block(kind: str, folders: Sequence[str]) -> list[str]:
-    return [f"<!-- deflow-report: {kind} {shlex.join(folders)} -->", "<!-- /deflow-report -->", ""]
+def averaged(runs: Sequence[FinishedRun]) -> int | None:
+    """Evaluations of a score, by the protocol that all of these runs followed."""
+    names = {run.record["protocol"] for run in runs}
+    return get_protocol(names.pop()).averaged if len(names) == 1 and names <= set(protocol_names()) else None
+
+
+def block(kind: str, folders: Sequence[str], last: int | None = None) -> list[str]:
+    words = [kind, *folders, *([] if last is None else [f"last={last}"])]
+    return [f"<!-- deflow-report: {shlex.join(words)} -->", "<!-- /deflow-report -->", ""]
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """FQL, floq, DeFlow and DeFlow with floq's critics: Table 3.
 
-    python benchmarks/floq.py run --protocol lite --jobs 2
+    python benchmarks/floq.py run --protocol small --jobs 2
     python benchmarks/floq.py run --protocol paper --device cuda --dry-run
     python benchmarks/floq.py render
 
-`paper` trains the five tasks of cube-double and of puzzle-3x3, `lite` a task of cube and of puzzle, on data it generates. The
+`paper` trains the five tasks of cube-double and of puzzle-3x3, `small` a task of cube and of puzzle, on data it generates. The
 paper's table compares unequal budgets: its FQL and floq have 2M steps and 3 seeds, as floq's authors report them, its DeFlow 1M
 steps and 8 seeds, and of DeFlow with floq neither steps nor seeds, delta or depth of the critic are known. Here all have the
 protocol's; `--set offline_steps=2000000` gives floq's.

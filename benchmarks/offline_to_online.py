@@ -5,7 +5,7 @@
     python benchmarks/offline_to_online.py run --protocol paper --device cuda --dry-run
 
 With `--protocol paper` the paper's 15 tasks of Table 2 are trained by every method with `deflow sweep`, and rendered with
-`deflow report`. What follows is about the default, `lite`.
+`deflow report`. What follows is about the default, `small`.
 
 `run` generates cube-single-play data with OGBench's oracle (100 episodes, seed 0), trains every seed with the full update and
 with the frozen prior, `--jobs` runs at a time, and goes on where it was after Ctrl-C or a kill. `render` keeps the records and
@@ -57,7 +57,7 @@ SETTINGS = {
     "algo.gamma": 0.98,
     "algo.target_divergence": 0.005,
 }
-RUNS = {"lite": "runs/offline_to_online", "paper": "runs/bench-offline-to-online"}
+RUNS = {"small": "runs/offline_to_online", "paper": "runs/bench-offline-to-online"}
 KEPT = "benchmarks/results/offline_to_online"
 PRIORS = {"full": "false", "frozen": "true"}
 
@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> None:
         execute(arguments, paper)
         return
     if arguments.methods is not None or arguments.device != "cpu":
-        raise InputError("--methods and --device are for --protocol paper: lite compares DeFlow's two priors on a CPU")
+        raise InputError("--methods and --device are for --protocol paper: small compares DeFlow's two priors on a CPU")
     arguments.seeds = [0, 1] if arguments.seeds is None else arguments.seeds
     root = arguments.data_root or generated_root(DATASET, episodes=EPISODES, val_episodes=VAL_EPISODES, seed=0)
     waiting = [(prior, seed) for seed in arguments.seeds for prior in PRIORS]
@@ -213,7 +213,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
     verb = verbs.add_parser("run", help="make the runs")
-    verb.add_argument("--protocol", default="lite", help="paper or lite [default: %(default)s]")
+    verb.add_argument("--protocol", default="small", help="paper or small [default: %(default)s]")
     verb.add_argument("--methods", type=names, help="paper: with commas [default: the protocol's]")
     verb.add_argument("--seeds", type=int, nargs="+", help="[default: 0 1; paper: 0 to 7]")
     verb.add_argument(
@@ -221,14 +221,16 @@ def main() -> None:
     )
     verb.add_argument("--device", default="cpu", help="paper: where to train [default: %(default)s]")
     verb.add_argument("--data-root", type=Path, help="folder of the data; generated where absent (paper: downloaded)")
-    verb.add_argument("--out", type=Path, help=f"folder of the runs [default: {RUNS['lite']}; paper: {RUNS['paper']}]")
+    verb.add_argument("--out", type=Path, help=f"folder of the runs [default: {RUNS['small']}; paper: {RUNS['paper']}]")
     verb.add_argument(
         "--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of other runs than the stored ones"
     )
     verb.add_argument("--dry-run", action="store_true", help="print the commands (paper: and their cost), and run none")
     verb = verbs.add_parser("render", help="table and curves of the finished runs")
-    verb.add_argument("--protocol", default="lite", help="of the runs: paper or lite [default: %(default)s]")
-    verb.add_argument("--runs", type=Path, help=f"folder of the runs [default: {RUNS['lite']}; paper: {RUNS['paper']}]")
+    verb.add_argument("--protocol", default="small", help="of the runs: paper or small [default: %(default)s]")
+    verb.add_argument(
+        "--runs", type=Path, help=f"folder of the runs [default: {RUNS['small']}; paper: {RUNS['paper']}]"
+    )
     verb.add_argument("--out", type=Path, help=f"where tables go [default: {KEPT}; paper: the folder of the runs]")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))  # a polite kill ends the runs too: each saves and can go on

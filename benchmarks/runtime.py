@@ -1,13 +1,13 @@
 """Milliseconds a step of FQL and DeFlow, offline, online and acting, on this machine and in turns: Table 4.
 
     python benchmarks/runtime.py --protocol paper --steps 40 --json
-    python benchmarks/runtime.py --protocol lite
+    python benchmarks/runtime.py --protocol small
 
 * offline: a batch is drawn and the method updated by it, critics, actor, optimiser and targets;
 * online: one action in the task's simulator, its transition stored, then the same with a batch of the union;
 * inference: one action of one state.
 
-`paper` has the paper's networks and batch on cube-double, `lite` those of deflow_torchrl/tasks/protocols.json on cube-single.
+`paper` has the paper's networks and batch on cube-double, `small` those of deflow_torchrl/tasks/protocols.json on cube-single.
 Data are random numbers of the task's sizes: what is computed does not depend on them. On a GPU updates run one by one here, not
 in the CUDA graphs that `deflow train` captures (see throughput.py). The paper does not say whether its online step includes the
 simulator's; here it does. Its numbers, of another machine and another framework, are printed beside ours, marked as copied: only
@@ -43,7 +43,7 @@ from deflow_torchrl.trainers import UpdateStep
 from deflow_torchrl.trainers.collection import OnlineExperience
 from deflow_torchrl.trainers.online import OnlinePhase
 
-TASKS = {"paper": "cube-double-play-singletask-v0", "lite": "cube-single-play-singletask-task2-v0"}
+TASKS = {"paper": "cube-double-play-singletask-v0", "small": "cube-single-noisy-singletask-task2-v0"}
 HIDDEN_DIMS, BATCH_SIZE = [512] * 4, 256  # where a protocol leaves them to the paper
 SETTINGS = {"fql": {"alpha": 300.0}, "deflow": {}}  # FQL's has no default; its value does not change the time
 FROZEN = "deflow, frozen prior"
@@ -191,7 +191,7 @@ def describe(result: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--protocol", default="paper", help="paper or lite [default: %(default)s]")
+    parser.add_argument("--protocol", default="paper", help="paper or small [default: %(default)s]")
     parser.add_argument("--device", default="cpu", help="[default: %(default)s]")
     parser.add_argument("--steps", type=int, default=40, help="rounds that are timed [default: %(default)s]")
     parser.add_argument("--warmup", type=int, default=5, help="rounds before them [default: %(default)s]")

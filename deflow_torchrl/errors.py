@@ -17,8 +17,8 @@ def did_you_mean(name: str, known: Iterable[str], *, otherwise: str | None = Non
     """A hint for an unknown name: the nearest known names; if none is near, ``otherwise``, by default all known names.
 
     Examples:
-        >>> did_you_mean("litte", ["paper", "lite"]), did_you_mean("x", ["paper", "lite"])
-        ('did you mean lite?', 'there are paper, lite')
+        >>> did_you_mean("smal", ["paper", "small"]), did_you_mean("x", ["paper", "small"])
+        ('did you mean small?', 'there are paper, small')
     """
     names = list(known)
     near = nearest(name, names, n=n)

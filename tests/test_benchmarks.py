@@ -320,7 +320,7 @@ for line in sys.stdin.buffer:
 
 def test_the_authors_agent_is_trained_like_a_run_of_ours_and_recorded_beside_it(script, generated, tmp_path):
     # A stand-in for an interpreter with JAX, which the tests have not; the real agents: docs/performance.md.
-    task = FAMILIES["cube"]
+    task = "cube-single-play-singletask-task2-v0"
     ours = tmp_path / "runs" / task / "deflow" / "seed1"
     settings = (
         f"task={task} algo=deflow seed=1 offline_steps=6 eval_interval=3 eval_episodes=2 eval_max_steps=5 batch_size=4"
@@ -435,7 +435,7 @@ FAMILIES = {
     "antmaze": "antmaze-large-navigate-singletask-task1-v0",
     "humanoidmaze": "humanoidmaze-medium-navigate-singletask-task1-v0",
     "antsoccer": "antsoccer-arena-navigate-singletask-task4-v0",
-    "cube": "cube-single-play-singletask-task2-v0",
+    "cube": "cube-single-noisy-singletask-task2-v0",
     "scene": "scene-play-singletask-task1-v0",
     "puzzle": "puzzle-3x3-play-singletask-task1-v0",
     "d4rl_antmaze": "antmaze-umaze-v2",
@@ -495,13 +495,16 @@ def test_a_familys_script_sweeps_its_small_tasks_by_every_method_once_it_has_the
         assert before == [["data", "download", dataset]]
         root = None
     assert [(cell.task, cell.variant.label) for cell in plan.cells] == [
-        (FAMILIES[name], method) for method in ("deflow", "fql", "ifql", "iql", "rebrac", "flow_bc")
+        (task, method)
+        for task in get_protocol("small").tasks[name]
+        for method in ("deflow", "fql", "fedit", "ifql", "iql", "rebrac", "flow_bc")
+        if (name, method) != ("antsoccer", "fedit")
     ]
     assert (plan.seeds, plan.jobs, plan.out) == ([0, 1, 2], 2, tmp_path / "runs")
     for cell in plan.cells:
         assert cell.left_out is None
-        assert (cell.config.offline_steps, cell.config.online_steps, cell.config.hidden_dims) == (10_000, 0, [128] * 3)
-        assert (cell.config.data_root, cell.config.algo.lr) == (root, 1e-3)
+        assert (cell.config.offline_steps, cell.config.online_steps, cell.config.hidden_dims) == (8_000, 0, [256] * 3)
+        assert (cell.config.data_root, cell.config.algo.lr, cell.config.precision) == (root, 1e-3, "highest")
 
 
 @pytest.mark.parametrize("name", ["d4rl_antmaze", "adroit"])
@@ -543,7 +546,7 @@ def test_table_threes_script_compares_its_four_methods_with_what_floqs_authors_p
     before, plan = commands("floq", "run", "--out", tmp_path)
     methods = ["fql", "floq", "deflow", "deflow_floq"]
     (cubes,) = (command for command in before if command[0] == "sweep")  # each set of data has a folder of its own
-    assert cubes[1:3] == [f"tasks={FAMILIES['cube']}", f"algos={','.join(methods)}"]
+    assert cubes[1:3] == [f"tasks={','.join(get_protocol('small').tasks['cube'])}", f"algos={','.join(methods)}"]
     assert [(cell.task, cell.variant.label) for cell in plan.cells] == [(FAMILIES["puzzle"], it) for it in methods]
     _, plan = commands("floq", "run", "--protocol", "paper", "--out", tmp_path)
     assert {cell.left_out for cell in plan.cells} == {None}
@@ -636,17 +639,35 @@ def test_folders_that_hold_nothing_to_keep_are_one_line(script, tmp_path):
         assert said in err
 
 
+def test_runs_of_two_precisions_are_compared_seed_by_seed(script, tmp_path):
+    from tests.support.synthetic import metrics_rows, record_of, write_run
+
+    for name, wins, alpha in (("highest", (10, 12), 1.0), ("medium", (11, 15), 1.5)):
+        for seed, count in enumerate(wins):
+            record = record_of(count, seed=seed, before=(count, count), settings={"precision": name})
+            write_run(tmp_path / name / f"seed{seed}", record, metrics_rows(alpha))
+    code, out, err = script("precision", tmp_path / "highest", tmp_path / "medium")
+    assert code == 0, err
+    cells = {row[3]: row[4:8] for line in out.splitlines() if len(row := line.strip("| ").split(" | ")) == 8}
+    assert cells["success"] == ["0.55", "0.65", "0.112", "+0.1 ± 0.05"]
+    assert cells["alpha"] == ["1", "1.5", "0", "+0.5 ± 0"], "of the last third of the rows: the last of four"
+    assert "divergence" not in cells, "which these rows lack"
+    code, _, err = script("precision", tmp_path / "highest", write_run(tmp_path / "x" / "seed5", record_of(5, seed=5)))
+    assert (code, err.count("\n")) == (2, 1)
+    assert "no run of the same task, method and seed" in err
+
+
 @pytest.mark.parametrize("name", ["cube", "alpha_ablation", "offline_to_online"])
 def test_tables_leave_the_evaluations_to_the_report_and_are_labelled(script, monkeypatch, name, tmp_path):
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
     made = []
     monkeypatch.setattr(importlib.import_module("_family"), "deflow", lambda command: made.append(command) or 0)
-    for protocol in ("paper", "lite")[: 1 if name == "offline_to_online" else 2]:
+    for protocol in ("paper", "small")[: 1 if name == "offline_to_online" else 2]:
         code, _, err = script(name, "render", "--protocol", protocol, "--runs", tmp_path)
         assert code == 0, err
         pages = ["--html", str(tmp_path / "report.html"), "--md", str(tmp_path / "report.md")]
-        label = ["--label", "lite protocol, not comparable with the paper's numbers"] if protocol == "lite" else []
-        assert made.pop() == ["report", str(tmp_path), *pages, *label]
+        more = ["--last", "3", "--label", "small protocol, not comparable with the paper's numbers"]
+        assert made.pop() == ["report", str(tmp_path), *pages, *(more if protocol == "small" else [])]
 
 
 def test_a_dry_run_prints_commands_and_cost_and_does_nothing(script, tmp_path):
@@ -654,8 +675,8 @@ def test_a_dry_run_prints_commands_and_cost_and_does_nothing(script, tmp_path):
     code, out, err = script("puzzle", *arguments)
     assert code == 0, err
     assert "$ deflow data generate puzzle-3x3-play-v0 " in out
-    assert f"tasks={FAMILIES['puzzle']} algos=deflow protocol=lite" in out
-    assert re.search(rf"^{FAMILIES['puzzle']} +deflow +0\.\.2 +10,000 ", out, re.MULTILINE), out
+    assert f"tasks={FAMILIES['puzzle']} algos=deflow protocol=small" in out
+    assert re.search(rf"^{FAMILIES['puzzle']} +deflow +0\.\.2 +8,000 ", out, re.MULTILINE), out
     assert list(tmp_path.iterdir()) == []
 
 
@@ -675,9 +696,12 @@ def test_a_familys_script_generates_data_and_trains_and_goes_on(script, short_ep
         *tiny,
     )
     with pytest.MonkeyPatch.context() as patch:
-        protocol = get_protocol("lite")
-        small = dataclasses.replace(protocol.generated, episodes=1, val_episodes=1)
-        patch.setattr(protocols, "_protocols", lambda: {"lite": dataclasses.replace(protocol, generated=small)})
+        protocol = get_protocol("small")
+        made = dict.fromkeys(protocol.generated.datasets, 1)
+        small = dataclasses.replace(protocol.generated, datasets=made, val_episodes=1)
+        tasks = {"cube": (FAMILIES["cube"],)}
+        one = dataclasses.replace(protocol, generated=small, tasks=tasks)
+        patch.setattr(protocols, "_protocols", lambda: {"small": one})
         code, out, err = script("cube", *arguments)
         assert code == 0, err
         (record,) = (tmp_path / "runs").rglob("record.json")
@@ -697,16 +721,16 @@ def test_a_scripts_help_shows_how_to_call_it(script, name):
     assert code == 0
     assert f"python benchmarks/{name}.py " in out
     assert "--protocol paper" in out
-    assert "lite" in out
+    assert "small" in out
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("cube", "run", "--protocol", "liet"), "unknown protocol 'liet'; did you mean lite?"),
+        (("cube", "run", "--protocol", "smal"), "unknown protocol 'smal'; did you mean small?"),
         (("cube", "run", "--methods", "deflow,fqll"), "unknown method 'fqll'; did you mean fql"),
         (("cube", "render", "--runs", "nowhere"), "there is no folder nowhere; make the runs with:"),
-        (("alpha_ablation", "run", "--protocol", "x"), "unknown protocol 'x'; there are paper, lite"),
+        (("alpha_ablation", "run", "--protocol", "x"), "unknown protocol 'x'; there are paper, small"),
         (("offline_to_online", "run", "--protocol", "papr"), "unknown protocol 'papr'; did you mean paper?"),
         (("offline_to_online", "run", "--methods", "fql"), "--methods and --device are for --protocol paper"),
         (("runtime", "--protocol", "papr"), "unknown protocol 'papr'; did you mean paper?"),
@@ -738,7 +762,7 @@ def test_the_steps_of_two_methods_are_timed_in_turns_beside_the_papers_copied_nu
     pytest.importorskip("ogbench", reason="needs the extra ogbench")
     tiny = (
         "--protocol",
-        "lite",
+        "small",
         "--steps",
         "2",
         "--warmup",

@@ -324,23 +324,23 @@ def test_the_whole_paper_is_its_tasks_with_every_method_and_its_own_settings():
 
 
 def test_a_protocol_gives_seeds_and_settings_that_the_command_may_change():
-    plan = parse_sweep(["tasks=cube-single", "algos=deflow", "protocol=lite", "out=x", "batch_size=64"])
+    plan = parse_sweep(["tasks=cube-single", "algos=deflow", "protocol=small", "out=x", "batch_size=64"])
     config = plan.cells[0].config
     assert list(plan.seeds) == [0, 1, 2]
     assert (config.offline_steps, config.hidden_dims, config.algo.lr, config.batch_size) == (
-        10_000,
-        [128] * 3,
+        8_000,
+        [256] * 3,
         1e-3,
         64,
     )
     assert config.protocol is None, "with another batch it is not the protocol"
-    plan = parse_sweep(["tasks=cube-single", "algos=deflow", "protocol=lite", "out=x", "device=cpu"])
-    assert plan.cells[0].config.protocol == "lite"
+    plan = parse_sweep(["tasks=cube-single", "algos=deflow", "protocol=small", "out=x", "device=cpu"])
+    assert plan.cells[0].config.protocol == "small"
 
 
 def test_a_single_run_takes_no_protocol():
-    with pytest.raises(InputError, match="deflow sweep protocol=lite"):
-        compose_config([f"task={CUBE}", "protocol=lite"])
+    with pytest.raises(InputError, match="deflow sweep protocol=small"):
+        compose_config([f"task={CUBE}", "protocol=small"])
 
 
 @pytest.mark.parametrize(("text", "seeds"), [("0..3", [0, 1, 2, 3]), ("2,0", [2, 0]), ("[0,1]", [0, 1]), ("5", [5])])
@@ -366,7 +366,7 @@ def test_seeds_are_a_range_or_a_list(text, seeds):
         (["jobs=0"], ["jobs=0 is out of range"]),
         (["ray_address=auto"], ["ray_address= is for engine=ray"]),
         (["stacked=true", "online_steps=5"], ["cannot train its seeds together"]),
-        (["protocol=light"], ["unknown protocol 'light'", "lite"]),
+        (["protocol=smoll"], ["unknown protocol 'smoll'", "small"]),
         (["tasks="], ["tasks="]),
         (["nonsense"], ["'nonsense' is not a setting"]),
     ],

@@ -35,7 +35,7 @@ def report(
     --check recomputes the numbers that stand between markers (docs/reports.md) in the given files, or in README.md and
     benchmarks/results/**/*.md of this folder, prints one line for each that differs and then exits with 1; --write corrects them.
 
-    Example: deflow report runs/lite --html report.html --md report.md --label "regenerated data, lite protocol"
+    Example: deflow report runs/small --html report.html --md report.md --label "regenerated data, small protocol"
 
     Args:
         paths DIR...: Run folders, or folders of them; with --check and --write Markdown files.

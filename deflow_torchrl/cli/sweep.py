@@ -27,10 +27,10 @@ def sweep(
 
     engine: local (this machine; jobs=N at once, one a core by default) or ray (ray_address=HOST:PORT, auto or ray://HOST:PORT;
     num_cpus=1 and num_gpus= of a job; OUT in a folder that all nodes share). stacked=auto|true|false: whether the seeds of a
-    task and method train together in one process; auto does so on a GPU and on Ray. protocol=paper|lite sets steps, networks
+    task and method train together in one process; auto does so on a GPU and on Ray. protocol=paper|small sets steps, networks
     and seeds. All other settings are those of deflow train.
 
-    Example: deflow sweep tasks=cube-single,puzzle-3x3 algos=deflow,fql seeds=0..2 protocol=lite out=runs/lite --dry-run
+    Example: deflow sweep tasks=cube-single,puzzle-3x3 algos=deflow,fql seeds=0..2 protocol=small out=runs/small --dry-run
 
     Args:
         settings KEY=VALUE...: The sweep's settings, then those of its runs.

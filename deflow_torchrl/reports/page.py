@@ -37,12 +37,14 @@ from deflow_torchrl.reports.tables import (
     column_name,
     column_order,
     column_settings,
+    cost_grid,
     make_tables,
     paired_grid,
     ranking_grid,
     results_grid,
     split_variants,
     time_grid,
+    untuned_note,
     variant_grids,
 )
 
@@ -130,6 +132,7 @@ def summarize_runs(folders: Sequence[Path], *, label: str | None = None, last: i
     for provenance in dict.fromkeys(run.record["data"]["provenance"] or "unknown" for run in runs):
         if provenance != "official":
             notes.append(f"Data: {provenance}. Results on it need not be comparable with the paper's.")
+    notes += [note] if (note := untuned_note(runs)) else []
     if silent := sum(not run.record["evaluations"] for run in runs):
         notes.append(f"{silent} run(s) had no environment to be evaluated in and are in no table.")
     results: list[Grid | None] = []
@@ -141,7 +144,7 @@ def summarize_runs(folders: Sequence[Path], *, label: str | None = None, last: i
         results += variants
     for table in tables:
         results += [ranking_grid(table), aggregate_grid(table), paired_grid(table)]
-    results.append(time_grid(runs))
+    results += [cost_grid(runs), time_grid(runs)]
     # Runs with a fixed multiplier have a table of their own in the paper.
     usual = [run for run in runs if run.record["variant"].get("fixed_alpha") is None]
     offline, online = (

@@ -72,6 +72,7 @@ def build_record(
     online: Mapping[str, int] | None = None,
     alarms: Sequence[Mapping[str, Any]] | None = None,
     stacked: Sequence[int] | None = None,
+    untuned: Sequence[str] = (),
     seconds: Mapping[str, float],
 ) -> dict[str, Any]:
     """Build a run's record: everything a reader needs to judge the run and to repeat it.
@@ -93,7 +94,8 @@ def build_record(
         alarms: every alarm raised: ``name``, ``step``, ``message``, ``cleared``; None for a method that has no diagnostics.
         stacked: the seeds of all runs that were trained with it in one process, whose time the record then has; None for a run
             that was trained by itself.
-        seconds: wall time by phase.
+        untuned: the method's settings that are chosen by task and have no published value for this one.
+        seconds: wall time by phase, and ``cpu``, the processor time of the process and of those it waited for.
 
     Returns:
         The record, which ``record.schema.json`` describes.
@@ -105,6 +107,7 @@ def build_record(
         "task": settings["task"],
         "algo": settings["algo"]["name"],
         "variant": dict(variant),
+        "untuned": list(untuned),
         "protocol": settings.get("protocol"),
         "preset": settings.get("preset"),
         "seeds": {"training": settings["seed"], "evaluation": evaluation_seed},

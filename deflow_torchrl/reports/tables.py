@@ -329,6 +329,31 @@ def time_grid(runs: Sequence[FinishedRun]) -> Grid:
     return make_grid("time", rows)
 
 
+def cost_grid(runs: Sequence[FinishedRun]) -> Grid | None:
+    """Minutes of processor time of each column's runs; None where no record has it, as those of earlier versions."""
+    groups: dict[str, list[float]] = {}
+    for run in runs:
+        if (seconds := run.record["time"].get("cpu")) is not None:
+            groups.setdefault(run.column, []).append(seconds / 60 / len(run.record["stacked"] or [run.seed]))
+    rows = []
+    for column in sorted(groups, key=column_order):
+        mean, std = mean_and_std(groups[column])
+        text = f"{mean:.1f}" + ("" if std is None else f"±{std:.1f}")
+        rows.append(grid_row(column_name(column), len(groups[column]), Entry(text, mean)))
+    return make_grid("cost", rows) if rows else None
+
+
+def untuned_note(runs: Sequence[FinishedRun]) -> str | None:
+    """Name the settings for which nobody published a value on the runs' tasks; None where there are none."""
+    named = {
+        column_name(run.record["algo"]): ", ".join(names)
+        for run in sorted(runs, key=lambda run: column_order(run.column))
+        if (names := run.record.get("untuned"))
+    }
+    listed = "; ".join(f"{method}: {names}" for method, names in named.items())
+    return f"Untuned: nobody published a value for these tasks of {listed}." if named else None
+
+
 def online_progress(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """Markdown lines of what each run gained online, by prior and seed: at the offline phase's end, at best, at the end.
 

@@ -44,6 +44,7 @@ from deflow_torchrl.runs.settings import (
     config_to_dict,
     default_out,
     method_variant,
+    untuned_settings,
     with_task_defaults,
 )
 from deflow_torchrl.sources.base import settled_name
@@ -267,6 +268,7 @@ class Run:
             online=None if trainer.online is None else trainer.online.counters,
             alarms=None if self.learner.diagnostics is None else [asdict(alarm) for alarm in self.alarms.raised],
             stacked=self.stacked,
+            untuned=untuned_settings(self.config),
             seconds={**self.history.seconds, "updates": trainer.trained_seconds},
         )
         write_text(self.out / RECORD_FILE, json.dumps(record, indent=2) + "\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -15,6 +15,7 @@ from deflow_torchrl.algorithms.settings import PRESETS, UPDATE_PRECISIONS, neede
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.paths import file_name
 from deflow_torchrl.tasks import (
+    chosen_by_task,
     get_task,
     original_settings,
     paper_settings,
@@ -296,6 +297,31 @@ def method_values(config: TrainConfig) -> dict[str, Any]:
         name.removeprefix(prefix): value for name, value in footing_settings(config).items() if name.startswith(prefix)
     }
     return values
+
+
+def values_like(config: TrainConfig, tasks: Sequence[str]) -> dict[str, Any]:
+    """Values of the method's settings that are None, each of the first of these tasks that has one."""
+    values: dict[str, Any] = {}
+    for task in reversed(tasks):
+        values |= method_values(replace(config, task=task))
+    return {
+        item.name: _as_annotated(item, values[item.name])
+        for item in dataclasses.fields(config.algo)
+        if getattr(config.algo, item.name) is None and item.name in values and item.name not in config.algo.choices
+    }
+
+
+def untuned_settings(config: TrainConfig) -> list[str]:
+    """Settings of the method that are chosen by task, and for which nobody published a value for this one."""
+    known: Mapping[str, Any] = {}
+    row = paper_task(config.task, "offline_to_online") if config.online_steps else None
+    if (row := row or paper_task(config.task)) is not None:
+        known = {
+            **row.hyperparameters.get(config.algo.name, {}),
+            **published_settings(config.algo.name, row, online=bool(config.online_steps)),
+        }
+    chosen = chosen_by_task(config.algo.name)
+    return [name for name in chosen if name not in known and getattr(config.algo, name, None) is not None]
 
 
 def _as_annotated(item: dataclasses.Field[Any], value: Any) -> Any:

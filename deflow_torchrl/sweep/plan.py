@@ -23,6 +23,7 @@ from deflow_torchrl.runs.settings import (
     config_to_dict,
     footing_settings,
     setting_names,
+    values_like,
     with_task_defaults,
 )
 from deflow_torchrl.sources.base import settled_name
@@ -350,7 +351,15 @@ def _reader(variant: Variant, settings: Sequence[str], protocol: Any) -> Callabl
 
     def config_of(task: str, online: bool) -> SettledConfig:
         values = config_to_dict(replace(base, task=task))
-        fixed = {} if protocol is None else protocol.settings_of(method_settings, online=online)
+        fixed = {}
+        if protocol is not None:
+            own = protocol.task_settings.get(task)
+            like = {} if own is None else values_like(base, own.like)
+            scaled = protocol.scaled.get(variant.method, {})
+            fixed = {
+                f"algo.{name}": value * scaled.get(name, 1) if name in scaled else value for name, value in like.items()
+            }
+            fixed |= protocol.settings_of(method_settings, online=online, task=task)
         if not get_algorithm(variant.method).trains_offline:
             fixed = {name: value for name, value in fixed.items() if name != "offline_steps"}
         put(values, fixed)

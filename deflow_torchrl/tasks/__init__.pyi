@@ -1,6 +1,7 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
 
 from .paper import PaperTask as PaperTask
+from .paper import chosen_by_task as chosen_by_task
 from .paper import families as families
 from .paper import family_groups as family_groups
 from .paper import original_settings as original_settings

@@ -191,6 +191,18 @@ def paper_settings(method: str) -> list[str]:
     return list(dict.fromkeys(name for task in paper_tasks("offline") for name in task.hyperparameters.get(method, {})))
 
 
+def chosen_by_task(method: str) -> list[str]:
+    """Settings of a method that the paper, or the method's own authors, choose for each task or family.
+
+    Examples:
+        >>> chosen_by_task("fql"), chosen_by_task("fedit"), chosen_by_task("flow_bc")
+        (['alpha'], ['edit_scale'], [])
+    """
+    table = read_table("published.json")
+    published = [name for setting in SETTINGS for row in table[setting].get(method, {}).values() for name in row]
+    return list(dict.fromkeys([*paper_settings(method), *published]))
+
+
 def usual_protocol(*, pixels: bool = False) -> dict[str, Any]:
     """Settings of tasks outside the paper: those of OGBench's tasks with states, or with pictures."""
     table = read_table("paper.json")

@@ -1,11 +1,11 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""Protocols of a sweep: which part of the benchmark is run and how; ``paper`` and ``lite``, read from ``protocols.json``."""
+"""Protocols of a sweep: which part of the benchmark is run and how; ``paper`` and ``small``, read from ``protocols.json``."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from deflow_torchrl.errors import InputError, did_you_mean
@@ -17,16 +17,27 @@ class GeneratedData:
     """Arguments of ``deflow data generate`` for a protocol's data sets.
 
     Attributes:
-        datasets: names of the generated sets.
-        episodes: training episodes of each.
+        datasets: names of the generated sets -> training episodes of each.
         val_episodes: validation episodes of each.
         seed: seed of each.
     """
 
-    datasets: tuple[str, ...]
-    episodes: int
+    datasets: Mapping[str, int]
     val_episodes: int
     seed: int
+
+
+@dataclass(frozen=True)
+class TaskSettings:
+    """What a protocol fixes for a task that the paper does not have.
+
+    Attributes:
+        like: tasks of the paper whose values the methods take, each setting from the first that has it.
+        settings: as :attr:`Protocol.settings`, before which they come.
+    """
+
+    like: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -61,6 +72,10 @@ class Protocol:
         tasks: family -> tasks offline; ``None`` for the paper's.
         generated: the data sets that are generated; ``None`` if all data are published ones.
         fixed_alpha: the ablation of the multiplier.
+        averaged: evaluations at the end of a run that are averaged into its score; ``None`` for the report's own rule.
+        task_settings: task -> what is fixed for it.
+        scaled: method -> setting -> factor of the value that is taken from another task: by how much a scale that was
+            chosen for the paper's budget is changed for this one.
     """
 
     name: str
@@ -75,12 +90,17 @@ class Protocol:
     tasks: Mapping[str, tuple[str, ...]] | None
     generated: GeneratedData | None
     fixed_alpha: FixedAlpha
+    averaged: int | None = None
+    task_settings: Mapping[str, TaskSettings] = field(default_factory=dict)
+    scaled: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def methods_of(self, family: str) -> tuple[str, ...]:
         """Names of the methods that are compared on a family's tasks."""
         return self.family_methods.get(family, self.methods)
 
-    def settings_of(self, method_settings: Collection[str], *, online: bool = False) -> dict[str, Any]:
+    def settings_of(
+        self, method_settings: Collection[str], *, online: bool = False, task: str | None = None
+    ) -> dict[str, Any]:
         """The ``key=value`` settings of a run.
 
         Args:
@@ -89,8 +109,10 @@ class Protocol:
 
         Keyword Args:
             online: whether the run continues online after the offline steps.
+            task: name of the task; by default the settings are those of every task.
         """
-        settings = {**self.settings, **(self.online_settings if online else {})}
+        own = self.task_settings.get(task or "", TaskSettings()).settings
+        settings = {**self.settings, **(self.online_settings if online else {}), **own}
         return {
             name: value
             for name, value in settings.items()
@@ -130,7 +152,11 @@ def _protocol(name: str, row: dict[str, Any]) -> Protocol:
         name=name,
         tasks=None if tasks is None else by_family(tasks),
         family_methods=by_family(row.pop("family_methods")),
-        generated=None if made is None else GeneratedData(**{**made, "datasets": tuple(made["datasets"])}),
+        generated=None if made is None else GeneratedData(**made),
+        task_settings={
+            task: TaskSettings(tuple(each["like"]), each["settings"])
+            for task, each in row.pop("task_settings", {}).items()
+        },
         fixed_alpha=FixedAlpha(tuple(alpha["values"]), alpha["online"], tuple(alpha["tasks"])),
         **row,
     )

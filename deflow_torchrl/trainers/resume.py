@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -132,7 +133,7 @@ def drop_later_checkpoints(folder: Path, step: int) -> None:
 
 
 class RunHistory:
-    """Commands and wall times of a run over all its interruptions.
+    """Commands, wall times and processor time of a run over all its interruptions.
 
     Args:
         commands: the commands so far, the present one last.
@@ -149,6 +150,7 @@ class RunHistory:
         self.commands = list(commands)
         self._seconds = dict(seconds or {})
         self._running: dict[str, float] = {}
+        self._cpu = _cpu_seconds()
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -157,15 +159,16 @@ class RunHistory:
         try:
             yield
         finally:
-            self._seconds = self.seconds
+            self._seconds, self._cpu = self.seconds, _cpu_seconds()
             del self._running[phase]
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Wall time by phase, running phases included."""
+        """Wall time by phase, running phases included, and ``cpu``: processor time since the run's beginning."""
         now, total = time.perf_counter(), dict(self._seconds)
         for phase, began in self._running.items():
             total[phase] = total.get(phase, 0.0) + now - began
+        total["cpu"] = total.get("cpu", 0.0) + _cpu_seconds() - self._cpu
         return total
 
     def state_dict(self) -> dict[str, Any]:
@@ -177,6 +180,11 @@ class RunHistory:
         self.commands = [*state["commands"], self.commands[-1]]
         for phase, seconds in state["seconds"].items():
             self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
+
+
+def _cpu_seconds() -> float:
+    """Processor time of this process and of its children that have ended."""
+    return sum(os.times()[:4])
 
 
 def _check_steps(done: int, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:

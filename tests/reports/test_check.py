@@ -190,15 +190,15 @@ def test_page_and_markdown_say_the_same_and_lead_with_the_label(results, tmp_pat
     generated = record_of(15, algo="iql")
     generated["data"]["provenance"] = "regenerated <here>"
     write_run(results / "iql", generated)
-    code, out, _ = run(capsys, results, "--html", page, "--md", md, "--label", "lite protocol", "--json")
+    code, out, _ = run(capsys, results, "--html", page, "--md", md, "--label", "small protocol", "--json")
     assert code == 0
     told = json.loads(out.splitlines()[-1])
-    assert told["notes"][0] == "lite protocol"
+    assert told["notes"][0] == "small protocol"
     cell = told["tables"][0]["rows"][0]["cells"]["deflow"]
     assert (cell["mean"], cell["seeds"]) == (0.85, {"0": 0.8, "1": 0.9})
     text, html = md.read_text(encoding="utf-8"), page.read_text(encoding="utf-8")
-    assert text.index("**lite protocol**") < text.index("Data: regenerated <here>") < text.index("## Offline")
-    assert html.index("lite protocol</p>") < html.index("Data: regenerated &lt;here&gt;") < html.index("<table")
+    assert text.index("**small protocol**") < text.index("Data: regenerated <here>") < text.index("## Offline")
+    assert html.index("small protocol</p>") < html.index("Data: regenerated &lt;here&gt;") < html.index("<table")
     for shown in ("85±7 (5.6)", "Copied from the paper: offline", "99±1"):
         assert shown in text
         assert shown in html

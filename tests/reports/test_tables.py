@@ -28,12 +28,14 @@ from deflow_torchrl.reports.tables import (
     aggregate_grid,
     column_name,
     column_order,
+    cost_grid,
     make_tables,
     online_progress,
     paired_grid,
     ranking_grid,
     results_grid,
     time_grid,
+    untuned_note,
     variant_grids,
 )
 from deflow_torchrl.tasks import paper_tasks
@@ -294,6 +296,25 @@ def test_time_is_milliseconds_a_gradient_step(tmp_path):
     assert [row.entries[0].text for row in rows] == ["FQL", "DeFlow"]
     assert rows[1].entries[3].text == "15.00±7.07"
     assert "2 seeds in one process, time of all" in rows[0].entries[1].text
+
+
+def test_cost_is_minutes_of_processor_time_a_run_where_records_have_it(tmp_path):
+    records = [record_of(5, seed=seed, seconds={"cpu": 60.0 + 120 * seed}) for seed in (0, 1)]
+    stacked = record_of(5, algo="fql", stacked=[0, 1], seconds={"cpu": 240.0})
+    earlier = record_of(5, algo="iql", seconds={"updates": 1.0})
+    rows = cost_grid(find_runs([write_all(tmp_path / "runs", *records, stacked, earlier)])).rows
+    assert [[entry.text for entry in row.entries] for row in rows] == [["FQL", "1", "2.0"], ["DeFlow", "2", "2.0±1.4"]]
+    assert cost_grid(find_runs([write_all(tmp_path / "earlier", earlier)])) is None
+
+
+def test_what_nobody_published_is_named_in_a_note(tmp_path):
+    records = [record_of(5, untuned=["target_divergence"]), record_of(5, algo="fql", untuned=["alpha"])]
+    runs = find_runs([write_all(tmp_path / "runs", *records, record_of(5, algo="iql"))])
+    assert (
+        untuned_note(runs)
+        == "Untuned: nobody published a value for these tasks of FQL: alpha; DeFlow: target_divergence."
+    )
+    assert untuned_note([run for run in runs if run.record["algo"] == "iql"]) is None
 
 
 def test_scores_and_returns_keep_their_own_units(tmp_path):

@@ -204,6 +204,7 @@ def test_the_record_keeps_every_command_and_the_time_of_every_process(run, finis
     assert record["command"] == "deflow train"
     assert record["commands"] == ["deflow train", "deflow resume"]
     assert record["time"]["load_data"] > first["time"]["load_data"]
+    assert record["time"]["cpu"] > first["time"]["cpu"] > 0
     assert record["time"]["updates"] == first["time"]["updates"]  # nothing was left to train
     assert record["history"] == first["history"]
 

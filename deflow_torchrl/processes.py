@@ -11,7 +11,7 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
@@ -213,6 +213,80 @@ def die_with_parent() -> None:
         os._exit(1)  # an orderly exit would wait for the current work and for a queue that no process reads
 
     threading.Thread(target=watch, name="die with parent", daemon=True).start()
+
+
+class PipedProcess:
+    """A process that reads messages from a pipe and answers through it; it starts with the first message.
+
+    Args:
+        serve: what it runs, a function of its end of the pipe and of ``arguments``; an exception that it sends is raised here.
+        arguments: more arguments of it.
+
+    Keyword Args:
+        died: makes the exception that is raised where the process has ended, of its exit code.
+        environment: environment variables of it alone.
+    """
+
+    def __init__(
+        self,
+        serve: Callable[..., None],
+        *arguments: Any,
+        died: Callable[[int | None], Exception],
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, self._theirs = context.Pipe()
+        self._process = context.Process(target=serve, args=(self._theirs, *arguments), daemon=True)
+        self._died, self._environment = died, dict(environment or {})
+
+    def send(self, message: Any) -> None:
+        """Send a message."""
+        if self._process.pid is None:
+            with children_ignore_signals(), _environment(self._environment):
+                self._process.start()
+            self._theirs.close()
+        try:
+            self._pipe.send(message)
+        except OSError:
+            raise self._ended() from None
+
+    def receive(self) -> Any:
+        """Wait for an answer."""
+        try:
+            answer = self._pipe.recv()
+        except (EOFError, OSError):
+            raise self._ended() from None
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def _ended(self) -> Exception:
+        self._process.join(1)
+        return self._died(self._process.exitcode)
+
+    def close(self) -> None:
+        """End the process."""
+        self._pipe.close()  # ends the process
+        self._theirs.close()
+        if self._process.pid is not None:
+            self._process.join(timeout=5)
+            self._process.kill()
+            self._process.join()
+
+
+@contextmanager
+def _environment(changes: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables for a block: a child inherits them."""
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def first_line(*files: str) -> str:

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""Verbs that show finished runs: ``report``, ``landscape``, ``export``."""
+"""Verbs that show finished runs: ``report``, ``landscape``, ``render``, ``export``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from deflow_torchrl.cli.shared import EXIT_FAILED, JSON, app, verb
-from deflow_torchrl.cli.train import POLICY_HELP
+from deflow_torchrl.cli.train import POLICY_HELP, print_evaluations
 from deflow_torchrl.errors import InputError
 
 
@@ -173,6 +173,66 @@ def export(
         f"from deflow_torchrl.deploy import load_policy; policy = load_policy({result['file']!r}); policy(observation)"
     )
     print(f"run it with: {code}")
+    return result
+
+
+@verb(app)
+def render(
+    run: Path,
+    *,
+    out: Path,
+    policy: str | None = None,
+    episodes: Annotated[int, typer.Option(min=1)] = 3,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**31)] = None,
+    every: Annotated[int | None, typer.Option(min=1)] = None,
+    size: Annotated[int, typer.Option(min=64, max=1024)] = 256,
+    shadows: Annotated[bool | None, typer.Option("--shadows/--no-shadows")] = None,
+    device: str | None = None,
+    force: bool = False,
+    json_: JSON = False,
+) -> dict[str, Any]:
+    """Write a clip of a run's policies side by side on the same starts, success marked: the episodes that deflow eval counts.
+
+    The policies act as in deflow eval; then a process with a renderer repeats their actions and draws. Every environment with
+    gymnasium's render mode rgb_array can be drawn: OGBench's, gymnasium's and those of Minari sets. Where there is no display
+    and MUJOCO_GL is not set, egl draws.
+
+    Example: deflow render runs/cube --policy prior,deflow --episodes 3 --out cube.webp
+
+    Args:
+        run: Run folder.
+        out FILE: The clip: .webp, .gif, or .mp4 (extra video).
+        policy NAME,NAME: Policies from left to right. [default: all that the run evaluates, as prior,deflow]
+        episodes: Starts, one after the other.
+        seed: Seed of the first start. [default: that of training's evaluations]
+        every N: Draw every N-th step. [default: so that an episode has 150 pictures at most]
+        size PIXELS: Height of a picture.
+        shadows: Draw shadows, reflections and smoothed edges. [default: on a GPU only]
+        device: Device of the policies. [default: the run's]
+        force: Overwrite the file.
+    """
+    from deflow_torchrl.runs import render_run
+    from deflow_torchrl.trainers.evaluation import DEFAULT_EVALUATION_SEED
+
+    result = render_run(
+        run,
+        out=out,
+        policies=None if policy is None else [name.strip() for name in policy.split(",")],
+        episodes=episodes,
+        seed=DEFAULT_EVALUATION_SEED if seed is None else seed,
+        every=every,
+        size=size,
+        shadows=shadows,
+        device=device,
+        force=force,
+    )
+    print_evaluations(result["evaluations"], result["metric"])
+    if result["not_repeated"]:
+        seeds = ", ".join(map(str, result["not_repeated"]))
+        print(
+            f"the episodes of seeds {seeds} are not the evaluated ones: the environment depends on more than its seed"
+        )
+    print(f"{result['file']}: step {result['step']}, every {result['every']} steps, {result['bytes'] / 1e6:.2f} MB")
     return result
 
 

@@ -117,7 +117,7 @@ def resume(
     Settings, given here or edited in RUN/config.yaml, are compared with those the checkpoint was trained with. Where any that
     can change a result differs (more steps too), the command lists them and stops; --force goes on with the new ones and
     writes them to RUN/config.yaml. Another task or method is another run. Versions of torch and the simulators count as
-    settings; out, data_root, download, eval_workers, logger and save_interval may change freely.
+    settings; out, data_root, download, eval_workers, logger, save_interval and video may change freely.
 
     Example: deflow resume runs/cube online_steps=200000 --force
 
@@ -199,7 +199,7 @@ def evaluate(
         result = evaluate_run(run, **options)
         if len(runs) > 1:
             print(f"{run}, step {result['step']}:")
-        _print_evaluations(result["evaluations"], result["metric"])
+        print_evaluations(result["evaluations"], result["metric"])
         results.append({"run": str(run), **summarize(result), **result})
     if len(runs) == 1:
         return results[0]
@@ -214,7 +214,7 @@ def _print_trained(result: dict[str, Any], out: Path) -> dict[str, Any]:
     if "std" in result:
         _print_group(result)
         return result
-    _print_evaluations(result["evaluations"], result["metric"])
+    print_evaluations(result["evaluations"], result["metric"])
     print(f"Report: {out / 'report.html'}")
     about = {"transitions": result["data"]["transitions"], "time": result["time"]}
     return {"out": str(out), **summarize(result), **about}
@@ -232,7 +232,8 @@ def _print_group(summary: dict[str, Any]) -> None:
     print(f"Reports: {Path(summary['out']) / 'seed*' / 'report.html'}")
 
 
-def _print_evaluations(evaluations: dict[str, Any], metric: str) -> None:
+def print_evaluations(evaluations: dict[str, Any], metric: str) -> None:
+    """Print a line about each policy."""
     if not evaluations:
         print("not evaluated: there is no environment (env=)")
     for name, outcome in evaluations.items():
@@ -245,7 +246,7 @@ def _print_evaluations(evaluations: dict[str, Any], metric: str) -> None:
 def _print_comparison(compared: dict[str, Any]) -> None:
     for label, run in compared["runs"].items():
         print(f"{label}: {run['run']}, step {run['step']}")
-        _print_evaluations({run["policy"]: run["outcome"]}, compared["metric"])
+        print_evaluations({run["policy"]: run["outcome"]}, compared["metric"])
     name = {"success": "success", "score": "normalised score", "return": "return"}[compared["metric"]]
     digits = ".3f" if compared["metric"] == "success" else ".1f"
     difference = compared["difference"]

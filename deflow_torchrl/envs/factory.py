@@ -228,6 +228,12 @@ def success_timing(task: str) -> Literal["pre", "post"] | None:
     return gymnasium.spec(parse_ogbench_name(task).environment_id).kwargs.get("success_timing", "post")
 
 
+def chosen_renderer() -> dict[str, str]:
+    """Environment variables of a process that draws: EGL where nothing is chosen and there is no display."""
+    chosen = any(os.environ.get(key) for key in ("MUJOCO_GL", "DISPLAY", "WAYLAND_DISPLAY"))
+    return {"MUJOCO_GL": "egl"} if sys.platform == "linux" and not chosen else {}
+
+
 def check_renderer(name: str) -> None:
     """Check in a process of its own that pictures can be drawn here; without a display EGL is chosen where nothing is chosen.
 
@@ -239,8 +245,8 @@ def check_renderer(name: str) -> None:
     Raises:
         InputError: where the renderer cannot be used.
     """
-    if sys.platform == "linux" and not any(os.environ.get(key) for key in ("MUJOCO_GL", "DISPLAY", "WAYLAND_DISPLAY")):
-        os.environ["MUJOCO_GL"] = "egl"
+    if chosen := chosen_renderer():
+        os.environ.update(chosen)
         # mujoco chose when it was imported, which torchrl.envs does.
         for chooser in ("mujoco.rendering.classic.gl_context", "mujoco.gl_context"):
             if chooser in sys.modules:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from deflow_torchrl.errors import InputError
 
+_IMAGES = "visual-"
 _PATTERN = re.compile(
     r"(?P<environment>[a-z0-9]+(-[a-z0-9]+)*)-(?P<data>[a-z]+)-(?P<task>singletask(-task[1-9])?)-(?P<version>v\d+)"
 )
@@ -30,6 +31,11 @@ class OGBenchName:
     images: bool
 
 
+def task_with_states(name: str) -> str:
+    """The name of the same OGBench task with states as observations; other names stay."""
+    return name if ":" in name else name.removeprefix(_IMAGES)
+
+
 def parse_ogbench_name(name: str) -> OGBenchName:
     """Split a single-task name into its parts, as the ``ogbench`` package does.
 
@@ -46,6 +52,6 @@ def parse_ogbench_name(name: str) -> OGBenchName:
     return OGBenchName(
         environment_id=f"{environment}-{part['task']}-{part['version']}",
         dataset=f"{environment}-{part['data']}-{part['version']}",
-        state_environment_id=f"{environment.removeprefix('visual-')}-{part['task']}-{part['version']}",
-        images=environment.startswith("visual-"),
+        state_environment_id=f"{environment.removeprefix(_IMAGES)}-{part['task']}-{part['version']}",
+        images=environment.startswith(_IMAGES),
     )

@@ -49,6 +49,7 @@ from deflow_torchrl.reports.tables import (
 )
 
 _CURVE_RESAMPLES = 2_000
+_LARGEST_CLIP = 2_000_000  # bytes that a page holds
 
 
 def write_html_report(
@@ -58,9 +59,10 @@ def write_html_report(
     record: Mapping[str, Any],
     rows: Sequence[Mapping[str, Any]] = (),
     figure: Path,
+    clip: Path | None = None,
     target_divergence: float | None,
 ) -> Path:
-    """Write a run's page: outcome, curves, alarms, diagnostics, command, numbers, settings, versions.
+    """Write a run's page: outcome, clip, curves, alarms, diagnostics, command, numbers, settings, versions.
 
     Everything is in the one file; it loads nothing from anywhere.
 
@@ -72,15 +74,20 @@ def write_html_report(
         record: see :func:`deflow_torchrl.reports.build_record`.
         rows: rows of ``metrics.jsonl``, for the diagnostics.
         figure: PNG to embed.
+        clip: animated picture of the last evaluation; one of more than 2 MB is named instead.
         target_divergence: delta, for the explanation.
 
     Raises:
         MissingExtraError: without the ``reports`` extra.
     """
+    small = clip is not None and clip.stat().st_size <= _LARGEST_CLIP
     values = {
         "title": title,
         "record": record,
         "figure": figure.read_bytes(),
+        "clip": None if clip is None else f"{clip.parent.name}/{clip.name}",
+        "clip_type": None if clip is None else clip.suffix.removeprefix("."),
+        "moving": clip.read_bytes() if clip is not None and small else None,
         "diagnostics": draw_diagnostics(
             rows, ALGORITHMS[record["algo"]].panels if record["algo"] in ALGORITHMS else ()
         ),

@@ -22,7 +22,7 @@ from deflow_torchrl.reports.statistics import success_standard_error
 _NEUTRAL = frozenset(
     ("task", "algo", "seed", "seeds", "download", "storage", "device", "compile", "kernels", "cuda_graph", "self_check",
      "updates_per_replay", "threads", "eval_workers", "eval_interval", "eval_episodes", "log_interval", "save_interval",
-     "logger", "protocol")
+     "logger", "protocol", "video")
 )  # fmt: skip
 # Settings that older records lack: they had these.
 _USUAL = {"reward": "task", "chunk_ends": "whole"}

@@ -7,6 +7,7 @@ from .evaluate import load_run as load_run
 from .landscape import draw_landscape as draw_landscape
 from .overrides import apply_overrides as apply_overrides
 from .overrides import compose_config as compose_config
+from .render import render_run as render_run
 from .run import resume as resume
 from .run import train as train
 from .settings import TrainConfig as TrainConfig

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from deflow_torchrl.algorithms import DeFlowConfig
+from deflow_torchrl.envs.drawing import check_drawing
 from deflow_torchrl.envs.names import parse_ogbench_name
 from deflow_torchrl.errors import InputError
 from deflow_torchrl.paths import cache_home, dataset_path
@@ -22,6 +24,7 @@ from deflow_torchrl.runs.run import train
 from deflow_torchrl.runs.settings import TrainConfig
 from deflow_torchrl.sources.generation import generate_ogbench_dataset
 
+_LOG = logging.getLogger(__name__)
 TASK = "cube-single-noisy-singletask-task2-v0"
 
 
@@ -108,7 +111,7 @@ def run_demo(
         )
     generated = time.perf_counter() - began
     record = train(
-        demo_config(scale, seed=seed, root=root, out=out),
+        demo_config(scale, seed=seed, root=root, out=out, video=_can_be_drawn()),
         command=command,
         final_episodes=scale.final_episodes,
         extra_seconds={"generate_data": generated},
@@ -127,7 +130,7 @@ def run_demo(
     }
 
 
-def demo_config(scale: DemoScale, *, seed: int, root: Path, out: Path) -> TrainConfig:
+def demo_config(scale: DemoScale, *, seed: int, root: Path, out: Path, video: bool = False) -> TrainConfig:
     """The demo's settings: plain DeFlow, sized and tuned for minutes on two CPU cores instead of the paper's 1M steps.
 
     Against the paper: smaller networks, a larger learning rate and faster targets (values must travel back some 80 steps
@@ -142,11 +145,21 @@ def demo_config(scale: DemoScale, *, seed: int, root: Path, out: Path) -> TrainC
         eval_interval=scale.eval_interval,
         eval_episodes=scale.eval_episodes,
         save_interval=scale.eval_interval,
+        video="final" if video else False,
         data_root=str(root),
         download=False,
         out=str(out),
         algo=DeFlowConfig(lr=1e-3, tau=0.02, gamma=0.98, target_divergence=0.005),
     )
+
+
+def _can_be_drawn() -> bool:
+    try:
+        check_drawing(TASK)
+    except InputError as error:
+        _LOG.warning("the report will have no clip: %s", error)
+        return False
+    return True
 
 
 def _free_folder(wanted: Path) -> Path:

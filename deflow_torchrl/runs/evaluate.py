@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from deflow_torchrl.tasks import Task
 from deflow_torchrl.tasks.data import reference_returns
 from deflow_torchrl.trainers import EvaluationResult, Evaluator, UpdateStep
 from deflow_torchrl.trainers.checkpoint import list_checkpoints, load_checkpoint
-from deflow_torchrl.trainers.evaluation import DEFAULT_EVALUATION_SEED
+from deflow_torchrl.trainers.evaluation import DEFAULT_EVALUATION_SEED, OnStep
 from deflow_torchrl.trainers.resume import run_identity
 from deflow_torchrl.trainers.update import restore_learner
 
@@ -108,7 +108,11 @@ class LoadedRun:
 
 
 def load_run(
-    out: Path, *, policy: str | None = None, device: str | None = None, test_time: TestTime | None = None
+    out: Path,
+    *,
+    policy: str | Sequence[str] | None = None,
+    device: str | None = None,
+    test_time: TestTime | None = None,
 ) -> LoadedRun:
     """Load a run's last checkpoint, and from then on use kernels and threads as the run does.
 
@@ -116,7 +120,7 @@ def load_run(
         out: run folder.
 
     Keyword Args:
-        policy: keep this one alone among the evaluated policies, ``acting`` being the run's acting policy.
+        policy: keep these alone among the evaluated policies, ``acting`` being the run's acting policy.
         device: where to; the run's own by default.
         test_time: what is done to the evaluated policies, whose names then say so.
 
@@ -135,10 +139,12 @@ def load_run(
     restore_learner(UpdateStep(learner), state, checkpoints[-1])
     policies = learner.evaluated_policies
     if policy is not None:
-        name = learner.acting_policy if policy == ACTING else policy
-        if name not in policies:
-            raise InputError(f"{out} has no policy {name!r}; there are {', '.join(policies)}")
-        learner = replace(learner, evaluated_policies={name: policies[name]})
+        wanted = [policy] if isinstance(policy, str) else policy
+        names = [learner.acting_policy if name == ACTING else name for name in wanted]
+        for name in names:
+            if name not in policies:
+                raise InputError(f"{out} has no policy {name!r}; there are {', '.join(policies)}")
+        learner = replace(learner, evaluated_policies={name: policies[name] for name in names})
     if test_time is not None:
         learner = replace(learner, evaluated_policies=test_time.apply(learner))
     return LoadedRun(config, settings["final_episodes"], find_task(config), checkpoints[-1], state, learner, where)
@@ -224,14 +230,17 @@ def evaluate_policies(
     *,
     seed: int = DEFAULT_EVALUATION_SEED,
     show_progress: bool = True,
+    on_step: Mapping[str, OnStep] | None = None,
 ) -> dict[str, EvaluationResult]:
-    """Evaluate policies by name, each on the same starts, with a progress bar for each."""
+    """Evaluate policies by name, each on the same starts, with a progress bar for each; ``on_step`` has one for some of them."""
     results = {}
     for name, policy in policies.items():
         with progress_bar(
             total=episodes, desc=f"evaluate {name}", unit="episode", leave=False, disable=not show_progress
         ) as bar:
-            results[name] = evaluator.run(policy, episodes=episodes, seed=seed, on_episode=bar.update)
+            results[name] = evaluator.run(
+                policy, episodes=episodes, seed=seed, on_episode=bar.update, on_step=(on_step or {}).get(name)
+            )
     return results
 
 

@@ -20,6 +20,7 @@ GROUP_FILE = "group.yaml"  # beside the run folders of seeds that are trained to
 SUMMARY_FILE = "summary.json"
 BANK_FILE = "base_actions.pt"
 CHECKPOINTS = "checkpoints"
+VIDEOS = "videos"
 LOCK_FILE = ".lock"  # there while a process works on the folder
 
 _held: dict[Path, int] = {}  # folder -> the thread of this process that holds it

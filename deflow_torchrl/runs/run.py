@@ -8,6 +8,7 @@ newest step of which every seed has a whole checkpoint; once all are finished ea
 from __future__ import annotations
 
 import json
+import logging
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,12 +21,14 @@ import torch
 
 from deflow_torchrl.algorithms import get_algorithm
 from deflow_torchrl.data import OfflineOnlineReplayBuffer
+from deflow_torchrl.envs.drawing import ActedEpisode, check_drawing
 from deflow_torchrl.envs.factory import success_timing
 from deflow_torchrl.errors import (
     CheckpointNotWritten,
     EnvironmentFaultError,
     InputError,
     NonFiniteLossError,
+    RunError,
     RunInterrupted,
 )
 from deflow_torchrl.generators import seed_generators
@@ -37,6 +40,7 @@ from deflow_torchrl.runs import build, folder
 from deflow_torchrl.runs.evaluate import evaluate_policies, final_numbers, metrics_row, open_evaluator, outcomes
 from deflow_torchrl.runs.group import check_not_gone_on, common_checkpoints, summarize_group
 from deflow_torchrl.runs.overrides import apply_overrides
+from deflow_torchrl.runs.render import RecordedActions, render_evaluation
 from deflow_torchrl.runs.settings import (
     SettledConfig,
     TrainConfig,
@@ -73,6 +77,7 @@ from deflow_torchrl.trainers.resume import (
 )
 from deflow_torchrl.trainers.update import Update
 
+_LOG = logging.getLogger(__name__)
 _DIAGNOSED_TRANSITIONS = 10_000
 
 
@@ -119,6 +124,11 @@ class Run:
             raise InputError(f"online_steps={config.online_steps} needs an environment; name one with env=")
         check_logger(config.logger)
         check_report_extra()
+        if config.video:
+            if self.task.environment is None:
+                raise InputError(f"video={config.video} needs an environment; name one with env=")
+            check_report_extra("PIL")
+            check_drawing(self.task.environment)
         self.device = build.use_device(config)
         if config.online_steps and config.storage == "memmap" and self.device.type != "cpu":
             raise InputError(
@@ -287,6 +297,7 @@ class Run:
             record=record,
             rows=self.metrics.rows,
             figure=figure,
+            clip=self._clip if self._clip.is_file() else None,
             target_divergence=None if delta is None else round(float(delta), 8),
         )
         return record
@@ -295,12 +306,18 @@ class Run:
         """Evaluate the acting policy, or at the last step all policies; the entries of the row of metrics."""
         trainer, learner = self.trainer, self.learner
         last = trainer.step >= trainer.schedule.steps
+        policies = learner.evaluated_policies if last else {learner.acting_policy: learner.policy}
+        drawn = self.config.video if last else self.config.video is True
+        recorded = {name: RecordedActions() for name in policies} if drawn else {}
         results = evaluate_policies(
             cast("Evaluator", self.evaluator),
-            learner.evaluated_policies if last else {learner.acting_policy: learner.policy},
+            policies,
             self.final_episodes if last else self.config.eval_episodes,
             show_progress=self.show_progress,
+            on_step=recorded,
         )
+        if drawn:
+            self._draw({name: recorded[name].episodes(result) for name, result in results.items()})
         if last:
             self.outcomes = results
         earlier = [item for item in trainer.notes.get("evaluations", []) if item["step"] < trainer.step]
@@ -312,6 +329,23 @@ class Run:
             prefix = "eval" if name == learner.acting_policy else f"eval/{name}"
             row |= metrics_row(prefix, result, self.task, self.references)
         return row
+
+    @property
+    def _clip(self) -> Path:
+        """The clip of an evaluation now."""
+        suffix = ".gif" if self.config.logger == "wandb" else ".webp"  # wandb shows no other animated picture
+        return self.out / folder.VIDEOS / f"step-{self.trainer.step:08d}{suffix}"
+
+    def _draw(self, acted: Mapping[str, Sequence[ActedEpisode]]) -> None:
+        """Write a clip of an evaluation; where that fails, the training goes on without it."""
+        self._clip.parent.mkdir(exist_ok=True)
+        title, chunk = f"step {self.trainer.step:,}, ", self.config.chunk
+        try:
+            render_evaluation(self._clip, self.task, acted, chunk=chunk, title=title, show_progress=self.show_progress)
+        except (InputError, RunError) as error:
+            _LOG.warning("no clip of the evaluation at step %d: %s", self.trainer.step, error)
+        else:
+            self.metrics.send_clip(self._clip, step=self.trainer.step)
 
 
 def train(

@@ -109,6 +109,8 @@ class TrainConfig:
         log_interval: steps between rows of metrics.
         eval_interval: steps between evaluations, 0 evaluates at the end only; the task's where None (100K).
         eval_episodes: episodes of each evaluation; the task's where None (50).
+        video: ``true`` writes a clip of each evaluation into ``videos`` of the run folder, ``final`` of the last one alone, which
+            shows all policies side by side and is in the report. Drawing needs a renderer (``deflow doctor``).
         eval_max_steps: environment steps of an evaluation episode at most; the environment's own limit where None.
         save_interval: steps between checkpoints; 0 saves at the end only.
         data_root: folder of NAME.npz and NAME-val.npz; ``$DEFLOW_HOME/data`` where None.
@@ -167,6 +169,7 @@ class TrainConfig:
     eval_interval: int | None = None
     eval_episodes: int | None = None
     eval_max_steps: int | None = None
+    video: Any = False
     save_interval: int = 100_000
     data_root: str | None = None
     download: bool = True
@@ -392,6 +395,7 @@ def _check(config: TrainConfig) -> None:
     _need(config.offline_steps != 0 or config.online_steps >= 1, "offline_steps", 0, "at least 1, or online_steps")
     _need(config.seed < 2**63, "seed", config.seed, "a number below 2**63")
     _need(config.p_aug is None or 0 <= config.p_aug <= 1, "p_aug", config.p_aug, "a probability, 0 to 1")
+    _need(config.video in (True, False, "final"), "video", config.video, "true, false or final")
     widths = config.hidden_dims
     _need(widths is None or (bool(widths) and min(widths) >= 1), "hidden_dims", widths, "positive widths")
     _check_online(config)

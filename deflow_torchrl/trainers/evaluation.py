@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import multiprocessing
 import os
 import weakref
 from collections.abc import Callable, Iterator
@@ -30,10 +29,13 @@ from deflow_torchrl.envs.d4rl import normalized_score
 from deflow_torchrl.envs.factory import make_gym_env
 from deflow_torchrl.errors import EnvironmentFaultError
 from deflow_torchrl.generators import generators_set_aside
-from deflow_torchrl.processes import children_ignore_signals, ignore_stop_signals, raise_if_stopped
+from deflow_torchrl.processes import PipedProcess, ignore_stop_signals, raise_if_stopped
 
 MakeEnv = Callable[[], Any]
 """Makes one environment; sent to processes."""
+
+OnStep = Callable[[np.ndarray, np.ndarray, np.ndarray], None]
+"""Takes the numbers of running episodes, their observations and actions."""
 
 DEFAULT_EVALUATION_SEED = 1_000_000
 """Far from training seeds: no generated data set has the same starts."""
@@ -141,7 +143,7 @@ class Evaluator:
         episodes: int,
         seed: int = DEFAULT_EVALUATION_SEED,
         on_episode: Callable[[], None] | None = None,
-        on_step: Callable[[np.ndarray, np.ndarray, np.ndarray], None] | None = None,
+        on_step: OnStep | None = None,
     ) -> EvaluationResult:
         """Run ``episodes`` episodes of a policy.
 
@@ -239,12 +241,15 @@ class _LocalGroup:
     """A part of the environments, stepped in this process."""
 
     def __init__(self, make: MakeEnv, slots: list[int]) -> None:
-        self.slots = slots
-        self._envs = {slot: make() for slot in slots}
+        self.slots, self._make = slots, make
+        self._envs = {slots[0]: make()}  # those of the other slots when they are used
         self._answer: dict[int, Any] = {}
         self._episodes: dict[int, list[int]] = {}  # slot -> seed and steps of its episode
 
     def send(self, command: str, values: dict[int, Any]) -> None:
+        for slot in values:
+            if slot not in self._envs:
+                self._envs[slot] = self._make()
         self._answer = {slot: getattr(self, f"_{command}")(slot, value) for slot, value in values.items()}
 
     def receive(self) -> dict[int, Any]:
@@ -286,47 +291,19 @@ class _LocalGroup:
             env.close()
 
 
-class _RemoteGroup:
-    """The same in a process of its own, which starts with the first command."""
+class _RemoteGroup(PipedProcess):
+    """The same in a process of its own."""
 
     def __init__(self, make: MakeEnv, slots: list[int]) -> None:
         self.slots = slots
-        context = multiprocessing.get_context("spawn")
-        self._pipe, self._theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(self._theirs, make, slots), daemon=True)
+        super().__init__(_serve, make, slots, died=_process_died)
 
-    def send(self, command: str, values: dict[int, Any]) -> None:
-        if self._process.pid is None:
-            with children_ignore_signals():
-                self._process.start()
-            self._theirs.close()
-        try:
-            self._pipe.send((command, values))
-        except OSError:
-            raise self._died() from None
+    def send(self, command: str, values: dict[int, Any]) -> None:  # type: ignore[override]
+        super().send((command, values))
 
-    def receive(self) -> dict[int, Any]:
-        try:
-            answer = self._pipe.recv()
-        except (EOFError, OSError):
-            raise self._died() from None
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
 
-    def _died(self) -> EnvironmentFaultError:
-        self._process.join(1)
-        return EnvironmentFaultError(
-            f"an evaluation process died (exit code {self._process.exitcode}); was the memory full?"
-        )
-
-    def close(self) -> None:
-        self._pipe.close()  # ends the process
-        self._theirs.close()
-        if self._process.pid is not None:
-            self._process.join(timeout=5)
-            self._process.kill()
-            self._process.join()
+def _process_died(code: int | None) -> EnvironmentFaultError:
+    return EnvironmentFaultError(f"an evaluation process died (exit code {code}); was the memory full?")
 
 
 def _serve(pipe: Connection, make: MakeEnv, slots: list[int]) -> None:

@@ -91,6 +91,14 @@ class MetricsLog:
         if self.logger is not None and row["step"] > self._sent_step:
             _send(self.logger, row["step"], row)
 
+    def send_clip(self, path: Path, *, step: int) -> None:
+        """Send an animated GIF to the logger, if it is wandb."""
+        if _is_wandb(self.logger) and step > self._sent_step:
+            import wandb
+
+            # With the row of this step, which follows.
+            self.logger.experiment.log({"eval/clip": wandb.Video(str(path), format="gif")}, step=step, commit=False)  # type: ignore[union-attr]
+
     def sync(self) -> None:
         """Write every row to the disk: needed before a checkpoint, because a run resumed from it does not write them again.
 
@@ -148,13 +156,17 @@ def read_rows(jsonl: Path) -> list[dict[str, Any]]:
 
 def _send(logger: Any, step: int, row: Mapping[str, Any]) -> None:
     numbers = {name: value for name, value in row.items() if isinstance(value, (int, float)) and name != "step"}
-    if type(logger).__name__ == "WandbLogger":
+    if _is_wandb(logger):
         # One row of its history, complete at once: TorchRL would send as many as there are numbers, and wandb's own count of
         # them begins again after a resume.
         logger.experiment.log(numbers, step=step, commit=True)
         return
     for name, value in numbers.items():
         logger.log_scalar(name, value, step=step)
+
+
+def _is_wandb(logger: Any) -> bool:
+    return type(logger).__name__ == "WandbLogger"
 
 
 def open_logger(

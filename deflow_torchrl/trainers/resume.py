@@ -19,7 +19,17 @@ from deflow_torchrl.versions import package_versions
 # Settings that change neither weights nor metrics. The number of threads is not among them: it can change the last digit of
 # a matrix product.
 NEUTRAL_SETTINGS = frozenset(
-    {"out", "data_root", "download", "eval_workers", "logger", "save_interval", "updates_per_replay", "self_check"}
+    {
+        "out",
+        "data_root",
+        "download",
+        "eval_workers",
+        "logger",
+        "save_interval",
+        "updates_per_replay",
+        "self_check",
+        "video",
+    }
 )
 # Packages whose versions can change digits of networks or simulators.
 _PACKAGES = ("torch", "torchrl", "tensordict", "numpy", "gymnasium", "mujoco", "ogbench", "gymnasium-robotics")

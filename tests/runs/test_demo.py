@@ -7,8 +7,10 @@ import pytest
 
 pytest.importorskip("ogbench", reason="needs the extra ogbench")
 
+from deflow_torchrl.envs.drawing import check_drawing
 from deflow_torchrl.runs.demo import FULL, DemoScale, describe, run_demo
 from deflow_torchrl.runs.evaluate import evaluate_run
+from tests.support.rendering import missing_renderer
 
 TINY = DemoScale(
     episodes=1,
@@ -25,8 +27,11 @@ TINY = DemoScale(
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory, short_episodes):
     folder = tmp_path_factory.mktemp("demo")
+    if (why := missing_renderer()) is not None:
+        pytest.skip(f"no EGL renderer here: {why}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DEFLOW_HOME", str(folder / "home"))
+        patch.delenv("MUJOCO_GL", raising=False)
         patch.chdir(folder)
         result = run_demo(TINY, seed=0, command="deflow demo", show_progress=False)
         yield folder, result
@@ -41,6 +46,7 @@ def test_the_pipeline_runs_from_generation_to_the_report(demo, short_episodes):
     run = folder / "runs" / "demo-seed0"
     assert {path.name for path in run.iterdir()} == {
         "config.yaml", "metrics.jsonl", "metrics.csv", "checkpoints", "record.json", "report.html", "learning_curve.png",
+        "videos",
     }  # fmt: skip
     assert (run / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     assert describe(result).startswith("On 2 common starts")
@@ -66,8 +72,9 @@ def test_the_page_is_self_contained_and_names_what_a_reader_needs(demo):
     folder, _ = demo
     page = (folder / "runs" / "demo-seed0" / "report.html").read_text()
     assert not re.search(r"(src|href)=[\"'](?!data:)", page), "nothing is loaded from elsewhere"
-    image = re.search(r"base64,([A-Za-z0-9+/=]+)", page)
-    assert base64.b64decode(image[1]).startswith(b"\x89PNG")
+    pictures = [base64.b64decode(data) for data in re.findall(r"base64,([A-Za-z0-9+/=]+)", page)]
+    assert pictures[0][:4] + pictures[0][8:12] == b"RIFFWEBP", "the clip"
+    assert all(picture.startswith(b"\x89PNG") for picture in pictures[1:])
     for text in ("regenerated", "deflow demo", "torchrl", "target_divergence", "prior", "sha256"):
         assert text in page
 
@@ -83,13 +90,19 @@ def test_metrics_hold_curves_and_wall_clock_only_under_time(demo):
     assert [name for name in rows[0] if "second" in name] == ["time/trained_seconds"]
 
 
-def test_a_second_run_finds_the_data_and_takes_a_folder_of_its_own(demo, monkeypatch):
+def test_a_second_run_finds_the_data_and_takes_a_folder_of_its_own(demo, monkeypatch, caplog):
     folder, _ = demo
     monkeypatch.setenv("DEFLOW_HOME", str(folder / "home"))
     monkeypatch.chdir(folder)
     monkeypatch.setattr("deflow_torchrl.runs.demo.generate_ogbench_dataset", None)  # a call would fail
+    monkeypatch.setenv("MUJOCO_GL", "glfw")  # without a display nothing can be drawn
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    check_drawing.cache_clear()
     run_demo(TINY, seed=0, command="deflow demo", show_progress=False)
     assert (folder / "runs" / "demo-seed0-2" / "record.json").exists()
+    assert not (folder / "runs" / "demo-seed0-2" / "videos").exists()
+    assert "no clip" in caplog.text
 
 
 def test_training_says_where_generated_data_lies(demo, monkeypatch):

@@ -49,11 +49,33 @@ class TwoCameras(DrawnPoint):
         return {"front": front, "wrist": front[::2, ::2], "joints": self.point.copy()}
 
 
-ID, TWO_CAMERAS = (f"tests.support.drawn:{name}-v0" for name in ("DrawnPoint", "TwoCameras"))
+class StatePoint(DrawnPoint):
+    """The same point as four numbers; pictures are drawn on demand."""
+
+    metadata = {"render_modes": ["rgb_array"]}
+
+    def __init__(self, render_mode=None):
+        super().__init__()
+        self.render_mode = render_mode
+        self.observation_space = gymnasium.spaces.Box(0, 1, (4,), np.float64)
+
+    def _draw(self):
+        return np.concatenate([self.point, self.goal])
+
+    def render(self):
+        picture = np.zeros((16, 16, 3), np.uint8)
+        for place, colour in ((self.goal, (0, 90, 0)), (self.point, (255, 200, 0))):
+            row, column = np.round(place * 15).astype(int)
+            picture[row, column] = colour
+        return picture
+
+
+ID, TWO_CAMERAS, STATES = (f"tests.support.drawn:{name}-v0" for name in ("DrawnPoint", "TwoCameras", "StatePoint"))
 _KINDS = {
     "DrawnPoint-v0": (DrawnPoint, {}),
     "LargePoint-v0": (DrawnPoint, {"size": 24}),
     "TwoCameras-v0": (TwoCameras, {}),
+    "StatePoint-v0": (StatePoint, {}),
 }
 for _name, (_kind, _options) in _KINDS.items():
     if _name not in gymnasium.registry:

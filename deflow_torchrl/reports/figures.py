@@ -77,6 +77,32 @@ def plot_learning_curve(
     Raises:
         MissingExtraError: without the ``reports`` extra.
     """
+    figure = _learning_curve(rows, final, metric, target_divergence, columns=3)
+    figure.suptitle(title)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+    return path
+
+
+def draw_narrow_learning_curve(
+    rows: Sequence[Mapping[str, Any]], *, final: Mapping[str, float], metric: str, target_divergence: float | None
+) -> bytes:
+    """The panels of :func:`plot_learning_curve` one under another, as a PNG for a narrow screen.
+
+    Raises:
+        MissingExtraError: without the ``reports`` extra.
+    """
+    return _png(_learning_curve(rows, final, metric, target_divergence, columns=1))
+
+
+def _learning_curve(
+    rows: Sequence[Mapping[str, Any]],
+    final: Mapping[str, float],
+    metric: str,
+    target_divergence: float | None,
+    *,
+    columns: int,
+) -> Figure:
     outcome = Panel(METRICS[metric].title, "", {f"eval/{metric}": ""}, METRICS[metric].axis)
     delta = None if target_divergence is None else ("delta", target_divergence)
     divergence = {"train/divergence": "divergence"}
@@ -88,10 +114,9 @@ def plot_learning_curve(
         Panel("multiplier alpha", "", {"train/alpha": "multiplier alpha"}, "alpha", True),
     ]
     panels = [it for it in panels if (it is outcome and final) or any(it.name in row for row in rows)] or [outcome]
-    columns = min(len(panels), 3)
+    columns = min(len(panels), columns)
     lines = math.ceil(len(panels) / columns)
     figure, axes = _figure((4.2 * columns, 3.6 * lines), lines, columns)
-    figure.suptitle(title)
     for spare in axes[len(panels) :]:
         spare.set_axis_off()
     for axis, panel in zip(axes, panels, strict=False):
@@ -105,9 +130,7 @@ def plot_learning_curve(
         shown = [line for line in axis.lines if line.get_linestyle() in ("--", ":")]
         if shown:
             axis.legend(handles=shown, loc="best", fontsize="small")
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
-    return path
+    return figure
 
 
 def draw_diagnostics(rows: Sequence[Mapping[str, Any]], own: Sequence[Panel] = ()) -> list[tuple[Panel, bytes]]:

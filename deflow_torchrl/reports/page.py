@@ -23,6 +23,7 @@ from deflow_torchrl.reports.figures import (
     colours_of,
     draw_diagnostic_of_runs,
     draw_diagnostics,
+    draw_narrow_learning_curve,
     draw_outcomes,
 )
 from deflow_torchrl.reports.grids import Grid
@@ -72,8 +73,8 @@ def write_html_report(
     Keyword Args:
         title: heading.
         record: see :func:`deflow_torchrl.reports.build_record`.
-        rows: rows of ``metrics.jsonl``, for the diagnostics.
-        figure: PNG to embed.
+        rows: rows of ``metrics.jsonl``, for the diagnostics and for the curves on a narrow screen.
+        figure: PNG of the curves to embed.
         clip: animated picture of the last evaluation; one of more than 2 MB is named instead.
         target_divergence: delta, for the explanation.
 
@@ -85,6 +86,12 @@ def write_html_report(
         "title": title,
         "record": record,
         "figure": figure.read_bytes(),
+        "narrow": draw_narrow_learning_curve(
+            rows,
+            final={name: outcome[METRICS[record["metric"]].key] for name, outcome in record["evaluations"].items()},
+            metric=record["metric"],
+            target_divergence=target_divergence,
+        ),
         "clip": None if clip is None else f"{clip.parent.name}/{clip.name}",
         "clip_type": None if clip is None else clip.suffix.removeprefix("."),
         "moving": clip.read_bytes() if clip is not None and small else None,

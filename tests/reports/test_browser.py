@@ -12,8 +12,9 @@ pytest.importorskip("playwright", reason="needs playwright")
 
 from playwright.sync_api import sync_playwright
 
+from deflow_torchrl.reports import plot_learning_curve, write_html_report
 from deflow_torchrl.reports.page import summarize_runs, write_summary_page
-from tests.support.synthetic import CUBE, metrics_rows, record_of, write_run
+from tests.support.synthetic import CUBE, metrics_rows, outcome, record_of, write_run
 
 PHONE = {"width": 390, "height": 844}
 
@@ -133,3 +134,29 @@ def test_the_dark_page_is_light_on_dark(page):
         for name in ("color", "backgroundColor")
     )
     assert ink > 3 * 200 > 3 * 60 > paper
+
+
+def test_on_a_phone_a_runs_numbers_and_curves_stand_one_under_another(browser, tmp_path):
+    evaluations = {name: outcome(wins, mean_score=50.0) for name, wins in (("prior", 2), ("deflow", 18))}
+    rows = [row | {"train/divergence": 1e-3} for row in metrics_rows()]
+    figure = plot_learning_curve(
+        rows, tmp_path / "curve.png", title="a run", final={"deflow": 0.9}, target_divergence=1e-3
+    )
+    record = record_of(18, evaluations=evaluations)
+    path = write_html_report(
+        tmp_path / "report.html", title="a run", record=record, rows=rows, figure=figure, target_divergence=1e-3
+    )
+    for width, stacked in ((390, True), (1280, False)):
+        context = browser.new_context(viewport={"width": width, "height": 844})
+        page = context.new_page()
+        page.goto(path.as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        cells = page.locator(".outcome tbody tr").last.locator("td")
+        boxes = [cell.bounding_box() for cell in cells.all()]
+        assert len(boxes) == 7
+        assert max(box["x"] + box["width"] for box in boxes) <= width
+        assert (len({round(box["x"]) for box in boxes}) == 1) == stacked
+        assert [cell.is_visible() for cell in cells.all()] == [True] * 7
+        curves = page.get_by_alt_text("Learning curves").bounding_box()
+        assert (curves["height"] > 4 * curves["width"]) == stacked, "five panels, one under another"
+        context.close()

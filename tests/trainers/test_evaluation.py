@@ -123,7 +123,7 @@ def test_success_is_counted_from_the_last_step(short):
     with Evaluator(TASK, num_envs=2) as evaluator:
         group = evaluator._groups[0]
         assert isinstance(group, evaluation._LocalGroup)
-        group._envs = {slot: Solved(env) for slot, env in group._envs.items()}
+        group._envs = {slot: Solved(group._make()) for slot in group.slots}
         policy = TensorDictModule(lambda s: torch.zeros(len(s), 5), in_keys=["observation"], out_keys=["action"])
         result = evaluator.run(policy, episodes=3)
     assert result.success.all()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +24,7 @@ def report(
     md: Path | None = None,
     label: str | None = None,
     last: Annotated[int | None, typer.Option(min=1)] = None,
+    refresh: Annotated[float | None, typer.Option(min=1)] = None,
     check: bool = False,
     write: bool = False,
     json_: JSON = False,
@@ -31,6 +33,9 @@ def report(
 
     Every record.json below the folders is read; runs alike but for the seed make a cell. Without --html and --md the tables are
     printed. Where the data are not the published ones the report says so.
+
+    --refresh writes the page of runs that still train every so many seconds until they end: how far each is, its curves so far,
+    and the tables of the finished ones. The page loads itself anew; docs/reports.md shows how to see it from another machine.
 
     --check recomputes the numbers that stand between markers (docs/reports.md) in the given files, or in README.md and
     benchmarks/results/**/*.md of this folder, prints one line for each that differs and then exits with 1; --write corrects them.
@@ -44,21 +49,26 @@ def report(
         label TEXT: The first note of page and tables.
         last: Average each run's last evaluations [default: of offline runs on OGBench as long as the paper's its three, of
             others 1].
+        refresh SECONDS: Write the page again and again until the runs end. [default of --html: DIR/live.html]
         check: Compare the marked numbers of Markdown files with their records.
         write: Write the records' numbers into the marked places.
     """
     if check or write:
-        if html or md or label or last is not None:
+        if html or md or label or last is not None or refresh is not None:
             raise InputError(
-                "--check and --write take Markdown files; --html, --md, --label and --last are for a report"
+                "--check and --write take Markdown files; --html, --md, --label, --last and --refresh are for a report"
             )
         return _check_reports(paths or [], write=write, as_json=json_)
     if not paths:
         raise InputError("name a folder of finished runs: deflow report runs/NAME --html report.html")
     from deflow_torchrl.reports import page
 
-    summary = page.summarize_runs(paths, label=label, last=last)
     title = f"Results: {', '.join(path.name or str(path.absolute().name) for path in paths)}"
+    if refresh is not None:
+        if md:
+            raise InputError("--refresh writes a page that changes; --md is for finished runs")
+        return _watch(paths, html=html, title=title, label=label, last=last, seconds=refresh)
+    summary = page.summarize_runs(paths, label=label, last=last)
     if html:
         page.write_summary_page(summary, html, title=title)
     if md:
@@ -234,6 +244,15 @@ def render(
         )
     print(f"{result['file']}: step {result['step']}, every {result['every']} steps, {result['bytes'] / 1e6:.2f} MB")
     return result
+
+
+def _watch(paths: list[Path], **options: Any) -> dict[str, Any]:
+    from deflow_torchrl.runs import watch_runs
+
+    html, progress = watch_runs(paths, announce=lambda text: print(text, flush=True), **options)
+    counts = Counter(run.state for run in progress.runs)
+    print(f"{html}: {', '.join(f'{number} {state}' for state, number in counts.items())}")
+    return {"file": str(html), "updated": progress.updated, "runs": dict(counts)}
 
 
 def _check_reports(files: list[Path], *, write: bool, as_json: bool) -> dict[str, Any]:

@@ -84,15 +84,20 @@ def plot_learning_curve(
     return path
 
 
-def draw_narrow_learning_curve(
-    rows: Sequence[Mapping[str, Any]], *, final: Mapping[str, float], metric: str, target_divergence: float | None
+def draw_learning_curve(
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    final: Mapping[str, float],
+    metric: str,
+    target_divergence: float | None = None,
+    columns: int = 3,
 ) -> bytes:
-    """The panels of :func:`plot_learning_curve` one under another, as a PNG for a narrow screen.
+    """The panels of :func:`plot_learning_curve` in so many columns as a PNG: in one column for a narrow screen.
 
     Raises:
         MissingExtraError: without the ``reports`` extra.
     """
-    return _png(_learning_curve(rows, final, metric, target_divergence, columns=1))
+    return _png(_learning_curve(rows, final, metric, target_divergence, columns=columns))
 
 
 def _learning_curve(

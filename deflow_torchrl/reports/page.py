@@ -23,7 +23,7 @@ from deflow_torchrl.reports.figures import (
     colours_of,
     draw_diagnostic_of_runs,
     draw_diagnostics,
-    draw_narrow_learning_curve,
+    draw_learning_curve,
     draw_outcomes,
 )
 from deflow_torchrl.reports.grids import Grid
@@ -50,6 +50,7 @@ from deflow_torchrl.reports.tables import (
 )
 
 _CURVE_RESAMPLES = 2_000
+_CURVES_OF_TRAINING = 8
 _LARGEST_CLIP = 2_000_000  # bytes that a page holds
 
 
@@ -86,11 +87,12 @@ def write_html_report(
         "title": title,
         "record": record,
         "figure": figure.read_bytes(),
-        "narrow": draw_narrow_learning_curve(
+        "narrow": draw_learning_curve(
             rows,
             final={name: outcome[METRICS[record["metric"]].key] for name, outcome in record["evaluations"].items()},
             metric=record["metric"],
             target_divergence=target_divergence,
+            columns=1,
         ),
         "clip": None if clip is None else f"{clip.parent.name}/{clip.name}",
         "clip_type": None if clip is None else clip.suffix.removeprefix("."),
@@ -177,8 +179,78 @@ def summarize_runs(folders: Sequence[Path], *, label: str | None = None, last: i
     return Summary(runs, tables, [grid for grid in results if grid is not None], copied, notes, facts)
 
 
-def write_summary_page(summary: Summary, path: Path, *, title: str) -> Path:
+def unfinished_summary(label: str | None = None) -> Summary:
+    """The summary of no finished run."""
+    return Summary([], [], [], [], [label] if label else [], "No run is finished yet.")
+
+
+TRAINS, FINISHED = "trains", "finished"
+
+
+@dataclass(frozen=True)
+class RunState:
+    """How far a run is.
+
+    Attributes:
+        name: of its folder.
+        task: its task.
+        algo: its method.
+        seed: its seed.
+        state: :data:`TRAINS`, :data:`FINISHED`, or what else it does.
+        step: of its last row of metrics.
+        steps: of the whole run.
+        rows: its rows of metrics.
+    """
+
+    name: str
+    task: str
+    algo: str
+    seed: int
+    state: str
+    step: int
+    steps: int
+    rows: Sequence[Mapping[str, Any]]
+
+    @property
+    def metric(self) -> str:
+        """What its evaluations are judged by, as far as its rows tell."""
+        named = set().union(*self.rows)
+        return next((metric for metric in ("score", "success") if f"eval/{metric}" in named), "return")
+
+    @property
+    def outcome(self) -> str:
+        """Its last evaluation."""
+        values = [row[f"eval/{self.metric}"] for row in self.rows if f"eval/{self.metric}" in row]
+        return f"{self.metric} {values[-1]:.4g}" if values else ""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far runs are.
+
+    Attributes:
+        seconds: after so many the page loads itself anew; None where it does not change any more.
+        updated: when this was.
+        runs: their states.
+    """
+
+    seconds: float | None
+    updated: str
+    runs: Sequence[RunState]
+
+    def curves(self) -> list[tuple[RunState, bytes, bytes]]:
+        """Curves, wide and narrow, of the runs that train and have rows; of eight at most."""
+        training = [run for run in self.runs if run.state == TRAINS and run.rows][:_CURVES_OF_TRAINING]
+        return [
+            (run, *(draw_learning_curve(run.rows, final={}, metric=run.metric, columns=number) for number in (3, 1)))  # type: ignore[misc]
+            for run in training
+        ]
+
+
+def write_summary_page(summary: Summary, path: Path, *, title: str, progress: Progress | None = None) -> Path:
     """Write the page: tables, the paper's numbers, learning curves, trust region, runs. It loads nothing from anywhere.
+
+    With ``progress`` it begins with the runs' states, and loads itself anew while they change.
 
     Raises:
         InputError: if it cannot be written there, or a run's rows of metrics are damaged.
@@ -189,6 +261,8 @@ def write_summary_page(summary: Summary, path: Path, *, title: str) -> Path:
     values = {
         **vars(summary),
         "title": title,
+        "progress": progress,
+        "training": [] if progress is None else progress.curves(),
         "curves": draw_curves(summary.runs),
         "diagnostics": _draw_trust_region(summary.runs),
         "cards": [

@@ -5,6 +5,7 @@ from .demo import run_demo as run_demo
 from .evaluate import evaluate_run as evaluate_run
 from .evaluate import load_run as load_run
 from .landscape import draw_landscape as draw_landscape
+from .live import watch_runs as watch_runs
 from .overrides import apply_overrides as apply_overrides
 from .overrides import compose_config as compose_config
 from .render import render_run as render_run

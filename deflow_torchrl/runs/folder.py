@@ -21,6 +21,7 @@ SUMMARY_FILE = "summary.json"
 BANK_FILE = "base_actions.pt"
 CHECKPOINTS = "checkpoints"
 VIDEOS = "videos"
+SWEEP_LOCK = ".sweep.lock"  # in a sweep's folder
 LOCK_FILE = ".lock"  # there while a process works on the folder
 
 _held: dict[Path, int] = {}  # folder -> the thread of this process that holds it

@@ -15,6 +15,7 @@ from deflow_torchrl import __version__
 from deflow_torchrl.errors import InputError, MissingExtraError, RunInterrupted
 from deflow_torchrl.paths import hold_lock, make_writable_folder, write_text
 from deflow_torchrl.processes import interruptible, raise_if_stopped
+from deflow_torchrl.runs.folder import SWEEP_LOCK
 from deflow_torchrl.sweep.jobs import (
     Job,
     JobProgress,
@@ -78,7 +79,7 @@ def run_sweep(plan: SweepPlan, *, show_progress: bool = True, live: bool | None 
     """
     make_writable_folder(plan.out)
     busy = f"another sweep works in {plan.out}, wait for it or choose another folder with out="
-    with interruptible(), hold_lock(plan.out / ".sweep.lock", busy=busy, distrust_hosts=True):
+    with interruptible(), hold_lock(plan.out / SWEEP_LOCK, busy=busy, distrust_hosts=True):
         return _Sweep(plan).run(show_progress=show_progress, live=live)
 
 

@@ -149,6 +149,9 @@ def evaluate(
     candidates: Annotated[int | None, typer.Option(min=1)] = None,
     selection: Annotated[str, typer.Option(metavar="final|base")] = "final",
     iterations: Annotated[int | None, typer.Option(min=1)] = None,
+    offline: bool = False,
+    held_out: str | None = None,
+    fit_updates: Annotated[int | None, typer.Option(min=2)] = None,
     json_: JSON = False,
 ) -> dict[str, Any]:
     """Evaluate the policies of a run's last checkpoint on common starts; the same run gives the same numbers twice.
@@ -159,6 +162,10 @@ def evaluate(
 
     --candidates and --iterations spend more on every action of the run's acting policy, or of --policy; nothing is trained, and
     the outcome's name says what was done.
+
+    --offline judges the acting policy by held-out episodes and steps no simulator: how well its flow predicts their actions, how
+    far it shifts them, its critics against the observed returns, and fitted Q evaluation. None of these is a success rate,
+    and how well they rank runs by success has not been measured.
 
     Example: deflow eval runs/offline runs/online --paired --episodes 200
 
@@ -172,7 +179,18 @@ def evaluate(
         candidates: Draw so many actions and execute the best by the mean of the critics.
         selection: With --candidates: the best by the Q of the action, or of its base.
         iterations: Of DeFlow: apply the refinement so often (1 is the policy as trained).
+        offline: Judge by held-out data, without a simulator.
+        held_out: With --offline: data the run was not trained on, a task's name, minari:ID or file:FOLDER. [default: the data's
+          validation split]
+        fit_updates: With --offline: updates of the fitted Q evaluation. [default: 3000]
     """
+    if offline:
+        others = (episodes, policy, workers, candidates, iterations)
+        if paired or any(option is not None for option in others):
+            raise InputError("--offline goes with --held-out, --fit-updates, --seed and --device alone")
+        return _evaluate_offline(runs, held_out, fit_updates, seed, device)
+    if held_out is not None or fit_updates is not None:
+        raise InputError("--held-out and --fit-updates are for --offline")
     if paired and len(runs) != 2:
         raise InputError(f"--paired compares two runs, {len(runs)} given: deflow eval RUN_A RUN_B --paired")
     from deflow_torchrl.reports.records import summarize
@@ -205,6 +223,22 @@ def evaluate(
         return results[0]
     print("each run by itself; for the difference of two with its interval add --paired")
     return {"runs": results}
+
+
+def _evaluate_offline(
+    runs: list[Path], data: str | None, updates: int | None, seed: int | None, device: str | None
+) -> dict[str, Any]:
+    from deflow_torchrl.runs.offline import describe, evaluate_offline
+
+    options: dict[str, Any] = {"data": data, "device": device}
+    options |= {} if updates is None else {"updates": updates}
+    options |= {} if seed is None else {"seed": seed}
+    results = []
+    for run in runs:
+        result = evaluate_offline(run, **options)
+        print(f"{run}, step {result['step']}: " + "\n  ".join(describe(result)))
+        results.append({"run": str(run), **result})
+    return results[0] if len(runs) == 1 else {"runs": results}
 
 
 def _print_trained(result: dict[str, Any], out: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from .evaluate import evaluate_run as evaluate_run
 from .evaluate import load_run as load_run
 from .landscape import draw_landscape as draw_landscape
 from .live import watch_runs as watch_runs
+from .offline import evaluate_offline as evaluate_offline
 from .overrides import apply_overrides as apply_overrides
 from .overrides import compose_config as compose_config
 from .render import render_run as render_run

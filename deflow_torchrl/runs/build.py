@@ -87,13 +87,34 @@ def build_learner(
     *,
     reward_range: Sequence[float] | None = None,
 ) -> Learner:
-    """Build the run's method for observations and actions of these sizes.
-
-    With ``normalize=standard`` the normalisation is fitted on ``data``; without them it is the identity until a checkpoint's
-    state is loaded.
+    """Build the run's method for observations and actions of these sizes; arguments as of :func:`make_problem`.
 
     Raises:
         InputError: if the data have no rewards and the method reads them.
+    """
+    problem = make_problem(config, observation_dim, action_dim, device, data, reward_range=reward_range)
+    learner = get_algorithm(config.algo.name).build(config.algo, problem)
+    if data is not None and "rewards" in data.about and ("next", "reward") in learner.loss.in_keys:
+        raise InputError(
+            f"task={config.task}: rewards are {data.about['rewards']}, and algo={config.algo.name} learns from rewards; clone "
+            "the actions (algo=flow_bc, algo=bc), or import the files with --reward success-at-end"
+        )
+    return learner
+
+
+def make_problem(
+    config: SettledConfig,
+    observation_dim: ObservationSize,
+    action_dim: int,
+    device: torch.device,
+    data: TransitionDataset | None = None,
+    *,
+    reward_range: Sequence[float] | None = None,
+) -> ProblemSpec:
+    """What the run's networks are built for.
+
+    With ``normalize=standard`` the normalisation is fitted on ``data``; without them it is the identity until a checkpoint's
+    state is loaded.
     """
     task = find_task(config)
     normalizer, spec = None, None
@@ -108,7 +129,7 @@ def build_learner(
         if data is not None:
             rows = data.chunks(_NORMALIZED_ROWS, doing="fit the normalisation")
             normalizer = ObservationNormalizer.fit(part["observation"].cpu() for _, part in rows)
-    problem = ProblemSpec(
+    return ProblemSpec(
         observation_dim=observation_dim if isinstance(observation_dim, int) else None,
         observation_spec=spec,
         action_dim=action_dim,
@@ -124,13 +145,6 @@ def build_learner(
         chunk=config.chunk,
         num_updates=number_of_updates(config),
     )
-    learner = get_algorithm(config.algo.name).build(config.algo, problem)
-    if data is not None and "rewards" in data.about and ("next", "reward") in learner.loss.in_keys:
-        raise InputError(
-            f"task={config.task}: rewards are {data.about['rewards']}, and algo={config.algo.name} learns from rewards; clone "
-            "the actions (algo=flow_bc, algo=bc), or import the files with --reward success-at-end"
-        )
-    return learner
 
 
 ObservationSize = int | Sequence[int] | Mapping[str, Sequence[int]]

@@ -1,0 +1,75 @@
+"""`deflow eval --offline`: a run judged by held-out data alone."""
+
+import json
+import math
+
+import pytest
+import torch
+from tensordict import TensorDict
+
+from deflow_torchrl.modules import FlowMatchingPolicy
+from deflow_torchrl.runs.offline import flow_likelihood
+from tests.support.command_line import assert_one_line, deflow
+from tests.support.generation import DATASET
+
+OBSERVATION = 3
+TASK = DATASET.replace("-v0", "-singletask-task2-v0")
+
+
+@pytest.fixture(scope="module")
+def runs(generated, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("offline")
+    for name, *more in (["deflow"], ["iql", "algo.temperature=1"], ["bc"]):
+        settings = [
+            f"task={TASK}",
+            f"algo={name}",
+            *more,
+            "offline_steps=4",
+            "batch_size=8",
+            "hidden_dims=[8]",
+            "eval_episodes=1",
+            "eval_max_steps=2",
+        ]
+        settings += [f"data_root={generated}", f"out={folder / name}", "threads=1"]
+        trained = deflow("train", *settings)
+        assert trained.returncode == 0, trained.stderr
+    return folder
+
+
+@pytest.mark.parametrize("method", ["deflow", "iql", "bc"])
+def test_a_run_is_judged_without_a_simulator_and_twice_alike(method, runs, monkeypatch):
+    monkeypatch.setattr("deflow_torchrl.runs.evaluate.Evaluator", None)
+    results = [deflow("eval", str(runs / method), "--offline", "--fit-updates", "4", "--json") for _ in range(2)]
+    assert results[0].returncode == 0, results[0].stderr
+    first, second = (json.loads(result.stdout.splitlines()[-1]) for result in results)
+    assert first == second
+    assert (first["step"], first["held_out"]["episodes"]) == (4, 1)
+    assert first["cloning"]["kind"] == {"iql": "gaussian", "bc": "gaussian"}.get(method, "flow")
+    assert math.isfinite(first["cloning"]["negative_log_likelihood"])
+    assert 0 <= first["actions"]["at_bounds"] <= 1
+    assert (first["actions"]["mean_square_shift"] is None) == (method in ("iql", "bc"))
+    assert (first["critics"] is None) == (method == "bc")
+    fitted = first["fitted_q"]
+    assert fitted["low"] <= fitted["value"] <= fitted["high"]
+    assert fitted["observed"] < 0, "rewards of this task are 0 or negative"
+
+
+def test_what_cannot_be_judged_is_one_line(runs):
+    assert_one_line(deflow("eval", str(runs / "bc"), "--offline", "--episodes", "2"), "--offline goes with --held-out")
+    assert_one_line(deflow("eval", str(runs / "bc"), "--held-out", TASK), "are for --offline")
+    assert_one_line(deflow("eval", str(runs / "bc"), "--offline", "--held-out", "file:none"), "none")
+
+
+class _Scaled(torch.nn.Module):
+    def forward(self, x):
+        """Velocity log(2) x: the flow doubles its noise."""
+        return math.log(2.0) * x[..., OBSERVATION : OBSERVATION + 2]
+
+
+def test_the_likelihood_of_a_flow_that_scales_its_noise_is_a_gaussians():
+    policy = FlowMatchingPolicy(_Scaled(), 2)
+    action = torch.tensor([[0.5, -0.25], [0.0, 1.0]])
+    data = TensorDict(observation=torch.zeros(2, OBSERVATION), action=action, batch_size=[2])
+    expected = -torch.distributions.Normal(0.0, 2.0).log_prob(action).mean()
+    found = flow_likelihood(policy, data)["negative_log_likelihood"]
+    assert found == pytest.approx(float(expected), abs=1e-4)

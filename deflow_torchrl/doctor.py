@@ -37,6 +37,7 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
         ("files", "data from HDF5 and Parquet", "h5py", "pyarrow.parquet"),
         ("reports", "report pages, curves, intervals", "matplotlib.pyplot", "jinja2", "jsonschema", "scipy.stats"),
         ("export", "deflow export", "onnx", "onnxscript", "onnxruntime"),
+        ("video", "clips as MP4", "imageio_ffmpeg"),
         ("wandb", "logger=wandb", "wandb"),
         ("tensorboard", "logger=tensorboard", "tensorboard", "torch.utils.tensorboard"),
         ("mlflow", "logger=mlflow", "mlflow"),

@@ -12,8 +12,9 @@ import torch
 from deflow_torchrl.processes import STOP_SIGNALS
 from tests.support.generation import DATASET, generation_in_process
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a suite started in the background, whose tests press Ctrl-C
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+for _number in STOP_SIGNALS:  # a suite started in the background or by nohup, whose tests interrupt runs
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL)
 
 # Importing it, as the search for doctests does, changes what a process's runs write.
 collect_ignore = ["support/without_page.py"]

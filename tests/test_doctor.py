@@ -43,7 +43,7 @@ def test_every_part_of_this_installation_is_examined_and_what_the_tests_use_work
 
 def test_every_extra_of_pyproject_is_known():
     project = tomllib.loads((house.ROOT.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert doctor.EXTRAS.keys() == project["optional-dependencies"].keys() - {"all", "dev"}
+    assert doctor.EXTRAS.keys() == project["optional-dependencies"].keys() - {"all", "dev", "docs"}
 
 
 def test_an_extra_that_is_installed_and_does_not_import_is_a_fault(tmp_path, monkeypatch):

@@ -366,7 +366,7 @@ class TRQAMLoss(QAMLoss):
         >>> from deflow_torchrl.modules import FlowMatchingPolicy, make_qvalue_networks, make_velocity_network
         >>> prior, tuned = (FlowMatchingPolicy(make_velocity_network(3, 2, (16,)), 2, 4) for _ in range(2))
         >>> loss = TRQAMLoss(prior, tuned, make_qvalue_networks(3, 2, (16,)), kl_budget=1.0)
-        >>> for _ in range(10):
+        >>> for _ in range(30):  # a path KL of five times the budget
         ...     loss.update_trust_region(torch.tensor(5.0))
         >>> loss.trust_lambda > 1.0
         tensor(True)

@@ -20,7 +20,7 @@ from deflow_torchrl.runs import run as runs_of
 from deflow_torchrl.runs.evaluate import evaluate_run
 from deflow_torchrl.runs.overrides import compose_config
 from deflow_torchrl.runs.run import Run
-from deflow_torchrl.runs.settings import TrainConfig, config_from_dict, config_to_dict, default_out
+from deflow_torchrl.runs.settings import TrainConfig, config_from_dict, config_to_dict, default_out, with_task_defaults
 from deflow_torchrl.trainers import StackedTrainer, StackedUpdate
 from deflow_torchrl.trainers.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint, step_of
 from tests.support.killable import Children
@@ -118,7 +118,7 @@ def test_a_seed_starts_from_the_networks_of_its_separate_run(task, tmp_path, mon
     with pytest.raises(RunInterrupted, match=r"before anything was trained of 9; go on with: deflow resume .*group"):
         train(task, tmp_path / "group")
     for seed in SEEDS:
-        config = settings(task, tmp_path / "alone", seeds=None, seed=seed)
+        config = with_task_defaults(settings(task, tmp_path / "alone", seeds=None, seed=seed))
         alone = Run(config, tmp_path / "alone", commands=["x"], final_episodes=1, show_progress=False)
         assert_bitwise(dict(alone.learner.loss.state_dict()), dict(started[seed]))
 

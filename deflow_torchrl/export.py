@@ -37,6 +37,7 @@ from deflow_torchrl.modules.flow import FlowMatchingModel
 from deflow_torchrl.modules.networks import MLP, is_wrapped
 from deflow_torchrl.modules.policies import BoundedModel
 from deflow_torchrl.paths import atomic_write, file_sha256, make_writable_folder
+from deflow_torchrl.reports import model_card
 from deflow_torchrl.runs.evaluate import ACTING, load_run
 from deflow_torchrl.sources.base import public_name
 from deflow_torchrl.versions import package_versions
@@ -51,7 +52,13 @@ Units: TypeAlias = tuple[Tensor, Tensor]
 
 
 def export_run(
-    run: Path, *, format: str | None = None, out: Path | None = None, policy: str | None = None, force: bool = False
+    run: Path,
+    *,
+    format: str | None = None,
+    out: Path | None = None,
+    policy: str | None = None,
+    card: bool = False,
+    force: bool = False,
 ) -> dict[str, Any]:
     """Export a policy of a run's last checkpoint.
 
@@ -60,21 +67,24 @@ def export_run(
 
     Keyword Args:
         format: ``onnx`` or ``pt2``; by default the ending of ``out``, else ``onnx``.
-        out: the file; ``RUN/NAME.FORMAT`` by default, NAME being the policy's.
+        out: the file; ``RUN/NAME.FORMAT`` by default, with a card ``RUN/export/NAME.FORMAT``, NAME being the policy's.
         policy: name of the policy; the run's acting policy by default.
-        force: overwrite ``out``.
+        card: write a model card beside it, see :mod:`deflow_torchrl.reports.model_card`.
+        force: overwrite ``out`` and a card.
 
     Returns:
-        The manifest, and as ``file`` the path.
+        The manifest, and as ``file`` the path; with ``card`` also its path and the ``upload`` command.
 
     Raises:
-        InputError: if ``run`` is no run folder, has no checkpoint or no such policy, or as :func:`export_policy`.
+        InputError: if ``run`` is no run folder, has no checkpoint or no such policy, or as :func:`export_policy`; for a card
+            also if the run is not finished or another README.md is in its place.
         ExportParityError: as :func:`export_policy`.
     """
     format = _format(format, out)
     loaded = load_run(run, policy=policy or ACTING, device="cpu")
     ((name, chosen),) = loaded.learner.evaluated_policies.items()
-    out = out or run / f"{name}.{format}"
+    out = out or (run / "export" if card else run) / f"{name}.{format}"
+    record = model_card.card_record(run, out.parent, step=loaded.state["step"], force=force) if card else None
     task = loaded.task
     about = {
         "task": public_name(task.name),
@@ -83,6 +93,7 @@ def export_run(
         "policy": name,
         "step": loaded.state["step"],
         "chunk": loaded.config.chunk,
+        "frame_stack": loaded.config.frame_stack or 1,
         "checkpoint_sha256": file_sha256(loaded.checkpoint),
     }
     sizes = {key: loaded.state[key] for key in ("observation_dim", "action_dim")}
@@ -90,7 +101,8 @@ def export_run(
         names = ", ".join(sizes["observation_dim"])
         raise InputError(f"{run}: what is exported reads one observation, and this policy reads several ({names})")
     bounds = loaded.state.get("action_bounds")
-    return export_policy(chosen, out, format=format, about=about, force=force, action_bounds=bounds, **sizes)
+    result = export_policy(chosen, out, format=format, about=about, force=force, action_bounds=bounds, **sizes)
+    return result if record is None else {**result, **model_card.write_model_card(out, result, record)}
 
 
 def export_policy(

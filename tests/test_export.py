@@ -94,6 +94,43 @@ def test_the_exported_actions_are_the_runs_and_the_file_says_what_it_is(run, for
         assert place.encode() not in content, "nothing of this machine"
 
 
+def test_a_model_card_says_what_a_hub_and_its_reader_need(run, tmp_path):
+    """Inputs, outputs, data, evaluation with interval, limits, versions and digests; nothing of this machine."""
+    pytest.importorskip("jinja2", reason="needs the extra reports")
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    result = deflow("export", str(copy), "--card", "--json")
+    assert result.returncode == 0, result.stderr
+    file, card = copy / "export" / "deflow.onnx", copy / "export" / "README.md"
+    assert result.stdout.splitlines()[-2].endswith(f"hf upload OWNER/NAME {file.parent}")
+    text, record = card.read_text(), json.loads((copy / "record.json").read_text())
+    mean = record["evaluations"]["deflow"]["mean_return"]
+    for part in (
+        "| observation | `batch, 3` | float32 |", "| noise | `batch, 1` |", "| action | `batch, 1` | float32 | -1.0 to 1.0,",
+        file_sha256(file), file_sha256(load_run(run).checkpoint), record["data"]["sha256"], f"| deflow | {mean:.4g} |",
+        "| algo.flow_steps | 4 |", f"| torch | {record['versions']['torch']} |", "## Known limits", "target_divergence.",
+        "task=file:pendulum", "| onnxruntime | - |",
+    ):  # fmt: skip
+        assert part in text, part
+    assert str(run.parent) not in text
+    assert "None" not in text
+    hub = pytest.importorskip("huggingface_hub", reason="needs the hub's client")
+    data = hub.ModelCard.load(card).data
+    assert (data.library_name, data.pipeline_tag) == ("deflow_torchrl", "reinforcement-learning")
+    (found,) = data.eval_results
+    assert (found.metric_value, found.dataset_name) == (pytest.approx(mean, abs=1e-4), "file:pendulum")
+    # A second export needs --force, which never overwrites a text that is no card.
+    assert_one_line(deflow("export", str(copy), "--card"), "--force")
+    other = deflow("export", str(copy), "--card", "--policy", "prior", "--format", "pt2", "--force")
+    assert other.stdout.rstrip().endswith(". --include prior.pt2 --include README.md")
+    assert "trusted=True" in card.read_text()
+    card.write_text("# A project\n")
+    assert_one_line(deflow("export", str(copy), "--card", "--force"), "README.md exists already")
+    record["history"][-1]["step"] = 2
+    (copy / "record.json").write_text(json.dumps(record))
+    assert_one_line(deflow("export", str(copy), "--card", "--out", str(tmp_path / "x.onnx")), "deflow resume")
+
+
 def test_the_prior_is_exported_by_name_and_a_file_is_not_overwritten_unasked(run, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(run, copy)

@@ -90,10 +90,11 @@ def test_command_line_without_its_extra_says_which_one():
 
 # Arrows run one way: a room may import from the rooms named here and from those they may import from.
 ARROWS = {
-    "cli": {"sweep", "export", "doctor"},
+    "cli": {"sweep", "export", "play", "doctor"},
     "doctor": set(),
     "sweep": {"runs"},
     "export": {"runs", "deploy"},
+    "play": {"deploy", "reports"},
     "deploy": set(),
     "runs": {"trainers", "tasks", "reports"},
     "reports": {"tasks", "algorithms"},

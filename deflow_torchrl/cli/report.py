@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
-"""Verbs that show finished runs: ``report``, ``landscape``, ``render``, ``export``."""
+"""Verbs that show finished runs: ``report``, ``landscape``, ``render``, ``export``, ``play``."""
 
 from __future__ import annotations
 
@@ -155,6 +155,7 @@ def export(
     policy: Annotated[
         str | None, typer.Option(metavar="NAME", help=POLICY_HELP % ("Which policy", "the method's own"))
     ] = None,
+    card: bool = False,
     force: bool = False,
     json_: JSON = False,
 ) -> dict[str, Any]:
@@ -164,17 +165,21 @@ def export(
     onnxruntime where it runs, pt2 needs torch. Its actions are held against the policy's before it gets its name: 1e-5 apart at
     most, else exit code 1. A policy that chooses among candidates by its critics (ifql) cannot be exported.
 
+    --card writes a model card beside the file, as model hubs show it (README.md: inputs and outputs, data, evaluation, settings,
+    versions, checksum), and prints the command that uploads both.
+
     Example: deflow export runs/cube --format onnx --out cube.onnx
 
     Args:
         run: Run folder.
         format onnx|pt2: Format of the file. [default: the ending of FILE; onnx]
-        out FILE: The file. [default: RUN/POLICY.FORMAT]
-        force: Overwrite the file.
+        out FILE: The file. [default: RUN/POLICY.FORMAT; with --card RUN/export/POLICY.FORMAT]
+        card: Write a model card beside it.
+        force: Overwrite the file, and a model card.
     """
     from deflow_torchrl.export import export_run
 
-    result = export_run(run, format=format, out=out, policy=policy, force=force)
+    result = export_run(run, format=format, out=out, policy=policy, card=card, force=force)
     parity = result["parity"]["max_abs_difference"]
     print(
         f"{result['file']}: {result['policy']} at step {result['step']}; its actions are within {parity:.1g} of the run's"
@@ -183,6 +188,9 @@ def export(
         f"from deflow_torchrl.deploy import load_policy; policy = load_policy({result['file']!r}); policy(observation)"
     )
     print(f"run it with: {code}")
+    if card:
+        print(f"{result['card']}: the model card")
+        print(f"upload it with (OWNER/NAME is yours): {result['upload']}")
     return result
 
 
@@ -237,13 +245,56 @@ def render(
         force=force,
     )
     print_evaluations(result["evaluations"], result["metric"])
+    _print_clip(result, f"step {result['step']}, every {result['every']} steps, ")
+    return result
+
+
+@verb(app)
+def play(
+    file: Path,
+    *,
+    env: str | None = None,
+    episodes: Annotated[int, typer.Option(min=1)] = 3,
+    seed: Annotated[int, typer.Option(min=0, max=2**31)] = 0,
+    out: Path | None = None,
+    force: bool = False,
+    json_: JSON = False,
+) -> dict[str, Any]:
+    """Run an exported policy in a window, or write a clip of it; numpy and onnxruntime compute its actions, without torch.
+
+    FILE is what deflow export wrote as ONNX. Actions in other units than [-1, 1] are mapped to the environment's bounds as in
+    training. A window needs a display; --out works without one.
+
+    Example: deflow play cube.onnx --episodes 1 --out cube.webp
+
+    Args:
+        file FILE: The policy.
+        env ID: An OGBench single-task name, a gymnasium id or minari:ID. [default: that of the run's evaluations]
+        episodes: Episodes, one after the other.
+        seed: Seed of the first start, from which the others count up, and of the policy's noise.
+        out CLIP: Write a clip instead: .webp, .gif, or .mp4 (extra video).
+        force: Overwrite the clip.
+    """
+    from deflow_torchrl.play import play_policy
+
+    result = play_policy(file, environment=env, episodes=episodes, seed=seed, out=out, force=force)
+    for number, length in enumerate(result["length"]):
+        outcome = f"return {result['episode_return'][number]:.4g}"
+        if result["success"] is not None:
+            outcome = "success" if result["success"][number] else "no success"
+        print(f"start {number + 1} of {episodes}: {outcome} after {length} steps")
+    if out is not None:
+        _print_clip(result)
+    return result
+
+
+def _print_clip(result: dict[str, Any], about: str = "") -> None:
     if result["not_repeated"]:
         seeds = ", ".join(map(str, result["not_repeated"]))
         print(
             f"the episodes of seeds {seeds} are not the evaluated ones: the environment depends on more than its seed"
         )
-    print(f"{result['file']}: step {result['step']}, every {result['every']} steps, {result['bytes'] / 1e6:.2f} MB")
-    return result
+    print(f"{result['file']}: {about}{result['bytes'] / 1e6:.2f} MB")
 
 
 def _watch(paths: list[Path], **options: Any) -> dict[str, Any]:

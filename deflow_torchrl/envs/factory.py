@@ -70,6 +70,12 @@ def register_robotics() -> None:
         gymnasium.register_envs(gymnasium_robotics)
 
 
+def qualified_name(name: str) -> str:
+    """The name that :func:`make_gym_env` takes, where a gymnasium id may stand without its prefix."""
+    known = name.partition(":")[0] in _MAKERS if ":" in name else "-singletask" in name
+    return name if known else f"gym:{name}"
+
+
 def make_gym_env(task: str, *, chunk: int = 1, frame_stack: int = 1, **kwargs: Any) -> gymnasium.Env:
     """Make the gymnasium environment of a task; its actions are in [-1, 1].
 
@@ -185,6 +191,7 @@ def _make(environment_id: str, **kwargs: Any) -> gymnasium.Env:
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="glfw")  # a missing display; the simulator is imported here
+        warnings.filterwarnings("ignore", ".*render_mode")  # who asks for one looks himself whether it is there
         # gymnasium's checker would use the simulator's spaces before SeededReset has replaced them.
         return gymnasium.make(environment_id, disable_env_checker=True, **kwargs)
 
@@ -228,10 +235,14 @@ def success_timing(task: str) -> Literal["pre", "post"] | None:
     return gymnasium.spec(parse_ogbench_name(task).environment_id).kwargs.get("success_timing", "post")
 
 
+def has_display() -> bool:
+    """Whether a window can be opened: on Linux, whether a display is named."""
+    return sys.platform != "linux" or any(os.environ.get(key) for key in ("DISPLAY", "WAYLAND_DISPLAY"))
+
+
 def chosen_renderer() -> dict[str, str]:
     """Environment variables of a process that draws: EGL where nothing is chosen and there is no display."""
-    chosen = any(os.environ.get(key) for key in ("MUJOCO_GL", "DISPLAY", "WAYLAND_DISPLAY"))
-    return {"MUJOCO_GL": "egl"} if sys.platform == "linux" and not chosen else {}
+    return {} if has_display() or os.environ.get("MUJOCO_GL") else {"MUJOCO_GL": "egl"}
 
 
 def check_renderer(name: str) -> None:
@@ -273,8 +284,7 @@ def _why_no_picture(backend: str) -> str | None:
 
 def _check_renderer(environment_id: str) -> None:
     """Refuse visual environments without a renderer: the simulator would fail at the first reset, with an OpenGL error."""
-    windowed = os.environ.get("MUJOCO_GL", "").strip().lower() not in ("egl", "osmesa")
-    if sys.platform == "linux" and windowed and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+    if os.environ.get("MUJOCO_GL", "").strip().lower() not in ("egl", "osmesa") and not has_display():
         raise InputError(
             f"{environment_id} draws images, and there is no display here; set the environment variable MUJOCO_GL=egl "
             "(or osmesa) before Python starts"

@@ -7,13 +7,15 @@ import importlib.util
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from deflow_torchrl.envs.drawing import ActedEpisode, EpisodeDrawing, Picture
 from deflow_torchrl.errors import InputError, MissingExtraError
 from deflow_torchrl.paths import atomic_write
+from deflow_torchrl.processes import raise_if_stopped
+from deflow_torchrl.progress import progress_bar
 from deflow_torchrl.reports.figures import check_report_extra
 
 if TYPE_CHECKING:
@@ -28,16 +30,18 @@ _LINE, _GAP = 18, 6  # pixels
 _INK, _PAPER, _SUCCESS, _FAILURE = "#1c1c1c", "#ffffff", "#007a4d", "#a34700"
 _LAST = 1.2  # seconds that an episode's last frame stays
 _QUALITY = 60  # of WebP, 0 to 100
+_HELD = 10  # episodes whose frames fit into memory, where the format needs all of them at once
 
 Frame = tuple["Image", float]
 """A picture and how many seconds it stays."""
 
 
-def check_clip_file(path: Path, *, force: bool = False) -> None:
-    """Check that a clip can be written; called before anything is drawn.
+def check_clip_file(path: Path, *, episodes: int = 1, force: bool = False) -> None:
+    """Check that a clip of so many episodes can be written; called before anything is drawn.
 
     Raises:
-        InputError: if ``path`` has another suffix than :data:`SUFFIXES`, is there already (unless ``force``) or is in no folder.
+        InputError: if ``path`` has another suffix than :data:`SUFFIXES`, is there already (unless ``force``), is in no folder, or
+            has a format whose frames do not fit into memory.
         MissingExtraError: if the package that writes it is not installed.
     """
     if path.suffix.lower() not in SUFFIXES:
@@ -48,6 +52,10 @@ def check_clip_file(path: Path, *, force: bool = False) -> None:
         raise InputError(f"the folder {path.parent} of {path.name} does not exist")
     if path.exists() and not force:
         raise InputError(f"{path} exists already; --force overwrites it, --out names another file")
+    if episodes > _HELD and path.suffix.lower() != ".mp4":
+        raise InputError(
+            f"{path}: {episodes} episodes are too many for a {path.suffix}, {_HELD} at most; write an .mp4"
+        )
     check_report_extra("PIL")
     if path.suffix.lower() == ".mp4" and importlib.util.find_spec("imageio_ffmpeg") is None:
         raise MissingExtraError("imageio-ffmpeg", "video")
@@ -92,6 +100,29 @@ def clip_frames(
             frame = _side_by_side(panels, note)
             yield frame, 1 / FRAMES_PER_SECOND
         yield frame, _LAST
+
+
+def write_episodes(
+    path: Path,
+    drawings: Mapping[str, EpisodeDrawing],
+    episodes: Mapping[str, Sequence[ActedEpisode]],
+    *,
+    every: int,
+    show_progress: bool = True,
+    **options: Any,
+) -> None:
+    """Draw episodes with a progress bar and write them as a clip; arguments as of :func:`clip_frames` and :func:`write_clip`."""
+    longest = [max(len(episode.actions) for episode in start) for start in zip(*episodes.values(), strict=True)]
+    total = sum(-(-steps // every) + 2 for steps in longest)  # the start before them, and the end once more
+    with progress_bar(total=total, desc="draw", unit="frame", leave=False, disable=not show_progress) as bar:
+
+        def watched() -> Iterator[Frame]:
+            for frame in clip_frames(drawings, episodes, every=every, **options):
+                raise_if_stopped()
+                bar.update()
+                yield frame
+
+        write_clip(path, watched())
 
 
 def write_clip(path: Path, frames: Iterable[Frame]) -> None:

@@ -227,7 +227,7 @@ def upgrade_record(record: Mapping[str, Any], *, variant: Mapping[str, Any]) -> 
 
 
 def without_places(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Shorten absolute folders in a record's commands: DATA for the data's folder, runs/NAME for a run's.
+    """Shorten absolute folders in commands (DATA for the data's folder, runs/NAME for a run's) and in names of own data's files.
 
     For records that are published; records in run folders keep the commands as they were typed.
     """
@@ -240,7 +240,10 @@ def without_places(record: Mapping[str, Any]) -> dict[str, Any]:
         return f"runs/{Path(word).name}" if Path(word).is_absolute() else word
 
     commands = [shlex.join(map(shortened, shlex.split(command))) for command in record["commands"]]
-    return {**record, "commands": commands, "command": commands[0]}
+    data = dict(record["data"])
+    if isinstance(data.get("files"), Mapping):
+        data["files"] = {_placeless(name): digest for name, digest in data["files"].items()}
+    return {**record, "commands": commands, "command": commands[0], "data": data}
 
 
 def _placeless(name: str) -> str:

@@ -175,6 +175,36 @@ def success_standard_error(rate: float, episodes: int) -> float:
     return math.sqrt(rate * (1 - rate) / episodes)
 
 
+def mean_interval(values: Sequence[float], *, rate: bool) -> Interval:
+    """Mean of independent episodes with its 95% interval: Wilson's score interval of a rate, Student's t of other numbers.
+
+    Args:
+        values: each episode's outcome, ``[E]``; 0 or 1 of a rate.
+
+    Keyword Args:
+        rate: whether the mean is a rate.
+
+    Raises:
+        ValueError: without values.
+
+    Examples:
+        >>> round(mean_interval([1, 1, 1, 1], rate=True).low, 2)
+        0.51
+        >>> mean_interval([2.0], rate=False)
+        Interval(value=2.0, low=None, high=None, confidence=0.95)
+    """
+    scores, confidence = _scores(values), 0.95
+    mean, low, high = float(scores.mean()), None, None
+    if rate:
+        found = _scipy_stats().binomtest(round(scores.sum()), scores.size).proportion_ci(confidence, method="wilson")
+        low, high = float(found.low), float(found.high)
+    elif scores.size > 1:
+        error = scores.std(ddof=1) / math.sqrt(scores.size)
+        half = float(_scipy_stats().t.ppf((1 + confidence) / 2, scores.size - 1) * error)
+        low, high = mean - half, mean + half
+    return Interval(mean, low, high, confidence)
+
+
 def inside_noise(gap: float, *errors: float, quantile: float = 1.96) -> bool:
     """Whether a gap of two means is within the noise: no larger than noise alone makes it in 95% of comparisons.
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,8 @@ import numpy as np
 
 from deflow_torchrl.envs.drawing import ActedEpisode, EpisodeDrawing, check_drawings
 from deflow_torchrl.errors import InputError
-from deflow_torchrl.processes import available_cores, raise_if_stopped
-from deflow_torchrl.progress import progress_bar
-from deflow_torchrl.reports.clip import Frame, check_clip_file, clip_frames, usual_interval, write_clip
+from deflow_torchrl.processes import available_cores
+from deflow_torchrl.reports.clip import check_clip_file, usual_interval, write_episodes
 from deflow_torchrl.runs.evaluate import evaluate_policies, load_run, open_evaluator, outcomes
 from deflow_torchrl.tasks import Task
 from deflow_torchrl.tasks.data import reference_returns
@@ -24,7 +23,6 @@ from deflow_torchrl.trainers.evaluation import DEFAULT_EVALUATION_SEED
 SIZE = 256
 """Height of a picture in pixels."""
 _SIZE_OF_EVALUATIONS, _PICTURES_OF_EVALUATIONS = 224, 100  # a clip is small and drawn in some ten seconds
-_HELD = 10  # episodes whose frames fit into memory
 _POLICIES = 4
 
 
@@ -91,9 +89,7 @@ def render_run(
         InputError: on a run, policy or file that cannot be used, and where the environment cannot be drawn here.
         MissingExtraError: if the package that writes the clip is not installed.
     """
-    check_clip_file(out, force=force)
-    if episodes > _HELD and out.suffix != ".mp4":
-        raise InputError(f"{out}: {episodes} episodes are too many for a {out.suffix}, {_HELD} at most; write an .mp4")
+    check_clip_file(out, episodes=episodes, force=force)
     loaded = load_run(run, policy=policies, device=device)
     task, found = loaded.task, loaded.learner.evaluated_policies
     if task.environment is None:
@@ -112,7 +108,8 @@ def render_run(
         acted = {name: recorded[name].episodes(result) for name, result in results.items()}
         every = every or usual_interval(acted)
         notes = [f"start {number + 1} of {episodes}" for number in range(episodes)]
-        _write(out, drawings, acted, task, every=every, size=size, notes=notes, show_progress=show_progress)
+        options: dict[str, Any] = {"size": size, "success": task.metric == "success", "notes": notes}
+        write_episodes(out, drawings, acted, every=every, show_progress=show_progress, **options)
     return {
         "file": str(out),
         "bytes": out.stat().st_size,
@@ -158,8 +155,13 @@ def render_evaluation(
     chosen = {name: [episodes[number]] for name, episodes in acted.items()}
     with ExitStack() as stack:
         drawings = _open_drawings(stack, task, acted, chunk=chunk, size=_SIZE_OF_EVALUATIONS)
-        options = {"every": usual_interval(chosen, pictures=_PICTURES_OF_EVALUATIONS), "size": _SIZE_OF_EVALUATIONS}
-        _write(out, drawings, chosen, task, notes=[f"{title}{note}"], show_progress=show_progress, **options)
+        every = usual_interval(chosen, pictures=_PICTURES_OF_EVALUATIONS)
+        options: dict[str, Any] = {
+            "size": _SIZE_OF_EVALUATIONS,
+            "success": task.metric == "success",
+            "notes": [f"{title}{note}"],
+        }
+        write_episodes(out, drawings, chosen, every=every, show_progress=show_progress, **options)
     return note
 
 
@@ -174,28 +176,3 @@ def _open_drawings(
         )
         for name in names
     }
-
-
-def _write(
-    out: Path,
-    drawings: Mapping[str, EpisodeDrawing],
-    acted: Mapping[str, Sequence[ActedEpisode]],
-    task: Task,
-    *,
-    every: int,
-    size: int,
-    notes: Sequence[str],
-    show_progress: bool,
-) -> None:
-    frames = clip_frames(drawings, acted, every=every, size=size, success=task.metric == "success", notes=notes)
-    longest = [max(len(episode.actions) for episode in start) for start in zip(*acted.values(), strict=True)]
-    total = sum(-(-steps // every) + 2 for steps in longest)  # the start before them, and the end once more
-    with progress_bar(total=total, desc="draw", unit="frame", leave=False, disable=not show_progress) as bar:
-
-        def watched() -> Iterator[Frame]:
-            for frame in frames:
-                raise_if_stopped()
-                bar.update()
-                yield frame
-
-        write_clip(out, watched())

@@ -143,14 +143,15 @@ def card_markdown(card: Mapping[str, Any]) -> str:
     }
     lines = [f"# {card['name']}", "", "| | |", "|---|---|"]
     about = [(name.replace("_", " "), value) for name, value in card["about"].items()]
-    lines += [f"| {name} | {_cell(value)} |" for name, value in [*rows.items(), *about]]
+    lines += [f"| {name} | {table_cell(value)} |" for name, value in [*rows.items(), *about]]
     lines += ["", "| action | mean | std | min | max |", "|---|---|---|---|---|"]
     columns = zip(action["mean"], action["std"], action["min"], action["max"], strict=True)
     lines += [f"| {i} | " + " | ".join(f"{value:.4g}" for value in column) + " |" for i, column in enumerate(columns)]
     return "\n".join(lines) + "\n"
 
 
-def _cell(value: Any) -> str:
+def table_cell(value: Any) -> str:
+    """A value as one cell of a Markdown table."""
     if isinstance(value, Mapping):
         value = ", ".join(f"{key} {item}" for key, item in value.items())
     return str(value).replace("|", "\\|").replace("\n", " ")

@@ -50,9 +50,10 @@ class TwoCameras(DrawnPoint):
 
 
 class StatePoint(DrawnPoint):
-    """The same point as four numbers; pictures are drawn on demand."""
+    """The same point as four numbers; pictures are drawn on demand. Its window counts what it shows."""
 
-    metadata = {"render_modes": ["rgb_array"]}
+    metadata = {"render_modes": ["rgb_array", "human"]}
+    shown = 0
 
     def __init__(self, render_mode=None):
         super().__init__()
@@ -60,6 +61,7 @@ class StatePoint(DrawnPoint):
         self.observation_space = gymnasium.spaces.Box(0, 1, (4,), np.float64)
 
     def _draw(self):
+        StatePoint.shown += self.render_mode == "human"
         return np.concatenate([self.point, self.goal])
 
     def render(self):

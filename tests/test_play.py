@@ -1,0 +1,116 @@
+"""Exported policies in their environment: clips, windows, and what does not fit."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from tensordict.nn import TensorDictModule
+
+pytest.importorskip("gymnasium", reason="needs an environment")
+pytest.importorskip("PIL", reason="needs the extra reports")
+pytest.importorskip("onnxruntime", reason="needs the extra export")
+pytest.importorskip("onnxscript", reason="needs the extra export")
+
+import gymnasium
+from PIL import Image
+
+from deflow_torchrl.export import export_policy
+from tests.support.command_line import assert_one_line, deflow
+from tests.support.drawn import STATES, StatePoint
+from tests.support.pendulum import ENVIRONMENT
+
+
+class Hidden(StatePoint):
+    """No window and no pictures."""
+
+    metadata = {"render_modes": []}
+
+
+class Narrow(Hidden):
+    """Another width of actions."""
+
+    action_space = gymnasium.spaces.Box(-1, 1, (1,), np.float32)
+
+
+for _kind in (Hidden, Narrow):
+    gymnasium.register(f"{_kind.__name__}-v0", _kind, max_episode_steps=12)
+
+
+class TowardsGoal(torch.nn.Module):
+    """Moves the point ``[:2]`` to the goal ``[2:]``: the optimal policy of the drawn point."""
+
+    def forward(self, observation):
+        return (10 * (observation[..., 2:] - observation[..., :2])).clamp(-1, 1)
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    """The optimal policy of the drawn point, its actions in [0, 40]."""
+    out = tmp_path_factory.mktemp("play") / "point.onnx"
+    policy = TensorDictModule(TowardsGoal(), ["observation"], ["action"])
+    policy.register_buffer("low", torch.tensor(-1.0))
+    policy.register_buffer("high", torch.tensor(1.0))
+    about = {"environment": f"gym:{STATES}", "policy": "towards goal"}
+    export_policy(policy, out, observation_dim=4, action_dim=2, about=about, action_bounds=(0, 40))
+    return out
+
+
+def test_a_policy_reaches_its_goals_and_the_clip_shows_them(file, tmp_path):
+    clip = tmp_path / "clip.gif"
+    arguments = ("play", str(file), "--episodes", "4", "--seed", "5", "--out", str(clip), "--json")
+    done = deflow(*arguments)
+    assert done.returncode == 0, done.stderr
+    *said, last = done.stdout.splitlines()
+    result = json.loads(last)
+    assert result["success"] == [True] * 4, "the actions were mapped to the environment's bounds"
+    assert result["seeds"] == [5, 6, 7, 8]
+    assert said[0] == f"start 1 of 4: success after {result['length'][0]} steps"
+    assert result["not_repeated"] == []
+    with Image.open(clip) as opened:
+        assert opened.n_frames == sum(result["length"]) + 4, "the start and each step of every episode"
+    assert_one_line(deflow(*arguments), "--force")
+
+
+def test_a_window_shows_every_step(file, monkeypatch):
+    monkeypatch.setenv("DISPLAY", ":0")
+    monkeypatch.setattr(StatePoint, "shown", 0)
+    done = deflow("play", str(file), "--episodes", "2", "--env", STATES, "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert StatePoint.shown == sum(result["length"]) + 2
+    assert "file" not in result
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--env", ENVIRONMENT, "--out", "x.gif"], ["reads observations of shape [4]", "gives [3]"]),
+        (["--env", "Narrow-v0", "--out", "x.gif"], ["actions of shape [2]", "takes [1]"]),
+        (["--env", "Nothing-v0", "--out", "x.gif"], ["env=Nothing-v0 cannot be made"]),
+        (["--out", "x.avi"], ["a clip ends in"]),
+        (["--out", "x.gif", "--episodes", "11"], ["write an .mp4"]),
+        ([], ["no display", "--out FILE"]),
+    ],
+)
+def test_what_cannot_be_played_is_refused_in_one_line(file, tmp_path, monkeypatch, arguments, said):
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    assert_one_line(deflow("play", str(file), *arguments, cwd=tmp_path), *said)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_environment_without_a_window_is_refused(file, monkeypatch):
+    monkeypatch.setenv("DISPLAY", ":0")
+    assert_one_line(deflow("play", str(file), "--env", "Hidden-v0"), "has no window", "--out FILE")
+
+
+def test_no_torch_is_imported(file, tmp_path):
+    code = "import sys\nfor name in ('torch', 'torchrl', 'tensordict', 'onnx'):\n    sys.modules[name] = None\n"
+    code += f"from deflow_torchrl.cli import main\nmain(['play', {str(file)!r}, '--episodes', '1', '--out', 'x.webp'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "x.webp").stat().st_size > 0
+    assert np.char.count(done.stdout, "start 1 of 1") == 1

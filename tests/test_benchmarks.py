@@ -436,6 +436,7 @@ FAMILIES = {
     "humanoidmaze": "humanoidmaze-medium-navigate-singletask-task1-v0",
     "antsoccer": "antsoccer-arena-navigate-singletask-task4-v0",
     "cube": "cube-single-noisy-singletask-task2-v0",
+    "pointmaze": "pointmaze-medium-navigate-singletask-task5-v0",
     "scene": "scene-play-singletask-task1-v0",
     "puzzle": "puzzle-3x3-play-singletask-task1-v0",
     "d4rl_antmaze": "antmaze-umaze-v2",
@@ -487,10 +488,11 @@ def commands(script, monkeypatch):
 def test_a_familys_script_sweeps_its_small_tasks_by_every_method_once_it_has_their_data(commands, name, tmp_path):
     before, plan = commands(name, "run", "--out", tmp_path / "runs", "--jobs", "2")
     dataset = re.sub(r"-singletask-task\d", "", FAMILIES[name])
-    if name in ("cube", "scene", "puzzle"):
-        numbers = ["--episodes", "100", "--val-episodes", "2", "--seed", "0"]
+    if name in ("cube", "pointmaze", "scene", "puzzle"):
+        episodes = "300" if name == "pointmaze" else "100"
+        numbers = ["--episodes", episodes, "--val-episodes", "2", "--seed", "0"]
         assert before == [["data", "generate", dataset, *numbers]]
-        root = str(tmp_path / "home" / "generated" / f"{dataset}-100-2-seed0")
+        root = str(tmp_path / "home" / "generated" / f"{dataset}-{episodes}-2-seed0")
     else:
         assert before == [["data", "download", dataset]]
         root = None
@@ -504,7 +506,7 @@ def test_a_familys_script_sweeps_its_small_tasks_by_every_method_once_it_has_the
     for cell in plan.cells:
         assert cell.left_out is None
         assert (cell.config.offline_steps, cell.config.online_steps, cell.config.hidden_dims) == (8_000, 0, [256] * 3)
-        assert (cell.config.data_root, cell.config.algo.lr, cell.config.precision) == (root, 1e-3, "highest")
+        assert (cell.config.data_root, cell.config.algo.lr, cell.config.precision) == (root, 1e-3, "medium")
 
 
 @pytest.mark.parametrize("name", ["d4rl_antmaze", "adroit"])

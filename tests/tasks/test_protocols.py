@@ -33,8 +33,8 @@ def test_the_small_protocol_fixes_data_networks_steps_and_seeds():
     assert small.seeds == (0, 1, 2)
     assert {"offline_steps", "hidden_dims", "batch_size", "eval_interval", "eval_episodes"} < small.settings.keys()
     assert small.settings["offline_steps"] >= small.averaged * small.settings["eval_interval"]
-    assert set(small.tasks) == FAMILIES
-    assert len(small.tasks["cube"]) == 4
+    assert set(small.tasks) == {*FAMILIES, "pointmaze"}
+    assert sum(task in small.task_settings for tasks in small.tasks.values() for task in tasks) == 4
 
 
 def test_the_protocol_of_version_0_1_stays_as_it_was():

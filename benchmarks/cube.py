@@ -4,8 +4,8 @@
     python benchmarks/cube.py run --protocol paper --device cuda --dry-run
     python benchmarks/cube.py render
 
-Cube-single and cube-double of OGBench; play; `small` is three tasks of cube-single, on noisy data it generates. What the protocols
-fix is in deflow_torchrl/tasks/protocols.json; numbers of `small` are not comparable with the paper's.
+Cube-single and cube-double of OGBench; play; `small` is three tasks of cube-single, on noisy data it generates. What the
+protocols fix is in deflow_torchrl/tasks/protocols.json; numbers of `small` are not comparable with the paper's.
 """
 
 from _family import family_benchmark

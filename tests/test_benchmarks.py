@@ -659,6 +659,36 @@ def test_runs_of_two_precisions_are_compared_seed_by_seed(script, tmp_path):
     assert "no run of the same task, method and seed" in err
 
 
+def test_a_claim_holds_where_the_interval_over_seeds_leaves_out_zero(script, tmp_path):
+    from tests.support.synthetic import CUBE2, record_of, write_run
+
+    wins = {"deflow": (18, 17, 19), "fql": (5, 9, 6), "deflow-normalize_q_loss=false": (12, 20, 18)}
+    online = {"freeze_prior=false": (10, 11, 12), "freeze_prior=true": (15, 16, 17)}
+    for column, counts in wins.items():
+        algo, _, setting = column.partition("-")
+        variant = {"normalize_q_loss": False} if setting else {}
+        for seed, count in enumerate(counts):
+            record = record_of(count, algo=algo, seed=seed, before=(count, count), variant=variant)
+            write_run(tmp_path / CUBE2 / column / f"seed{seed}", record)
+    for place, counts in online.items():
+        for seed, count in enumerate(counts):
+            settings = {"freeze_prior": place.endswith("true")}
+            record = record_of(count, seed=seed, online=(count, count, count), settings=settings)
+            write_run(tmp_path / place / CUBE2 / "deflow" / f"seed{seed}", record)
+
+    page = tmp_path / "claims.md"
+    deltas = ("--delta-iav", "0.01", "--delta-paper", "0.001")
+    code, out, err = script("claims", "render", "--runs", tmp_path, "--out", page, *deltas)
+    assert code == 0, err
+    rows = {cells[1]: cells[2:-1] for line in out.splitlines() if (cells := [it.strip() for it in line.split("|")])[1:]}
+    assert rows["DeFlow is better than FQL (Tables 1 and 7)"] == [CUBE2, "+56.7", "+20.8 to +92.5", "3", "holds"]
+    assert rows["Q is normalised"][1:2] + rows["Q is normalised"][-1:] == ["+6.7", "cannot tell"]
+    (online,) = (cells for said, cells in rows.items() if said.startswith("online"))
+    assert online == [CUBE2, "-25.0", "-25.0 to -25.0", "3", "the opposite"]
+    assert sum(cells[1] == "not run" for cells in rows.values()) == 12
+    assert out.strip() in page.read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("name", ["cube", "alpha_ablation", "offline_to_online"])
 def test_tables_leave_the_evaluations_to_the_report_and_are_labelled(script, monkeypatch, name, tmp_path):
     monkeypatch.syspath_prepend(str(SCRIPT.parent))

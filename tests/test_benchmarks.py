@@ -659,6 +659,39 @@ def test_runs_of_two_precisions_are_compared_seed_by_seed(script, tmp_path):
     assert "no run of the same task, method and seed" in err
 
 
+def test_numbers_without_a_simulator_are_ranked_against_success_over_all_runs_and_within_methods(script, tmp_path):
+    values = {
+        ("deflow", 0): (0.9, -10.0),
+        ("deflow", 1): (0.7, -12.0),
+        ("fql", 0): (0.1, -9.0),
+        ("fql", 1): (0.3, -8.0),
+    }
+    runs = {
+        f"{column}{seed}": {
+            "task": "maze", "column": column, "seed": seed, "success": success,
+            "offline": {
+                "fitted_q": {"value": value}, "critics": None, "cloning": None,
+                "actions": {"mean_square_distance_to_data": success},
+            },
+        }
+        for (column, seed), (success, value) in values.items()
+    }  # fmt: skip
+    path = tmp_path / "choice.json"
+    path.write_text(json.dumps(runs), encoding="utf-8")
+    code, out, err = script("offline_choice", "--read", path)
+    assert code == 0, err
+    rows = {
+        cells[0]: cells[1:] for line in out.splitlines() if (cells := [it.strip() for it in line.strip("|").split("|")])
+    }
+    assert rows["fitted Q"] == ["maze", "4", "-0.33", "+1.00"], (
+        "four pairs of six the wrong way round, both within methods right"
+    )
+    assert rows["- distance to the data's actions"] == ["maze", "4", "-1.00", "-1.00"]
+    assert rows["ranks of Q and observed returns"] == ["maze", "0", "", ""]
+    code, _, err = script("offline_choice", "--read", tmp_path / "none.json")
+    assert (code, err.count("\n")) == (2, 1)
+
+
 def test_a_claim_holds_where_the_interval_over_seeds_leaves_out_zero(script, tmp_path):
     from tests.support.synthetic import CUBE2, record_of, write_run
 

@@ -37,8 +37,9 @@ def report(
     --refresh writes the page of runs that still train every so many seconds until they end: how far each is, its curves so far,
     and the tables of the finished ones. The page loads itself anew; docs/reports.md shows how to see it from another machine.
 
-    --check recomputes the numbers that stand between markers (docs/reports.md) in the given files, or in README.md and
-    benchmarks/results/**/*.md of this folder, prints one line for each that differs and then exits with 1; --write corrects them.
+    --check recomputes the numbers that stand between markers (docs/reports.md) in the given files, or in README.md, marked pages
+    of docs/ and benchmarks/results/**/*.md of this folder, prints one line for each that differs and then exits with 1; --write
+    corrects them.
 
     Example: deflow report runs/small --html report.html --md report.md --label "regenerated data, small protocol"
 

@@ -81,13 +81,15 @@ class Checked:
 
 
 def default_files(folder: Path) -> list[Path]:
-    """``README.md`` and ``benchmarks/results/**/*.md`` of a checkout.
+    """``README.md``, pages of ``docs/`` that have markers, and ``benchmarks/results/**/*.md`` of a checkout.
 
     Raises:
         InputError: if there are none.
     """
     files = [path for path in (folder / "README.md",) if path.is_file()]
     files += sorted((folder / "benchmarks" / "results").rglob("*.md"))
+    pages = sorted((folder / "docs").rglob("*.md"))
+    files += [page for page in pages if _CLOSE.search(page.read_text(encoding="utf-8"))]
     if not files:
         raise InputError(
             f"{folder.absolute()} has no README.md and no benchmarks/results/**/*.md; name the files to check"

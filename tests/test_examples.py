@@ -1,4 +1,5 @@
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -51,6 +52,23 @@ def test_torchrls_trainer_drives_the_loss(run):
     ]
     assert all(moved), "the optimiser and the target hook both ran"
     assert loss.log_alpha.item() != 1.0
+
+
+def test_torchrls_offline_to_online_trainer_and_buffer_take_the_loss(run, capsys):
+    assert len((EXAMPLES / "torchrl_trainer.py").read_text().splitlines()) < 125
+    trainer = run("torchrl_trainer.py", "--episodes", "2", "--offline-steps", "2", "--frames", "200")
+    out = capsys.readouterr().out
+    assert "after 2 offline updates" in out
+    assert "after 200 frames online" in out
+    assert len(trainer.replay_buffer.online_buffer) == 200
+    assert trainer.replay_buffer.offline_fraction == 0, "annealed to experience alone"
+    assert trainer.loss_module.log_alpha.item() != 1.0
+
+
+def test_the_page_of_examples_lists_every_one_with_its_command_and_time():
+    page = (EXAMPLES.parent / "docs" / "examples.md").read_text()
+    listed = re.findall(r"^\| `(?:python )?examples/([\w.]+).*` \| .{20,} \| .+ \|$", page, re.M)
+    assert sorted(listed) == sorted(path.name for path in EXAMPLES.iterdir() if path.is_file())
 
 
 def test_a_frozen_diffusion_policy_is_refined_without_being_called(run, capsys):

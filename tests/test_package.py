@@ -96,6 +96,7 @@ ARROWS = {
     "export": {"runs", "deploy"},
     "play": {"deploy", "reports"},
     "deploy": set(),
+    "configs": {"objectives"},
     "runs": {"trainers", "tasks", "reports"},
     "reports": {"tasks", "algorithms"},
     "trainers": {"algorithms", "data", "envs"},

@@ -58,7 +58,7 @@ from deflow_torchrl.objectives import (
     TRQAMLoss,
 )
 from tests.support import networks
-from tests.support.losses import NEWEST, TERMS, batch_of, build
+from tests.support.losses import NEWEST, TERMS, DeFlowFloq, Floq, batch_of, build, make_flow_critics
 from tests.support.networks import ACTION_DIM, HIDDEN, OBSERVATION_DIM, assert_compiled_equals_eager, make_actor, total
 from tests.support.value_losses import make_batch
 
@@ -182,6 +182,8 @@ def build_encoded(kind, *, critics=None, in_keys=OBSERVATIONS, flow_steps=3, **k
         TRQAMLoss: lambda: TRQAMLoss(flow, tuned, critics, kl_budget=1.0, **kwargs),
         DSRLLoss: lambda: DSRLLoss(flow, tanh_gaussian, critics, latent_critics, noise_scale=1.0, **kwargs),
         FANLoss: lambda: FANLoss(flow, one_step, noisy_critics, critics, **kwargs),
+        Floq: lambda: FQLLoss(flow, one_step, make_flow_critics(), **kwargs),
+        DeFlowFloq: lambda: DeFlowLoss(DeFlowActor(prior, refinement), make_flow_critics(), **kwargs),
     }[kind]()
     if "loss_qvalue" in TERMS[kind]:
         loss.make_value_estimator(ValueEstimators.TD0, gamma=0.9)
@@ -239,6 +241,12 @@ PARTS = {  # term -> the encoders that it trains
     },
     FANLoss: {
         "loss_flow": {"flow"}, "loss_actor": {"one_step"}, "loss_qvalue": {"noisy_critic"}, "loss_marginal": {"critic"}
+    },
+    # Flow critics read the state itself, behind no encoder.
+    Floq: {"loss_flow": {"flow"}, "loss_actor": {"one_step"}, "loss_flow_critic": set(), "loss_qvalue": set()},
+    DeFlowFloq: {
+        "loss_flow": {"prior"}, "loss_actor": {"refinement"}, "loss_alpha": set(), "loss_flow_critic": set(),
+        "loss_qvalue": set(),
     },
 }  # fmt: skip
 
@@ -571,6 +579,8 @@ COEFFICIENTS = {
     FEditLoss: {"edit_scale": 0.5},
     QAMLoss: {"inverse_temperature": 1.0, "edit_scale": 0.5},
     FANLoss: {"alpha": 0.5, "critic_alpha": 0.5, "expectile": 0.6},
+    Floq: {"alpha": 0.5},
+    DeFlowFloq: {"target_divergence": 0.5},
 }
 
 

@@ -20,9 +20,9 @@ def make_flow_critics(number=2, *, sizes=(OBSERVATION_DIM, ACTION_DIM, HIDDEN), 
     return [FlowCritic(make_flow_critic_network(*sizes, time_features=features), **options) for _ in range(number)]
 
 
-def make_ensemble(*, noise_samples=3, number=2, distilled=2, **options):
-    critics = networks.make_critics()[:distilled]
-    return FlowCriticEnsemble(make_flow_critics(number, **options), critics, noise_samples=noise_samples)
+def make_ensemble(*, noise_samples=3, number=2, distilled=2, deactivate_vmap=False, **options):
+    flow_critics, critics = make_flow_critics(number, **options), networks.make_critics()[:distilled]
+    return FlowCriticEnsemble(flow_critics, critics, noise_samples=noise_samples, deactivate_vmap=deactivate_vmap)
 
 
 def build(kind, *, ensemble=None, gamma=GAMMA, tau=0.005, **options):

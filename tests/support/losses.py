@@ -33,7 +33,7 @@ from deflow_torchrl.objectives import (
     TDCriticLoss,
     TRQAMLoss,
 )
-from tests.support import value_losses
+from tests.support import flow_critics, value_losses
 from tests.support.networks import (
     ACTION_DIM,
     HIDDEN,
@@ -60,6 +60,24 @@ def make_diffusion():
 
 def make_consistency():
     return ConsistencyPolicy(ConsistencyNetwork(OBSERVATION_DIM, ACTION_DIM, hidden_dims=(8,)), ACTION_DIM)
+
+
+class Floq:
+    """FQL's loss with flow critics."""
+
+
+class DeFlowFloq:
+    """DeFlow's loss with flow critics."""
+
+
+def make_flow_critics(*, deactivate_vmap=False):
+    """Flow critics that take as many draws of each transition as :func:`.networks.add_draws` gives."""
+    return flow_critics.make_ensemble(noise_samples=8, deactivate_vmap=deactivate_vmap)
+
+
+def looped(options):
+    """Take the option that an ensemble has itself out of a loss's."""
+    return {name: options.pop(name) for name in ("deactivate_vmap",) if name in options}
 
 
 # Losses whose draws have shapes of their own: the method that names them, and how they are built.
@@ -103,6 +121,8 @@ NEWEST = {
         "fan",
         lambda **k: FANLoss(make_flow(), make_one_step(), make_noisy_qvalue_networks(*SIZES), make_critics(), **k),
     ),
+    Floq: ("floq", lambda **k: FQLLoss(make_flow(), make_one_step(), make_flow_critics(**looped(k)), **k)),
+    DeFlowFloq: ("deflow_floq", lambda **k: DeFlowLoss(make_actor(), make_flow_critics(**looped(k)), **k)),
 }
 
 
@@ -158,5 +178,7 @@ TERMS = {
     TRQAMLoss: {"loss_flow", "loss_actor", "loss_qvalue"},
     DSRLLoss: {"loss_flow", "loss_actor", "loss_alpha", "loss_qvalue", "loss_latent"},
     FANLoss: {"loss_flow", "loss_actor", "loss_qvalue", "loss_marginal"},
+    Floq: {"loss_flow", "loss_actor", "loss_flow_critic", "loss_qvalue"},
+    DeFlowFloq: {"loss_flow", "loss_actor", "loss_alpha", "loss_flow_critic", "loss_qvalue"},
 }
 WITH_CRITIC = [kind for kind, terms in TERMS.items() if "loss_qvalue" in terms]

@@ -28,6 +28,7 @@ from deflow_torchrl.reports.statistics import (
     stratified_bootstrap,
     success_standard_error,
 )
+from deflow_torchrl.tasks import has_own_footing
 
 BOLD_FROM = 0.95  # share of the row's best from which the paper prints a mean in bold
 NEAR = "≈"
@@ -235,24 +236,37 @@ def variant_grids(table: Table) -> list[Grid]:
 
 
 def ranking_grid(table: Table) -> Grid | None:
-    """Compare our order of the methods with the paper's, task by task; None where no task has two methods of the paper's."""
-    lines = []
+    """Compare our order of the methods with the paper's, task by task; None where no task has two methods of the paper's.
+
+    Methods with a footing of their own are compared in that alone: the paper's numbers of them are of it.
+    """
+    lines, left_out = [], dict[str, None]()
     for row in table.rows:
-        means = paper_means(row.name, online=table.online) if row.kind == "task" else {}
-        common = [column for column in table.columns if column in row.cells and column_name(column) in means]
-        if len(common) < 2:
+        theirs = paper_means(row.name, online=table.online) if row.kind == "task" else {}
+        cells = {}
+        for column in table.columns:
+            title, settings = column_name(column.partition(" (")[0]), column_settings(column)
+            own = has_own_footing(column.partition(" (")[0])
+            if column not in row.cells or title not in theirs:
+                continue
+            if settings == ("footing=original" if own else ""):
+                cells[title] = row.cells[column]
+            elif not settings:
+                left_out[title] = None
+        if len(cells) < 2:
             continue
-        ours = {column: row.cells[column].mean for column in common}
-        theirs = {column: means[column_name(column)] for column in common}
+        ours = {title: cell.mean for title, cell in cells.items()}
+        theirs = {title: theirs[title] for title in cells}
         tau = kendall_tau(list(ours.values()), list(theirs.values()))
-        pairs = list(itertools.combinations(common, 2))
-        clear = [(one, other) for one, other in pairs if not row.cells[one].near(row.cells[other])]
+        pairs = list(itertools.combinations(cells, 2))
+        clear = [(one, other) for one, other in pairs if not cells[one].near(cells[other])]
         agreeing = sum((ours[one] - ours[other]) * (theirs[one] - theirs[other]) > 0 for one, other in clear)
         near = len(pairs) - len(clear)
         agreement = Entry("" if tau is None else f"{tau:+.2f}", tau)
         counts = (Entry(f"{near} of {len(pairs)}", near), Entry(f"{agreeing} of {len(clear)}", agreeing))
         lines.append(grid_row(row.name, _order(ours), _order(theirs), agreement, *counts))
-    return make_grid("ranking", lines, phase=table.phase) if lines else None
+    note = f". Left out, as the paper's numbers are of algo.footing=original: {', '.join(left_out)}" if left_out else ""
+    return make_grid("ranking", lines, phase=table.phase, left_out=note) if lines else None
 
 
 def aggregate_grid(table: Table) -> Grid | None:
@@ -466,10 +480,10 @@ def _evaluations(rows: Sequence[Row], columns: Sequence[str]) -> str:
 
 def _order(means: Mapping[str, float]) -> str:
     """Methods from best to worst, level ones joined by =."""
-    columns = sorted(means, key=lambda column: -means[column])
-    text = column_name(columns[0])
-    for one, other in itertools.pairwise(columns):
-        text += f" {'=' if means[one] == means[other] else '>'} {column_name(other)}"
+    titles = sorted(means, key=lambda title: -means[title])
+    text = titles[0]
+    for one, other in itertools.pairwise(titles):
+        text += f" {'=' if means[one] == means[other] else '>'} {other}"
     return text
 
 

@@ -4,6 +4,7 @@ from .paper import PaperTask as PaperTask
 from .paper import chosen_by_task as chosen_by_task
 from .paper import families as families
 from .paper import family_groups as family_groups
+from .paper import has_own_footing as has_own_footing
 from .paper import original_settings as original_settings
 from .paper import paper_settings as paper_settings
 from .paper import paper_task as paper_task

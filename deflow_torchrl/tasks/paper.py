@@ -186,6 +186,16 @@ def original_settings(method: str, name: str, given: Mapping[str, Any]) -> dict[
     return values
 
 
+def has_own_footing(method: str) -> bool:
+    """Whether a method was published with settings of its own (``algo.footing=original``): numbers of it are of these.
+
+    Examples:
+        >>> has_own_footing("idql"), has_own_footing("rlpd")
+        (True, False)
+    """
+    return any(method in entry["methods"] for entry in read_table("footings.json")["original"])
+
+
 def paper_settings(method: str) -> list[str]:
     """Settings of a method that the paper chooses for each task (Table 6)."""
     return list(dict.fromkeys(name for task in paper_tasks("offline") for name in task.hyperparameters.get(method, {})))

@@ -252,6 +252,21 @@ def test_the_ranking_is_held_against_the_papers_pair_by_pair(tmp_path):
     assert ranking_grid(alone) is None
 
 
+def test_a_method_with_a_footing_of_its_own_is_ranked_in_that_alone(tmp_path):
+    # The paper on this task: DeFlow 49, FQL 36, IDQL 16.
+    records = [record_of(20), record_of(12, algo="fql"), record_of(18, algo="idql")]
+    (table,) = make_tables(find_runs([write_all(tmp_path / "common", *records)]))
+    grid = ranking_grid(table)
+    assert grid.rows[0].entries[1].text == "DeFlow > FQL"
+    assert grid.caption.endswith("Left out, as the paper's numbers are of algo.footing=original: IDQL")
+    original = record_of(4, algo="idql", variant={"footing": "original"})
+    (table,) = make_tables(find_runs([write_all(tmp_path / "both", *records, original)]))
+    assert ranking_grid(table).rows[0].entries[1].text == "DeFlow > FQL > IDQL"
+    assert "Left out" in ranking_grid(table).caption
+    (table,) = make_tables(find_runs([write_all(tmp_path / "original", *records[:2], original)]))
+    assert "Left out" not in ranking_grid(table).caption
+
+
 def test_runs_that_went_online_have_a_table_of_their_own_with_both_ends(tmp_path):
     records = [
         record_of(8 + seed, seed=seed, before=(1, 2), online=(3, 12, 8), settings={"freeze_prior": True})

@@ -149,10 +149,12 @@ class ProblemSpec:
         encoder = self.make_encoder()
         return (module if encoder is None else TensorDictSequential(encoder, module)).to(self.device)
 
-    def flow_policy(self, num_steps: int, out_keys: Sequence[NestedKey] = ("action",)) -> TensorDictModule:
-        """A flow over the paper's velocity network."""
+    def flow_policy(
+        self, num_steps: int, out_keys: Sequence[NestedKey] = ("action",), *, layer_norm: bool = False
+    ) -> TensorDictModule:
+        """A flow over the paper's velocity network, or that with LayerNorm."""
         flow = FlowMatchingPolicy(
-            make_velocity_network(*self.sizes),
+            make_velocity_network(*self.sizes, layer_norm=layer_norm),
             self.sizes[1],
             num_steps,
             in_keys=(self.state_key, "noise"),

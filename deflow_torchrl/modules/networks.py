@@ -287,16 +287,22 @@ class StateActionValue(nn.Module):
 
 
 def make_velocity_network(
-    observation_dim: int, action_dim: int, hidden_dims: Sequence[int] = PAPER_HIDDEN_DIMS
+    observation_dim: int,
+    action_dim: int,
+    hidden_dims: Sequence[int] = PAPER_HIDDEN_DIMS,
+    *,
+    layer_norm: bool = False,
 ) -> nn.Sequential:
     """Velocity field v_psi: ``cat([s, x, t], -1)`` of width ``O + A + 1`` to a velocity ``[..., A]``; t enters raw.
+
+    With ``layer_norm`` as the critics' network.
 
     Examples:
         >>> import torch
         >>> make_velocity_network(3, 2, (8, 8))(torch.zeros(5, 3 + 2 + 1)).shape
         torch.Size([5, 2])
     """
-    return make_mlp(observation_dim + action_dim + 1, action_dim, hidden_dims, layer_norm=False)
+    return make_mlp(observation_dim + action_dim + 1, action_dim, hidden_dims, layer_norm=layer_norm)
 
 
 def make_refinement_network(

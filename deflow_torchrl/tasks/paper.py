@@ -176,7 +176,9 @@ def original_settings(method: str, name: str, given: Mapping[str, Any]) -> dict[
         {'algo.gamma': 0.995}
     """
     task, row = get_task(name), paper_task(name)
-    of_task = {"domains": task.domain, "families": row and row.family, "tasks": row and row.name}
+    of_task = {
+        "domains": task.domain, "datasets": task.data_name, "families": row and row.family, "tasks": row and row.name
+    }  # fmt: skip
     values: dict[str, Any] = {}
     for entry in read_table("footings.json")["original"]:
         matches = all(value in entry[kind] for kind, value in of_task.items() if kind in entry)

@@ -50,6 +50,7 @@ CASES = [
     ("qam_e", "puzzle-4x4-play-singletask-v0", {"inverse_temperature": 0.1, "edit_scale": 0.9, "reward": "sparse"}),
     ("qam_f", SCENE, {"inverse_temperature": 1, "distillation_coef": 300, "chunk": 5}),
     ("trqam", HUMAN, {"cloning_steps": 300_000, "offline_steps": 1_300_000, "gamma": 0.999}),
+    ("trqam", "cube-triple-play-singletask-v0", {"hidden_dims": [1024] * 4, "flow_layer_norm": True, "chunk": 5}),
     ("fan", CUBE, {"gamma": 0.995, "alpha": 100, "critic_alpha": 0, "chunk": 1}),
 ]
 
@@ -130,6 +131,13 @@ def test_idqls_networks_and_optimiser_are_its_own():
     assert not all(map(torch.equal, kept, score["params"]))
 
 
+def test_trqams_flows_can_have_layer_norm():
+    loss = learner("trqam", flow_layer_norm=True).loss
+    for flow in (loss.flow_policy, loss.actor_network):
+        assert sum(isinstance(layer, nn.LayerNorm) for layer in flow.modules()) == 2
+    assert not any(isinstance(layer, nn.LayerNorm) for layer in learner("trqam").loss.flow_policy.modules())
+
+
 def test_cacs_critics_are_clipped_too_and_its_rewards_are_standardised():
     built = learner("cac", max_grad_norm=0.5, actor_lr=1e-3, standardize_rewards=True)
     assert [stage.max_grad_norm for stage in built.stages] == [0.5, 0.5]
@@ -168,7 +176,7 @@ RUNS = {
     "cac": {"standardize_rewards": True},
     "calql": {"policy_lr": 1e-4},
     "qam_e": {"flow_steps": 2},
-    "trqam": {"flow_steps": 2, "cloning_steps": 3},
+    "trqam": {"flow_steps": 2, "cloning_steps": 3, "flow_layer_norm": True},
 }
 
 

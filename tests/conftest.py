@@ -11,6 +11,7 @@ import torch
 
 from deflow_torchrl.processes import STOP_SIGNALS
 from tests.support.generation import DATASET, generation_in_process
+from tests.support.runs import undrawn
 
 for _number in STOP_SIGNALS:  # a suite started in the background or by nohup, whose tests interrupt runs
     if signal.getsignal(_number) is signal.SIG_IGN:
@@ -18,6 +19,14 @@ for _number in STOP_SIGNALS:  # a suite started in the background or by nohup, w
 
 # Importing it, as the search for doctests does, changes what a process's runs write.
 collect_ignore = ["support/without_page.py"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _undrawn():
+    """Runs of this process draw neither page nor curve, which take seconds; tests that read them bring them back (``drawn``)."""
+    with pytest.MonkeyPatch.context() as patch:
+        undrawn(patch)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,6 @@ import importlib
 import json
 import os
 import re
-import runpy
 import shlex
 import signal
 import subprocess
@@ -14,15 +13,28 @@ from pathlib import Path
 
 import pytest
 
-from deflow_torchrl.processes import interruptible
 from deflow_torchrl.sweep import parse_sweep
 from deflow_torchrl.tasks import protocols
 from deflow_torchrl.tasks.protocols import get_protocol
-from tests.support.command_line import deflow, heed_ctrl_c
+from tests.support.command_line import benchmark, benchmark_apart, deflow, heed_ctrl_c
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "data_memory.py"
 REPLAY_BUFFER = SCRIPT.with_name("replay_buffer.py")
 TINY = ("--updates", "4", "--batches", "6", "--batch-size", "32", "--hidden-dims", "8", "--json")
+
+
+@pytest.fixture
+def script(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("DEFLOW_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    return functools.partial(benchmark, monkeypatch, capsys)
+
+
+@pytest.fixture
+def throughput(script):
+    """throughput.py on a problem of small sizes: code, out, err."""
+    sizes = "--obs-dim 4 --action-dim 2 --batch-size 8 --hidden-dims 8 8 --steps 2 --warmup 1 --json"
+    return lambda *arguments: script("throughput", *arguments, *sizes.split())
 
 
 def command(folder, *arguments):
@@ -125,15 +137,16 @@ def test_the_union_buffer_is_timed_against_torchrls_storages(mode, tmp_path):
         assert measured[name]["ratio"] == pytest.approx(measured[name]["ms"] / measured[name]["torchrl_ms"])
 
 
-def test_the_offline_to_online_runs_are_made_once_and_rendered_without_places(generated, tmp_path):
-    script, runs, kept = SCRIPT.with_name("offline_to_online.py"), tmp_path / "runs", tmp_path / "kept"
+@pytest.mark.slow
+def test_the_offline_to_online_runs_are_made_once_and_rendered_without_places(generated, script, tmp_path):
+    runs, kept = tmp_path / "runs", tmp_path / "kept"
     tiny = "offline_steps=6 online_steps=4 batch_size=4 hidden_dims=[8] eval_interval=5 eval_episodes=1 save_interval=5"
+    tiny += " eval_max_steps=5"
 
     def call(*arguments):
-        command = [sys.executable, str(script), *map(str, arguments)]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert result.returncode == 0, result.stderr
-        return result.stdout
+        code, out, err = script("offline_to_online", *arguments)
+        assert code == 0, err
+        return out
 
     make = ("run", "--seeds", 3, "--data-root", generated, "--out", runs, "--set", *tiny.split())
     call(*make)
@@ -163,22 +176,16 @@ def run_script(name, *arguments, check=True):
     return subprocess.run(command, capture_output=True, text=True, check=check)
 
 
-def throughput(*arguments):
-    sizes = "--obs-dim 4 --action-dim 2 --batch-size 8 --hidden-dims 8 8 --steps 2 --warmup 1 --json"
-    command = [sys.executable, str(SCRIPT.with_name("throughput.py")), *arguments, *sizes.split()]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-def test_the_roofline_counts_products_and_says_how_far_each_part_is_from_them():
-    result = throughput("roofline")
-    assert result.returncode == 0, result.stderr
-    parts = json.loads(result.stdout.splitlines()[-1])["parts"]
+def test_the_roofline_counts_products_and_says_how_far_each_part_is_from_them(throughput):
+    code, out, err = throughput("roofline")
+    assert code == 0, err
+    parts = json.loads(out.splitlines()[-1])["parts"]
     assert list(parts) == ["flow sampling", "flow loss", "actor", "critic", "optimiser", "update"]
     for name, part in parts.items():
         assert part["measured_ms"] > 0
         assert part["floor_ms"] > 0
         assert (part["gflop"] > 0) == (name != "optimiser")
-        assert f"| {name} | " in result.stdout
+        assert f"| {name} | " in out
     assert parts["update"]["gflop"] == pytest.approx(sum(part["gflop"] for part in parts.values()) / 2)
     # Sampling by hand: [s; s'] in 16 rows, 10 steps of 3 -> 8 -> 8 -> 2, the observation's share of 4 -> 8 once.
     assert parts["flow sampling"]["gflop"] * 1e9 == pytest.approx(2 * 16 * (10 * (3 * 8 + 8 * 8 + 8 * 2) + 4 * 8))
@@ -186,19 +193,19 @@ def test_the_roofline_counts_products_and_says_how_far_each_part_is_from_them():
     assert parts["flow loss"]["gflop"] * 1e9 == pytest.approx(2 * 8 * (2 * (7 * 8 + 8 * 8 + 8 * 2) + 8 * 8 + 8 * 2))
 
 
-def test_the_update_is_timed_with_and_without_the_kernels():
-    result = throughput("update", "--plain")
-    assert result.returncode == 0, result.stderr
-    printed = json.loads(result.stdout.splitlines()[-1])
+def test_the_update_is_timed_with_and_without_the_kernels(throughput):
+    code, out, err = throughput("update", "--plain")
+    assert code == 0, err
+    printed = json.loads(out.splitlines()[-1])
     assert printed["ms_per_update"] > 0
     assert printed["plain_ms_per_update"] > 0
     assert printed["to_plain"] > 0
 
 
-def test_an_update_on_pictures_is_timed_beside_the_floor_of_its_convolutions():
-    result = throughput("update", "--pixels", "--image-shape", "6", "6", "2", "--encoder", "impala_debug")
-    assert result.returncode == 0, result.stderr
-    printed = json.loads(result.stdout.splitlines()[-1])
+def test_an_update_on_pictures_is_timed_beside_the_floor_of_its_convolutions(throughput):
+    code, out, err = throughput("update", "--pixels", "--image-shape", "6", "6", "2", "--encoder", "impala_debug")
+    assert code == 0, err
+    printed = json.loads(out.splitlines()[-1])
     assert printed["ms_per_update"] > 0
     # Multiply-adds of the convolutions of one picture: 6x6 and 3x3 pixels into 4 channels, then two of a block behind each pool.
     first, second = 36 * 2 * 4 + 2 * 9 * 4 * 4, 9 * 4 * 4 + 2 * 4 * 4 * 4
@@ -206,36 +213,34 @@ def test_an_update_on_pictures_is_timed_beside_the_floor_of_its_convolutions():
     # Gradients of weights cost as much again, and so do those of inputs, which pictures have none of.
     expected = 6 * forward + 3 * (2 * forward - 2 * 9 * 36 * 2 * 4 * 8)
     assert printed["encodings"]["gflop"] * 1e9 == pytest.approx(expected)
-    assert "| encodings | " in result.stdout
+    assert "| encodings | " in out
 
 
-def test_the_activation_is_timed_in_several_forms():
-    result = throughput("gelu")
-    assert result.returncode == 0, result.stderr
-    assert all(milliseconds > 0 for milliseconds in json.loads(result.stdout.splitlines()[-1]).values())
+def test_the_activation_is_timed_in_several_forms(throughput):
+    code, out, err = throughput("gelu")
+    assert code == 0, err
+    assert all(milliseconds > 0 for milliseconds in json.loads(out.splitlines()[-1]).values())
 
 
-def test_a_comparison_with_jax_that_cannot_be_made_is_refused_in_one_line(tmp_path):
-    result = throughput("update", "--against-jax", str(tmp_path))
-    assert result.returncode == 2
-    assert result.stderr.splitlines()[-1].endswith("is no checkout of the authors' repository: no agents/deflow.py")
+def test_a_comparison_with_jax_that_cannot_be_made_is_refused_in_one_line(throughput, tmp_path):
+    code, _, err = throughput("update", "--against-jax", str(tmp_path))
+    assert code == 2
+    assert err.splitlines()[-1].endswith("is no checkout of the authors' repository: no agents/deflow.py")
     (tmp_path / "agents").mkdir()
     (tmp_path / "agents" / "deflow.py").write_text("import a_module_that_is_not_there\n")
-    result = throughput("update", "--against-jax", str(tmp_path))
-    assert result.returncode == 2
-    assert re.search(
-        r"cannot run .*: No module named '\w+'; give one that can with --jax-python$", result.stderr.strip()
-    )
-    assert "Traceback" not in result.stderr
+    code, _, err = benchmark_apart("throughput", "update", "--against-jax", tmp_path)
+    assert code == 2
+    assert re.search(r"cannot run .*: No module named '\w+'; give one that can with --jax-python$", err.strip())
+    assert "Traceback" not in err
 
 
-def test_ratios_are_compared_with_the_stored_ones():
-    result = throughput("bench")
-    assert result.returncode == 0, result.stderr
-    printed = json.loads(result.stdout.splitlines()[-1])
+def test_ratios_are_compared_with_the_stored_ones(throughput):
+    code, out, err = throughput("bench")
+    assert code == 0, err
+    printed = json.loads(out.splitlines()[-1])
     assert printed["now"].keys() == printed["stored"].keys() > {"update / floor", "full / plain", "frozen / full"}
-    assert "the stored ratios are of other sizes" in result.stdout
-    assert " ms" not in result.stdout
+    assert "the stored ratios are of other sizes" in out
+    assert " ms" not in out
 
 
 def test_the_wheelhouse_holds_what_the_extras_need_and_not_torch():
@@ -267,26 +272,25 @@ def test_the_wheelhouse_holds_what_the_extras_need_and_not_torch():
 def test_the_latency_of_an_action_is_measured_in_turns(script):
     pytest.importorskip("onnxscript", reason="needs the extra export")
     tiny = "--obs-dim 4 --action-dim 2 --hidden-dims 8 8 --batch-sizes 1 3 --turns 2 --in-a-row 3 --json"
-    command = [sys.executable, str(SCRIPT.with_name("latency.py")), *tiny.split()]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    printed = json.loads(result.stdout.splitlines()[-1])["batch"]
+    code, out, err = script("latency", *tiny.split())
+    assert code == 0, err
+    printed = json.loads(out.splitlines()[-1])["batch"]
     assert list(printed) == ["1", "3"]
     for rows, policies in printed.items():
         assert list(policies) == ["eager", "onnx", "pt2"]
         assert policies["eager"]["to_eager"] == 1
         for name, taken in policies.items():
             assert min(taken.values()) > 0
-            assert f"| {rows} | {name} | " in result.stdout
+            assert f"| {rows} | {name} | " in out
     code, _, err = script("latency", *tiny.split(), "--in-a-row", "1")
     assert code == 2
     assert err.splitlines()[-1].endswith("--in-a-row at least 2")
 
 
-def test_stacked_seeds_are_timed_against_separate_updates_in_turns(script):
-    result = throughput("seeds", "--seeds", "2")
-    assert result.returncode == 0, result.stderr
-    measured = json.loads(result.stdout.splitlines()[-1])
+def test_stacked_seeds_are_timed_against_separate_updates_in_turns(script, throughput):
+    code, out, err = throughput("seeds", "--seeds", "2")
+    assert code == 0, err
+    measured = json.loads(out.splitlines()[-1])
     assert measured["seeds"] == 2
     assert all(measured[name] > 0 for name in ("stacked_ms", "separate_ms", "one_ms", "to_separate", "to_one"))
     code, _, _ = script("throughput", "seeds", "--seeds", "0")
@@ -413,11 +417,13 @@ def test_a_part_of_the_gpu_script_that_fails_or_hangs_keeps_its_figures(monkeypa
         assert kept[-1]["figures"] == {"one": 1}, "kept when it was known"
 
 
+@pytest.mark.slow
 def test_evaluation_in_a_batch_is_timed_against_a_loop_with_the_same_results(script):
     pytest.importorskip("ogbench", reason="needs the extra ogbench")
-    out = run_script("evaluation.py", "--task", "cube-single-play-singletask-task1-v0", "--hidden-dims", "8",
-                     "--episodes", "3", "--num-envs", "2", "--workers", "2", "--rounds", "1", "--json")  # fmt: skip
-    result = json.loads(out.stdout.splitlines()[-1])
+    code, out, err = script("evaluation", "--task", "cube-single-play-singletask-task1-v0", "--hidden-dims", "8",
+                            "--episodes", "3", "--num-envs", "2", "--workers", "2", "--rounds", "1", "--json")  # fmt: skip
+    assert code == 0, err
+    result = json.loads(out.splitlines()[-1])
     assert result["same"]["success"] == 1.0
     assert result["faster"] > 0
     code, _, err = script("evaluation", "--task", "nothing-v0")
@@ -443,26 +449,6 @@ FAMILIES = {
     "adroit": "pen-human-v1",
 }
 TINY_RUNS = ("hidden_dims=[8]", "batch_size=4")
-
-
-def call_in_process(monkeypatch, capsys, name, *arguments):
-    """Run a script as `python benchmarks/NAME.py` does, without the seconds that importing torch takes: code, out, err."""
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    monkeypatch.setattr(sys, "argv", [f"benchmarks/{name}.py", *map(str, arguments)])
-    try:
-        with interruptible():
-            runpy.run_path(str(SCRIPT.with_name(f"{name}.py")), run_name="__main__")
-        code = 0
-    except SystemExit as end:
-        code = end.code or 0
-    return (code, *capsys.readouterr())
-
-
-@pytest.fixture
-def script(monkeypatch, capsys, tmp_path):
-    monkeypatch.setenv("DEFLOW_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    return functools.partial(call_in_process, monkeypatch, capsys)
 
 
 @pytest.fixture

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.support.command_line import benchmark
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -172,26 +174,13 @@ def test_a_torchrl_collector_takes_the_policy_online(run, tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_the_benchmark_prints_milliseconds_per_update(frozen):
+def test_the_benchmark_prints_milliseconds_per_update(frozen, monkeypatch, capsys):
     import json
 
-    script = Path(__file__).parents[1] / "benchmarks" / "throughput.py"
-    arguments = [
-        "update",
-        "--obs-dim",
-        "4",
-        "--action-dim",
-        "2",
-        "--batch-size",
-        "8",
-        "--hidden-dims",
-        "8",
-        "--steps",
-        "2",
-        "--json",
-        *(["--frozen-prior"] if frozen else []),
-    ]
-    out = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, check=True).stdout
+    sizes = "--obs-dim 4 --action-dim 2 --batch-size 8 --hidden-dims 8 --steps 2 --json"
+    more = ["--frozen-prior"] if frozen else []
+    code, out, err = benchmark(monkeypatch, capsys, "throughput", "update", *sizes.split(), *more)
+    assert code == 0, err
     printed = json.loads(out.splitlines()[-1])
     assert printed["ms_per_update"] > 0
     assert {"full_ms_per_update", "speedup"} <= printed.keys() or not frozen

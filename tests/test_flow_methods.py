@@ -1,9 +1,6 @@
 """Methods whose policy is a flow or distilled from one: trained, evaluated and taken online as any other."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +16,7 @@ from deflow_torchrl.runs.overrides import compose_config
 from deflow_torchrl.runs.run import train
 from deflow_torchrl.runs.settings import TrainConfig
 from deflow_torchrl.trainers import UpdateStep
+from tests.support.command_line import benchmark, benchmark_apart
 from tests.support.networks import NEEDED, make_batch
 from tests.support.pendulum import ENVIRONMENT, record_pendulum
 from tests.support.updates import PROBLEM
@@ -115,17 +113,19 @@ def test_a_one_step_policy_is_exported(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["fql", "deflow"])
-def test_a_comparison_with_the_authors_code_that_cannot_be_made_is_refused_in_one_line(method, tmp_path):
-    script = Path(__file__).parents[1] / "benchmarks" / "against_jax.py"
-    command = [sys.executable, str(script), "losses", method, "--against-jax", str(tmp_path)]
+def test_a_comparison_with_the_authors_code_that_cannot_be_made_is_refused_in_one_line(
+    method, tmp_path, monkeypatch, capsys
+):
+    arguments = ("losses", method, "--against-jax", tmp_path)
 
-    def refused():
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert result.returncode == 2
-        assert "Traceback" not in result.stderr
-        return result.stderr.splitlines()[-1]
+    def refused(result):
+        code, _, err = result
+        assert code == 2
+        assert "Traceback" not in err
+        return err.splitlines()[-1]
 
-    assert refused().endswith(f"is no checkout of the authors' repository: no agents/{method}.py")
+    nothing = refused(benchmark(monkeypatch, capsys, "against_jax", *arguments))
+    assert nothing.endswith(f"is no checkout of the authors' repository: no agents/{method}.py")
     (tmp_path / "agents").mkdir()
     (tmp_path / "agents" / f"{method}.py").write_text("import a_module_that_is_not_there\n")
-    assert refused().endswith("give one that can with --jax-python")
+    assert refused(benchmark_apart("against_jax", *arguments)).endswith("give one that can with --jax-python")

@@ -147,8 +147,9 @@ def test_a_forked_child_does_not_keep_the_lock_of_a_dead_parent(tmp_path):
         "    if child == 0:\n        time.sleep(60)\n        os._exit(0)\n"
         "    print(child, flush=True)\n    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    process = subprocess.run([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True, check=False)
-    child = int(process.stdout)
+    with subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True) as process:
+        child = int(process.stdout.readline())  # and no further: the child holds the pipe
+        process.wait()
     try:
         os.kill(child, 0)
         assert path.exists()

@@ -32,7 +32,7 @@ def run(environment, *command):
 def settings(generated):
     pytest.importorskip("ogbench", reason="needs the extra ogbench")
     pytest.importorskip("hydra", reason="needs the extra cli")
-    small = ["hidden_dims=[16,16]", "batch_size=16", "offline_steps=20", "eval_episodes=2", "eval_workers=1"]
+    small = ["hidden_dims=[16,16]", "batch_size=16", "offline_steps=20", "eval_episodes=2", "eval_max_steps=5"]
     return [f"data_root={generated}", *small, "log_interval=10", "save_interval=10", "storage=memmap"]
 
 
@@ -43,7 +43,7 @@ def test_every_module_imports_without_linuxs_own_names(system, tmp_path):
 
 def test_a_sweep_trains_where_processes_cannot_be_forked(settings, tmp_path):
     out = tmp_path / "sweep"
-    sweep = ("sweep", f"tasks={TASK}", "algos=deflow:fixed_alpha=0.3", "seeds=0", f"out={out}")
+    sweep = ("sweep", "eval_workers=1", f"tasks={TASK}", "algos=deflow:fixed_alpha=0.3", "seeds=0", f"out={out}")
     run(pretend("win32", tmp_path / "system"), "-m", "deflow_torchrl.cli", *sweep, *settings)
     assert len(list(out.rglob("record.json"))) == 1
 

@@ -20,12 +20,14 @@ from deflow_torchrl.runs.settings import config_from_dict, config_to_dict
 from deflow_torchrl.sources.oracles import GENERATED_DATASETS
 from tests.support.command_line import assert_one_line, deflow, heed_ctrl_c
 from tests.support.generation import DATASET, TASK
+from tests.support.runs import drawn
 
 
 def settings(generated, out, *more):
     return [
         f"task={TASK}", f"data_root={generated}", f"out={out}", "hidden_dims=[16,16]", "batch_size=16", "offline_steps=6",
-        "log_interval=2", "eval_interval=3", "save_interval=3", "eval_episodes=1", "eval_workers=1", "threads=1", *more,
+        "log_interval=2", "eval_interval=3", "save_interval=3", "eval_episodes=1", "eval_max_steps=5",
+        "eval_workers=1", "threads=1", *more,
     ]  # fmt: skip
 
 
@@ -49,7 +51,8 @@ def test_the_help_of_train_lists_every_method_and_its_settings():
         assert {"name", *listed} == {field.name for field in dataclasses.fields(algorithm.config)}
 
 
-def test_train_then_eval_then_resume(generated, tmp_path):
+def test_train_then_eval_then_resume(generated, tmp_path, monkeypatch):
+    drawn(monkeypatch)
     out = tmp_path / "run"
     trained = deflow("train", *settings(generated, out), "--json")
     assert trained.returncode == 0, trained.stderr

@@ -74,11 +74,11 @@ def group_of(process):
 
 def test_a_signal_to_all_processes_of_a_job_saves_and_leaves_nothing_behind(task, tmp_path):
     """As Slurm's and systemd's: to collectors, evaluators and the keeper of semaphores, too; twice, as by a hasty scheduler."""
-    more = ("offline_steps=6", "online_steps=40", "collector_workers=2", "steps_per_collection=4", "eval_workers=2")
+    more = ("offline_steps=6", "online_steps=40", "collector_workers=2", "steps_per_collection=4")
     arguments = ("train", f"task={task}", *SMALL, *more)
     straight, out = tmp_path / "straight" / "run", tmp_path / "stopped" / "run"
     assert deflow(*arguments, "eval_interval=10", f"out={straight}").returncode == 0
-    process = start([*arguments, "eval_interval=10", f"out={out}"])
+    process = start([*arguments, "eval_interval=10", "eval_workers=2", f"out={out}"])
     wait_for_rows(out, 12, process)
     assert len(group_of(process)) >= 6, "run, semaphores' keeper, two collectors, two evaluators"
     for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM):
@@ -90,7 +90,7 @@ def test_a_signal_to_all_processes_of_a_job_saves_and_leaves_nothing_behind(task
     assert "Traceback" not in said
     assert "leaked" not in said
     assert group_of(process) == []
-    assert deflow("resume", str(out)).returncode == 0
+    assert deflow("resume", str(out), "eval_workers=1").returncode == 0
     assert_equal_runs(straight, out)
 
 

@@ -426,7 +426,7 @@ def test_deactivate_vmap_changes_nothing(kind):
         # Two steps of the flow and a backend that writes no C++: compiling is what takes the time.
         (FQLLoss, "aot_eager", {"normalize_q_loss": True, "flow_steps": 2}),
         pytest.param(FQLLoss, "inductor", {}, marks=pytest.mark.slow),
-        (FBRACLoss, "aot_eager", {"flow_steps": 2}),
+        pytest.param(FBRACLoss, "aot_eager", {"flow_steps": 2}, marks=pytest.mark.slow),
         pytest.param(FAWACLoss, "aot_eager", {"temperature": 3.0, "flow_steps": 2}, marks=pytest.mark.slow),
     ],
 )

@@ -1,5 +1,6 @@
 import base64
 import csv
+import dataclasses
 import json
 import re
 
@@ -11,6 +12,7 @@ from deflow_torchrl.envs.drawing import check_drawing
 from deflow_torchrl.runs.demo import FULL, DemoScale, describe, run_demo
 from deflow_torchrl.runs.evaluate import evaluate_run
 from tests.support.rendering import missing_renderer
+from tests.support.runs import drawn
 
 TINY = DemoScale(
     episodes=1,
@@ -33,7 +35,9 @@ def demo(tmp_path_factory, short_episodes):
         patch.setenv("DEFLOW_HOME", str(folder / "home"))
         patch.delenv("MUJOCO_GL", raising=False)
         patch.chdir(folder)
-        result = run_demo(TINY, seed=0, command="deflow demo", show_progress=False)
+        with pytest.MonkeyPatch.context() as pages:
+            drawn(pages)
+            result = run_demo(TINY, seed=0, command="deflow demo", show_progress=False)
         yield folder, result
 
 
@@ -99,7 +103,8 @@ def test_a_second_run_finds_the_data_and_takes_a_folder_of_its_own(demo, monkeyp
     for name in ("DISPLAY", "WAYLAND_DISPLAY"):
         monkeypatch.delenv(name, raising=False)
     check_drawing.cache_clear()
-    run_demo(TINY, seed=0, command="deflow demo", show_progress=False)
+    shorter = dataclasses.replace(TINY, steps=2, eval_interval=2, final_episodes=1)
+    run_demo(shorter, seed=0, command="deflow demo", show_progress=False)
     assert (folder / "runs" / "demo-seed0-2" / "record.json").exists()
     assert not (folder / "runs" / "demo-seed0-2" / "videos").exists()
     assert "no clip" in caplog.text

@@ -30,7 +30,7 @@ def runs(generated, tmp_path_factory):
             "eval_episodes=1",
             "eval_max_steps=2",
         ]
-        settings += [f"data_root={generated}", f"out={folder / name}", "threads=1"]
+        settings += [f"data_root={generated}", f"out={folder / name}", "eval_workers=1", "threads=1"]
         trained = deflow("train", *settings)
         assert trained.returncode == 0, trained.stderr
     return folder

@@ -18,6 +18,7 @@ from tests.support.command_line import assert_one_line, deflow
 from tests.support.drawn import STATES, drawn_arrays
 from tests.support.pendulum import ENVIRONMENT
 from tests.support.rendering import missing_renderer
+from tests.support.runs import drawn
 
 TINY = (
     "batch_size=8", "hidden_dims=[8]", "algo.flow_steps=2", "offline_steps=4", "eval_interval=2", "eval_episodes=3",
@@ -44,7 +45,9 @@ def run(tmp_path_factory):
     done = deflow("data", "import", str(folder / "point.npz"), "--out", str(folder / "data"))
     assert done.returncode == 0, done.stderr
     task = (f"task=file:{folder / 'data'}", f"env={STATES}")
-    done = deflow("train", *task, *TINY, "video=true", f"out={folder / 'run'}")
+    with pytest.MonkeyPatch.context() as patch:
+        drawn(patch)
+        done = deflow("train", *task, *TINY, "video=true", f"out={folder / 'run'}")
     assert done.returncode == 0, done.stderr
     return folder / "run"
 

@@ -19,7 +19,7 @@ pytest.importorskip("hydra", reason="needs the extra cli")
 from deflow_torchrl.trainers.metrics import read_rows
 from tests.support.pendulum import ENVIRONMENT, record_pendulum
 
-STEPS = 150
+STEPS = 60
 BLOCK = 32_768  # bytes; a record is in parts, none across a block's end, as in LevelDB's log
 
 
@@ -81,12 +81,12 @@ def test_without_a_key_it_logs_offline_and_after_kills_the_run_is_the_same_and_n
     out = tmp_path / "run"
     arguments = [
         "train", f"task={task}", f"env={ENVIRONMENT}", "batch_size=8", "hidden_dims=[8]", "algo.flow_steps=2", "log_interval=1",
-        "eval_interval=50", "eval_episodes=1", "eval_workers=1", "save_interval=20", "threads=1", f"offline_steps={STEPS}",
+        "eval_interval=30", "eval_episodes=1", "eval_workers=1", "save_interval=20", "threads=1", f"offline_steps={STEPS}",
         "logger=wandb", f"out={out}",
     ]  # fmt: skip
     # In a terminal, where wandb would ask for a key.
     master, slave = pty.openpty()
-    for kill_at, number in ((8, signal.SIGKILL), (33, signal.SIGKILL), (70, signal.SIGTERM), (None, None)):
+    for kill_at, number in ((8, signal.SIGKILL), (33, signal.SIGTERM), (None, None)):
         process = start(arguments, tmp_path, stdin=slave, stdout=slave, stderr=subprocess.PIPE)
         if kill_at is not None:
             wait_for_rows(out, kill_at, process)
@@ -103,7 +103,7 @@ def test_without_a_key_it_logs_offline_and_after_kills_the_run_is_the_same_and_n
         time.sleep(0.2)
     folders = list(out.glob("wandb/offline-run-*"))
     ids, steps = logged(out)
-    assert (len(folders), len({folder.name.split("-")[3] for folder in folders} | set(ids))) == (4, 1)
+    assert (len(folders), len({folder.name.split("-")[3] for folder in folders} | set(ids))) == (3, 1)
     assert steps == sorted(set(steps)), "no step comes twice"
     # wandb keeps up to 32 KB in memory, which a SIGKILL costs; nothing else is missing.
     ended = json.loads((out / "logger.json").read_text())["step"]

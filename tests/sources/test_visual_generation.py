@@ -50,7 +50,8 @@ def test_states_and_pictures_come_from_the_same_episode(dataset):
 def test_the_command_says_how_long_it_takes_and_makes_a_set_that_ogbench_loads(tmp_path):
     import ogbench
 
-    arguments = ("visual-cube-single-play", "--episodes", "1", "--max-steps", "4", "--out", str(tmp_path), "--json")
+    arguments = ("visual-cube-single-play", "--episodes", "1", "--max-steps", "4", "--out", str(tmp_path), "--json",
+                 "--workers", "1")  # fmt: skip
     result = deflow("data", "generate", *arguments)
     assert result.returncode == 0, result.stderr
     first, *_, last = result.stdout.splitlines()

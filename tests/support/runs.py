@@ -6,6 +6,7 @@ import json
 
 import torch
 
+from deflow_torchrl.reports import plot_learning_curve, write_html_report
 from deflow_torchrl.runs.run import resume
 from deflow_torchrl.trainers.checkpoint import list_checkpoints, load_checkpoint, step_of
 
@@ -14,6 +15,12 @@ def undrawn(patch):
     """Leave the page and its curve out of the runs of this process: they take longer than a tiny run."""
     for name in ("plot_learning_curve", "write_html_report"):
         patch.setattr(f"deflow_torchrl.runs.run.{name}", lambda *_, **__: None)
+
+
+def drawn(patch):
+    """Bring back the page and its curve, which the suite leaves out of all runs of its process (tests/conftest.py)."""
+    for function in (plot_learning_curve, write_html_report):
+        patch.setattr(f"deflow_torchrl.runs.run.{function.__name__}", function)
 
 
 def go_on(run, *overrides, **options):

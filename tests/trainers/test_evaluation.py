@@ -69,7 +69,7 @@ def test_processes_and_one_process_give_the_same_outcome():
     policy = make_actor(28, 5)
     outcomes = []
     for workers in (1, 2):
-        with Evaluator(TASK, num_envs=2, workers=workers) as evaluator:
+        with Evaluator(TASK, num_envs=2, workers=workers, max_steps=25) as evaluator:
             outcomes.append(evaluator.run(policy, episodes=2).as_dict())
     assert outcomes[0] == outcomes[1]
 

@@ -732,7 +732,15 @@ def test_a_dry_run_prints_commands_and_cost_and_does_nothing(script, tmp_path):
 
 
 def test_a_familys_script_generates_data_and_trains_and_goes_on(script, short_episodes, in_process, tmp_path):
-    tiny = ("offline_steps=2", "eval_interval=0", "eval_episodes=1", "eval_workers=1", "save_interval=0", *TINY_RUNS)
+    tiny = (
+        "offline_steps=2",
+        "eval_interval=0",
+        "eval_episodes=1",
+        "eval_max_steps=5",
+        "eval_workers=1",
+        "save_interval=0",
+    )
+    tiny = (*tiny, *TINY_RUNS)
     arguments = (
         "run",
         "--methods",

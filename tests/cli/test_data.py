@@ -117,6 +117,7 @@ def test_own_data_come_from_a_file_to_a_trained_and_evaluated_policy(home):
     assert "pendulum" in (home / "pendulum" / "card.md").read_text()
     assert_one_line(deflow("data", "import", "pendulum.npz", "--out", "pendulum"), "is in the way")
     small = ["hidden_dims=[8]", "offline_steps=4", "batch_size=8", "eval_episodes=1", "eval_workers=1", "threads=1"]
+    small += ["eval_max_steps=5"]
     verb, *printed = summary["train"].split()[1:]
     for number, more in enumerate((["env=Pendulum-v1"], [], ["storage=memmap", "env=Pendulum-v1"])):
         trained = deflow(verb, *printed, *small, *more, f"out=run{number}", "--json")
@@ -214,7 +215,8 @@ def test_memory_mapped_training_equals_training_in_memory(generated, home):
     def rows(storage):
         settings = [
             f"task={TASK}", f"data_root={generated}", f"out={storage}", "hidden_dims=[8]", "offline_steps=6", "log_interval=1",
-            "batch_size=16", "eval_episodes=1", "eval_workers=1", "threads=1", "eval_interval=0", f"storage={storage}",
+            "batch_size=16", "eval_episodes=1", "eval_max_steps=5", "eval_workers=1", "threads=1", "eval_interval=0",
+            f"storage={storage}",
         ]  # fmt: skip
         result = deflow("train", *settings)
         assert result.returncode == 0, result.stderr

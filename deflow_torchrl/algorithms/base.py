@@ -361,6 +361,7 @@ class Learner:
         returns: the loss reads ``mc_return``: buffers are to deliver returns to go, whose trajectories end like this
             (:class:`~deflow_torchrl.data.returns.ReturnsToGo`).
         online: coefficients of the loss, by name, that have other values in the online phase.
+        whole_episodes: online, the updates of an episode are made when it has ended, all at once.
     """
 
     loss: LossModule
@@ -379,6 +380,7 @@ class Learner:
     next_action: bool = False
     returns: Literal["last_reward", "cut"] | None = None
     online: Mapping[str, float] = field(default_factory=dict)
+    whole_episodes: bool = False
 
     @property
     def online_policy(self) -> TensorDictModuleBase:

@@ -86,6 +86,7 @@ def build_calql(config: CalQLConfig, problem: ProblemSpec) -> Learner:
         optimizer_groups=groups,
         stages=(Stage(targets=(SoftTarget("qvalue_network", config.tau),)),),
         returns=cast("Any", config.mc_tail),
+        whole_episodes=config.is_original,
     )
 
 

@@ -191,13 +191,16 @@ class TrainingLoop(ABC):
             self._torn = True
             out, batch = self.graphed(count)
         else:
-            for _ in range(self.schedule.updates_at(self.step + 1)):
+            for _ in range(self._updates_of_next_step()):
                 batch = sample()
                 self._torn = True
                 out = self.update(batch)
         if self.schedule.due(self.schedule.log_interval, self.step + count):
             self.update.check_finite()  # waits for the device, so that its time is counted
         return count, out, batch, time.perf_counter() - began
+
+    def _updates_of_next_step(self) -> int:
+        return self.schedule.updates_at(self.step + 1)
 
     def _save_whole_step(self) -> None:
         """Save before an error or a signal ends the run, unless the state is between two steps or already saved."""
@@ -334,6 +337,13 @@ class Trainer(TrainingLoop):
         self._row = {}
         if self.schedule.due(self.schedule.log_interval, self.step):
             self._row = self._row_of(self.online if self.schedule.is_online(self.step) else None, out, batch)
+
+    def _updates_of_next_step(self) -> int:
+        step = self.step + 1
+        due = super()._updates_of_next_step()
+        if self.online is None or not (self.update.learner.whole_episodes and self.schedule.is_online(step)):
+            return due
+        return self.online.updates_of_ended_episodes(due, last=step == self.schedule.steps)
 
     def _sample(self, online: OnlinePhase | None) -> TensorDictBase:
         return self.buffer.sample() if online is None else online.sample()

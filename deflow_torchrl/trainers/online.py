@@ -58,6 +58,8 @@ class OnlinePhase:
         # Finished episodes since the last row of metrics: return, length, success.
         self._ended: list[list[float]] = []
         self.largest_reward = 0.0
+        self._postponed = 0  # updates that are due when the running episode ends
+        self._episode_over = False
 
     @property
     def begun(self) -> bool:
@@ -108,8 +110,17 @@ class OnlinePhase:
         """Act once and store the transition, unless the environment failed."""
         assert self._experience is not None
         outcome = self._experience.step()
+        self._episode_over = outcome.fault or outcome.episode_return is not None
         if outcome.episode_return is not None:
             self._ended.append([outcome.episode_return, float(outcome.length or 0), float(bool(outcome.success))])
+
+    def updates_of_ended_episodes(self, due: int, *, last: bool) -> int:
+        """Postpone ``due`` updates to the end of the running episode; those to make now: all at the run's ``last`` step."""
+        self._postponed += due
+        if not (self._episode_over or last):
+            return 0
+        now, self._postponed = self._postponed, 0
+        return now
 
     def _add(self, transition: TensorDictBase) -> torch.Tensor:
         if self.reward_shift:
@@ -160,7 +171,7 @@ class OnlinePhase:
     def state_dict(self) -> dict[str, Any]:
         """Return the state, without the data set and the bank's offline part."""
         state: dict[str, Any] = {"buffer": self.buffer.state_dict(), "begun": self.begun, "counters": self.counters}
-        state["largest_reward"] = self.largest_reward
+        state |= {"largest_reward": self.largest_reward, "postponed": self._postponed}
         if self._experience is not None:
             state["experience"] = self._experience.state_dict()
             state["ended"] = [list(episode) for episode in self._ended]
@@ -177,6 +188,7 @@ class OnlinePhase:
         """
         self.buffer.load_state_dict(state["buffer"])
         self.largest_reward = state["largest_reward"]
+        self._postponed = state.get("postponed", 0)
         if state["begun"]:
             self._restored = state
             self._ended = [list(episode) for episode in state["ended"]]

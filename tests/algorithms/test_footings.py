@@ -154,6 +154,7 @@ def test_cacs_critics_are_clipped_too_and_its_rewards_are_standardised():
 
 def test_calqls_policy_has_a_learned_deviation_and_a_rate_of_its_own():
     built = learner("calql", policy_lr=1e-4)
+    assert built.whole_episodes
     rest, policy, temperature = built.param_groups
     assert [group["lr"] for group in (rest, policy, temperature)] == [3e-4, 1e-4, 1e-4]
     assert temperature["params"] == [built.loss.log_alpha]

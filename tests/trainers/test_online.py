@@ -21,6 +21,8 @@ from deflow_torchrl.trainers import (
     UpdateStep,
 )
 from deflow_torchrl.trainers.checkpoint import list_checkpoints, step_of
+from tests.support.pendulum import ENVIRONMENT as SHORT
+from tests.support.pendulum import EPISODE_STEPS
 from tests.support.runs import without_time
 
 ENVIRONMENT = "gym:Pendulum-v1"
@@ -129,6 +131,41 @@ def test_gradient_steps_follow_utd_after_the_warm_up(tmp_path, pendulum, utd, wa
     trainer.run()
     assert trainer.update.step == OFFLINE + expected
     assert trainer.buffer.num_online == ONLINE
+
+
+def test_a_methods_updates_can_wait_for_the_end_of_an_episode_also_across_a_resume(tmp_path, pendulum):
+    def make(name):
+        trainer = make_trainer(tmp_path / name, pendulum, environment=f"gym:{SHORT}", online=EPISODE_STEPS + 5, utd=2.0)
+        trainer.update.learner.whole_episodes = True
+        return trainer
+
+    straight, counts = make("straight"), []
+    act = straight.online.step
+
+    def counted():
+        counts.append(straight.update.step)
+        act()
+
+    straight.online.step = counted
+    straight.run()
+    assert counts == [OFFLINE] * EPISODE_STEPS + [OFFLINE + 2 * EPISODE_STEPS] * 5
+    assert straight.update.step == OFFLINE + 2 * (EPISODE_STEPS + 5)
+    stopped = make("stopped")
+    train_step = stopped._train_step
+
+    def interrupted():
+        if stopped.step == OFFLINE + 9:
+            raise KeyboardInterrupt
+        return train_step()
+
+    stopped._train_step = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run()
+    resumed = make("stopped")
+    resumed.resume(list_checkpoints(tmp_path / "stopped" / "checkpoints")[-1])
+    assert resumed.step == OFFLINE + 9
+    resumed.run()
+    assert_equal(weights(resumed), weights(straight))
 
 
 def test_a_frozen_prior_stays_as_it_was_and_everything_else_learns(tmp_path, pendulum):

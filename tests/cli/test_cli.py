@@ -18,6 +18,7 @@ from deflow_torchrl.reports import load_record
 from deflow_torchrl.runs.overrides import compose_config
 from deflow_torchrl.runs.settings import config_from_dict, config_to_dict
 from deflow_torchrl.sources.oracles import GENERATED_DATASETS
+from deflow_torchrl.trainers import collection
 from tests.support.command_line import assert_one_line, deflow, heed_ctrl_c
 from tests.support.generation import DATASET, TASK
 from tests.support.runs import drawn
@@ -348,6 +349,7 @@ class BrokenInMidEpisode(gymnasium.Wrapper):
 
 def test_an_environment_that_keeps_failing_ends_the_run_in_one_line(generated, tmp_path, monkeypatch):
     make = online.make_gym_env
+    monkeypatch.setattr(collection, "MINIMUM_EPISODES", 3)
     monkeypatch.setattr(online, "make_gym_env", lambda task, **kwargs: BrokenInMidEpisode(make(task, **kwargs)))
     out = tmp_path / "run"
     result = deflow("train", *settings(generated, out, "online_steps=100", "eval_interval=0", "offline_steps=2"))

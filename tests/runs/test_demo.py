@@ -32,7 +32,8 @@ def demo(tmp_path_factory, short_episodes):
     if (why := missing_renderer()) is not None:
         pytest.skip(f"no EGL renderer here: {why}")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("deflow_torchrl.runs.evaluate.available_cores", lambda: 1)  # in this process: two are slow to start
+        # Evaluated in this process: two others are slow to start.
+        patch.setattr("deflow_torchrl.runs.evaluate.available_cores", lambda: 1)
         patch.setenv("DEFLOW_HOME", str(folder / "home"))
         patch.delenv("MUJOCO_GL", raising=False)
         patch.chdir(folder)

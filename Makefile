@@ -19,7 +19,7 @@ export GOMP_SPINCOUNT ?= 1000
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test lint docs bench wheelhouse clean
+.PHONY: help install demo test lint docs release bench wheelhouse clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -47,6 +47,9 @@ lint: $(STAMP) ## ruff and mypy
 
 docs: $(STAMP) ## build the docs site into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+release: $(STAMP) ## build wheel and sdist into dist/, and run README's snippet on the wheel in a clean environment
+	$(BIN)/python .ci/release.py --pip-args '$(PIP_ARGS)'
 
 bench: $(STAMP) ## how long an update takes: ratios now, against the stored ones
 	$(BIN)/python benchmarks/throughput.py bench

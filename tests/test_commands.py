@@ -171,12 +171,19 @@ def prepared(tmp_path_factory, generated):
 
 def run(folder, words):
     """Run a command of ``deflow`` in small."""
+    from deflow_torchrl.algorithms import get_algorithm
+
     _, name, rest = verb(words)
     small = [*IN_SMALL.get(name, ())]
     if name == "train":
-        small += ["online_steps=2"] if any(word.startswith("online_steps=") for word in rest) else []
-        out = [word.partition("=")[2] for word in rest if word.startswith("out=")]
-        shutil.rmtree(folder / out[0], ignore_errors=True) if out else None
+        given = dict(word.split("=", 1) for word in rest if "=" in word)
+        small += ["online_steps=2"] if "online_steps" in given else []
+        small += ["algo.cloning_steps=1"] if "algo.cloning_steps" in given else []
+        if not get_algorithm(given.get("algo", "deflow")).trains_offline:
+            small.remove("offline_steps=2")
+        # Commands of a page are often alternatives, which have one folder where none is given.
+        small += [] if "out" in given else [f"out=runs/{len(list(folder.glob('runs/*')))}"]
+        shutil.rmtree(folder / given.get("out", "nowhere"), ignore_errors=True)
     words = [*name.split(), *(file for word in rest for file in expanded(folder, word)), *small]
     done = deflow(*words, cwd=folder, env={"DEFLOW_HOME": str(folder / "home")})
     assert done.returncode == 0, f"deflow {' '.join(words)}\n{done.stdout}{done.stderr}"
@@ -200,6 +207,8 @@ def names_of(page):
         "rewards": rng.normal(size=30).astype(np.float32),
         "terminals": np.zeros(30, np.float32),
         "timeouts": end.astype(np.float32),
+        "observation": np.zeros(28, np.float32),  # of the exported cube
+        "noise": np.zeros(5, np.float32),
     }
 
 
@@ -247,6 +256,11 @@ def test_a_pages_commands_run_in_their_order(page, reader, monkeypatch, in_proce
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.parametrize("page", with_marker("slow"))
-def test_a_pages_slow_commands_run_too(page, reader, monkeypatch):
+def test_a_pages_slow_commands_run_too(page, reader, monkeypatch, in_process):
+    monkeypatch.chdir(reader)
+    text = NAMES[page].read_text(encoding="utf-8")
+    for name in sorted({*re.findall(r"task=((?:cube-double|scene|puzzle-3x3)-play)", text)}):
+        run(reader, ["data", "generate", name, "--out", "home/data"])
     assert run_page(page, reader, monkeypatch, {"", "slow"})

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from tests.support.command_line import benchmark
+from tests.support.rendering import missing_renderer
+from tests.support.runs import drawn
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -54,6 +56,60 @@ def test_torchrls_trainer_drives_the_loss(run):
     ]
     assert all(moved), "the optimiser and the target hook both ran"
     assert loss.log_alpha.item() != 1.0
+
+
+TOUR_PAGE = EXAMPLES.parent / ".ci" / "tour_page.py"
+
+
+@pytest.fixture
+def tour(monkeypatch):
+    """The tour's text; what the environment says of it is put back."""
+    for extra, module in (("ogbench", "ogbench"), ("reports", "matplotlib"), ("docs", "mkdocs")):
+        pytest.importorskip(module, reason=f"needs the extra {extra}")
+    import matplotlib.pyplot as plt
+
+    for name in ("TOUR_QUICK", "TOUR_OUT", "DEFLOW_HOME", "MPLBACKEND"):
+        monkeypatch.setenv(name, "Agg")
+    drawn(monkeypatch)
+    yield (EXAMPLES / "tour.py").read_text()
+    plt.close("all")
+
+
+def drawn_by_the_tour():
+    return ["clip.webp"] * (missing_renderer() is None) + ["curve.png", "data.png", "trust-region.png"]
+
+
+def test_the_tour_goes_from_data_to_a_clip_as_a_page_of_the_site(tour, tmp_path, in_process, short_episodes):
+    from mkdocs.commands.build import build
+    from mkdocs.config import load_config
+
+    (tmp_path / "docs").mkdir()
+    for linked in ["index.md", *re.findall(r"\]\((\w+\.md)\)", tour)]:
+        (tmp_path / "docs" / linked).write_text("# A page\n")
+    (tmp_path / "mkdocs.yml").write_text(
+        f"site_name: site\nstrict: true\nhooks: [{TOUR_PAGE}]\nplugins: []\nmarkdown_extensions: [admonition]\n"
+    )
+    build(load_config(str(tmp_path / "mkdocs.yml")))
+    folder = tmp_path / "site" / "tour"
+    page = (folder / "index.html").read_text()
+    assert "120 transitions in 2 episodes; " in page
+    assert re.search(r"prior: success \d\.\d\d over 2 episodes\ndeflow: success", page)
+    pictures = sorted(path.name for path in folder.iterdir() if path.suffix != ".html")
+    assert pictures == drawn_by_the_tour()
+    assert all(page.count(f'src="{name}"') == 1 for name in pictures)
+    assert page.count('class="language-python"') == tour.count("# %%\n")
+    assert page.count("learns nothing. Its numbers") == 1
+
+
+@pytest.mark.slow
+def test_the_whole_tour_learns_its_task(tour, tmp_path, monkeypatch):
+    monkeypatch.delenv("TOUR_QUICK")
+    monkeypatch.setenv("TOUR_OUT", str(tmp_path / "tour"))
+    monkeypatch.setenv("DEFLOW_HOME", str(tmp_path))
+    page, pictures = runpy.run_path(str(TOUR_PAGE))["pages"](EXAMPLES / "tour.py", tmp_path / "tour")
+    rates = {name: float(rate) for name, rate in re.findall(r"^(prior|deflow): success (\d\.\d\d)", page, re.M)}
+    assert rates["deflow"] > rates["prior"]
+    assert sorted(pictures) == drawn_by_the_tour()
 
 
 def test_torchrls_offline_to_online_trainer_and_buffer_take_the_loss(run, capsys):

@@ -1,6 +1,7 @@
 """Exported policies in their environment: clips, windows, and what does not fit."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -20,6 +21,7 @@ from PIL import Image
 from deflow_torchrl.export import export_policy
 from tests.support.command_line import assert_one_line, deflow
 from tests.support.drawn import STATES, StatePoint
+from tests.support.killable import ROOT
 from tests.support.pendulum import ENVIRONMENT
 
 
@@ -110,7 +112,10 @@ def test_an_environment_without_a_window_is_refused(file, monkeypatch):
 def test_no_torch_is_imported(file, tmp_path):
     code = "import sys\nfor name in ('torch', 'torchrl', 'tensordict', 'onnx'):\n    sys.modules[name] = None\n"
     code += f"from deflow_torchrl.cli import main\nmain(['play', {str(file)!r}, '--episodes', '1', '--out', 'x.webp'])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "x.webp").stat().st_size > 0
     assert np.char.count(done.stdout, "start 1 of 1") == 1

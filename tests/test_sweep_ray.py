@@ -69,6 +69,7 @@ def test_a_port_that_is_not_rays_is_given_up_in_bounded_time(task, tmp_path, mon
             run_sweep(parse_sweep(settings(task, tmp_path / "sweep", f"ray_address={address}")), show_progress=False)
 
 
+@pytest.mark.slow
 def test_a_node_killed_in_mid_sweep_loses_nothing_and_doubles_nothing(task, tmp_path, monkeypatch):
     ray = pytest.importorskip("ray", reason="needs the extra ray")
     from ray.cluster_utils import Cluster

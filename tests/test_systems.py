@@ -41,6 +41,7 @@ def test_every_module_imports_without_linuxs_own_names(system, tmp_path):
     run(pretend(system, tmp_path / "system"), "-c", IMPORT)
 
 
+@pytest.mark.slow
 def test_a_sweep_trains_where_processes_cannot_be_forked(settings, tmp_path):
     out = tmp_path / "sweep"
     sweep = ("sweep", "eval_workers=1", f"tasks={TASK}", "algos=deflow:fixed_alpha=0.3", "seeds=0", f"out={out}")
@@ -48,6 +49,7 @@ def test_a_sweep_trains_where_processes_cannot_be_forked(settings, tmp_path):
     assert len(list(out.rglob("record.json"))) == 1
 
 
+@pytest.mark.slow
 def test_a_run_trains_and_is_resumed_where_open_files_cannot_be_replaced(settings, tmp_path):
     deflow, out = (pretend("win32", tmp_path / "system"), "-m", "deflow_torchrl.cli"), tmp_path / "run"
     run(*deflow, "train", f"task={TASK}", *settings, "eval_workers=2", f"out={out}")

@@ -416,6 +416,7 @@ def test_stacked_seeds_train_as_each_would_alone(kernels):
         torch.testing.assert_close(one.learner.loss.state_dict(), other.learner.loss.state_dict(), rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_compiled_loss_trains_as_the_eager_one():
     networks.assert_compiled_equals_eager(lambda: build(FQLLoss), [make_batch() for _ in range(2)], "eager")
 

@@ -1,8 +1,8 @@
 """The paper's claims, each held against runs on our own tasks: what the runs say, with an interval, and a verdict.
 
-    python benchmarks/claims.py run --dry-run                      # the sweeps that it takes, and their cost
-    python benchmarks/claims.py run --out runs/claims
-    python benchmarks/claims.py render --runs runs/small runs/claims --out benchmarks/results/small/claims.md
+    python benchmarks/claims.py run --delta-iav 0.01 --delta-paper 0.001 --dry-run    # the sweeps that it takes, and their cost
+    python benchmarks/claims.py run --delta-iav 0.01 --delta-paper 0.001 --out runs/claims
+    python benchmarks/claims.py render --delta-iav 0.01 --delta-paper 0.001 --runs runs/small runs/claims
 
 A claim of the form "A is better than B" is held against the differences of their scores on the same task with the same seed of
 training; a score is the mean of the protocol's last evaluations. The interval is Student's, 95%, over these differences, so that
@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 from _family import Command, add_run, execute, sweeps
 
+from deflow_torchrl.errors import InputError
 from deflow_torchrl.reports.runs import FinishedRun, find_runs, score_of
 from deflow_torchrl.runs.evaluate import ACTING, load_run
 from deflow_torchrl.runs.landscape import effective_modes, nearest_states, sample_actions
@@ -151,7 +152,10 @@ def mode_rows(folders: Sequence[Path]) -> Iterator[list[str]]:
     """Modes that DeFlow keeps of its prior's, and FQL's beside DeFlow's, seed by seed."""
     found: dict[str, dict[int, tuple[float, float, float | None]]] = {"deflow": {}, "fql": {}}
     task = ""
-    for run in find_runs(folders):
+    runs = find_runs(folders) if folders else []
+    if len({run.task for run in runs}) > 1 or any(run.record["config"].get("chunk") not in (None, 1) for run in runs):
+        raise InputError("--modes takes runs of one task that act in single steps")
+    for run in runs:
         if run.record["algo"] in found:
             found[run.record["algo"]][run.seed], task = modes(run.folder), run.task
     shared = sorted(found["deflow"].keys() & found["fql"].keys())
@@ -171,7 +175,7 @@ def test_time_rows(files: Sequence[Path]) -> Iterator[list[str]]:
     for name in runs[0]["differences"] if runs else ():
         gaps = np.array([run["differences"][name]["mean"] for run in runs])
         how = name.removeprefix(f"{runs[0]['plain']}, ")
-        yield [f"computing more where it acts helps little: {how}", "", *judged(gaps)]
+        yield [f"acting with more computation is better (the paper: it hardly helps): {how}", "", *judged(gaps)]
 
 
 def render(arguments: argparse.Namespace) -> list[Command]:

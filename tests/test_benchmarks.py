@@ -697,11 +697,17 @@ def test_a_claim_holds_where_the_interval_over_seeds_leaves_out_zero(script, tmp
 
     page = tmp_path / "claims.md"
     deltas = ("--delta-iav", "0.01", "--delta-paper", "0.001")
-    code, out, err = script("claims", "render", "--runs", tmp_path, "--out", page, *deltas)
+    files = [tmp_path / f"test_time{seed}.json" for seed in range(2)]
+    for file, gain in zip(files, (0.05, 0.07), strict=True):
+        found = {"plain": "deflow", "differences": {"deflow, best of 10": {"mean": gain}}}
+        file.write_text(f"a line for people\n{json.dumps(found)}\n", encoding="utf-8")
+    code, out, err = script("claims", "render", "--runs", tmp_path, "--test-time", *files, "--out", page, *deltas)
     assert code == 0, err
     rows = {cells[1]: cells[2:-1] for line in out.splitlines() if (cells := [it.strip() for it in line.split("|")])[1:]}
     assert rows["DeFlow is better than FQL (Tables 1 and 7)"] == [CUBE2, "+56.7", "+20.8 to +92.5", "3", "holds"]
     assert rows["Q is normalised"][1:2] + rows["Q is normalised"][-1:] == ["+6.7", "cannot tell"]
+    (more,) = (cells for said, cells in rows.items() if said.endswith("best of 10"))
+    assert more == ["", "+6.0", "-6.7 to +18.7", "2", "cannot tell"]
     (online,) = (cells for said, cells in rows.items() if said.startswith("online"))
     assert online == [CUBE2, "-25.0", "-25.0 to -25.0", "3", "the opposite"]
     assert sum(cells[1] == "not run" for cells in rows.values()) == 12

@@ -141,15 +141,13 @@ def test_a_forked_child_does_not_keep_the_lock_of_a_dead_parent(tmp_path):
     """As an environment that forks does, when its run is killed."""
     path = tmp_path / ".lock"
     code = (
-        "import os, signal, sys, time\nfrom pathlib import Path\nfrom deflow_torchrl.paths import hold_lock\n"
+        "import os, sys, time\nfrom pathlib import Path\nfrom deflow_torchrl.paths import hold_lock\n"
         "with hold_lock(Path(sys.argv[1]), busy='busy'):\n"
-        "    child = os.fork()\n"
-        "    if child == 0:\n        time.sleep(60)\n        os._exit(0)\n"
-        "    print(child, flush=True)\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    if os.fork() == 0:\n        print(os.getpid(), flush=True)\n    time.sleep(60)\n"
     )
     with subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True) as process:
-        child = int(process.stdout.readline())  # and no further: the child holds the pipe
-        process.wait()
+        child = int(process.stdout.readline())  # which lets go of the lock first; and no further: the child holds the pipe
+        process.kill()
     try:
         os.kill(child, 0)
         assert path.exists()

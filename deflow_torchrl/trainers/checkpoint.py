@@ -33,6 +33,7 @@ _HEX = 64
 _COMMENT_LIMIT = 65_535
 _BLOCK = 1 << 22
 _FIXED = ("task", "algo", "version", "data_sha256")
+_SAME_NUMBERS = {"0.1": "0.2"}  # a minor version, and a later one with the same checkpoints and numbers
 
 
 def save_checkpoint(
@@ -167,8 +168,8 @@ def is_whole(path: Path) -> bool:
 def check_identity(path: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
     """Raise InputError if a checkpoint belongs to another task, method, version or data set, listing what differs.
 
-    The patch number of this package's version is not compared: a patch release changes neither the contents of a checkpoint
-    nor the numbers computed from it. Settings are compared by :func:`~.resume.changed_settings`.
+    Versions of this package are compared up to what changed the contents of a checkpoint or the numbers computed from it: no
+    patch number ever, and 0.1 is as 0.2. Settings are compared by :func:`~.resume.changed_settings`.
 
     Args:
         path: the checkpoint, for the message.
@@ -312,4 +313,7 @@ def _plain(value: Any, where: str) -> Any:
 
 
 def _comparable(key: str, value: Any) -> Any:
-    return ".".join(str(value).split(".")[:2]) if key == "version" else value
+    if key != "version":
+        return value
+    minor = ".".join(str(value).split(".")[:2])
+    return _SAME_NUMBERS.get(minor, minor)

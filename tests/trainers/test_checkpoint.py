@@ -347,7 +347,7 @@ def test_other_formats_and_missing_files_are_refused(tmp_path):
     [
         ({"task": "scene"}, "task cube there, scene here"),
         ({"algo": "fql"}, "algo deflow there, fql here"),
-        ({"version": "0.2.0"}, "version 0.1.0 there, 0.2.0 here"),
+        ({"version": "0.3.0"}, "version 0.1.0 there, 0.3.0 here"),
         ({"data_sha256": "cd", "task": "scene"}, "task cube there, scene here; data_sha256 ab there, cd here"),
     ],
 )
@@ -360,7 +360,12 @@ def test_a_checkpoint_of_another_task_method_version_or_data_is_refused_with_wha
 
 def test_a_patch_release_and_an_identity_with_gaps_fit(tmp_path):
     path = save_checkpoint(tmp_path, 1, {"value": 1}, identity=IDENTITY)
-    for ours in (IDENTITY | {"version": "0.1.7"}, {"task": "cube"}, IDENTITY | {"data_sha256": None}):
+    for ours in (
+        IDENTITY | {"version": "0.1.7"},
+        IDENTITY | {"version": "0.2.3"},
+        {"task": "cube"},
+        IDENTITY | {"data_sha256": None},
+    ):
         assert load_checkpoint(path, identity=ours) == {"value": 1}
 
 

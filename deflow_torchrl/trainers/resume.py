@@ -123,7 +123,9 @@ def check_resumable(
         header = read_header(checkpoint)
         source, step, theirs = checkpoint, header["step"], header["identity"]
         # Settings that came after the checkpoint's version are those that the run folder's settings were completed with.
-        theirs = {**theirs, "settings": {**saved, **theirs.get("settings", {})}}
+        settled = theirs.get("settings", {})
+        algo = {"algo": saved["algo"] | settled.get("algo", {})} if "algo" in saved else {}
+        theirs = {**theirs, "settings": {**saved, **settled, **algo}}
     check_identity(source, theirs, ours)
     changes = changed_settings(theirs, ours)
     if changes and not force:

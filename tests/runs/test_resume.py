@@ -152,6 +152,18 @@ def test_other_data_another_version_and_another_torch_are_said(run, tmp_path):
             go_on(run, force=force)
 
 
+def test_a_run_of_an_earlier_version_goes_on_with_settings_that_came_later_at_their_defaults(run, finished):
+    path = list_checkpoints(run / "checkpoints")[1]
+    identity, state = read_header(path)["identity"], load_checkpoint(path)
+    written = yaml.safe_load((run / "config.yaml").read_text())
+    for settings in (identity["settings"], written["config"]):
+        del settings["precision"], settings["algo"]["critic"]
+    (run / "config.yaml").write_text(yaml.safe_dump(written))
+    save_checkpoint(path.parent, 9, state, identity=identity | {"version": "0.1.0"})
+    go_on(run, step=9)
+    assert rows(run) == rows(finished)
+
+
 def test_an_older_checkpoint_is_gone_on_from_exactly_and_the_later_ones_are_given_up(run, finished):
     assert steps(run) == [6, 9, 12]
     with pytest.raises(InputError, match="no checkpoint of step 7; it has 6, 9, 12"):

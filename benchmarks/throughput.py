@@ -6,6 +6,7 @@
     python benchmarks/throughput.py update --critic floq --steps 5
     python benchmarks/throughput.py update --against-jax PATH --jax-python PYTHON
     python benchmarks/throughput.py seeds --seeds 8 --steps 10
+    python benchmarks/throughput.py cost --steps 12
     python benchmarks/throughput.py roofline
     python benchmarks/throughput.py precision
     make bench
@@ -18,6 +19,7 @@ authors' agent at the same sizes: PATH is a checkout of their repository, PYTHON
 their convolutions at the rate of a matrix product; an update of 256 pictures takes seconds on a core.
 `seeds` times one update of S stacked seeds against S separate updates one after another, and against one; on a GPU all three as
 `deflow train` runs them there, drawing included, in CUDA graphs, as milliseconds of one update (`separate` is S times `one`).
+`cost` times updates in which one size at a time differs, stacked seeds among them, against one of the sizes given.
 `roofline` counts an update's products, times them alone, and says how far each part is from that; `bench` compares these and
 other ratios with stored ones, for changes to the code. Machines are noisy: compare
 figures of interleaved runs as ratios, never single numbers across machines.
@@ -70,7 +72,8 @@ def make_update(arguments: argparse.Namespace) -> UpdateStep:
         device=torch.device(arguments.device),
         reward_range=(-1.0, 0.0),
     )
-    config = DeFlowConfig(critic=getattr(arguments, "critic", "mse"))
+    chosen = {name: vars(arguments)[name] for name in ("critic", "flow_steps") if name in vars(arguments)}
+    config = DeFlowConfig(**chosen)
     learner = get_algorithm(config.name).build(config, problem)
     precision = getattr(arguments, "precision", "highest")
     return UpdateStep(learner, compile_loss=arguments.compile, precision=precision)
@@ -313,6 +316,44 @@ def run_seeds(arguments: argparse.Namespace) -> dict[str, object]:
     return result
 
 
+COSTS: dict[str, tuple[int, ...]] = {
+    "flow_steps": (1, 2, 5, 20),
+    "batch_size": (64, 1024),
+    "width": (128, 256, 1024),
+    "action_dim": (2, 21, 64),
+    "seeds": (2, 4, 8),
+}
+
+
+def run_cost(arguments: argparse.Namespace) -> dict[str, object]:
+    """What an update costs in which one size differs from those given, as a share of one in which none does."""
+    device = torch.device(arguments.device)
+
+    def timed(**changes: object) -> Callable[[], float]:
+        sizes = argparse.Namespace(**{**vars(arguments), **changes})
+        seeds = getattr(sizes, "seeds", 1)
+        if seeds == 1:
+            return stopwatch(make_update(sizes), make_buffer(sizes), device)
+        stacked = StackedUpdate([make_update(sizes) for _ in range(seeds)])
+        batches = make_buffer(argparse.Namespace(**{**vars(sizes), "batch_size": seeds * sizes.batch_size}))
+        return stopwatch(lambda batch: stacked(batch.reshape(seeds, -1)), batches, device)
+
+    kinds = {"as given": timed()}
+    for size, values in COSTS.items():
+        for value in values:
+            changes = {"hidden_dims": [value] * len(arguments.hidden_dims)} if size == "width" else {size: value}
+            kinds[f"{size} {value}"] = timed(**changes)
+    times = time_updates(kinds, steps=arguments.steps, warmup=arguments.warmup)
+    result = {
+        name: {"ms": statistics.median(each), "ratio": ratio(each, times["as given"])} for name, each in times.items()
+    }
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, medians of {arguments.steps} turns")
+    print("| one size differs | ms | of the update as given |\n|---|---|---|")
+    for name, row in result.items():
+        print(f"| {name} | {row['ms']:.1f} | {row['ratio']:.2f} |")
+    return {"device": arguments.device, "torch": torch.__version__, "cost": result}
+
+
 def measure_parts(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
     update = make_update(arguments)
     products = update_products(
@@ -467,6 +508,8 @@ def main() -> None:
     verb = verbs.add_parser("seeds", help="stacked seeds against separate updates one after another, and against one")
     add_sizes(verb)
     verb.add_argument("--seeds", type=int, default=8, help="how many are stacked")
+    verb = verbs.add_parser("cost", help="an update of other flow steps, batches, widths, action dimensions and seeds")
+    add_sizes(verb)
     verb = verbs.add_parser("roofline", help="floor and time of each part of an update")
     add_sizes(verb)
     verb = verbs.add_parser(
@@ -504,6 +547,7 @@ def main() -> None:
     runs = {
         "update": run_update,
         "seeds": run_seeds,
+        "cost": run_cost,
         "roofline": run_roofline,
         "precision": run_precision,
         "gelu": run_gelu,

@@ -287,6 +287,15 @@ def test_the_latency_of_an_action_is_measured_in_turns(script):
     assert err.splitlines()[-1].endswith("--in-a-row at least 2")
 
 
+def test_the_cost_of_each_size_is_timed_against_the_sizes_given(throughput):
+    code, out, err = throughput("cost")
+    assert code == 0, err
+    cost = json.loads(out.splitlines()[-1])["cost"]
+    assert cost.pop("as given")["ratio"] == 1
+    assert {name.split()[0] for name in cost} == {"flow_steps", "batch_size", "width", "action_dim", "seeds"}
+    assert all(row["ms"] > 0 and row["ratio"] > 0 for row in cost.values())
+
+
 def test_stacked_seeds_are_timed_against_separate_updates_in_turns(script, throughput):
     code, out, err = throughput("seeds", "--seeds", "2")
     assert code == 0, err

@@ -41,6 +41,7 @@ def command(folder, *arguments):
     return [sys.executable, str(SCRIPT), "--folder", str(folder), *TINY, *arguments]
 
 
+@pytest.mark.slow
 def test_the_memory_of_data_sets_is_measured_and_nothing_is_left_behind(tmp_path):
     arguments = ("--transitions", "4000", "2000", "--frames", "200")
     result = subprocess.run(command(tmp_path, *arguments), capture_output=True, text=True, check=False)

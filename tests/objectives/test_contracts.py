@@ -325,9 +325,8 @@ def test_an_encoder_runs_once_per_state_and_never_per_term_or_euler_step():
         assert encoders[part].calls == [8, 8]  # at s, with gradient, and at s'
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=[] if kind is DeFlowLoss else pytest.mark.slow) for kind in TERMS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", TERMS)
 def test_encoders_compile(kind):
     def make():
         loss, _ = build_encoded(kind, flow_steps=1)

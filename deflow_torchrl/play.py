@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,9 @@ def play_policy(
         env = make_gym_env(name, frame_stack=about.get("frame_stack", 1), **options)
         stack.enter_context(contextlib.closing(env))
         _check_fit(policy, env, file, name)
-        viewer = None if out is not None else _viewed(env, name)
+        viewer = None
+        if out is None and "human" not in (env.metadata.get("render_modes") or ()):  # else it has gymnasium's window
+            viewer = stack.enter_context(contextlib.closing(_Viewer(env, name)))
         if out is not None:
             drawing = EpisodeDrawing(name, size=_SIZE, threads=available_cores())
             check_drawings([stack.enter_context(drawing)])
@@ -124,22 +127,55 @@ def _check_fit(policy: Policy, env: Any, file: Path, name: str) -> None:
         )
 
 
-def _viewed(env: Any, name: str) -> Any:
-    """What shows the environment in MuJoCo's viewer, as OGBench's robot arms need; None where it has gymnasium's window."""
-    if "human" in (env.metadata.get("render_modes") or ()):
-        return None
-    if not hasattr(env.unwrapped, "launch_passive_viewer"):
-        raise InputError(f"{name} has no window; --out FILE (.mp4, .gif or .webp) writes a clip instead")
-    return env.unwrapped
+class _Viewer:
+    """MuJoCo's viewer of an environment, as OGBench's robot arms need.
+
+    Args:
+        env: the environment.
+        name: its name, for messages.
+
+    Raises:
+        InputError: if the environment has none.
+    """
+
+    def __init__(self, env: Any, name: str) -> None:
+        if not hasattr(env.unwrapped, "launch_passive_viewer"):
+            raise InputError(f"{name} has no window; --out FILE (.mp4, .gif or .webp) writes a clip instead")
+        self.env = env.unwrapped
+        self._threads: set[threading.Thread] = set()
+
+    def show(self) -> None:
+        """Open the window, anew: a reset may have built another model."""
+        self.close()
+        before = set(threading.enumerate())
+        self.env.launch_passive_viewer()
+        self._threads = set(threading.enumerate()) - before
+
+    def step(self) -> None:
+        """Show the present state for the time that it lasts.
+
+        Raises:
+            RunError: if the window was closed.
+        """
+        handle = getattr(self.env, "_passive_viewer_handle", None)
+        if handle is not None and not handle.is_running():
+            raise RunError("the window was closed")
+        self.env.sync_passive_viewer()
+        time.sleep(self.env.control_timestep())
+
+    def close(self) -> None:
+        """Close the window and wait for its threads: the interpreter crashes if it ends before they do."""
+        self.env.close_passive_viewer()
+        for thread in self._threads:
+            thread.join()
 
 
-def _act(env: Any, policy: Policy, seed: int, viewer: Any) -> tuple[ActedEpisode, bool]:
+def _act(env: Any, policy: Policy, seed: int, viewer: _Viewer | None) -> tuple[ActedEpisode, bool]:
     """Act an episode; returns it, and whether the environment reports success."""
     observation, _ = env.reset(seed=seed)
     policy.reset()
     if viewer is not None:
-        viewer.close_passive_viewer()  # a reset may have built another model
-        viewer.launch_passive_viewer()
+        viewer.show()
     actions, total, over, info = [], 0.0, False, {}
     while not over:
         raise_if_stopped()
@@ -147,8 +183,7 @@ def _act(env: Any, policy: Policy, seed: int, viewer: Any) -> tuple[ActedEpisode
         observation, reward, terminated, truncated, info = env.step(actions[-1])
         total, over = total + reward, terminated or truncated
         if viewer is not None:
-            viewer.sync_passive_viewer()
-            time.sleep(viewer.control_timestep())
+            viewer.step()
     success = bool(info.get("success", False))
     return ActedEpisode(seed, np.stack(actions), success=success, episode_return=total), "success" in info
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -119,3 +120,45 @@ def test_no_torch_is_imported(file, tmp_path):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "x.webp").stat().st_size > 0
     assert np.char.count(done.stdout, "start 1 of 1") == 1
+
+
+@pytest.fixture
+def display(monkeypatch):
+    """A screen in memory."""
+    if shutil.which("Xvfb") is None:
+        pytest.skip("no Xvfb: a window needs a screen")
+    reading, writing = os.pipe()
+    with subprocess.Popen(
+        ["Xvfb", "-displayfd", str(writing), "-screen", "0", "320x240x24"],
+        pass_fds=[writing],
+        stderr=subprocess.DEVNULL,
+    ) as server:
+        os.close(writing)
+        with os.fdopen(reading) as number:
+            monkeypatch.setenv("DISPLAY", f":{number.readline().strip()}")
+        monkeypatch.delenv("MUJOCO_GL", raising=False)
+        yield
+        server.terminate()
+
+
+@pytest.mark.parametrize("kind", ["MuJoCo's viewer", "gymnasium's window"])
+def test_a_window_opens_and_an_interruption_closes_it(display, tmp_path, kind):
+    pytest.importorskip("ogbench", reason="needs the extra ogbench")
+    name, observation_dim, action_dim = {
+        "MuJoCo's viewer": ("cube-single-play-singletask-task1-v0", 28, 5),
+        "gymnasium's window": ("pointmaze-medium-navigate-singletask-task1-v0", 2, 2),
+    }[kind]
+    linear = TensorDictModule(torch.nn.Linear(observation_dim, action_dim), ["observation"], ["action"])
+    file = tmp_path / "linear.onnx"
+    export_policy(linear, file, observation_dim=observation_dim, action_dim=action_dim, about={"environment": name})
+    code = (
+        "import os, signal\nfrom deflow_torchrl import cli, play\nunit, steps = play._unit, []\n"
+        "def counting(*arguments):\n    steps.append(1)\n    if len(steps) == 9:\n        os.kill(os.getpid(), signal.SIGINT)\n"
+        f"    return unit(*arguments)\nplay._unit = counting\ncli.main(['play', {str(file)!r}, '--episodes', '1'])"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 130, done.stderr  # not a crash of the interpreter at its end
+    assert "interrupted" in done.stderr.splitlines()[-1]

@@ -19,7 +19,7 @@ export GOMP_SPINCOUNT ?= 1000
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test lint docs release bench wheelhouse clean
+.PHONY: help install demo test lint docs release pairs bench wheelhouse clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -33,7 +33,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 install: $(STAMP) ## make .venv and install the package with everything the demo and the tests need
 
-demo: $(STAMP) ## generate data, train DeFlow, evaluate, report: SEED=0, QUICK=1 for three minutes
+demo: $(STAMP) ## generate data, train DeFlow, evaluate, report: SEED=0, QUICK=1 for a short run
 	$(BIN)/deflow demo --seed $(SEED) $(if $(QUICK),--quick)
 
 # A process a core with one thread each: small operations of several threads wait for one another.
@@ -50,6 +50,10 @@ docs: $(STAMP) ## build the docs site into site/
 
 release: $(STAMP) ## build wheel and sdist into dist/, and run README's snippet on the wheel in a clean environment
 	$(BIN)/python .ci/release.py --pip-args '$(PIP_ARGS)'
+
+pairs: $(STAMP) ## README's snippet with the oldest and the newest torch: downloads 6 GB of CUDA, ten minutes
+	$(BIN)/python .ci/release.py --pair 2.9.0 0.14.1 --pip-args '$(PIP_ARGS)'
+	$(BIN)/python .ci/release.py --pair 2.15.0 0.14.1 --pip-args '$(PIP_ARGS)'
 
 bench: $(STAMP) ## how long an update takes: ratios now, against the stored ones
 	$(BIN)/python benchmarks/throughput.py bench

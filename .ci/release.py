@@ -1,4 +1,4 @@
-"""Build wheel and sdist, install the wheel into a clean environment with its core dependencies alone, and run README's snippet.
+"""Build wheel and sdist, install each into a clean environment with its core dependencies alone, and run README's snippet.
 
     python .ci/release.py                              # with constraints.txt
     python .ci/release.py --pair 2.9.1 0.14.1          # with these versions of torch and torchrl instead
@@ -56,9 +56,11 @@ def main() -> None:
             versions = tuple(
                 f"{name}=={version}" for name, version in zip(("torch", "torchrl"), arguments.pair, strict=True)
             )
-        call(clean, *pip, *versions, wheel)
         script = Path(folder, "snippet.py")
         script.write_text(snippet(), encoding="utf-8")
+        call(clean, *pip, *versions, wheel)
+        call(clean, script, cwd=folder)
+        call(clean, *pip, "--no-deps", "--force-reinstall", next(dist.glob("*.tar.gz")))
         call(clean, script, cwd=folder)
         call(clean, "-m", "pip", "freeze")
 

@@ -61,6 +61,8 @@ def play_policy(
         raise InputError(
             "there is no display here for a window; --out FILE (.mp4, .gif or .webp) writes a clip instead"
         )
+    if file.suffix == ".pt2":
+        raise InputError(f"{file} is no ONNX file, which is what can be played; deflow export writes one by default")
     policy = load_policy(file, seed=seed)
     about = policy.manifest
     named = environment or about.get("environment")

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # A tour: from data to a clip
 #
-# In some minutes of computing on two cores you generate a data set, look at it, train DeFlow on it, read its
+# In three minutes on two cores you generate a data set, look at it, train DeFlow on it, read its
 # curves, compare it with its own prior, and see both act.
 #
 # This file is a script (`python examples/tour.py`) and, cell by cell, a notebook in VS Code, Jupyter (with jupytext) and

@@ -62,7 +62,8 @@ print(action.tolist())
 
 def test_an_onnx_policy_acts_without_torch(exported):
     path = exported / "policy.onnx"
-    result = without("torch", "torchrl", "tensordict", "onnx", code=ACT, arguments=[path])
+    modules = ("torch", "torchrl", "tensordict", "onnx", "filelock", "tqdm", "typer", "rich", "yaml", "gymnasium")
+    result = without(*modules, code=ACT, arguments=[path])
     assert result.returncode == 0, result.stderr
     expected = load_policy(path, trusted=True, seed=0)([0.5] * OBSERVATION_DIM)
     np.testing.assert_allclose(json.loads(result.stdout), expected, atol=1e-6)

@@ -28,6 +28,7 @@ from deflow_torchrl.modules import (
     make_velocity_network,
 )
 from deflow_torchrl.paths import file_sha256
+from deflow_torchrl.reports.model_card import write_model_card
 from deflow_torchrl.runs.evaluate import load_run
 from tests.support.command_line import assert_one_line, deflow
 from tests.support.networks import ACTION_DIM, OBSERVATION_DIM, make_actor
@@ -119,6 +120,21 @@ def test_a_model_card_says_what_a_hub_and_its_reader_need(run, tmp_path):
     assert (data.library_name, data.pipeline_tag) == ("deflow_torchrl", "reinforcement-learning")
     (found,) = data.eval_results
     assert (found.metric_value, found.dataset_name) == (pytest.approx(mean, abs=1e-4), "file:pendulum")
+    for part in (
+        "deflow-torchrl[cli,export,reports,",
+        "evaluated in simulation on the one task above",
+        "over 1 episode.",
+    ):
+        assert part in text, part
+    apart = tmp_path / "apart" / file.name
+    apart.parent.mkdir()
+    shutil.copy(file, apart)
+    write_model_card(apart, load_policy(file).manifest | {"environment": None}, record | {"evaluations": {}})
+    unseen = (apart.parent / "README.md").read_text()
+    assert "The policy was not evaluated." in unseen
+    assert "acted in no environment" in unseen
+    assert "observation columns of the data" in unseen
+    assert "simulation" not in unseen.split("## Known limits")[1].splitlines()[2]
     # A second export needs --force, which never overwrites a text that is no card.
     assert_one_line(deflow("export", str(copy), "--card"), "--force")
     other = deflow("export", str(copy), "--card", "--policy", "prior", "--format", "pt2", "--force")

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 
@@ -77,8 +78,15 @@ def test_a_policy_reaches_its_goals_and_the_clip_shows_them(file, tmp_path):
     assert_one_line(deflow(*arguments), "--force")
 
 
-def test_a_window_shows_every_step(file, monkeypatch):
-    monkeypatch.setenv("DISPLAY", ":0")
+@pytest.fixture
+def screen(monkeypatch):
+    """Something that answers as a display does: the drawn point opens no window on it."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("DISPLAY", f"127.0.0.1:{server.getsockname()[1] - 6000}.0")
+        yield
+
+
+def test_a_window_shows_every_step(file, screen, monkeypatch):
     monkeypatch.setattr(StatePoint, "shown", 0)
     done = deflow("play", str(file), "--episodes", "2", "--env", STATES, "--json")
     assert done.returncode == 0, done.stderr
@@ -105,8 +113,20 @@ def test_what_cannot_be_played_is_refused_in_one_line(file, tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_environment_without_a_window_is_refused(file, monkeypatch):
-    monkeypatch.setenv("DISPLAY", ":0")
+@pytest.mark.parametrize("display", [":5555", "localhost:5555.0", "unix:5555", "x", ":", "::1:5555"])
+def test_a_display_that_does_not_answer_is_none(file, monkeypatch, display):
+    monkeypatch.setenv("DISPLAY", display)
+    monkeypatch.setenv("WAYLAND_DISPLAY", "wayland-5555")
+    assert_one_line(deflow("play", str(file)), "no display", "--out FILE")
+
+
+def test_a_pt2_file_is_refused(tmp_path):
+    assert_one_line(
+        deflow("play", str(tmp_path / "x.pt2"), "--out", str(tmp_path / "x.gif")), "no ONNX file", "deflow export"
+    )
+
+
+def test_an_environment_without_a_window_is_refused(file, screen):
     assert_one_line(deflow("play", str(file), "--env", "Hidden-v0"), "has no window", "--out FILE")
 
 

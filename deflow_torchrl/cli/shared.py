@@ -15,7 +15,7 @@ from typing import Annotated, Any, NoReturn, get_args, get_origin
 import typer
 
 from deflow_torchrl import __version__
-from deflow_torchrl.errors import InputError, RunError, RunInterrupted
+from deflow_torchrl.errors import InputError, RunError, RunInterrupted, one_line
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 JSON = Annotated[bool, typer.Option("--json", help="Print one JSON object on the last line.")]
@@ -69,6 +69,10 @@ def verb(
                 _exit(error, EXIT_FAILED)
             except RunInterrupted as error:
                 _exit(error, EXIT_INTERRUPTED)
+            except RuntimeError as error:
+                if "MUJOCO_GL" not in str(error):  # which mujoco reads when it is imported, be it by torchrl
+                    raise
+                _exit(f"{one_line(error)}; glfw draws on a display, egl without one", EXIT_BAD_INPUT)
             except KeyboardInterrupt:
                 _exit(
                     "interrupted; finished parts are kept; the same command goes on or starts again",

@@ -49,12 +49,12 @@ def demo(
 ) -> None:
     """Generate cube-single data, train DeFlow on it, compare it with its prior and write a report.
 
-    About a quarter of an hour on two CPU cores. The data is generated once, into $DEFLOW_HOME (default
+    About ten minutes on two CPU cores. The data is generated once, into $DEFLOW_HOME (default
     ~/.cache/deflow_torchrl), and found there by later runs. The last line of output is one JSON object.
 
     Args:
         seed: Seed of networks, batches and noise.
-        quick: Every phase on less data, under three minutes, no success target.
+        quick: Every phase on less data, in one to two minutes, without a success target.
         out: Run folder. [default: runs/demo-seedN]
     """
     from deflow_torchrl.runs.demo import FULL, QUICK, describe, run_demo

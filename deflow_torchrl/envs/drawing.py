@@ -189,6 +189,7 @@ def _drawn(env: Any) -> np.ndarray:
     return np.ascontiguousarray(pixels[..., :3])
 
 
+@functools.cache  # a context that is made and freed later leaves gymnasium's renderer black
 def _in_software() -> bool:
     """Whether OpenGL draws without a GPU."""
     import mujoco

@@ -11,6 +11,7 @@ import importlib.util
 import io
 import os
 import pkgutil
+import socket
 import subprocess
 import sys
 import warnings
@@ -236,8 +237,28 @@ def success_timing(task: str) -> Literal["pre", "post"] | None:
 
 
 def has_display() -> bool:
-    """Whether a window can be opened: on Linux, whether a display is named."""
-    return sys.platform != "linux" or any(os.environ.get(key) for key in ("DISPLAY", "WAYLAND_DISPLAY"))
+    """Whether a window can be opened: on Linux, whether the named display answers; that of a closed SSH session does not."""
+    if sys.platform != "linux":
+        return True
+    addresses: list[str | tuple[str, int]] = []
+    if wayland := os.environ.get("WAYLAND_DISPLAY"):
+        addresses.append(os.path.join(os.environ.get("XDG_RUNTIME_DIR", ""), wayland))
+    host, _, screen = os.environ.get("DISPLAY", "").rpartition(":")
+    if (number := screen.split(".")[0]).isdecimal():
+        local = f"/tmp/.X11-unix/X{number}"
+        addresses += [local, f"\0{local}"] if host in ("", "unix") else [(host, 6000 + int(number))]
+    return any(map(_answers, addresses))
+
+
+def _answers(address: str | tuple[str, int]) -> bool:
+    family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
+    with socket.socket(family) as client:
+        client.settimeout(2)
+        try:
+            client.connect(address)
+        except OSError:
+            return False
+    return True
 
 
 def chosen_renderer() -> dict[str, str]:

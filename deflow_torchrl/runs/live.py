@@ -23,6 +23,7 @@ from deflow_torchrl.reports.page import (
 )
 from deflow_torchrl.reports.records import RECORD_FILE
 from deflow_torchrl.runs.folder import CHECKPOINTS, CONFIG_FILE, LOCK_FILE, SWEEP_LOCK, VIDEOS, read_run_settings
+from deflow_torchrl.sources.base import public_name
 from deflow_torchrl.trainers.metrics import read_rows
 
 PAGE = "live.html"
@@ -110,7 +111,7 @@ def _state(run: Path) -> RunState:
     state = TRAINS if _is_held(run / LOCK_FILE) else FINISHED if (run / RECORD_FILE).is_file() else "stopped"
     return RunState(
         name=run.name,
-        task=config["task"],
+        task=public_name(config["task"]),
         algo=config["algo"]["name"],
         seed=config["seed"],
         state=state,

@@ -19,6 +19,7 @@ from deflow_torchrl.data.columns import chunks
 from deflow_torchrl.data.dataset import TransitionDataset, TransitionReplayBuffer, to_storage
 from deflow_torchrl.envs.factory import import_ogbench, make_env_by_id
 from deflow_torchrl.envs.names import OGBenchName, parse_ogbench_name
+from deflow_torchrl.envs.seeding import without_precision_warnings
 from deflow_torchrl.errors import InputError, one_line
 from deflow_torchrl.paths import cache_home, data_root, dataset_path, file_sha256
 from deflow_torchrl.sources.archive import NpzArchive, readable
@@ -277,7 +278,8 @@ def _read(path: Path, name: OGBenchName, folder: Path | None) -> TransitionDatas
 
     try:
         with _archive(path) as archive:
-            _check_fits(archive, environment, path, images=name.images)
+            with without_precision_warnings():
+                _check_fits(archive, environment, path, images=name.images)
             try:
                 rewards, terminated = _relabel(archive, name.state_environment_id, environment)
             except (KeyError, IndexError, ValueError, TypeError) as error:

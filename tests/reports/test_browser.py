@@ -1,8 +1,13 @@
 """The page of many runs in a real browser."""
 
+import functools
 import os
 import re
 import shutil
+import subprocess
+import sys
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -14,6 +19,7 @@ from playwright.sync_api import sync_playwright
 
 from deflow_torchrl.reports import plot_learning_curve, write_html_report
 from deflow_torchrl.reports.page import summarize_runs, write_summary_page
+from tests.support.killable import ROOT
 from tests.support.synthetic import CUBE, metrics_rows, outcome, record_of, write_run
 
 PHONE = {"width": 390, "height": 844}
@@ -39,6 +45,21 @@ def url(tmp_path_factory):
                 write_run(folder / "runs" / f"{task}-{algo}-{seed}", record, metrics_rows())
     summary = summarize_runs([folder / "runs"], label="a label with <angle> brackets")
     return write_summary_page(summary, folder / "out.html", title="Results").as_uri()
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """Address of the docs site, as it is served."""
+    pytest.importorskip("mkdocs", reason="needs the extra docs")
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    subprocess.run(command, cwd=ROOT, check=True)
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=folder)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        pages = sorted(path.relative_to(folder).parent.as_posix() for path in folder.rglob("index.html"))
+        yield [f"http://127.0.0.1:{server.server_port}/{page}/" for page in pages]
+        server.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -160,3 +181,19 @@ def test_on_a_phone_a_runs_numbers_and_curves_stand_one_under_another(browser, t
         curves = page.get_by_alt_text("Learning curves").bounding_box()
         assert (curves["height"] > 4 * curves["width"]) == stacked, "five panels, one under another"
         context.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1280, 390])
+def test_every_page_of_the_site_fits_and_has_its_pictures(browser, site, width):
+    context = browser.new_context(viewport={"width": width, "height": 844})
+    page, problems = context.new_page(), []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("response", lambda answer: problems.append(answer.url) if answer.status >= 400 else None)
+    for address in site:
+        page.goto(address)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, address
+        assert page.evaluate("[...document.images].filter(i => i.complete && !i.naturalWidth).length") == 0, address
+    assert len(site) > 40
+    assert problems == []
+    context.close()

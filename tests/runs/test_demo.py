@@ -80,6 +80,7 @@ def test_the_page_is_self_contained_and_names_what_a_reader_needs(demo):
     assert not re.search(r"(src|href)=[\"'](?!data:)", page), "nothing is loaded from elsewhere"
     pictures = [base64.b64decode(data) for data in re.findall(r"base64,([A-Za-z0-9+/=]+)", page)]
     assert pictures[0][:4] + pictures[0][8:12] == b"RIFFWEBP", "the clip"
+    assert len(pictures[0]) < 2_000_000
     assert all(picture.startswith(b"\x89PNG") for picture in pictures[1:])
     for text in ("regenerated", "deflow demo", "torchrl", "target_divergence", "prior", "sha256"):
         assert text in page

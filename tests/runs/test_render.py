@@ -1,6 +1,9 @@
 """Clips: policies of a run side by side on the same starts."""
 
+import os
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from deflow_torchrl.runs.evaluate import evaluate_run
 from deflow_torchrl.runs.render import render_run
 from tests.support.command_line import assert_one_line, deflow
 from tests.support.drawn import STATES, drawn_arrays
+from tests.support.killable import ROOT
 from tests.support.pendulum import ENVIRONMENT
 from tests.support.rendering import missing_renderer
 from tests.support.runs import drawn
@@ -119,11 +123,23 @@ def test_an_episode_that_ends_otherwise_than_it_was_acted_is_named():
         assert drawing.not_repeated == [4]
 
 
-def test_mujoco_draws_without_a_display_with_shadows_and_without(monkeypatch):
+@pytest.fixture
+def without_a_display(monkeypatch):
     if (why := missing_renderer()) is not None:
         pytest.skip(f"no EGL renderer here: {why}")
     for name in ("MUJOCO_GL", "DISPLAY", "WAYLAND_DISPLAY"):
         monkeypatch.delenv(name, raising=False)
+
+
+def test_mujoco_draws_every_episode_after_the_trial(without_a_display):
+    with EpisodeDrawing("gym:HalfCheetah-v5", size=64) as drawing:
+        check_drawings([drawing])
+        for seed in (0, 1):
+            still = ActedEpisode(seed, np.zeros((1, 6), np.float32), success=False, episode_return=0.0)
+            assert all(picture.pixels.std() > 10 for picture in drawing.pictures(still, every=1))
+
+
+def test_mujoco_draws_without_a_display_with_shadows_and_without(without_a_display):
     still = ActedEpisode(0, np.zeros((1, 6), np.float32), success=False, episode_return=0.0)
     drawn = []
     for shadows in (True, False):
@@ -132,3 +148,11 @@ def test_mujoco_draws_without_a_display_with_shadows_and_without(monkeypatch):
     assert drawn[0].shape == (2, 64, 64, 3)
     assert drawn[0].std() > 10
     assert (drawn[0] != drawn[1]).any()
+
+
+def test_a_renderer_that_does_not_exist_is_one_line(run, tmp_path):
+    command = [sys.executable, "-m", "deflow_torchrl.cli", "render", str(run), "--out", str(tmp_path / "x.gif")]
+    environment = os.environ | {"MUJOCO_GL": "bogus", "PYTHONPATH": str(ROOT)}
+    assert_one_line(
+        subprocess.run(command, env=environment, capture_output=True, text=True, check=False), "MUJOCO_GL: bogus"
+    )

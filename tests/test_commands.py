@@ -4,6 +4,8 @@
   updates, and the files that the page speaks of. What ``IN_SMALL`` holds is put behind a command: training is of two updates, a
   sweep is planned only (``--dry-run``).
 * ``<!-- slow: REASON -->`` right above a block: only the test marked ``slow`` runs it. ``<!-- not run: REASON -->``: none does.
+* Of the commands in a page's sentences and tables, each begins one that is run, or the page says why not:
+  ``<!-- in sentences, not run: REASON -->``.
 * Every command, also one that is not run or that stands in a sentence, names verbs, options, settings, scripts, extras and make's
   targets that exist. Where it is complete, its settings are accepted: the task is known, the values are in range.
 """
@@ -20,7 +22,7 @@ import pytest
 
 from tests.support.command_line import deflow
 from tests.support.generation import DATASET
-from tests.support.pages import PAGES, ROOT, blocks, inline_commands
+from tests.support.pages import PAGES, ROOT, blocks, commands_run, inline_commands, why_not_run
 from tests.support.runs import undrawn
 
 pytest.importorskip("hydra", reason="needs the extra cli")
@@ -138,8 +140,11 @@ def test_commands_name_what_exists_and_their_settings_are_accepted(page):
                 f"{block} can not be run as it stands, and is not marked: {' '.join(words)}"
             )
             check_named(words)
+    run, reason = commands_run(), why_not_run(NAMES[page])
     for words in inline_commands(NAMES[page]):
         check_named(words, sentence=True)
+        if len(words) > 2 and is_complete(words[1:]) and not any(it[: len(words)] == tuple(words) for it in run):
+            assert len(reason.split()) > 2, f"{page}: `{' '.join(words)}` is not run, and the page does not say why"
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """The commands and snippets of README.md and of the pages of docs/.
 
-A fenced block says its language. The comment right above it may be ``<!-- not run: REASON -->`` or ``<!-- slow: REASON -->``.
+A fenced block says its language. The comment right above it may be ``<!-- not run: REASON -->`` or ``<!-- slow: REASON -->``; of
+the commands in its sentences and tables a page says ``<!-- in sentences, not run: REASON -->``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 _BLOCK = re.compile(
     r"(?:^<!-- (?P<marker>[\w ]+): (?P<reason>[^>]*?) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S
 )
+_UNRUN = re.compile(r"<!-- in sentences, not run: ([^>]+) -->")
 _INLINE = re.compile(r"`((?:deflow|python|make|pip) [^`]+)`")
 
 
@@ -58,3 +60,15 @@ def inline_commands(page: Path) -> list[list[str]]:
     """The words of each command that stands in a sentence or a table of a page."""
     prose = _BLOCK.sub("", page.read_text(encoding="utf-8"))
     return [shlex.split(found) for found in _INLINE.findall(prose)]
+
+
+def why_not_run(page: Path) -> str:
+    """Why the commands in a page's sentences and tables are not run; "" where it does not say."""
+    found = _UNRUN.search(page.read_text(encoding="utf-8"))
+    return "" if found is None else found[1]
+
+
+def commands_run() -> set[tuple[str, ...]]:
+    """The commands of all pages' fenced blocks that a test runs."""
+    shells = [block for page in PAGES for block in blocks(page) if block.language == "bash"]
+    return {tuple(words) for block in shells if block.marker != "not run" for words in block.commands()}

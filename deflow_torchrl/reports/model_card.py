@@ -60,6 +60,7 @@ def write_model_card(file: Path, manifest: Mapping[str, Any], record: Mapping[st
     import yaml
     from jinja2 import Environment, StrictUndefined
 
+    played = file.suffix == ".onnx" and manifest["environment"] is not None
     outcomes = {policy: _outcome(outcome, record["metric"]) for policy, outcome in record["evaluations"].items()}
     values = {
         "file": file.name,
@@ -67,7 +68,8 @@ def write_model_card(file: Path, manifest: Mapping[str, Any], record: Mapping[st
         "manifest": manifest,
         "record": record,
         "outcomes": outcomes,
-        "extras": _extras(file, manifest["environment"]),
+        "played": played,
+        "extras": "cli,export,reports,ogbench,minari" if played else "export",
         "settings": {name: as_setting(value) for name, value in flat_settings(record).items()},
         "front": yaml.safe_dump(_front_matter(manifest, record, outcomes), sort_keys=False, width=1000),
     }
@@ -80,13 +82,6 @@ def write_model_card(file: Path, manifest: Mapping[str, Any], record: Mapping[st
     if {path.name for path in file.parent.iterdir()} != {file.name, CARD_FILE}:
         upload += [".", "--include", file.name, "--include", CARD_FILE]
     return {"card": str(card), "upload": shlex.join(upload)}
-
-
-def _extras(file: Path, environment: str | None) -> str:
-    """What of this package the commands under "Run it" need."""
-    if file.suffix != ".onnx" or environment is None:
-        return "export"
-    return f"cli,export,reports,{'minari' if environment.startswith('minari:') else 'ogbench'}"
 
 
 def _outcome(outcome: Mapping[str, Any], metric: str) -> dict[str, Any]:

@@ -19,7 +19,6 @@ from deflow_torchrl.data.columns import chunks
 from deflow_torchrl.data.dataset import TransitionDataset, TransitionReplayBuffer, to_storage
 from deflow_torchrl.envs.factory import import_ogbench, make_env_by_id
 from deflow_torchrl.envs.names import OGBenchName, parse_ogbench_name
-from deflow_torchrl.envs.seeding import without_precision_warnings
 from deflow_torchrl.errors import InputError, one_line
 from deflow_torchrl.paths import cache_home, data_root, dataset_path, file_sha256
 from deflow_torchrl.sources.archive import NpzArchive, readable
@@ -275,6 +274,8 @@ def _read(path: Path, name: OGBenchName, folder: Path | None) -> TransitionDatas
     # Rewards of a visual task are those of the same task with states, whose environment needs no renderer.
     environment = make_env_by_id(name.state_environment_id)
     from ogbench.manipspace.envs.manipspace_env import ManipSpaceEnv
+
+    from deflow_torchrl.envs.seeding import without_precision_warnings
 
     try:
         with _archive(path) as archive:

@@ -48,7 +48,7 @@ lint: $(STAMP) ## ruff and mypy
 docs: $(STAMP) ## build the docs site into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-release: $(STAMP) ## build wheel and sdist into dist/, and run README's snippet on the wheel in a clean environment
+release: $(STAMP) ## build wheel and sdist into dist/, and run README's snippet on each in a clean environment
 	$(BIN)/python .ci/release.py --pip-args '$(PIP_ARGS)'
 
 pairs: $(STAMP) ## README's snippet with the oldest and the newest torch: downloads 6 GB of CUDA, ten minutes

@@ -4,7 +4,7 @@
   updates, and the files that the page speaks of. What ``IN_SMALL`` holds is put behind a command: training is of two updates, a
   sweep is planned only (``--dry-run``).
 * ``<!-- slow: REASON -->`` right above a block: only the test marked ``slow`` runs it. ``<!-- not run: REASON -->``: none does.
-* Of the commands in a page's sentences and tables, each begins one that is run, or the page says why not:
+* A command in a sentence or a table is one that is run, or the beginning of one; else its page says why it is not:
   ``<!-- in sentences, not run: REASON -->``.
 * Every command, also one that is not run or that stands in a sentence, names verbs, options, settings, scripts, extras and make's
   targets that exist. Where it is complete, its settings are accepted: the task is known, the values are in range.

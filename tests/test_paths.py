@@ -146,9 +146,8 @@ def test_a_forked_child_does_not_keep_the_lock_of_a_dead_parent(tmp_path):
         "    if os.fork() == 0:\n        print(os.getpid(), flush=True)\n    time.sleep(60)\n"
     )
     with subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True) as process:
-        child = int(
-            process.stdout.readline()
-        )  # which lets go of the lock first; and no further: the child holds the pipe
+        # The child lets go of the lock before it prints. No more is read: it holds the pipe.
+        child = int(process.stdout.readline())
         process.kill()
     try:
         os.kill(child, 0)

@@ -70,7 +70,7 @@ def verb(
             except RunInterrupted as error:
                 _exit(error, EXIT_INTERRUPTED)
             except RuntimeError as error:
-                if "MUJOCO_GL" not in str(error):  # which mujoco reads when it is imported, be it by torchrl
+                if "MUJOCO_GL" not in str(error):  # which mujoco reads when it is imported, also by torchrl
                     raise
                 _exit(f"{one_line(error)}; glfw draws on a display, egl without one", EXIT_BAD_INPUT)
             except KeyboardInterrupt:

@@ -182,7 +182,7 @@ def evaluate(
         offline: Judge by held-out data, without a simulator.
         held_out: With --offline: data the run was not trained on, a task's name, minari:ID or file:FOLDER. [default: the data's
           validation split]
-        fit_updates: With --offline: updates of the fitted Q evaluation. [default: 3000]
+        fit_updates: With --offline: updates of the fitted Q evaluation. [default: 50 / (1 - gamma)]
     """
     if offline:
         others = (episodes, policy, workers, candidates, iterations)

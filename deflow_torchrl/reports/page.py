@@ -45,6 +45,7 @@ from deflow_torchrl.reports.tables import (
     results_grid,
     split_variants,
     time_grid,
+    unlike_notes,
     untuned_note,
     variant_grids,
 )
@@ -149,6 +150,7 @@ def summarize_runs(folders: Sequence[Path], *, label: str | None = None, last: i
         if provenance != "official":
             notes.append(f"Data: {provenance}. Results on it need not be comparable with the paper's.")
     notes += [note] if (note := untuned_note(runs)) else []
+    notes += unlike_notes(runs)
     if silent := sum(not run.record["evaluations"] for run in runs):
         notes.append(f"{silent} run(s) had no environment to be evaluated in and are in no table.")
     results: list[Grid | None] = []

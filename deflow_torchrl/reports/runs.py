@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -83,11 +84,13 @@ class Score:
         value: in the metric's unit; a success rate in [0, 1].
         episodes: outcome of each episode.
         steps: of the evaluations that it is the mean of.
+        starts: seed of a start -> mean outcome of its episodes in these evaluations; empty where they began differently.
     """
 
     value: float
     episodes: tuple[float, ...]
     steps: tuple[int, ...]
+    starts: Mapping[int, float]
 
 
 def find_runs(folders: Sequence[Path]) -> list[FinishedRun]:
@@ -125,7 +128,8 @@ def score_of(record: Mapping[str, Any], *, at: str = "end", last: int | None = N
         record: the run's record, with evaluations.
 
     Keyword Args:
-        at: ``end`` of the run, end of its ``offline`` phase, or its ``best`` online evaluation (the first of equals).
+        at: ``end`` of the run (of its online phase, if it has one), end of its ``offline`` phase, or its ``best`` online
+            evaluation (the first of equals).
         last: evaluations that are averaged, this one and those before it. None: those that the paper averages where the run is
             an offline one of the paper's length (3 on OGBench), else 1.
 
@@ -137,8 +141,8 @@ def score_of(record: Mapping[str, Any], *, at: str = "end", last: int | None = N
     name, metric, config, count = record["acting"], METRICS[record["metric"]], record["config"], last or 1
     where = f"{record['task']}, {record['algo']}, seed {record['seeds']['training']}"
     notes = sorted((note for note in record["history"] if name in note["policies"]), key=lambda note: note["step"])
-    phases = {"end": ("offline", "online"), "offline": ("offline",), "best": ("online",)}[at]
-    found = {note["step"]: note["policies"][name] for note in notes if note["phase"] in phases}
+    phase = {"end": "online" if config["online_steps"] else "offline", "offline": "offline", "best": "online"}[at]
+    found = {note["step"]: note["policies"][name] for note in notes if note["phase"] == phase}
     averaged = averaged_evaluations(record["task"]) if last is None and not config["online_steps"] else ()
     if at == "end" and averaged and config["offline_steps"] == averaged[-1]:
         if missing := [step for step in averaged if step not in found]:
@@ -158,8 +162,11 @@ def score_of(record: Mapping[str, Any], *, at: str = "end", last: int | None = N
     if len(chosen) < count:
         raise InputError(f"{where}: {count} evaluation(s) asked for (at={at}), there are {len(chosen)}")
     values = [outcome[metric.key] for _, outcome in chosen]
-    episodes = tuple(float(it) for _, outcome in chosen for it in outcome[metric.episodes])
-    return Score(sum(values) / len(values), episodes, tuple(step for step, _ in chosen))
+    each = [[float(it) for it in outcome[metric.episodes]] for _, outcome in chosen]
+    begun = {tuple(outcome["seeds"]) for _, outcome in chosen}
+    starts = dict(zip(begun.pop(), np.mean(each, 0).tolist(), strict=True)) if len(begun) == 1 else {}
+    episodes = tuple(itertools.chain.from_iterable(each))
+    return Score(sum(values) / len(values), episodes, tuple(step for step, _ in chosen), starts)
 
 
 def standard_error(metric: str, episodes: Sequence[float]) -> float:

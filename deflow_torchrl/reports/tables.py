@@ -16,7 +16,7 @@ from deflow_torchrl.errors import InputError
 from deflow_torchrl.reports.grids import Entry, Grid, grid_row, make_grid
 from deflow_torchrl.reports.paper import family_of, method_order, paper_means, paper_methods, task_order
 from deflow_torchrl.reports.records import METRICS
-from deflow_torchrl.reports.runs import FinishedRun, natural, score_of, standard_error
+from deflow_torchrl.reports.runs import FinishedRun, as_setting, natural, score_of, standard_error
 from deflow_torchrl.reports.statistics import (
     careful_standard_error,
     inside_noise,
@@ -32,6 +32,11 @@ from deflow_torchrl.tasks import has_own_footing
 
 BOLD_FROM = 0.95  # share of the row's best from which the paper prints a mean in bold
 NEAR = "≈"
+# What the methods of a row share in a fair comparison, and what records have that lack it.
+_ALIKE = {
+    "data": None, "offline_steps": 0, "online_steps": 0, "batch_size": None, "hidden_dims": None, "chunk": 1,
+    "precision": "highest",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,8 +50,9 @@ class Cell:
         error: standard error of the mean over all episodes.
         careful: the same for comparisons, see :func:`.statistics.careful_standard_error`.
         steps: the evaluations each score is the mean of.
-        episodes: of one evaluation of one seed.
-        runs: seed -> run; none of an average over tasks.
+        episodes: of one evaluation of one seed; fewest and most.
+        starts: seed -> :attr:`.runs.Score.starts`; none of an average over tasks.
+        runs: seed -> run; likewise.
         before: the cell at the end of the offline phase, for runs that went online.
     """
 
@@ -56,7 +62,8 @@ class Cell:
     error: float
     careful: float
     steps: tuple[int, ...]
-    episodes: int
+    episodes: tuple[int, int]
+    starts: Mapping[int, Mapping[int, float]] = field(default_factory=dict)
     runs: Mapping[int, FinishedRun] = field(default_factory=dict)
     before: Cell | None = None
 
@@ -105,9 +112,9 @@ class Table:
 
     @property
     def reference(self) -> str | None:
-        """The column that others are compared with, the first of the paper's own method; None without one."""
-        own = paper_methods()[-1]
-        return next((column for column in self.columns if column_name(column).partition(" (")[0] == own), None)
+        """The column that others are compared with: of the paper's own method, with the fewest settings; None without one."""
+        own = [it for it in self.columns if column_name(it).partition(" (")[0] == paper_methods()[-1]]
+        return min(own, key=lambda column: column_settings(column).count("="), default=None)
 
 
 def make_tables(runs: Sequence[FinishedRun], *, last: int | None = None) -> list[Table]:
@@ -164,9 +171,10 @@ def make_cell(runs: Sequence[FinishedRun], *, at: str = "end", last: int | None 
     error = careful = standard_error(metric, episodes)
     if metric == "success":
         careful = careful_standard_error(float(np.mean(episodes)), len(episodes))
-    each = len(episodes) // sum(len(score.steps) for score in scores.values())
-    by_seed = {run.seed: run for run in runs}
-    return Cell(values, *mean_and_std(list(values.values())), error, careful, min(steps), each, by_seed)
+    each = {len(score.episodes) // len(score.steps) for score in scores.values()}
+    starts, by_seed = {seed: score.starts for seed, score in scores.items()}, {run.seed: run for run in runs}
+    deviation = mean_and_std(list(values.values()))
+    return Cell(values, *deviation, error, careful, min(steps), (min(each), max(each)), starts, by_seed)
 
 
 def column_name(column: str) -> str:
@@ -290,8 +298,10 @@ def aggregate_grid(table: Table) -> Grid | None:
         mine = scores(column, column)
         if not mine:
             continue
-        middle = stratified_bootstrap(mine)
-        entries = [Entry(f"{middle.value:.1f}", middle.value), _range(middle.low, middle.high, ".1f")]
+        entries = [Entry(""), Entry("")]
+        if len(set(map(len, mine))) == 1:  # else a task with more seeds would weigh more
+            middle = stratified_bootstrap(mine)
+            entries = [Entry(f"{middle.value:.1f}", middle.value), _range(middle.low, middle.high, ".1f")]
         if reference is not None:
             shared = [] if column == reference else scores(column, reference)
             if shared:
@@ -306,13 +316,13 @@ def aggregate_grid(table: Table) -> Grid | None:
 
 
 def paired_grid(table: Table) -> Grid | None:
-    """Differences on common starts, episode by episode, of the reference column to each other; None where there are none."""
+    """Differences on common starts, one by one, of the reference column to each other; None where there are none."""
     reference, lines = table.reference, []
     if reference is None:
         return None
     for row in table.rows:
         for column, cell in row.cells.items():
-            pairs = _common_episodes(cell, row.cells[reference]) if reference in row.cells else []
+            pairs = _common_starts(cell, row.cells[reference]) if reference in row.cells else []
             if column == reference or not pairs:
                 continue
             result, scale = paired_difference(*zip(*pairs, strict=True)), METRICS[row.metric].scale
@@ -326,46 +336,72 @@ def paired_grid(table: Table) -> Grid | None:
 
 def time_grid(runs: Sequence[FinishedRun]) -> Grid:
     """Milliseconds a gradient step of each column, and the machine."""
-    groups: dict[tuple[str, str], list[float]] = {}
+    groups: dict[tuple[str, bool, str], list[float]] = {}
     for run in runs:
         config, hardware, stacked = run.record["config"], run.record["hardware"], run.record["stacked"]
         machine = f"{hardware['accelerator'] or hardware['cpu']}, {hardware['torch_threads']} thread(s)"
         machine += f", {len(stacked)} seeds in one process, time of all" if stacked else ""
         online_steps = max(config["online_steps"] - (config.get("warmup_steps") or 0), 0) * config.get("utd", 1.0)
         milliseconds = 1000 * run.record["time"].get("updates", math.nan) / (config["offline_steps"] + online_steps)
-        name = f"{run.column}, offline to online" if run.online else run.column
-        groups.setdefault((name, machine), []).append(milliseconds)
+        groups.setdefault((run.column, run.online, machine), []).append(milliseconds)
     rows = []
-    for (column, machine), each in sorted(groups.items(), key=lambda item: (column_order(item[0][0]), item[0][1])):
+    for (column, online, machine), each in sorted(groups.items(), key=lambda it: (column_order(it[0][0]), it[0][1:])):
         mean = float(np.mean(each))
         text = "" if math.isnan(mean) else f"{mean:.2f}" + (f"±{np.std(each, ddof=1):.2f}" if len(each) > 1 else "")
-        rows.append(grid_row(column_name(column), machine, len(each), Entry(text, mean)))
+        rows.append(grid_row(_with_phase(column, online), machine, len(each), Entry(text, mean)))
     return make_grid("time", rows)
+
+
+def _with_phase(column: str, online: bool) -> str:
+    return column_name(column) + (", offline to online" if online else "")
 
 
 def cost_grid(runs: Sequence[FinishedRun]) -> Grid | None:
     """Minutes of processor time of each column's runs; None where no record has it, as those of earlier versions."""
-    groups: dict[str, list[float]] = {}
+    groups: dict[tuple[str, bool], list[float]] = {}
     for run in runs:
         if (seconds := run.record["time"].get("cpu")) is not None:
-            groups.setdefault(run.column, []).append(seconds / 60 / len(run.record["stacked"] or [run.seed]))
+            minutes = seconds / 60 / len(run.record["stacked"] or [run.seed])
+            groups.setdefault((run.column, run.online), []).append(minutes)
     rows = []
-    for column in sorted(groups, key=column_order):
-        mean, std = mean_and_std(groups[column])
+    for (column, online), each in sorted(groups.items(), key=lambda item: (column_order(item[0][0]), item[0][1])):
+        mean, std = mean_and_std(each)
         text = f"{mean:.1f}" + ("" if std is None else f"±{std:.1f}")
-        rows.append(grid_row(column_name(column), len(groups[column]), Entry(text, mean)))
+        rows.append(grid_row(_with_phase(column, online), len(each), Entry(text, mean)))
     return make_grid("cost", rows) if rows else None
 
 
 def untuned_note(runs: Sequence[FinishedRun]) -> str | None:
     """Name the settings for which nobody published a value on the runs' tasks; None where there are none."""
-    named = {
-        column_name(run.record["algo"]): ", ".join(names)
-        for run in sorted(runs, key=lambda run: column_order(run.column))
-        if (names := run.record.get("untuned"))
-    }
-    listed = "; ".join(f"{method}: {names}" for method, names in named.items())
+    named: dict[str, dict[str, None]] = {}
+    for run in sorted(runs, key=lambda run: column_order(run.column)):
+        if names := run.record.get("untuned"):
+            named.setdefault(column_name(run.record["algo"]), {}).update(dict.fromkeys(names))
+    listed = "; ".join(f"{method}: {', '.join(names)}" for method, names in named.items())
     return f"Untuned: nobody published a value for these tasks of {listed}." if named else None
+
+
+def unlike_notes(runs: Sequence[FinishedRun]) -> list[str]:
+    """A line for each task on which the methods' runs differ in what a comparison takes to be alike (data, steps, networks)."""
+    groups: dict[tuple[str, bool], dict[str, list[Mapping[str, Any]]]] = {}
+    for run in sorted(runs, key=lambda run: column_order(run.column)):
+        method = column_name(run.record["algo"])
+        groups.setdefault((run.task, run.online), {}).setdefault(method, []).append(run.record)
+    lines = []
+    for (task, _), methods in groups.items():
+        unlike = []
+        for name in _ALIKE:
+            values = {method: sorted({_shared(it, name) for it in records}) for method, records in methods.items()}
+            if any(each != next(iter(values.values())) for each in values.values()):
+                unlike.append(f"{name} " + ", ".join(f"{' and '.join(each)} of {it}" for it, each in values.items()))
+        lines += [f"Not alike on {task}: {'; '.join(unlike)}."] if unlike else []
+    return lines
+
+
+def _shared(record: Mapping[str, Any], name: str) -> str:
+    if name == "data":
+        return (record["data"]["sha256"] or "unknown")[:8]
+    return as_setting(record["config"].get(name, _ALIKE[name]))
 
 
 def online_progress(records: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -467,7 +503,8 @@ def _evaluations(rows: Sequence[Row], columns: Sequence[str]) -> str:
         if row.kind == "task" and column in row.cells:
             cell = row.cells[column]
             before = "" if cell.before is None else f"{evaluations(cell.before)}, then "
-            contents = f"{before}{evaluations(cell)}, of {cell.episodes} episodes each"
+            number = " to ".join(map(str, dict.fromkeys(cell.episodes)))
+            contents = f"{before}{evaluations(cell)}, of {number} episodes each"
             groups.setdefault(contents, {}).setdefault(row.name, []).append(column_name(column))
     if len(groups) == 1:
         return next(iter(groups))
@@ -491,12 +528,11 @@ def _range(low: float | None, high: float | None, digits: str) -> Entry:
     return Entry("" if low is None or high is None else f"{low:{digits}} to {high:{digits}}")
 
 
-def _common_episodes(first: Cell, second: Cell) -> list[tuple[float, float]]:
-    """Outcomes of the final episodes that two methods started alike, seed by seed."""
+def _common_starts(first: Cell, second: Cell) -> list[tuple[float, float]]:
+    """Outcomes of the starts that two methods share, seed by seed."""
     pairs = []
-    for seed in sorted(first.runs.keys() & second.runs.keys()):
-        records = [cell.runs[seed].record for cell in (first, second)]
-        starts = [record["evaluations"][record["acting"]]["seeds"] for record in records]
-        if starts[0] == starts[1]:
-            pairs += list(zip(*(score_of(record, last=1).episodes for record in records), strict=True))
+    for seed in sorted(first.starts.keys() & second.starts.keys()):
+        one, other = first.starts[seed], second.starts[seed]
+        if one.keys() == other.keys():
+            pairs += [(one[start], other[start]) for start in one]
     return pairs

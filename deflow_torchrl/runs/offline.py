@@ -7,10 +7,10 @@ They help to choose among runs. None of them is a success rate, and how well eac
   continuous flow, by its divergence (instantaneous change of variables, Chen et al. 2018); of a Gaussian policy its
   log-likelihood.
 * **Actions**: mean-square shift of the base action, and the share of action dimensions at their bounds.
-* **Critics**: Q of the held-out actions against the returns that were observed after them. Those are returns of whoever made the
-  data: a critic of a better policy is larger.
+* **Critics**: Q of the held-out actions against the returns that were observed after them, where the last reward of an episode
+  that was cut goes on. Those are returns of whoever made the data: a critic of a better policy is larger.
 * **Fitted Q evaluation** (Le et al. 2019): new critics of the fixed policy, each trained on its own bootstrap sample of the
-  training episodes, and its value at resampled starts of the held-out episodes.
+  training episodes, and its value at the starts of the held-out episodes.
 """
 
 from __future__ import annotations
@@ -52,14 +52,18 @@ _AT_BOUND = 1 - 1e-4  # data are clipped to 1 - 1e-5 when they are loaded
 _BINS = 5
 _TAU_RESAMPLES = 200
 _MEMBERS = 8
-_STARTS_RESAMPLES = 1_000
+_STUDENT = 2.364624  # 97.5% quantile of Student's distribution of one degree of freedom fewer
+_FIT_TAU = 0.1
+_TIME_CONSTANTS = 5  # after so many of 1 / (tau (1 - gamma)) updates less than 1% of the value is missing
+FEW_EPISODES = 10
+"""Below so many held-out episodes an interval over them says little."""
 
 
 def evaluate_offline(
     out: Path,
     *,
     data: str | None = None,
-    updates: int = 3_000,
+    updates: int | None = None,
     device: str | None = None,
     seed: int = 0,
     show_progress: bool = True,
@@ -71,7 +75,7 @@ def evaluate_offline(
 
     Keyword Args:
         data: task, Minari set or folder whose episodes are the held-out ones; the validation split of the run's by default.
-        updates: of the fitted Q evaluation.
+        updates: of the fitted Q evaluation; by default 50 / (1 - gamma), as many as its targets need to settle.
         device: of the networks; the run's own by default.
         seed: of all draws; torch's global generators are left as they were.
         show_progress: show progress bars on standard error.
@@ -111,7 +115,8 @@ def evaluate_offline(
             }
             problem = make_problem(config, **sizes, device=loaded.device, data=train)
             policy = loaded.learner.policy
-            fitted = fit_q(policy, problem, train, held, gamma=gamma, updates=updates, show_progress=show_progress)
+            count = updates or settling_updates(gamma)
+            fitted = fit_q(policy, problem, train, held, gamma=gamma, updates=count, show_progress=show_progress)
             found["fitted_q"] = {**fitted, "observed": float(returns[held.episode_starts].mean())}
     return found
 
@@ -293,6 +298,16 @@ class FittedQLoss(OffPolicyLoss):
         return self._with_action(state, self.policy(state.copy())[self.tensor_keys.action])
 
 
+def settling_updates(gamma: float) -> int:
+    """Updates after which targets that follow by 0.1 hold all but 1% of a discounted return.
+
+    Examples:
+        >>> settling_updates(0.98)
+        2500
+    """
+    return round(_TIME_CONSTANTS / (_FIT_TAU * max(1 - gamma, 1e-3)))
+
+
 def fit_q(
     policy: TensorDictModuleBase,
     problem: ProblemSpec,
@@ -317,13 +332,13 @@ def fit_q(
         show_progress: show a progress bar on standard error.
 
     Returns:
-        ``value`` (mean over critics and starts of the discounted return), its 95% interval ``low``, ``high`` over critics, whose
-        episodes are resampled, and resampled starts; ``halfway``, the value after half of the updates, from which it should not
-        differ by more than the interval; and ``updates``.
+        ``value`` (mean over critics and starts of the discounted return); its 95% interval ``low``, ``high``, Student's for the
+        spread of the critics, each of its own bootstrap sample of the episodes, and that of the starts' mean; ``halfway``, the
+        value after half of the updates, from which it should not differ by more than the interval; and ``updates``.
     """
     device = problem.device
     loss = FittedQLoss(problem.critics(_MEMBERS), policy)
-    settings = BootstrapConfig(lr=1e-3, tau=0.02, gamma=gamma)
+    settings = BootstrapConfig(lr=1e-3, tau=_FIT_TAU, gamma=gamma)
     update = UpdateStep(learner_with_critics(settings, problem, loss, policy, evaluated_policies={}))
     number = train.num_episodes
     drawn = torch.randint(number, (_MEMBERS, number), device=device)
@@ -341,18 +356,21 @@ def fit_q(
         if step == updates // 2:
             halfway = values()
     update.check_finite()
-    found = values()
-    picked = torch.randint(len(starts), (_STARTS_RESAMPLES, len(starts)), device=device)
-    resampled = found[torch.arange(_STARTS_RESAMPLES, device=device).unsqueeze(-1) % _MEMBERS, picked].mean(-1)
-    low, high = torch.quantile(resampled, torch.tensor([0.025, 0.975], device=device)).tolist()
-    value = float(found.mean())
-    return {"value": value, "low": low, "high": high, "halfway": float(halfway.mean()), "updates": updates}
+    found = values().double()
+    value, of_starts = float(found.mean()), found.mean(0)
+    variance = float(found.mean(1).var()) + (float(of_starts.var()) / len(of_starts) if len(of_starts) > 1 else 0.0)
+    half = _STUDENT * variance**0.5
+    return {
+        "value": value, "low": value - half, "high": value + half, "halfway": float(halfway.mean()), "updates": updates,
+    }  # fmt: skip
 
 
 def describe(result: dict[str, Any]) -> Sequence[str]:
     """The result in lines for a reader."""
     held, cloning, actions = result["held_out"], result["cloning"], result["actions"]
     lines = [f"{held['episodes']} held-out episodes ({held['transitions']:,} transitions) of {held['data']}"]
+    if held["episodes"] < FEW_EPISODES:
+        lines.append("so few episodes make every interval below a guess: name more with --held-out")
     if cloning is None:
         lines.append("cloning: the method has no policy with a likelihood")
     else:

@@ -35,6 +35,7 @@ from deflow_torchrl.reports.tables import (
     ranking_grid,
     results_grid,
     time_grid,
+    unlike_notes,
     untuned_note,
     variant_grids,
 )
@@ -72,7 +73,7 @@ def test_a_cell_is_mean_and_deviation_over_seeds_with_the_error_of_its_episodes(
     assert cell.scores == {0: 0.8, 1: 0.9, 2: 1.0}
     assert (cell.mean, cell.std) == pytest.approx((0.9, 0.1))
     assert cell.error == pytest.approx((0.9 * 0.1 / 60) ** 0.5)
-    assert (cell.steps, cell.episodes) == ((100,), 20)
+    assert (cell.steps, cell.episodes) == ((100,), (20, 20))
     assert texts(results_grid(table), "DeFlow")[CUBE.format(1)].text == "90±10 (3.9)"
 
 
@@ -298,6 +299,53 @@ def test_statistics_over_tasks_and_paired_differences_are_of_the_same_runs(two_t
     assert pairs[CUBE.format(2)][4] == "60"
 
 
+def test_pairs_are_of_the_evaluations_that_make_the_score(tmp_path):
+    records = [record_of(20, before=(10,)), record_of(20, before=(0,), algo="fql")]
+    runs = find_runs([write_all(tmp_path / "runs", *records)])
+    for last, gap in ((1, "+0.0"), (2, "+25.0")):
+        (row,) = paired_grid(make_tables(runs, last=last)[0]).rows
+        assert [row.entries[2].text, row.entries[4].text] == [gap, "20"]
+
+
+def test_tasks_with_unequal_numbers_of_seeds_have_no_mean_over_tasks(tmp_path):
+    records = [record_of(18, seed=seed) for seed in range(3)] + [record_of(2, task=CUBE.format(1))]
+    (table,) = make_tables(find_runs([write_all(tmp_path / "runs", *records)]))
+    (row,) = aggregate_grid(table).rows
+    assert [entry.text for entry in row.entries[:3]] == ["DeFlow", "2", ""]
+
+
+def test_others_are_compared_with_the_column_of_the_fewest_settings(tmp_path):
+    deltas = [{"target_divergence": value} for value in (0.005, 0.01)]
+    fixed = {"fixed_alpha": 0.03, "target_divergence": 0.005}
+    records = [record_of(9, variant=variant) for variant in (fixed, *deltas)]
+    (table,) = make_tables(find_runs([write_all(tmp_path / "runs", *records)]))
+    assert table.reference == "deflow (target_divergence=0.005)"
+
+
+def test_what_methods_of_one_row_do_not_share_is_said(tmp_path):
+    other = {"precision": "medium", "batch_size": 1024}
+    records = [record_of(9, settings={"batch_size": 256}), record_of(9, algo="fql", settings={**other})]
+    (note,) = unlike_notes(find_runs([write_all(tmp_path / "runs", *records)]))
+    assert note == (
+        f"Not alike on {CUBE2}: batch_size 1024 of FQL, 256 of DeFlow; precision medium of FQL, highest of DeFlow."
+    )
+    alone = [record_of(9, algo="fql", settings=settings) for settings in (other, {"precision": "high"})]
+    assert unlike_notes(find_runs([write_all(tmp_path / "alone", *alone)])) == []
+
+
+def test_an_online_runs_last_evaluations_are_of_its_online_phase(tmp_path):
+    record = record_of(18, before=(2, 4), online=(16, 18))
+    assert score_of(record, last=2).value == pytest.approx(0.85)
+    with pytest.raises(InputError, match=r"3 evaluation\(s\) asked for \(at=end\), there are 2"):
+        score_of(record, last=3)
+
+
+def test_unequal_numbers_of_episodes_are_said(tmp_path):
+    few = record_of(20, seed=1, evaluations={"deflow": outcome(5, episodes=5)})
+    (table,) = make_tables(find_runs([write_all(tmp_path / "runs", record_of(20), few)]))
+    assert "of 5 to 20 episodes each" in results_grid(table).caption
+
+
 def test_other_starts_are_not_paired(tmp_path):
     other = {"deflow": outcome(5, seed=7)}
     runs = find_runs([write_all(tmp_path / "runs", record_of(5, evaluations=other), record_of(9, algo="fql"))])
@@ -320,15 +368,18 @@ def test_cost_is_minutes_of_processor_time_a_run_where_records_have_it(tmp_path)
     rows = cost_grid(find_runs([write_all(tmp_path / "runs", *records, stacked, earlier)])).rows
     assert [[entry.text for entry in row.entries] for row in rows] == [["FQL", "1", "2.0"], ["DeFlow", "2", "2.0±1.4"]]
     assert cost_grid(find_runs([write_all(tmp_path / "earlier", earlier)])) is None
+    phases = [record_of(5, seconds={"cpu": 60.0}), record_of(5, before=(5,), online=(5,), seconds={"cpu": 600.0})]
+    rows = cost_grid(find_runs([write_all(tmp_path / "phases", *phases)])).rows
+    shown = [["DeFlow", "1", "1.0"], ["DeFlow, offline to online", "1", "10.0"]]
+    assert [[entry.text for entry in row.entries] for row in rows] == shown
 
 
 def test_what_nobody_published_is_named_in_a_note(tmp_path):
-    records = [record_of(5, untuned=["target_divergence"]), record_of(5, algo="fql", untuned=["alpha"])]
-    runs = find_runs([write_all(tmp_path / "runs", *records, record_of(5, algo="iql"))])
-    assert (
-        untuned_note(runs)
-        == "Untuned: nobody published a value for these tasks of FQL: alpha; DeFlow: target_divergence."
-    )
+    records = [record_of(5, untuned=["target_divergence"]), record_of(5, algo="fql", untuned=["alpha", "q_agg"])]
+    records += [record_of(5, algo="fql", untuned=["alpha"], seed=1), record_of(5, algo="iql")]
+    runs = find_runs([write_all(tmp_path / "runs", *records)])
+    said = "Untuned: nobody published a value for these tasks of FQL: alpha, q_agg; DeFlow: target_divergence."
+    assert untuned_note(runs) == said
     assert untuned_note([run for run in runs if run.record["algo"] == "iql"]) is None
 
 

@@ -12,6 +12,7 @@ which only `agents/` and `utils/` are imported; PYTHON is an interpreter that ha
 `train` takes finished runs of ours (run folders, or kept records with `--data-root`), trains the authors' agent of each with
 the same data, settings, number of updates and first weights, and evaluates it at the same steps on the same starts. It
 prints both curves and keeps the authors' record beside ours, in `..,code=authors/`, where `deflow report` shows it as a variant.
+JAX computes in its own precision, on a CPU in full float32, also where our run did not (`precision=`): times say which.
 A record that is there already is not made again; a run that was ended in between begins anew.
 """
 
@@ -455,6 +456,7 @@ def authors_record(run: Path, arguments: argparse.Namespace) -> tuple[Mapping[st
         record = build_record(
             commands=[shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])],
             config=ours["config"],
+            untuned=ours.get("untuned", ()),
             data=ours["data"],
             metric=ours["metric"],
             acting=name,
@@ -467,6 +469,7 @@ def authors_record(run: Path, arguments: argparse.Namespace) -> tuple[Mapping[st
         )
         record["versions"] |= {key: value for key, value in worker.about.items() if key != "device"}
         record["versions"]["authors' code"] = commit_of(arguments.against_jax)
+        record["versions"]["authors' precision"] = "JAX's default, whatever config says"
         write_text(out / RECORD_FILE, json.dumps(record, indent=2) + "\n")
     return ours, load_record(out)
 
@@ -503,7 +506,11 @@ def compare_runs(arguments: argparse.Namespace) -> None:
             print(f"| {step:,} | {own:.0f} | {other:.0f} | {each} |")
         for ours, theirs in pairs:
             taken = [1e3 * it["time"]["updates"] / it["config"]["offline_steps"] for it in (ours, theirs)]
-            print(f"\nseed {ours['seeds']['training']}: {taken[0]:.1f} ms an update, the authors' {taken[1]:.1f} ms")
+            precision = ours["config"].get("precision", "highest")
+            print(
+                f"\nseed {ours['seeds']['training']}: {taken[0]:.1f} ms an update with precision={precision}, the authors' "
+                f"{taken[1]:.1f} ms"
+            )
 
 
 def main() -> Any:

@@ -5,7 +5,8 @@
 
 OUT/TASK/ALGO/seedN gets a run's record.json (without this machine's folders) and metrics.jsonl, OUT/TASK the learning curves, and
 OUT/README.md is begun where there is none. What stands between its markers is written anew each time; the rest is its
-author's, who says what agrees with the paper and what does not. `deflow report --check` holds the page to the records.
+author's, who says what agrees with the paper and what does not. `deflow report --check` holds the page to the records. A record
+of other settings than the one that is kept in its place is refused, and what the page has no marker for is named.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from deflow_torchrl.reports.check import check_file, write_file
 from deflow_torchrl.reports.page import draw_curves
 from deflow_torchrl.reports.records import RECORD_FILE
 from deflow_torchrl.reports.runs import FinishedRun, find_runs
+from deflow_torchrl.reports.tables import shared
 from deflow_torchrl.runs.folder import CONFIG_FILE
 from deflow_torchrl.tasks.protocols import get_protocol, protocol_names
 
@@ -63,6 +65,9 @@ def collect(arguments: argparse.Namespace) -> None:
     find_runs(finished)  # two runs of one cell and seed are refused
     places = targets(arguments.out, finished)
     for target, folder in places.items():
+        if (target / RECORD_FILE).is_file() and not same_settings(load_record(target), load_record(folder)):
+            raise InputError(f"{folder} has other settings or data than {target} that is kept; take another --out")
+    for target, folder in places.items():
         target.mkdir(parents=True, exist_ok=True)
         write_text(target / RECORD_FILE, as_text(without_places(load_record(folder))))
         if (folder / "metrics.jsonl").is_file():
@@ -74,9 +79,23 @@ def collect(arguments: argparse.Namespace) -> None:
         write_text(page, skeleton(runs, arguments.out, figures, label=arguments.label))
     write_file(check_file(page))
     size = sum(path.stat().st_size for path in arguments.out.rglob("*") if path.is_file())
-    print(f"{len(places)} runs kept in {arguments.out}, {size / 1e6:.1f} MB in all; {page} has their tables")
+    print(f"{len(places)} runs kept in {arguments.out}, {size / 1e6:.1f} MB in all")
+    bare = without_table(page, runs)
+    print(f"{page} has no table of {listed(bare)}; write a marker for it" if bare else f"{page} has their tables")
     if begun:
         print(f"left out, not finished: {', '.join(map(str, begun))}")
+
+
+def same_settings(kept: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Whether two records are of one run, or of one made once more."""
+    return shared(kept) == shared(new) and all(kept[name] == new[name] for name in ("algo", "variant", "seeds"))
+
+
+def without_table(page: Path, runs: Sequence[FinishedRun]) -> list[Path]:
+    """Folders of kept runs that no marker of the page names."""
+    lines = [line for line in page.read_text(encoding="utf-8").splitlines() if "deflow-report:" in line]
+    named = {(page.parent / word).resolve() for line in lines for word in line.split()}
+    return sorted({run.folder.parent for run in runs if not named & {run.folder, *run.folder.parents}})
 
 
 def listed(folders: Sequence[Path]) -> str:

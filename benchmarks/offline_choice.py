@@ -6,7 +6,9 @@
 Every run below the folders is judged by held-out episodes (its checkpoint and data have to be there) and written to the file at
 once, so that the same command goes on after an interruption; success is the mean of the protocol's last evaluations. Kendall's
 tau-b between each number and success is taken over the runs of a task: over all of them, and among the runs of each method,
-where it is asked which of several seeds to keep. Runs in chunks of actions are left out: `--offline` reads single steps.
+where it is asked which of several seeds to keep. The p-value is two-sided, by shuffling success among these runs; from 5% on a
+cell says "cannot tell", and no correction is made for the number of cells. Runs in chunks of actions are left out: `--offline`
+reads single steps. The protocol's data have few validation episodes; `--held-out` names more.
 """
 
 from __future__ import annotations
@@ -24,10 +26,10 @@ from deflow_torchrl.errors import InputError
 from deflow_torchrl.paths import write_text
 from deflow_torchrl.progress import progress_bar
 from deflow_torchrl.reports.runs import find_runs, score_of
-from deflow_torchrl.reports.statistics import kendall_tau
 from deflow_torchrl.runs.offline import evaluate_offline
 from deflow_torchrl.tasks.protocols import get_protocol
 
+SHUFFLES = 2_000
 NUMBERS = {
     "fitted Q": ("fitted_q", "value"),
     "ranks of Q and observed returns": ("critics", "kendall_tau", "value"),
@@ -38,21 +40,30 @@ NUMBERS = {
 """Name -> where it stands in the result of `deflow eval --offline`; a name with a minus is turned, so that more is better."""
 
 
-def judge(folders: Sequence[Path], out: Path, updates: int, last: int | None) -> None:
+def judge(arguments: argparse.Namespace) -> None:
     """Add the runs that the file does not have yet."""
+    out, last = arguments.out, get_protocol(arguments.protocol).averaged
     known = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
-    runs = [run for run in find_runs(folders) if run.record["config"].get("chunk") in (None, 1)]
+    how = {"data": arguments.held_out, "updates": arguments.fit_updates}
+    runs = [run for run in find_runs(arguments.runs) if "code" not in run.record["variant"]]
     for run in progress_bar(runs, desc="judge", unit="run"):
-        name = f"{run.task}/{run.column}/seed{run.seed}"
+        if run.record["config"].get("chunk") not in (None, 1):
+            continue
+        column = run.folder.parent.name
+        name = f"{run.task}/{column}/seed{run.seed}"
+        about = {"config_sha256": run.record["config_sha256"], **how}
+        if name in known and known[name]["about"] != about:
+            raise InputError(
+                f"{out} has {name} of another run or judged in another way than {run.folder}; take another --out"
+            )
         if name not in known:
-            result = evaluate_offline(run.folder, updates=updates, show_progress=False)
-            success = score_of(run.record, last=last).value
             known[name] = {
                 "task": run.task,
-                "column": run.column,
+                "column": column,
                 "seed": run.seed,
-                "success": success,
-                "offline": result,
+                "about": about,
+                "success": score_of(run.record, last=last).value,
+                "offline": evaluate_offline(run.folder, **how, show_progress=False),
             }
             write_text(out, json.dumps(known, indent=1))
 
@@ -65,26 +76,47 @@ def number(run: Mapping[str, Any], name: str) -> float | None:
     return found if found is None or not name.startswith("-") else -found
 
 
+def association(groups: Sequence[Sequence[tuple[float, float]]]) -> tuple[float, float] | None:
+    """Kendall's tau-b within groups, a mean weighted by their pairs, and its p-value; None where no group can be ordered."""
+    generator, taus, weights = np.random.default_rng(0), [], []
+    for group in groups:
+        number, success = (np.asarray(it, np.float64) for it in zip(*group, strict=True))
+        signs = [np.sign(it[:, None] - it) for it in (number, success)]
+        size = np.sqrt(np.prod([np.abs(it).sum() for it in signs]))
+        if size > 0:
+            orders = [np.arange(len(group)), *(generator.permutation(len(group)) for _ in range(SHUFFLES))]
+            taus.append([(signs[0] * signs[1][order][:, order]).sum() / size for order in orders])
+            weights.append(len(group) * (len(group) - 1) / 2)
+    if not taus:
+        return None
+    found, *shuffled = np.average(taus, axis=0, weights=weights).tolist()
+    return found, float(np.mean(np.abs([found, *shuffled]) >= abs(found) - 1e-12))
+
+
 def correlations(runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Markdown lines: a row a number and task, over all runs and within methods (a mean weighted by their pairs)."""
+    """Markdown lines: a row a number and task, over all runs and within methods; then which fits cannot be trusted."""
     lines = ["| number | task | runs | tau over all runs | tau within methods |", "|---|---|---|---|---|"]
+
+    def cell(found: tuple[float, float] | None) -> str:
+        return (
+            "" if found is None else f"{found[0]:+.2f} (p {found[1]:.2f}{', cannot tell' if found[1] >= 0.05 else ''})"
+        )
+
     for name in NUMBERS:
         for task in sorted({run["task"] for run in runs}):
-            here = [
-                (run["column"], value, run["success"])
-                for run in runs
-                if run["task"] == task and (value := number(run, name)) is not None
-            ]
-            taus, weights = [], []
-            for column in {it[0] for it in here}:
-                own = [it[1:] for it in here if it[0] == column]
-                if len(own) > 1 and (tau := kendall_tau(*zip(*own, strict=True))) is not None:
-                    taus.append(tau)
-                    weights.append(len(own) * (len(own) - 1) / 2)
-            over = kendall_tau([it[1] for it in here], [it[2] for it in here]) if len(here) > 1 else None
-            within = f"{np.average(taus, weights=weights):+.2f}" if taus else ""
-            lines.append(f"| {name} | {task} | {len(here)} | {'' if over is None else f'{over:+.2f}'} | {within} |")
-    return lines
+            by_column: dict[str, list[tuple[float, float]]] = {}
+            for run in runs:
+                if run["task"] == task and (value := number(run, name)) is not None:
+                    by_column.setdefault(run["column"], []).append((value, run["success"]))
+            groups = list(by_column.values())
+            together = [pair for group in groups for pair in group]
+            over, within = association([together] if together else []), association(groups)
+            lines.append(f"| {name} | {task} | {len(together)} | {cell(over)} | {cell(within)} |")
+    fits = [fit for run in runs if (fit := run["offline"]["fitted_q"]) is not None]
+    moving = sum(not fit["low"] <= fit["halfway"] <= fit["high"] for fit in fits)
+    episodes = sorted({run["offline"]["held_out"]["episodes"] for run in runs})
+    held = " to ".join(map(str, dict.fromkeys([episodes[0], episodes[-1]]))) if episodes else "no"
+    return [*lines, "", f"{held} held-out episodes; fitted Q evaluation still moved in {moving} of {len(fits)} runs."]
 
 
 def main() -> None:
@@ -93,11 +125,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/offline_choice.json"), help="[default: %(default)s]")
     parser.add_argument("--read", type=Path, help="print the table of this file, and judge nothing")
     parser.add_argument("--protocol", default="small", help="of the runs [default: %(default)s]")
-    parser.add_argument("--fit-updates", type=int, default=3_000, help="as of deflow eval [default: %(default)s]")
+    parser.add_argument("--held-out", metavar="DATA", help="as of deflow eval [default: the validation split]")
+    parser.add_argument("--fit-updates", type=int, help="as of deflow eval [default: 50 / (1 - gamma)]")
     arguments = parser.parse_args()
     try:
         if arguments.read is None:
-            judge(arguments.runs, arguments.out, arguments.fit_updates, get_protocol(arguments.protocol).averaged)
+            judge(arguments)
         path = arguments.read or arguments.out
         if not path.is_file():
             raise InputError(f"{path} is missing; make it with: {sys.argv[0]} RUNS --out {path}")

@@ -42,13 +42,36 @@ def numbers(run: FinishedRun) -> Mapping[str, float]:
     return found
 
 
+def side(place: Path) -> tuple[str, dict[tuple[str, str, int], FinishedRun]]:
+    """The precision of a folder's runs, and the runs by task, method and seed; the authors' beside ours are left out.
+
+    Raises:
+        InputError: if two are of one task, method and seed, or they are of several precisions.
+    """
+    found: dict[tuple[str, str, int], FinishedRun] = {}
+    names = {}
+    for run in find_runs([place]):
+        if "code" in run.record["variant"]:
+            continue
+        other = found.setdefault((run.task, run.record["algo"], run.seed), run)
+        if other is not run:
+            raise InputError(f"{other.folder} and {run.folder} are of one task, method and seed; leave one out")
+        names[run.record["config"].get("precision", "highest")] = run.folder
+    if len(names) > 1:
+        raise InputError(
+            f"{' and '.join(str(folder) for folder in names.values())} are of several precisions: {', '.join(names)}"
+        )
+    return next(iter(names), ""), found
+
+
 def compare(first: Path, second: Path) -> list[str]:
     """Markdown lines, a row a task and number."""
-    sides = [{(run.task, run.record["algo"], run.seed): run for run in find_runs([place])} for place in (first, second)]
-    names = [next(iter(side.values())).record["config"].get("precision", "highest") for side in sides]
+    names, sides = zip(side(first), side(second), strict=True)
     shared = sorted(sides[0].keys() & sides[1].keys())
     if not shared:
         raise InputError(f"{first} and {second} have no run of the same task, method and seed")
+    if names[0] == names[1]:
+        raise InputError(f"the runs in {first} and {second} are both of precision={names[0]}")
     lines = [
         f"| task | method | seeds | number | {names[0]} | {names[1]} | std over seeds | paired difference |",
         "|---|---|---|---|---|---|---|---|",
@@ -56,6 +79,8 @@ def compare(first: Path, second: Path) -> list[str]:
     for task, algo in dict.fromkeys(key[:2] for key in shared):
         pairs = [[numbers(side[key]) for side in sides] for key in shared if key[:2] == (task, algo)]
         for name in pairs[0][0]:
+            if not all(name in one for pair in pairs for one in pair):
+                continue
             values = np.array([[one[name] for one in pair] for pair in pairs])
             gaps = values[:, 1] - values[:, 0]
             several = len(gaps) > 1

@@ -67,8 +67,8 @@ def compare(arguments: argparse.Namespace) -> dict[str, object]:
         for name in others
     }
     return {
-        "run": str(arguments.run), "step": loaded.state["step"], "seed": arguments.seed, "metric": loaded.task.metric,
-        "plain": plain, "evaluations": evaluated, "differences": differences,
+        "run": str(arguments.run), "task": loaded.task.name, "step": loaded.state["step"], "seed": arguments.seed,
+        "metric": loaded.task.metric, "plain": plain, "evaluations": evaluated, "differences": differences,
     }  # fmt: skip
 
 

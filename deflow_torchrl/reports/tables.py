@@ -391,17 +391,17 @@ def unlike_notes(runs: Sequence[FinishedRun]) -> list[str]:
     for (task, _), methods in groups.items():
         unlike = []
         for name in _ALIKE:
-            values = {method: sorted({_shared(it, name) for it in records}) for method, records in methods.items()}
+            values = {method: sorted({shared(it)[name] for it in records}) for method, records in methods.items()}
             if any(each != next(iter(values.values())) for each in values.values()):
                 unlike.append(f"{name} " + ", ".join(f"{' and '.join(each)} of {it}" for it, each in values.items()))
         lines += [f"Not alike on {task}: {'; '.join(unlike)}."] if unlike else []
     return lines
 
 
-def _shared(record: Mapping[str, Any], name: str) -> str:
-    if name == "data":
-        return (record["data"]["sha256"] or "unknown")[:8]
-    return as_setting(record["config"].get(name, _ALIKE[name]))
+def shared(record: Mapping[str, Any]) -> dict[str, str]:
+    """What runs of one task must have alike for a comparison: data, steps, batch, networks, chunks, precision; as texts."""
+    settings = {name: as_setting(record["config"].get(name, usual)) for name, usual in _ALIKE.items()}
+    return settings | {"data": (record["data"]["sha256"] or "unknown")[:8]}
 
 
 def online_progress(records: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -163,7 +163,7 @@ def table(records: dict[tuple[str, int], dict[str, Any]]) -> str:
     lines = [
         "# Offline to online on cube-single-play",
         "",
-        "**Regenerated data, small protocol: not comparable with the paper's numbers.** Written by",
+        "**Regenerated data, small networks, few steps: not comparable with the paper's numbers.** Written by",
         "`python benchmarks/offline_to_online.py render` from the records beside this file; the runs are made by",
         f"`python benchmarks/offline_to_online.py run`. Task {TASK}, {record['data']['transitions']:,} transitions of OGBench's",
         f"oracle (SHA-256 {record['data']['sha256'][:16]}...), {record['evaluations']['deflow']['episodes']} evaluation",

@@ -322,6 +322,11 @@ class TransitionDataset(Transitions):
         return self._bounds.diff()
 
     @property
+    def start_rows(self) -> torch.Tensor:
+        """Number of the first transition of each episode that has one."""
+        return self.episode_starts[self.episode_lengths > 0]
+
+    @property
     def device(self) -> torch.device:
         """Where the transitions are kept."""
         return self.action.device

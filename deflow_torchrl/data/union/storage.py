@@ -341,7 +341,7 @@ class UnionStorage(Storage):
             self._set_discarded(self._discarded[~torch.isin(self._discarded, slots)])
         self.written += count
         if self.returns is not None:
-            self.returns.written(slots, self.written)
+            self.returns.written(slots, self.written, self._discarded)
         return ((self.num_offline + slots) % self.max_size).to(self.device, non_blocking=True)
 
     def _write(self, slots: torch.Tensor, columns: Columns) -> None:
@@ -456,11 +456,10 @@ class UnionStorage(Storage):
         self.check_state(state_dict)
         self.written = state_dict["written"]
         self._write(torch.arange(self.held_online), [state_dict["online"][name] for name in NAMES])
-        if self.returns is not None:  # in the order in which they were written
-            self.returns.written(
-                (torch.arange(self.held_online) + self.written - self.held_online) % self.slots, self.written
-            )
         self._set_discarded(state_dict["discarded"].cpu().clone())
+        if self.returns is not None:  # in the order in which they were written
+            slots = (torch.arange(self.held_online) + self.written - self.held_online) % self.slots
+            self.returns.written(slots, self.written, self._discarded)
 
 
 class UnionWriter(Writer):

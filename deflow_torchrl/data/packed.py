@@ -29,13 +29,13 @@ class PackedColumn:
         source: name of the arrays, for messages.
 
     Raises:
-        InputError: on arrays of another kind or of different lengths; by reading, on NaN or infinity.
+        InputError: on arrays of another kind or of different lengths.
     """
 
     def __init__(self, columns: Mapping[str, Column], *, source: str) -> None:
-        self._columns, self._source = {name: columns[name] for name in sorted(columns)}, source
+        self.columns = {name: columns[name] for name in sorted(columns)}
         self.entries: dict[str, list[int]] = {}
-        for name, column in self._columns.items():
+        for name, column in self.columns.items():
             shape, dtype = tuple(column.shape), np.dtype(column.dtype)
             if len(shape) == 4:
                 check_pictures(name, shape, dtype, source=source)
@@ -45,28 +45,32 @@ class PackedColumn:
                     "uint8 or vectors [N, O]"
                 )
             self.entries[name] = list(shape[1:])
-        lengths = {name: column.shape[0] for name, column in self._columns.items()}
+        lengths = {name: column.shape[0] for name, column in self.columns.items()}
         if len(set(lengths.values())) != 1:
             raise InputError(f"{source}: observations differ in length: {lengths}")
-        kinds = {3: np.uint8, 1: np.float32}
-        self._row = np.dtype([(name, kinds[len(shape)], tuple(shape)) for name, shape in self.entries.items()])
+        self._row = _row_type(self.entries)
         self.shape = (next(iter(lengths.values())), self._row.itemsize)
         self.dtype = np.dtype(np.uint8)
 
     def __getitem__(self, rows: slice) -> np.ndarray:
-        """Pack consecutive rows."""
-        parts = {name: np.asarray(column[rows]) for name, column in self._columns.items()}
-        for name, part in parts.items():
-            finite = np.isfinite(part).reshape(len(part), -1).all(1)
-            if not finite.all():
-                row = rows.indices(self.shape[0])[0] + int(finite.argmin())
-                raise InputError(
-                    f"{self._source}: {name} has a NaN or infinite value in row {row}; repair or drop that trajectory"
-                )
-        packed = np.zeros(len(part), self._row)
-        for name in self.entries:
-            packed[name] = parts[name]
+        """Pack consecutive rows; what is not finite stays so."""
+        parts = {name: np.asarray(column[rows]) for name, column in self.columns.items()}
+        packed = np.zeros(len(next(iter(parts.values()))), self._row)
+        with np.errstate(over="ignore"):  # a number beyond float32's range becomes infinite, which is refused later
+            for name in self.entries:
+                packed[name] = parts[name]
         return packed.view(np.uint8).reshape(len(packed), -1)
+
+
+def entries_of(packed: np.ndarray, entries: Entries) -> dict[str, np.ndarray]:
+    """Views of the observations in rows ``[n, P]`` of a :class:`PackedColumn`, ``[n, *shape]`` each."""
+    rows = packed.view(_row_type(entries)).reshape(len(packed))
+    return {name: rows[name] for name in entries}
+
+
+def _row_type(entries: Entries) -> np.dtype:
+    kinds = {3: np.uint8, 1: np.float32}
+    return np.dtype([(name, kinds[len(shape)], tuple(shape)) for name, shape in entries.items()])
 
 
 def packed_columns(observations: Any, next_observations: Any, *, source: str) -> tuple[Any, Any, dict[str, list[int]]]:

@@ -151,7 +151,7 @@ def test_several_observations_in_python_are_a_dictionary():
     for changes, said in (
         ({"joints": joints[:4]}, "differ in length"),
         ({"front": front.astype(np.float32)}, "must be uint8"),
-        ({"joints": np.full((6, 2), np.nan)}, "'joints'|joints has a NaN"),
+        ({"joints": np.full((6, 2), np.nan)}, "observations 'joints' has a NaN"),
     ):
         with pytest.raises(InputError, match=said):
             TransitionDataset.from_arrays({**observations, **changes}, *rest)

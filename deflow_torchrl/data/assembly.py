@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -36,7 +36,7 @@ def fill_from_arrays(
     allow_jumps: bool | float = False,
     source: str = "the data",
     about: dict[str, Any] | None = None,
-    folder: Path | None = None,
+    folder: str | os.PathLike[str] | None = None,
 ) -> Any:
     """Fill a builder (:class:`deflow_torchrl.data.TransitionBuilder`) from arrays with one row a step, and finish it.
 

@@ -74,7 +74,8 @@ def test_a_stacked_set_survives_copies_pickles_and_processes(mapped, tmp_path):
     if mapped:
         dataset.write_about(tmp_path)
     expected = dataset[:]["next", "observation"]
-    for other in (copy.deepcopy(dataset), pickle.loads(pickle.dumps(dataset)), dataset.to("cpu")):
+    saved = TransitionDataset.load(dataset.save(tmp_path / "saved"))
+    for other in (saved, copy.deepcopy(dataset), pickle.loads(pickle.dumps(dataset)), dataset.to("cpu")):
         assert torch.equal(other[:]["next", "observation"], expected)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         assert torch.equal(pool.apply(_next_observations, (dataset,)), expected)

@@ -12,7 +12,8 @@ import torch
 
 from deflow_torchrl.data.checks import check_pictures
 from deflow_torchrl.data.columns import Column, as_column, chunks, rows_a_chunk
-from deflow_torchrl.data.packed import Entries, entries_of, packed_columns
+from deflow_torchrl.data.packed import entries_of, packed_columns
+from deflow_torchrl.entries import Entries
 from deflow_torchrl.errors import InputError
 
 # next_observations[i] and observations[i + 1] of one episode are the same number written twice; FQL's tolerance is 1e-6.

@@ -30,9 +30,9 @@ from deflow_torchrl.data.builder import ColumnBuilder
 from deflow_torchrl.data.checks import Jump, ValidationReport, validate
 from deflow_torchrl.data.chunks import ChunkedDataset, Ends
 from deflow_torchrl.data.columns import POSITIONAL_READS, RowFile, map_column, release_pages
-from deflow_torchrl.data.packed import Entries, unpack
 from deflow_torchrl.data.schema import Rows
 from deflow_torchrl.data.transitions import Transitions, row_numbers
+from deflow_torchrl.entries import Entries, unpack
 from deflow_torchrl.errors import InputError, one_line
 from deflow_torchrl.paths import make_writable_folder, only_one_prepares, write_text
 

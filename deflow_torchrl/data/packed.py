@@ -3,20 +3,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import torch
-from tensordict import TensorDict
 
 from deflow_torchrl.data.checks import check_pictures
 from deflow_torchrl.data.columns import Column, as_column
+from deflow_torchrl.entries import Entries
 from deflow_torchrl.errors import InputError
-
-Entries = Mapping[str, Sequence[int]]
-"""Name -> shape of an observation: ``[H, W, C]`` of a uint8 picture, ``[O]`` of a float32 vector; by name, as the bytes are."""
 
 
 class PackedColumn:
@@ -91,31 +86,9 @@ def packed_columns(observations: Any, next_observations: Any, *, source: str) ->
     return packed[0], packed[1] if len(packed) > 1 else None, packed[0].entries
 
 
-def unpack(packed: torch.Tensor, entries: Entries, frame_stack: int = 1) -> TensorDict:
-    """Read bytes ``[*B, k * P]`` of k stacked steps; ``[*B]``.
-
-    Pictures are joined along their channels, the oldest first; a vector is the newest step's.
-    """
-    steps = packed.unflatten(-1, (frame_stack, -1))
-    found, begin = {}, 0
-    for name, shape in entries.items():
-        width = _bytes(shape)
-        part = steps[..., begin : begin + width]
-        begin += width
-        if len(shape) == 3:
-            found[name] = part.unflatten(-1, tuple(shape)).movedim(packed.ndim - 1, -2).flatten(-2)
-        else:
-            found[name] = part[..., -1, :].clone(memory_format=torch.contiguous_format).view(torch.float32)
-    return TensorDict(found, batch_size=packed.shape[:-1])
-
-
 def stacked_shapes(entries: Entries, frame_stack: int) -> dict[str, list[int]]:
     """Shapes of the observations that :func:`unpack` gives."""
     return {
         name: [*shape[:-1], shape[-1] * frame_stack] if len(shape) == 3 else list(shape)
         for name, shape in entries.items()
     }
-
-
-def _bytes(shape: Sequence[int]) -> int:
-    return math.prod(shape) * (1 if len(shape) == 3 else 4)

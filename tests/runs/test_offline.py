@@ -3,14 +3,19 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
 
+from deflow_torchrl.algorithms import get_algorithm
+from deflow_torchrl.data import TransitionDataset
 from deflow_torchrl.modules import FlowMatchingPolicy
-from deflow_torchrl.runs.offline import flow_likelihood
+from deflow_torchrl.runs.offline import fit_q, flow_likelihood
 from tests.support.command_line import assert_one_line, deflow
 from tests.support.generation import DATASET
+from tests.support.networks import ACTION_DIM, OBSERVATION_DIM
+from tests.support.updates import PROBLEM
 
 OBSERVATION = 3
 TASK = DATASET.replace("-v0", "-singletask-task2-v0")
@@ -73,3 +78,16 @@ def test_the_likelihood_of_a_flow_that_scales_its_noise_is_a_gaussians():
     expected = -torch.distributions.Normal(0.0, 2.0).log_prob(action).mean()
     found = flow_likelihood(policy, data)["negative_log_likelihood"]
     assert found == pytest.approx(float(expected), abs=1e-4)
+
+
+def test_held_out_episodes_of_one_observation_are_passed_over():
+    flags = {
+        "terminals": np.zeros(6),
+        "timeouts": np.array([0, 0, 1, 0, 1, 1]),
+    }  # the last row is an episode of its own
+    places = np.arange(6.0)[:, None] * np.ones((1, OBSERVATION_DIM))
+    held = TransitionDataset.from_arrays(places, np.zeros((6, ACTION_DIM)), np.ones(6), **flags)
+    assert held.num_episodes == 3
+    policy = (algorithm := get_algorithm("bc")).build(algorithm.config(), PROBLEM).policy
+    found = fit_q(policy, PROBLEM, held, held, gamma=0.9, updates=1, show_progress=False)
+    assert math.isfinite(found["value"])

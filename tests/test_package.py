@@ -108,7 +108,7 @@ ARROWS = {
     "data": set(),
     "envs": set(),
 }
-SHARED = {"errors", "generators", "open_loop", "paths", "plugins", "processes", "progress", "versions"}
+SHARED = {"entries", "errors", "generators", "open_loop", "paths", "plugins", "processes", "progress", "versions"}
 # Names that another room has now and these still export.
 REEXPORTS = {"deflow_torchrl.data.reexports", "deflow_torchrl.envs.reexports"}
 

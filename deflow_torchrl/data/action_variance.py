@@ -193,7 +193,8 @@ def _checked(name: str, values: torch.Tensor | np.ndarray) -> torch.Tensor:
     if isinstance(values, np.ndarray):
         if values.dtype.kind != "f":
             raise InputError(f"{name} have type {values.dtype}, expected floating point")
-        values = torch.from_numpy(np.require(values, requirements=("C", "W")))
+        native = values.dtype.newbyteorder("=")  # torch has no other byte order
+        values = torch.from_numpy(np.require(values, native, ("C", "W")))
     if not isinstance(values, torch.Tensor):
         raise InputError(f"{name} are a {type(values).__name__}, expected a tensor or an array")
     if not values.dtype.is_floating_point:

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -12,7 +12,8 @@ import torch
 
 from deflow_torchrl.data.checks import check_pictures
 from deflow_torchrl.data.columns import Column, as_column, chunks, rows_a_chunk
-from deflow_torchrl.data.packed import packed_columns
+from deflow_torchrl.data.packed import entries_of, packed_columns
+from deflow_torchrl.entries import Entries
 from deflow_torchrl.errors import InputError
 
 # next_observations[i] and observations[i + 1] of one episode are the same number written twice; FQL's tolerance is 1e-6.
@@ -36,25 +37,35 @@ def fill_from_arrays(
     allow_jumps: bool | float = False,
     source: str = "the data",
     about: dict[str, Any] | None = None,
-    folder: Path | None = None,
+    folder: str | os.PathLike[str] | None = None,
 ) -> Any:
     """Fill a builder (:class:`deflow_torchrl.data.TransitionBuilder`) from arrays with one row a step, and finish it.
 
     The arrays and options are those of :meth:`deflow_torchrl.data.TransitionDataset.from_arrays`.
     """
     about = dict(about or {})
+    tolerance = same_relative(observations, next_observations)
     if isinstance(observations, Mapping) or isinstance(next_observations, Mapping):
         observations, next_observations, about["entries"] = packed_columns(
             observations, next_observations, source=source
         )
-    tolerance = same_relative(observations, next_observations)
+    entries = about.get("entries")
     observations, actions = as_column("observations", observations, source), as_column("actions", actions, source)
     if next_observations is not None:
         next_observations = as_column("next_observations", next_observations, source)
     _check_shapes(source, observations, actions, next_observations)
     length = actions.shape[0]
     reward, terminal, timeout = _outcomes(rewards, terminals, timeouts, both, length=length, source=source)
-    ends = _ends(terminal, timeout, episode_ends, observations, next_observations, source=source, tolerance=tolerance)
+    ends = _ends(
+        terminal,
+        timeout,
+        episode_ends,
+        observations,
+        next_observations,
+        source=source,
+        tolerance=tolerance,
+        entries=entries,
+    )
 
     if isinstance(rewards, str) and rewards == REWARDS[0]:
         reached = np.append(ends[1:], False) & ~ends if final_observation_rows else ends
@@ -74,7 +85,7 @@ def fill_from_arrays(
     extra = ends & successor  # rows after which a frame of their own is stored
     numbers = np.cumsum(successor) - successor  # transition number of each row
     first_rows = np.concatenate([[0], np.flatnonzero(ends)[:-1] + 1])
-    images = np.dtype(observations.dtype) == np.uint8 and (len(observations.shape) > 2 or "entries" in about)
+    images = np.dtype(observations.dtype) == np.uint8 and (len(observations.shape) > 2 or entries is not None)
     builder = make_builder(
         int(successor.sum()),
         frames=length + int(extra.sum()),
@@ -85,7 +96,7 @@ def fill_from_arrays(
         folder=folder,
     )
     for own, part, final in _frames(
-        observations, next_observations, ends, terminal, tolerance=tolerance, source=source
+        observations, next_observations, ends, terminal, tolerance=tolerance, source=source, entries=entries
     ):
         after = np.flatnonzero(extra[own]) + 1
         wide = (
@@ -144,6 +155,7 @@ def _frames(
     *,
     tolerance: float,
     source: str,
+    entries: Entries | None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Yield (row numbers, s, s') some megabytes at a time; s stands in where s' is not given."""
     rows = rows_a_chunk(observations)
@@ -152,9 +164,11 @@ def _frames(
     for begin, part in chunks(observations, rows=rows):
         own = np.arange(begin, begin + len(part))
         final = part
+        for name, values in entries_of(part, entries).items() if entries else ():
+            _check_finite(f"observations {name!r}", values, np.zeros(len(part), bool), own, source)
         if followers is not None:
-            final = _without_placeholders(part, next(followers)[1], terminal[own], own, source)
-            jumps = ~_follows(part, final, before, tolerance) & ~ends[own - 1]
+            final = _without_placeholders(part, next(followers)[1], terminal[own], own, source=source, entries=entries)
+            jumps = ~_follows(part, final, before, tolerance, entries) & ~ends[own - 1]
             if jumps.any():
                 row = begin + int(jumps.argmax())
                 raise InputError(
@@ -167,21 +181,33 @@ def _frames(
 
 
 def _without_placeholders(
-    part: np.ndarray, final: np.ndarray, terminal: np.ndarray, rows: np.ndarray, source: str
+    part: np.ndarray, final: np.ndarray, terminal: np.ndarray, rows: np.ndarray, *, source: str, entries: Entries | None
 ) -> np.ndarray:
     """Put s in the place of NaN in the s' of terminal rows, which nobody looks behind; refuse NaN elsewhere and infinity."""
-    if final.dtype.kind != "f":
+    if entries:
+        final = final.copy()
+        own = entries_of(part, entries)
+        for name, values in entries_of(final, entries).items():
+            missing = _check_finite(f"next_observations {name!r}", values, terminal, rows, source)
+            values[missing] = own[name][missing]
         return final
-    flat = final.reshape(len(final), -1)
+    missing = _check_finite("next_observations", final, terminal, rows, source)
+    return np.where(missing.reshape(-1, *[1] * (final.ndim - 1)), part, final) if missing.any() else final
+
+
+def _check_finite(name: str, values: np.ndarray, terminal: np.ndarray, rows: np.ndarray, source: str) -> np.ndarray:
+    """Find the rows with a NaN, bool ``[n]``; refuse those that are not terminal, and infinity."""
+    if values.dtype.kind != "f":
+        return np.zeros(len(values), bool)
+    flat = values.reshape(len(values), -1)
     missing = np.isnan(flat).any(1)
     if (bad := np.isinf(flat).any(1) | (missing & ~terminal)).any():
         first = bad.argmax()
-        where = "" if terminal[first] else ", which is not terminal"
+        where = "" if terminal[first] or not name.startswith("next") else ", which is not terminal"
         raise InputError(
-            f"{source}: next_observations has a NaN or infinite value in row {rows[first]}{where}; repair or drop that "
-            "trajectory"
+            f"{source}: {name} has a NaN or infinite value in row {rows[first]}{where}; repair or drop that trajectory"
         )
-    return np.where(missing.reshape(-1, *[1] * (final.ndim - 1)), part, final) if missing.any() else final
+    return missing
 
 
 def _check_shapes(source: str, observations: Column, actions: Column, next_observations: Column | None) -> None:
@@ -242,6 +268,7 @@ def _ends(
     *,
     source: str,
     tolerance: float,
+    entries: Entries | None,
 ) -> np.ndarray:
     """Find the last rows of the episodes, bool ``[N]``."""
     length, flagged = len(terminal), terminal | timeout
@@ -259,7 +286,7 @@ def _ends(
             )
         if next_observations is None:
             raise InputError(f"{source}: ends can be found by discontinuity only where next_observations are given")
-        return discontinuities(observations, next_observations, tolerance) | flagged
+        return discontinuities(observations, next_observations, tolerance, entries) | flagged
     if isinstance(told, (int, np.integer)) and not isinstance(told, bool):
         if told < 2 or length % told:
             raise InputError(f"{source}: {length} rows are not whole episodes of {told} rows")
@@ -280,8 +307,16 @@ def _ends(
     return ends
 
 
-def discontinuities(observations: Column, next_observations: Column, tolerance: float = _SAME_RELATIVE) -> np.ndarray:
-    """Find the rows whose s' is not the next row's s up to a relative ``tolerance``, and the last row, bool ``[N]``."""
+def discontinuities(
+    observations: Column,
+    next_observations: Column,
+    tolerance: float = _SAME_RELATIVE,
+    entries: Entries | None = None,
+) -> np.ndarray:
+    """Find the rows whose s' is not the next row's s up to a relative ``tolerance``, and the last row, bool ``[N]``.
+
+    ``entries`` are those of packed observations, which are compared one by one.
+    """
     ends = np.zeros(observations.shape[0], bool)
     ends[-1] = True
     rows = rows_a_chunk(observations)
@@ -289,13 +324,16 @@ def discontinuities(observations: Column, next_observations: Column, tolerance: 
     for (begin, part), (_, following) in zip(
         chunks(observations, rows=rows), chunks(next_observations, rows=rows), strict=True
     ):
-        ends[begin - 1 + np.flatnonzero(~_follows(part, following, before, tolerance))] = True
+        ends[begin - 1 + np.flatnonzero(~_follows(part, following, before, tolerance, entries))] = True
         before = following[-1:]
     return ends
 
 
 def same_relative(observations: Any, next_observations: Any) -> float:
-    """The relative difference of numbers that are equal but were rounded to two types."""
+    """The relative difference of numbers that are equal but were rounded to two types; of several observations the largest."""
+    own, following = (getattr(arrays, "columns", arrays) for arrays in (observations, next_observations))
+    if isinstance(own, Mapping) and isinstance(following, Mapping):
+        return max((same_relative(own[name], following[name]) for name in own.keys() & following.keys()), default=0.0)
     steps = [_rounding(array) for array in (observations, next_observations)]
     return max(_SAME_RELATIVE, *steps) if steps[0] != steps[1] else _SAME_RELATIVE
 
@@ -310,12 +348,27 @@ def _rounding(array: Any) -> float:
     return float(np.finfo(dtype).eps) if dtype is not None and np.dtype(dtype).kind == "f" else 0.0
 
 
-def _follows(part: np.ndarray, following: np.ndarray, before: np.ndarray | None, tolerance: float) -> np.ndarray:
+def _follows(
+    part: np.ndarray,
+    following: np.ndarray,
+    before: np.ndarray | None,
+    tolerance: float,
+    entries: Entries | None = None,
+) -> np.ndarray:
     """Compare each row's s with the s' of the row before it, bool ``[n]``; a row without one (``before``) counts as equal."""
     previous = np.concatenate([part[:1] if before is None else before, following[:-1]])
+    if not entries:
+        return ~_differ(previous, part, tolerance)
+    pairs = zip(entries_of(previous, entries).values(), entries_of(part, entries).values(), strict=True)
+    return ~np.any([_differ(one, other, tolerance) for one, other in pairs], axis=0)
+
+
+def _differ(previous: np.ndarray, part: np.ndarray, tolerance: float) -> np.ndarray:
+    if previous.dtype == part.dtype == np.uint8:
+        return (previous != part).reshape(len(part), -1).any(1)
     dtype = part.dtype.newbyteorder("=") if part.dtype.kind == "f" else np.dtype(np.float32)
     # A NaN is no jump: it is refused by its own name when it is stored.
     with np.errstate(invalid="ignore", over="ignore"):
         difference = np.abs(np.subtract(previous, part, dtype=dtype))
         jumps = difference > _SAME_ABSOLUTE + tolerance * np.abs(part)
-    return ~jumps.reshape(len(part), -1).any(1)
+    return jumps.reshape(len(part), -1).any(1)

@@ -176,10 +176,18 @@ class BaseActionBank:
         return self._both_states(self.buffer[begin // 2 : end // 2])
 
     def _both_states(self, transitions: TensorDictBase) -> TensorDictBase:
-        """Select the prior's inputs of s and s', alternating, ``[2 n]``."""
+        """Select the prior's inputs of s and s', alternating, ``[2 n]``; s stands in for NaN behind a terminated row."""
         keys = self._prior_keys
-        states = [transitions.select(*keys, strict=False), transitions["next"].select(*keys, strict=False)]
-        return torch.stack([state.exclude("next").reshape(-1) for state in states], 1).reshape(-1)
+        both = [transitions.select(*keys, strict=False), transitions["next"].select(*keys, strict=False)]
+        states = [state.exclude("next").reshape(-1) for state in both]
+        terminated = transitions.get(("next", "terminated"), None)
+        if terminated is not None:
+            own, following = states
+            for key, value in list(following.items(True, True)):
+                if value.is_floating_point():
+                    unused = terminated.reshape(-1) & value.isnan().reshape(len(value), -1).any(1)
+                    following[key] = torch.where(unused.view(-1, *[1] * (value.ndim - 1)), own[key], value)
+        return torch.stack(states, 1).reshape(-1)
 
     def extend(self, index: torch.Tensor) -> None:
         """Draw the base actions of transitions that were added to the buffer or have overwritten others.

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +49,13 @@ class ColumnBuilder:
         action_dim: int,
         source: str,
         observation_dtype: torch.dtype = torch.float32,
-        folder: Path | None = None,
+        folder: str | os.PathLike[str] | None = None,
     ) -> None:
         if transitions < MIN_TRANSITIONS:
             number = "no transition" if transitions == 0 else f"{transitions} transition"
             raise InputError(f"{source} holds {number}; at least {MIN_TRANSITIONS} are needed")
         self.source = source
-        self.folder = folder
+        self.folder = folder = None if folder is None else Path(folder).expanduser()
         self.clipped = 0
         """Numbers of actions moved to +-(1 - 1e-5)."""
         if folder is None and observation_dtype == torch.uint8:

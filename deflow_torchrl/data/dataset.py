@@ -30,9 +30,9 @@ from deflow_torchrl.data.builder import ColumnBuilder
 from deflow_torchrl.data.checks import Jump, ValidationReport, validate
 from deflow_torchrl.data.chunks import ChunkedDataset, Ends
 from deflow_torchrl.data.columns import POSITIONAL_READS, RowFile, map_column, release_pages
-from deflow_torchrl.data.packed import Entries, unpack
 from deflow_torchrl.data.schema import Rows
 from deflow_torchrl.data.transitions import Transitions, row_numbers
+from deflow_torchrl.entries import Entries, unpack
 from deflow_torchrl.errors import InputError, one_line
 from deflow_torchrl.paths import make_writable_folder, only_one_prepares, write_text
 
@@ -255,10 +255,15 @@ class TransitionDataset(Transitions):
             about: further facts about the set.
 
         Raises:
-            InputError: if there are not as many rewards as transitions.
+            InputError: if there are not as many rewards as transitions, or if they are not float32 or not finite.
         """
         if reward.shape != self.reward.shape:
             raise InputError(f"{len(self)} rewards are needed, got {list(reward.shape)}")
+        if reward.dtype != torch.float32 or not bool(reward.isfinite().all()):
+            kind = str(reward.dtype).removeprefix("torch.")
+            raise InputError(
+                f"rewards must be float32 and finite, got {kind if kind != 'float32' else 'NaN or infinity'}"
+            )
         other = TransitionDataset.__new__(TransitionDataset)
         other.__dict__.update(self.__dict__, about={**self.about, **(about or {})})
         other._keep_in_memory({"reward": reward})
@@ -322,6 +327,11 @@ class TransitionDataset(Transitions):
         return self._bounds.diff()
 
     @property
+    def start_rows(self) -> torch.Tensor:
+        """Number of the first transition of each episode that has one."""
+        return self.episode_starts[self.episode_lengths > 0]
+
+    @property
     def device(self) -> torch.device:
         """Where the transitions are kept."""
         return self.action.device
@@ -352,7 +362,7 @@ class TransitionDataset(Transitions):
         return self.observations(kept.nonzero().squeeze(1))
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write the set into ``folder``, beside and renamed; :meth:`load` maps it.
+        """Write the set into ``folder``, beside and renamed; :meth:`load` maps it, with as many frames to an observation.
 
         Raises:
             InputError: if the folder holds something, cannot be written, or the disk is full.
@@ -392,7 +402,12 @@ class TransitionDataset(Transitions):
             if report is not None:
                 jump = None if report["jump"] is None else Jump(**report["jump"])
                 report = ValidationReport(**{**report, "jump": jump})
-            return cls(**parts, folder=folder, source=written["source"], about=written["about"], report=report)
+            facts = {
+                "source": written["source"],
+                "about": written["about"],
+                "frame_stack": written.get("frame_stack", 1),
+            }
+            return cls(**parts, folder=folder, report=report, **facts)
         except InputError:
             raise
         except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
@@ -409,6 +424,7 @@ class TransitionDataset(Transitions):
             "columns": {
                 name: (list(column.shape), str(column.dtype).removeprefix("torch.")) for name, column in self._columns()
             },
+            **({} if self.frame_stack == 1 else {"frame_stack": self.frame_stack}),
         }
         write_text(folder / _ABOUT_FILE, json.dumps(written, indent=2) + "\n")
 
@@ -686,6 +702,9 @@ class TransitionReplayBuffer(TensorDictReplayBuffer):
             episode, at its end the transition's own. Defaults to ``False``.
         frame_stack (int, optional): frames of an observation, see :meth:`TransitionDataset.stacked`; the set's own by default.
         **kwargs: forwarded to :class:`torchrl.data.TensorDictReplayBuffer` (``transform``, ``prefetch``, ``pin_memory``...).
+
+    Raises:
+        InputError: if ``dataset`` is something else (a TensorDict).
     """
 
     def __init__(
@@ -698,6 +717,11 @@ class TransitionReplayBuffer(TensorDictReplayBuffer):
         frame_stack: int | None = None,
         **kwargs: Any,
     ) -> None:
+        if not isinstance(dataset, Transitions):
+            raise InputError(
+                f"TransitionReplayBuffer: a TransitionDataset is needed, not a {type(dataset).__name__}; TorchRL's own buffers "
+                "and OfflineOnlineReplayBuffer take a TensorDict"
+            )
         self.dataset = dataset = dataset if frame_stack is None else dataset.stacked(frame_stack)
         super().__init__(
             storage=TransitionStorage(dataset, next_action=next_action),

@@ -3,20 +3,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import torch
-from tensordict import TensorDict
 
 from deflow_torchrl.data.checks import check_pictures
 from deflow_torchrl.data.columns import Column, as_column
+from deflow_torchrl.entries import Entries
 from deflow_torchrl.errors import InputError
-
-Entries = Mapping[str, Sequence[int]]
-"""Name -> shape of an observation: ``[H, W, C]`` of a uint8 picture, ``[O]`` of a float32 vector; by name, as the bytes are."""
 
 
 class PackedColumn:
@@ -29,13 +24,13 @@ class PackedColumn:
         source: name of the arrays, for messages.
 
     Raises:
-        InputError: on arrays of another kind or of different lengths; by reading, on NaN or infinity.
+        InputError: on arrays of another kind or of different lengths.
     """
 
     def __init__(self, columns: Mapping[str, Column], *, source: str) -> None:
-        self._columns, self._source = {name: columns[name] for name in sorted(columns)}, source
+        self.columns = {name: columns[name] for name in sorted(columns)}
         self.entries: dict[str, list[int]] = {}
-        for name, column in self._columns.items():
+        for name, column in self.columns.items():
             shape, dtype = tuple(column.shape), np.dtype(column.dtype)
             if len(shape) == 4:
                 check_pictures(name, shape, dtype, source=source)
@@ -45,28 +40,32 @@ class PackedColumn:
                     "uint8 or vectors [N, O]"
                 )
             self.entries[name] = list(shape[1:])
-        lengths = {name: column.shape[0] for name, column in self._columns.items()}
+        lengths = {name: column.shape[0] for name, column in self.columns.items()}
         if len(set(lengths.values())) != 1:
             raise InputError(f"{source}: observations differ in length: {lengths}")
-        kinds = {3: np.uint8, 1: np.float32}
-        self._row = np.dtype([(name, kinds[len(shape)], tuple(shape)) for name, shape in self.entries.items()])
+        self._row = _row_type(self.entries)
         self.shape = (next(iter(lengths.values())), self._row.itemsize)
         self.dtype = np.dtype(np.uint8)
 
     def __getitem__(self, rows: slice) -> np.ndarray:
-        """Pack consecutive rows."""
-        parts = {name: np.asarray(column[rows]) for name, column in self._columns.items()}
-        for name, part in parts.items():
-            finite = np.isfinite(part).reshape(len(part), -1).all(1)
-            if not finite.all():
-                row = rows.indices(self.shape[0])[0] + int(finite.argmin())
-                raise InputError(
-                    f"{self._source}: {name} has a NaN or infinite value in row {row}; repair or drop that trajectory"
-                )
-        packed = np.zeros(len(part), self._row)
-        for name in self.entries:
-            packed[name] = parts[name]
+        """Pack consecutive rows; what is not finite stays so."""
+        parts = {name: np.asarray(column[rows]) for name, column in self.columns.items()}
+        packed = np.zeros(len(next(iter(parts.values()))), self._row)
+        with np.errstate(over="ignore"):  # a number beyond float32's range becomes infinite, which is refused later
+            for name in self.entries:
+                packed[name] = parts[name]
         return packed.view(np.uint8).reshape(len(packed), -1)
+
+
+def entries_of(packed: np.ndarray, entries: Entries) -> dict[str, np.ndarray]:
+    """Views of the observations in rows ``[n, P]`` of a :class:`PackedColumn`, ``[n, *shape]`` each."""
+    rows = packed.view(_row_type(entries)).reshape(len(packed))
+    return {name: rows[name] for name in entries}
+
+
+def _row_type(entries: Entries) -> np.dtype:
+    kinds = {3: np.uint8, 1: np.float32}
+    return np.dtype([(name, kinds[len(shape)], tuple(shape)) for name, shape in entries.items()])
 
 
 def packed_columns(observations: Any, next_observations: Any, *, source: str) -> tuple[Any, Any, dict[str, list[int]]]:
@@ -87,31 +86,9 @@ def packed_columns(observations: Any, next_observations: Any, *, source: str) ->
     return packed[0], packed[1] if len(packed) > 1 else None, packed[0].entries
 
 
-def unpack(packed: torch.Tensor, entries: Entries, frame_stack: int = 1) -> TensorDict:
-    """Read bytes ``[*B, k * P]`` of k stacked steps; ``[*B]``.
-
-    Pictures are joined along their channels, the oldest first; a vector is the newest step's.
-    """
-    steps = packed.unflatten(-1, (frame_stack, -1))
-    found, begin = {}, 0
-    for name, shape in entries.items():
-        width = _bytes(shape)
-        part = steps[..., begin : begin + width]
-        begin += width
-        if len(shape) == 3:
-            found[name] = part.unflatten(-1, tuple(shape)).movedim(packed.ndim - 1, -2).flatten(-2)
-        else:
-            found[name] = part[..., -1, :].clone(memory_format=torch.contiguous_format).view(torch.float32)
-    return TensorDict(found, batch_size=packed.shape[:-1])
-
-
 def stacked_shapes(entries: Entries, frame_stack: int) -> dict[str, list[int]]:
     """Shapes of the observations that :func:`unpack` gives."""
     return {
         name: [*shape[:-1], shape[-1] * frame_stack] if len(shape) == 3 else list(shape)
         for name, shape in entries.items()
     }
-
-
-def _bytes(shape: Sequence[int]) -> int:
-    return math.prod(shape) * (1 if len(shape) == 3 else 4)

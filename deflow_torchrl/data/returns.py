@@ -55,8 +55,8 @@ class ReturnsToGo(Transitions):
             inside = steps < lengths
             rows = (last - steps)[inside]
             reward, terminated = base.read("reward", rows), base.read("terminated", rows)
-            if steps == 0:
-                following = torch.where(terminated, 0.0, self._tail_value(reward))
+            if steps == 0:  # a trajectory of one observation is not inside
+                following[inside] = torch.where(terminated, 0.0, self._tail_value(reward))
             failed[inside] &= (reward == self._failing) & ~terminated
             following[inside] = reward + gamma * (~terminated) * following[inside]
             self.returns[rows] = following[inside]
@@ -118,6 +118,9 @@ class ReturnsToGo(Transitions):
 class OnlineReturns:
     """Returns to go of experience ``[slots, 1]``: :data:`UNKNOWN_RETURN` until a trajectory ends.
 
+    A trajectory is followed back over ``stride`` rows at a time while s' of the older row is s of the newer one; rows that were
+    discarded by then, and those before them, are not of it.
+
     Args:
         rule: computes the returns of a trajectory.
         columns: of the experience: reward and flags as in :class:`~deflow_torchrl.data.schema.Rows`.
@@ -131,19 +134,26 @@ class OnlineReturns:
         reward = columns.reward[0]
         self.values = torch.full_like(reward, UNKNOWN_RETURN)
 
-    def written(self, slots: torch.Tensor, total: int) -> None:
+    def written(self, slots: torch.Tensor, total: int, discarded: torch.Tensor) -> None:
         """Take note of transitions that were written into ``slots`` [n], the newest last, ``total`` ever."""
         device, number = self.values.device, len(self.values)
         self.values[slots.to(device)] = UNKNOWN_RETURN
+        observation, next_observation = self.columns.frames
         reward, (terminated, _, done) = self.columns.reward[0, :, 0], self.columns.flags[..., 0]
         for age, slot in enumerate(reversed(slots.tolist())):
             if not bool(done[slot]):
                 continue
             held = (min(total, number) - age - 1) // self.stride + 1  # this one and those before it in its stream
             rows = (slot - self.stride * torch.arange(held, device=device)) % number
-            ends = done[rows[1:]].nonzero()
-            rows = rows[: int(ends[0]) + 1 if len(ends) else held].flip(0)
+            rows = _until(rows, done[rows[1:]] | torch.isin(rows[1:], discarded.to(device)))
+            rows = _until(rows, (next_observation[rows[1:]] != observation[rows[:-1]]).flatten(1).any(1)).flip(0)
             self.values[rows, 0] = self.rule.of_trajectory(reward[rows], terminated[rows].bool())
+
+
+def _until(rows: torch.Tensor, apart: torch.Tensor) -> torch.Tensor:
+    """The rows before the first of ``rows[1:]`` that is ``apart``."""
+    ends = apart.nonzero()
+    return rows[: int(ends[0]) + 1] if len(ends) else rows
 
 
 def with_returns(transitions: Transitions, *, gamma: float, tail: Tail) -> ReturnsToGo:

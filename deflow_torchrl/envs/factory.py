@@ -315,26 +315,33 @@ def _check_renderer(environment_id: str) -> None:
 def make_env(task: str, *, device: torch.device | str = "cpu", **kwargs: Any) -> EnvBase:
     """Make a TorchRL environment of an OGBench single-task name.
 
-    Its step data holds ``observation`` (``[O]`` float32; images ``[H, W, C]`` uint8), ``reward [1]``, ``terminated``,
-    ``truncated``, ``done`` (bool ``[1]``) and ``success`` (bool ``[1]``): whether the goal is reached.
+    Its step data holds ``observation`` (``[O]`` float32; images ``[H, W, C]`` uint8; of a dictionary a TensorDict of these,
+    as data sets deliver it), ``reward [1]``, ``terminated``, ``truncated``, ``done`` (bool ``[1]``) and ``success`` (bool
+    ``[1]``): whether the goal is reached.
 
     Args:
         task: for example ``cube-single-play-singletask-task2-v0``.
 
     Keyword Args:
         device: device of the tensors.
-        **kwargs: forwarded to ``gymnasium.make``.
+        **kwargs: forwarded to :func:`make_gym_env`.
 
     Raises:
         InputError: on a malformed or unknown name, and on a visual task without a renderer.
         MissingExtraError: if the ``ogbench`` extra is not installed.
     """
-    from torchrl.envs import Compose, DoubleToFloat, GymWrapper, RenameTransform, TransformedEnv
+    from torchrl.envs import Compose, DoubleToFloat, GymWrapper, RenameTransform, TransformedEnv, UnaryTransform
 
+    from deflow_torchrl.entries import unpack
     from deflow_torchrl.envs.info import SuccessReader
 
-    env = GymWrapper(make_gym_env(task, **kwargs), device=device)
-    transforms = [DoubleToFloat()]
+    simulator = make_gym_env(task, **kwargs)
+    env = GymWrapper(simulator, device=device)
+    transforms: list[Any] = [DoubleToFloat()]
+    if simulator.has_wrapper_attr("entries"):
+        entries, frames = simulator.get_wrapper_attr("entries"), kwargs.get("frame_stack", 1)
+        read = functools.partial(unpack, entries=entries, frame_stack=frames)
+        transforms.append(UnaryTransform(["observation"], ["observation"], fn=read))
     if env.from_pixels:  # TorchRL calls images "pixels"; the data sets call every observation "observation"
         transforms.append(RenameTransform(["pixels"], ["observation"]))
     return TransformedEnv(env.set_info_dict_reader(SuccessReader(device)), Compose(*transforms))

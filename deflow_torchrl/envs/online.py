@@ -197,7 +197,7 @@ def make_online_env(
         first: number of the first episode.
         stride: distance between episode numbers.
         start: begin in the middle of an episode instead.
-        **kwargs: forwarded to ``gymnasium.make``.
+        **kwargs: forwarded to :func:`deflow_torchrl.envs.make_gym_env` (``chunk``, ``frame_stack``).
 
     Raises:
         InputError: if the environment cannot be made.

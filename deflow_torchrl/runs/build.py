@@ -236,7 +236,7 @@ def _check_environment(config: TrainConfig, task: Task, dataset: TransitionDatas
                 action_bounds=dataset.about.get("action_bounds"),
             )
         if config.online_steps:
-            check_online_environment(task.environment, chunk=config.chunk)
+            check_online_environment(task.environment, chunk=config.chunk, frame_stack=config.frame_stack or 1)
     except InputError as error:
         if get_source(task.source).fixed_environment:
             raise
@@ -338,6 +338,7 @@ def make_online_phase(
             max_fault_share=config.max_fault_share,
             chunk=config.chunk,
             gamma=gamma,
+            frame_stack=config.frame_stack or 1,
         )
 
     return OnlinePhase(

@@ -117,7 +117,7 @@ def evaluate_offline(
             policy = loaded.learner.policy
             count = updates or settling_updates(gamma)
             fitted = fit_q(policy, problem, train, held, gamma=gamma, updates=count, show_progress=show_progress)
-            found["fitted_q"] = {**fitted, "observed": float(returns[held.episode_starts].mean())}
+            found["fitted_q"] = {**fitted, "observed": float(returns[held.start_rows].mean())}
     return found
 
 
@@ -343,7 +343,7 @@ def fit_q(
     number = train.num_episodes
     drawn = torch.randint(number, (_MEMBERS, number), device=device)
     weights = torch.stack([member.bincount(minlength=number) for member in drawn], -1).float()
-    starts = held[held.episode_starts].to(device).exclude("next")
+    starts = held[held.start_rows].to(device).exclude("next")
 
     def values() -> Tensor:
         with torch.no_grad():

@@ -539,7 +539,8 @@ def _told(parts: Sequence[_Part]) -> Any:
         last = []
         for part in parts:
             states = part.fields["observations"], part.fields["next_observations"]
-            jumps = discontinuities(*states, same_relative(*states))
+            entries = getattr(states[0], "entries", None)
+            jumps = discontinuities(*states, same_relative(*states), entries)
             last.append(jumps | _flagged(part, slice(0, part.rows)))
         return np.cumsum(np.concatenate(last)) - np.concatenate(last)
     if ends.isdecimal():

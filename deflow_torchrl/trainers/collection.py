@@ -110,6 +110,7 @@ class OnlineExperience:
         chunk: h, steps of a chunk: the policy writes ``action [h * A]``, which is executed open loop, and ``add`` takes the
             chunks of each episode as :meth:`deflow_torchrl.data.TransitionDataset.chunked` gives them.
         gamma: discount of one step, for the reward of a chunk.
+        frame_stack: frames of an observation, as the data have them.
 
     Raises:
         InputError: on settings out of range, or an environment that cannot be made.
@@ -129,6 +130,7 @@ class OnlineExperience:
         max_fault_share: float = 0.1,
         chunk: int = 1,
         gamma: float = 0.99,
+        frame_stack: int = 1,
     ) -> None:
         if workers < 0 or steps_per_collection < 1 or steps_per_collection % max(workers, 1):
             raise InputError(
@@ -142,7 +144,7 @@ class OnlineExperience:
         self.workers = workers
         self.steps_per_collection = steps_per_collection
         self.max_fault_share = max_fault_share
-        self.chunk_length, self.gamma = chunk, gamma
+        self.chunk_length, self.gamma, self.frame_stack = chunk, gamma, frame_stack
         self.waiting_seconds = 0.0
         self.counters = {"episodes": 0, "faults": 0, "worker_restarts": 0, "env_steps": 0}
         self._seed = seed
@@ -244,6 +246,7 @@ class OnlineExperience:
                     stride=len(self._simulators),
                     start=start,
                     chunk=self.chunk_length,
+                    frame_stack=self.frame_stack,
                 )
             )
         return envs

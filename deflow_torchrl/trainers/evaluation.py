@@ -24,7 +24,7 @@ import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModuleBase
 
-from deflow_torchrl.data.packed import unpack
+from deflow_torchrl.entries import unpack
 from deflow_torchrl.envs.d4rl import normalized_score
 from deflow_torchrl.envs.factory import make_gym_env
 from deflow_torchrl.errors import EnvironmentFaultError

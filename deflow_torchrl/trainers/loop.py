@@ -15,13 +15,15 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase
 from torchrl.data import ReplayBuffer
+from torchrl.data.replay_buffers.samplers import Sampler
 
-from deflow_torchrl.errors import EnvironmentFaultError, NonFiniteLossError
+from deflow_torchrl.data.union.sampler import native_sampler_state, sampler_state
+from deflow_torchrl.errors import EnvironmentFaultError, InputError, NonFiniteLossError
 from deflow_torchrl.generators import capture_generators, generators_set_aside, restore_generators
 from deflow_torchrl.processes import interruptible, signals_delayed, stop_forced
 from deflow_torchrl.progress import progress_bar
 from deflow_torchrl.trainers.alarms import Alarms
-from deflow_torchrl.trainers.checkpoint import CheckpointNotWritten, load_checkpoint, save_checkpoint
+from deflow_torchrl.trainers.checkpoint import CheckpointNotWritten, load_checkpoint, read_header, save_checkpoint
 from deflow_torchrl.trainers.graphed import GraphedUpdate
 from deflow_torchrl.trainers.metrics import MetricsLog
 from deflow_torchrl.trainers.online import OnlinePhase
@@ -225,9 +227,10 @@ class Trainer(TrainingLoop):
     """Trains a learner on a data set and, in an online phase, on its own experience.
 
     A checkpoint is written every ``save_interval`` steps, at the end of each phase, after the best evaluation so far and on
-    Ctrl-C (when the step is complete), never after a non-finite loss. A resumed run continues bit for bit on a CPU. If an
-    environment cannot be restored in mid-episode, checkpoints wait for the end of the episode, and Ctrl-C before it saves
-    nothing, with a warning.
+    Ctrl-C (when the step is complete), never after a non-finite loss. A resumed run continues bit for bit on a CPU, with the
+    states of the buffer's sampler and generator. Batches that were drawn ahead (``prefetch``) are kept by the union buffer
+    alone: after a resume another buffer draws others. If an environment cannot be restored in mid-episode, checkpoints wait
+    for the end of the episode, and Ctrl-C before it saves nothing, with a warning.
 
     Args:
         update: the update to call.
@@ -250,6 +253,7 @@ class Trainer(TrainingLoop):
         graphed: does several offline steps of ``update`` at once, up to the next step at which something is due.
 
     Raises:
+        InputError: if the buffer's sampler has a state that cannot be saved without pickle.
         NonFiniteLossError: by :meth:`run`; the last checkpoint is from an earlier step.
         EnvironmentFaultError: by :meth:`run`, if too many episodes failed; a checkpoint was saved.
     """
@@ -284,6 +288,7 @@ class Trainer(TrainingLoop):
         self._scored: float | None = None  # for the next checkpoint
         self._stop: EnvironmentFaultError | None = None
         self._save_at_episode_end = False
+        self._sampling_state()  # one that cannot be saved is refused now
 
     @property
     def unfinished(self) -> bool:
@@ -441,6 +446,7 @@ class Trainer(TrainingLoop):
             "step": self.step,
             "update": self.update.state_dict(),
             **{name: None if part is None else part.state_dict() for name, part in self._parts.items()},
+            "sampling": self._sampling_state(),
             "best": self._best,
             "notes": self.notes,
             "generators": capture_generators(),
@@ -476,6 +482,7 @@ class Trainer(TrainingLoop):
         for name, part in self._parts.items():
             if part is not None and state[name] is not None:
                 part.load_state_dict(state[name])
+        self._load_sampling_state(state.get("sampling"), path)
         self.step = self._saved_step = state["step"]
         self._best = state["best"]
         self.notes = state["notes"]
@@ -491,9 +498,34 @@ class Trainer(TrainingLoop):
         self.restore(path, keep_settings=keep_settings)
         drop_later_checkpoints(self.checkpoints, self.step)
         if keep_settings:
+            self._scored = read_header(path)["score"]
             self.save()
         if self.metrics is not None:
             self.metrics.rewind(self.written_step)
+
+    @property
+    def _draws(self) -> tuple[Sampler, torch.Generator | None] | None:
+        """The buffer's sampler and generator; None where the online phase's state holds them, or the buffer has none."""
+        if not isinstance(self.buffer, ReplayBuffer) or (self.online is not None and self.online.buffer is self.buffer):
+            return None
+        return self.buffer.sampler, self.buffer._rng
+
+    def _sampling_state(self) -> dict[str, Any] | None:
+        if self._draws is None:
+            return None
+        sampler, generator = self._draws
+        numbers = None if generator is None else generator.get_state()
+        return {"class": type(sampler).__name__, "sampler": sampler_state(sampler), "generator": numbers}
+
+    def _load_sampling_state(self, state: dict[str, Any] | None, path: Path) -> None:
+        if state is None or self._draws is None:
+            return
+        sampler, generator = self._draws
+        if state["class"] != type(sampler).__name__:
+            raise InputError(f"{path}: its buffer's sampler is a {state['class']}, here a {type(sampler).__name__}")
+        sampler.load_state_dict(native_sampler_state(sampler, state["sampler"]))
+        if generator is not None and state["generator"] is not None:
+            generator.set_state(state["generator"])
 
     @property
     def _parts(self) -> dict[str, Any]:

@@ -211,6 +211,11 @@ def _check_steps(done: int, theirs: Mapping[str, Any], ours: Mapping[str, Any]) 
         if fixed:
             lines = "; ".join(f"{name}: {theirs.get(name)} -> {ours.get(name)}" for name in fixed)
             raise InputError(f"{lines}: cannot change any more, the run is in its online phase (step {done})")
+    elif done > ours["offline_steps"]:
+        raise InputError(
+            f"offline_steps={ours['offline_steps']}: the run has trained {done} steps offline already; give at least as many, or "
+            "choose an older --step"
+        )
     steps = ours["offline_steps"] + ours.get("online_steps", 0)
     if done > steps:
         raise InputError(f"the run is at step {done} already, past the {steps} it is to have; choose an older --step")

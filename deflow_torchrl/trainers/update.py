@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
-from torchrl.objectives import SoftUpdate
+from torchrl.objectives import HardUpdate, SoftUpdate
 from torchrl.objectives.common import LossModule
 from torchrl.objectives.utils import TargetNetUpdater
 
@@ -340,12 +340,14 @@ class UpdateStep(Update):
         return bool(torch.stack([parameter.isfinite().all() for parameter in parameters]).all())
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs to continue exactly: step, networks, targets, optimiser."""
+        """Return what a resumed run needs to continue exactly: step, networks, targets, optimiser, a ``HardUpdate``'s count."""
+        updater = self.learner.target_updater
         return {
             "step": self.step,
             "prior_frozen": self.prior_frozen,
             "loss": self.learner.loss.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            **({"target_counter": updater.counter} if isinstance(updater, HardUpdate) else {}),
         }
 
     def load_state_dict(self, state: dict[str, Any], *, keep_settings: bool = False) -> None:
@@ -371,6 +373,9 @@ class UpdateStep(Update):
         self._count.fill_(self.step)
         self.learner.loss.load_state_dict(state["loss"])
         self.optimizer.load_state_dict(state["optimizer"])
+        updater = self.learner.target_updater
+        if isinstance(updater, HardUpdate) and "target_counter" in state:
+            updater.counter = state["target_counter"]
         for group, own in zip(self._groups, options, strict=True):
             group["capturable"] = own["capturable"]  # depends on the device
         if keep_settings:

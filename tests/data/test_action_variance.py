@@ -182,6 +182,7 @@ def test_arrays_and_half_precision_give_what_tensors_give_and_inputs_stay_unchan
     array = states.numpy()
     array.flags.writeable = False
     assert intrinsic_action_variance(array, actions.numpy(), normalize=True).mean == expected
+    assert intrinsic_action_variance(array.astype(">f2"), actions.numpy(), normalize=True).mean == expected
     assert torch.equal(states, kept)
 
 

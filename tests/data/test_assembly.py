@@ -303,3 +303,58 @@ def test_a_last_successor_of_a_wider_type_keeps_its_digits():
         allow_jumps=True,
     )
     assert dataset[2]["next", "observation"].tolist() == [8.75]
+
+
+def as_dictionary(given, *, single=np.float32):
+    """The walk beside a picture that shows its row."""
+    pictures = np.arange(12, dtype=np.uint8).reshape(12, 1, 1, 1) + np.zeros((12, 4, 4, 3), np.uint8)
+    following = np.roll(pictures, -1, axis=0)
+    following[[5, 11]] = 99
+    return {
+        **given,
+        "observations": {"camera": pictures, "place": given["observations"].astype(single)},
+        "next_observations": {"camera": following, "place": given["next_observations"].astype(np.float32)},
+    }
+
+
+@pytest.mark.parametrize("rows", [1, 5, 100])
+@pytest.mark.parametrize("how", ["one ulp", "float16", "signed zero"])
+def test_several_observations_follow_one_another_up_to_rounding(how, rows, monkeypatch):
+    monkeypatch.setattr("deflow_torchrl.data.assembly.rows_a_chunk", lambda column: rows)
+    given = with_successors()
+    if how == "signed zero":
+        given["observations"][:, 0] = 0.0
+        given["next_observations"][:, 0] = -0.0
+    given = as_dictionary(given, single=np.float16 if how == "float16" else np.float32)
+    if how == "one ulp":
+        places = given["next_observations"]["place"]
+        given["next_observations"]["place"] = np.nextafter(places, np.float32(100))
+    for ends in ({}, {"timeouts": None, "episode_ends": "discontinuity"}):
+        dataset = build({**given, **ends}, allow_jumps=True)
+        assert (len(dataset), dataset.num_episodes) == (12, 2)
+        np.testing.assert_array_equal(dataset[:]["observation", "place"], np.float32(given["observations"]["place"]))
+        assert dataset[:]["next", "observation", "camera"][[5, 11]].unique().tolist() == [99]
+
+
+@pytest.mark.parametrize("entry", ["camera", "place"])
+def test_a_jump_of_one_of_several_observations_ends_an_episode_or_is_refused(entry):
+    given = as_dictionary(with_successors())
+    given["next_observations"][entry] = given["next_observations"][entry].copy()
+    given["next_observations"][entry][2] += 1
+    with pytest.raises(InputError, match="jumps inside an episode: next_observations of row 2"):
+        build(given)
+    assert build({**given, "timeouts": None}, episode_ends="discontinuity").num_episodes == 3
+
+
+def test_nan_behind_a_terminal_row_of_several_observations_stands_for_nothing():
+    given = as_dictionary(with_successors())
+    given["next_observations"]["place"][5, 1] = np.nan  # terminal
+    row = build(given)[5]
+    assert torch.equal(row["next", "observation", "place"], row["observation", "place"])
+    assert row["next", "observation", "camera"].unique().tolist() == [99]
+    given["next_observations"]["place"][7, 1] = np.nan
+    with pytest.raises(InputError, match=r"next_observations 'place' has a NaN .* in row 7, which is not terminal"):
+        build(given)
+    given["observations"]["place"][3, 0] = np.inf
+    with pytest.raises(InputError, match="observations 'place' has a NaN or infinite value in row 3; repair"):
+        build(given)

@@ -534,3 +534,23 @@ def test_progress_sees_every_call_of_the_prior(make_buffer):
     assert total > 3
     with pytest.raises(InputError, match="progress did not go through"):
         BaseActionBank(memo(), make_buffer()).fill(lambda calls, total: iter(()))
+
+
+def test_nan_behind_a_terminated_row_stands_for_nothing():
+    tables = []
+    for missing in (False, True):
+        data = transitions(8)
+        if missing:
+            data["next", "terminated"] = data["next", "terminated"].clone()
+            data["next", "terminated"][3] = True
+            data["next", "observation"][3, 1] = torch.nan
+        buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(8), batch_size=8)
+        buffer.extend(data)
+        tables.append(filled(memo(), buffer, num_actions=2)._actions)
+    others = torch.arange(16) != 7  # s' of row 3
+    assert torch.equal(tables[0][others], tables[1][others])
+    torch.testing.assert_close(tables[1][7], tables[1][6], atol=0.01, rtol=0)
+    data["next", "terminated"][3] = False
+    buffer.extend(data)
+    with pytest.raises(InputError, match="NaN or infinity"):
+        filled(memo(), buffer, num_actions=2)

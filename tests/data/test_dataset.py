@@ -172,6 +172,29 @@ def test_saved_sets_are_mapped_and_travel_by_name(tmp_path):
         dataset.save(tmp_path / "set")
 
 
+def test_a_folder_may_be_named_by_a_text(tmp_path):
+    dataset = TransitionDataset.from_arrays(
+        np.arange(4.0)[:, None], np.zeros((4, 1)), np.ones(4), [0, 0, 0, 1], folder=str(tmp_path)
+    )
+    assert dataset.folder == tmp_path
+    assert torch.equal(TransitionDataset.load(tmp_path)[:]["observation"], dataset[:]["observation"])
+
+
+def test_a_buffer_of_a_tensordict_is_refused_in_one_line():
+    with pytest.raises(InputError, match="a TransitionDataset is needed, not a TensorDict; TorchRL's own") as error:
+        TransitionReplayBuffer(build(episodes())[:], batch_size=4)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("reward", "said"),
+    [(torch.zeros(12).double(), "got float64"), (torch.full((12,), torch.nan), "got NaN or infinity")],
+)
+def test_other_rewards_are_finite_float32_numbers(reward, said):
+    with pytest.raises(InputError, match=f"rewards must be float32 and finite, {said}"):
+        build(episodes()).with_rewards(reward)
+
+
 def test_a_set_built_in_files_can_be_pickled_copied_and_loaded(tmp_path):
     dataset = build(episodes(), tmp_path)
     expected = build(episodes())[:].to_dict()

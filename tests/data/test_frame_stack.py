@@ -74,7 +74,8 @@ def test_a_stacked_set_survives_copies_pickles_and_processes(mapped, tmp_path):
     if mapped:
         dataset.write_about(tmp_path)
     expected = dataset[:]["next", "observation"]
-    for other in (copy.deepcopy(dataset), pickle.loads(pickle.dumps(dataset)), dataset.to("cpu")):
+    saved = TransitionDataset.load(dataset.save(tmp_path / "saved"))
+    for other in (saved, copy.deepcopy(dataset), pickle.loads(pickle.dumps(dataset)), dataset.to("cpu")):
         assert torch.equal(other[:]["next", "observation"], expected)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         assert torch.equal(pool.apply(_next_observations, (dataset,)), expected)
@@ -151,7 +152,7 @@ def test_several_observations_in_python_are_a_dictionary():
     for changes, said in (
         ({"joints": joints[:4]}, "differ in length"),
         ({"front": front.astype(np.float32)}, "must be uint8"),
-        ({"joints": np.full((6, 2), np.nan)}, "'joints'|joints has a NaN"),
+        ({"joints": np.full((6, 2), np.nan)}, "observations 'joints' has a NaN"),
     ):
         with pytest.raises(InputError, match=said):
             TransitionDataset.from_arrays({**observations, **changes}, *rest)

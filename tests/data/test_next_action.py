@@ -117,6 +117,12 @@ def test_trajectories_added_in_turn_are_followed_over_their_number_unless_one_wa
         OfflineOnlineReplayBuffer(dataset, online_capacity=9, online_stride=0)
 
 
+def test_an_offline_row_is_not_followed_by_another_trajectory_whose_end_is_not_marked():
+    offline = torch.cat([online([20, 21]), online([30, 31])])
+    buffer = OfflineOnlineReplayBuffer(offline, online_capacity=4, batch_size=8, next_action=True)
+    assert next_of(buffer) == {20: 21, 21: 21, 30: 31, 31: 31}
+
+
 def test_an_ended_trajectory_is_not_followed_by_one_that_starts_where_it_ended(dataset):
     buffer = OfflineOnlineReplayBuffer(dataset, online_capacity=4, batch_size=8, next_action=True)
     buffer.extend(online([20, 21, 22], dones=[21]))

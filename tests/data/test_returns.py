@@ -65,12 +65,24 @@ def test_chunks_and_other_tails_are_refused():
         ReturnsToGo(make_dataset(), gamma=GAMMA, tail="nonsense")
 
 
-def online(reward, *, terminated=False, truncated=False):
+@pytest.mark.parametrize("tail", ["last_reward", "cut"])
+def test_a_trajectory_of_one_observation_has_no_return(tail):
+    rows = np.arange(6.0)[:, None]
+    ends = {"terminals": np.zeros(6), "timeouts": np.array([0, 0, 1, 1, 0, 1])}  # row 3 is followed by nothing
+    dataset = TransitionDataset.from_arrays(rows, np.zeros((6, 1)), rows[:, 0], **ends)
+    assert (dataset.num_episodes, dataset.start_rows.tolist()) == (3, [0, 2])
+    returns = ReturnsToGo(dataset, gamma=GAMMA, tail=tail).returns.tolist()
+    assert returns == ([1, 2, 8] if tail == "last_reward" else [0.5, 1, 4])
+
+
+def online(reward, *, state=0.0, following=0.0, terminated=False, truncated=False):
+    """By default a trajectory stays at its state."""
     flags = {"terminated": terminated, "truncated": truncated, "done": terminated or truncated}
-    following = {name: torch.tensor([[value]]) for name, value in flags.items()}
+    flags = {name: torch.tensor([[value]]) for name, value in flags.items()}
+    reward = torch.tensor([[float(reward)]])
     return TensorDict(
-        observation=torch.randn(1, 2), action=torch.zeros(1, 1),
-        next=TensorDict(observation=torch.randn(1, 2), reward=torch.tensor([[float(reward)]]), **following, batch_size=[1]),
+        observation=torch.full((1, 2), state), action=torch.zeros(1, 1),
+        next=TensorDict(observation=torch.full((1, 2), following), reward=reward, **flags, batch_size=[1]),
         batch_size=[1],
     )  # fmt: skip
 
@@ -104,6 +116,27 @@ def test_trajectories_that_are_added_in_turn_are_told_apart():
         buffer.extend(torch.cat([online(reward), online(other)]))
     buffer.extend(torch.cat([online(4, terminated=True), online(32)]))
     assert known(buffer) == [3, UNKNOWN_RETURN, 4, UNKNOWN_RETURN, 4, UNKNOWN_RETURN]
+
+
+def test_a_trajectory_that_was_torn_is_not_joined_with_another():
+    """One of two workers leaves out a transition (its simulator failed): the other's rows change their places."""
+    buffer = make_buffer(online_stride=2)
+    for reward, state in ((1, 0.0), (8, 50.0), (2, 1.0), (4, 2.0)):  # the last would be 51.0's place
+        last = reward == 4
+        buffer.extend(online(reward, state=state, following=state + 1, terminated=last))
+    assert known(buffer) == [UNKNOWN_RETURN, UNKNOWN_RETURN, UNKNOWN_RETURN, 4]
+
+
+def test_a_discarded_trajectory_is_no_part_of_the_next_one_in_a_resumed_buffer_too():
+    buffer, other = (
+        OfflineOnlineReplayBuffer(ReturnsToGo(make_dataset(), gamma=GAMMA, tail="cut"), online_capacity=6) for _ in "ab"
+    )
+    buffer.discard(buffer.extend(online(0)))
+    for last in (False, True):
+        buffer.extend(online(-1, truncated=last))
+    other.load_state_dict(buffer.state_dict())
+    for one in (buffer, other):
+        assert known(one) == [UNKNOWN_RETURN, -2, -2], "every reward is the smallest: it has failed"
 
 
 def test_a_full_zone_and_a_resumed_buffer_keep_the_returns():

@@ -21,7 +21,7 @@ from torchrl.data import (
     TensorDictReplayBuffer,
 )
 from torchrl.data.replay_buffers.samplers import prioritized
-from torchrl.envs.transforms import RewardScaling
+from torchrl.envs.transforms import MultiStepTransform, RewardScaling
 
 from deflow_torchrl.data import TRANSITION_KEYS, OfflineOnlineReplayBuffer, TransitionDataset, TransitionReplayBuffer
 from deflow_torchrl.errors import InputError
@@ -211,7 +211,9 @@ def test_one_transition_is_added_like_a_batch_of_one():
 def spoiled(how):
     batch = online(3)
     if how == "missing":
-        del batch["next", "truncated"]
+        del batch["next", "truncated"], batch["next", "done"]
+    elif how == "contradiction":
+        batch["next", "done"][2] = False
     elif how == "float64":
         batch["next", "reward"] = batch["next", "reward"].double()
     elif how == "shape":
@@ -228,7 +230,8 @@ def spoiled(how):
 
 
 WRONG = {
-    "missing": "new transitions: next.truncated is missing; found action, next.done, ",
+    "missing": "new transitions: next.truncated is missing; found action, next.observation, ",
+    "contradiction": "next.done of transition 2 is not terminated or truncated; mend the flags",
     "float64": r"next.reward is float64 \[1\] a transition, float32 \[1\] is needed",
     "shape": r"action is float32 \[4\] a transition, float32 \[2\] is needed",
     "flat reward": r"next.reward is float32 \[\] a transition, float32 \[1\] is needed",
@@ -254,7 +257,7 @@ def test_online_transitions_that_do_not_fit_are_refused_and_nothing_is_added(how
 def test_nan_behind_a_terminal_row_stands_for_nothing():
     batch = online(3)
     batch["next", "observation"][1, 0] = float("nan")
-    batch["next", "terminated"][1] = True
+    batch["next", "terminated"][1] = batch["next", "done"][1] = True
     buffer = make()
     rows = buffer.extend(batch)
     assert torch.equal(buffer[rows[1]]["next", "observation"], batch["observation"][1])
@@ -272,6 +275,88 @@ def test_offline_transitions_that_do_not_fit_are_refused(how):
         offline, wrong = spoiled(how), WRONG[how].removeprefix("new transitions: ")
     with pytest.raises(InputError, match=wrong):
         make(offline)
+
+
+@pytest.mark.parametrize("missing", [("truncated",), ("terminated",), ("done",), ("terminated", "truncated")])
+def test_flags_that_an_environment_leaves_out_follow_from_the_others(missing):
+    full, batch = online(5), online(5)  # rows 0 and 5 terminate, row 2 is cut
+    for name in missing:
+        del batch["next", name]
+    if len(missing) == 2:  # nobody knows that it was cut: an end of the task
+        full["next", "terminated"], full["next", "truncated"] = full["next", "done"], torch.zeros(5, 1) > 0
+    buffer = make()
+    assert same(buffer[buffer.extend(batch)], full)
+    assert same(make(batch)[:], full)
+
+
+def stepped(key, values):
+    batch = online(3)
+    batch[key] = torch.tensor(values).reshape(3, 1)
+    return batch
+
+
+@pytest.mark.parametrize("key", ["steps_to_next_obs", ("next", "steps_to_next_obs")])
+def test_transitions_of_another_number_of_steps_are_refused(key):
+    wrong = "transition 1 spans 3 steps .steps_to_next_obs., {} is needed: leave MultiStepTransform out"
+    buffer = make()
+    buffer.extend(stepped(key, [1, 1, 1]))
+    for store in (buffer.extend, make):
+        with pytest.raises(InputError, match=wrong.format(1)):
+            store(stepped(key, [1, 3, 3]))
+    buffer = make(DATASET.chunked(2))
+    chunks = DATASET.chunked(2)[:3]
+    buffer.extend(chunks)
+    chunks["steps_to_next_obs"][1] = 3
+    with pytest.raises(InputError, match=wrong.format(2)):
+        buffer.extend(chunks)
+
+
+def test_n_step_transitions_of_torchrls_transform_are_refused():
+    buffer = make(transform=MultiStepTransform(n_steps=3, gamma=0.9))
+    with pytest.raises(InputError, match="leave MultiStepTransform out"):
+        buffer.extend(online(5))
+
+
+def test_a_stored_action_forgets_how_it_was_computed():
+    batch, weight = online(3), torch.ones(1, requires_grad=True)
+    batch["action"] = batch["action"] * weight
+    for buffer in (make(), make(batch)):
+        buffer.extend(batch)
+        buffer.extend(batch)
+        assert not buffer.sample()["action"].requires_grad
+
+
+def test_the_padding_of_split_trajectories_is_not_stored():
+    batch = online(2, 3)
+    batch["collector"] = TensorDict(mask=torch.tensor([[True, True, True], [True, False, False]]), batch_size=[2, 3])
+    buffer = make()
+    assert buffer.extend(batch).tolist() == [12, 13, 14, 15]
+    assert same(buffer[12:], online(4))
+    assert same(make(batch)[:], online(4))
+    batch["collector", "mask"] = torch.zeros(2, 3, dtype=torch.bool)
+    assert buffer.extend(batch).shape == (0,)
+
+
+def test_several_processes_cannot_write():
+    with pytest.raises(InputError, match="each process would write into a copy of its own; leave the collector's rep"):
+        make().share()
+
+
+def test_a_collector_in_this_process_writes_by_itself():
+    pytest.importorskip("gymnasium")
+    from torchrl.collectors import Collector, MultiSyncCollector
+    from torchrl.envs.utils import RandomPolicy
+
+    from deflow_torchrl.envs import make_env
+
+    env = make_env("gym:Pendulum-v1")
+    buffer = make(env.rollout(5), online_capacity=20)
+    policy = RandomPolicy(env.action_spec)
+    for batch in Collector(env, policy, frames_per_batch=5, total_frames=10, replay_buffer=buffer):
+        assert batch is None
+    assert buffer.num_online == 10
+    with pytest.raises(InputError, match="is not shared"):
+        MultiSyncCollector([lambda: env], policy, frames_per_batch=5, total_frames=10, replay_buffer=buffer)
 
 
 def test_what_is_no_batch_of_transitions_is_refused():

@@ -3,17 +3,21 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 
+from deflow_torchrl.algorithms import get_algorithm
 from deflow_torchrl.algorithms.base import ProblemSpec
 from deflow_torchrl.data import TransitionDataset
 from deflow_torchrl.modules import FlowMatchingPolicy
 from deflow_torchrl.runs.offline import fit_q, flow_likelihood, settling_updates
 from tests.support.command_line import assert_one_line, deflow
 from tests.support.generation import DATASET
+from tests.support.networks import ACTION_DIM, OBSERVATION_DIM
+from tests.support.updates import PROBLEM
 
 OBSERVATION = 3
 TASK = DATASET.replace("-v0", "-singletask-task2-v0")
@@ -104,3 +108,16 @@ def test_fitted_q_evaluation_settles_at_the_value_by_default_and_its_interval_gr
     # A mean of 40 episodes with deviation 1 has the error 0.16, its value ten times that, the interval 2.4 of these each way.
     assert 3 < found[1.0]["high"] - found[1.0]["low"] < 20
     assert found[0.0]["high"] - found[0.0]["low"] < 1.5
+
+
+def test_held_out_episodes_of_one_observation_are_passed_over():
+    flags = {
+        "terminals": np.zeros(6),
+        "timeouts": np.array([0, 0, 1, 0, 1, 1]),
+    }  # the last row is an episode of its own
+    places = np.arange(6.0)[:, None] * np.ones((1, OBSERVATION_DIM))
+    held = TransitionDataset.from_arrays(places, np.zeros((6, ACTION_DIM)), np.ones(6), **flags)
+    assert held.num_episodes == 3
+    policy = (algorithm := get_algorithm("bc")).build(algorithm.config(), PROBLEM).policy
+    found = fit_q(policy, PROBLEM, held, held, gamma=0.9, updates=1, show_progress=False)
+    assert math.isfinite(found["value"])

@@ -5,13 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
+from torchrl.envs.utils import check_env_specs
 
 pytest.importorskip("gymnasium", reason="needs an environment")
 pytest.importorskip("hydra", reason="needs the extra cli")
 
 from deflow_torchrl.algorithms import FQLConfig
 from deflow_torchrl.data import TransitionDataset
-from deflow_torchrl.envs import make_gym_env
+from deflow_torchrl.envs import make_env, make_gym_env
 from deflow_torchrl.runs.evaluate import evaluate_run
 from deflow_torchrl.runs.overrides import compose_config
 from deflow_torchrl.runs.run import train
@@ -98,6 +99,21 @@ def test_an_environment_stacks_frames_as_the_data_do(k):
             ended, row = terminated or truncated, row + 1
     assert row == len(dataset)
     assert env.observation_space.shape == (16, 16, 3 * k)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_torchrls_environment_gives_several_observations_as_a_set_does(k):
+    env = make_env(f"gym:{TWO_CAMERAS}", frame_stack=k)
+    check_env_specs(env)
+    steps = env.rollout(4)
+    seen = steps["observation"]
+    assert {name: list(entry.shape[1:]) for name, entry in seen.items()} == {
+        "front": [16, 16, 3 * k], "joints": [2], "wrist": [8, 8, 3 * k],
+    }  # fmt: skip
+    assert torch.equal(seen["wrist"], seen["front"][:, ::2, ::2])
+    assert ((seen["joints"] >= 0) & (seen["joints"] <= 1)).all()
+    for name, entry in steps["next", "observation"].items():
+        assert torch.equal(entry[:-1], seen[name][1:])
 
 
 def test_seeds_of_pictures_train_together(task, tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ from deflow_torchrl.trainers.checkpoint import list_checkpoints, load_checkpoint
 from deflow_torchrl.trainers.resume import RunHistory, check_resumable
 from tests.support.networks import make_batch
 from tests.support.pendulum import ENVIRONMENT, record_pendulum
-from tests.support.runs import assert_bitwise, go_on, rows, steps, undrawn, without_times
+from tests.support.runs import assert_bitwise, assert_equal_runs, go_on, rows, steps, undrawn, without_times
 from tests.support.updates import make_update
 
 
@@ -135,6 +135,14 @@ def test_what_cannot_change_is_refused_with_force_too_and_nothing_is_touched(run
     before = contents(run)
     with pytest.raises(InputError, match=said):
         go_on(run, *overrides, force=True)
+    assert contents(run) == before
+
+
+def test_steps_that_were_trained_offline_stay_offline(run):
+    before = contents(run)
+    with pytest.raises(InputError, match="offline_steps=4: the run has trained 6 steps offline already") as error:
+        go_on(run, "offline_steps=4", "online_steps=8", step=6, force=True)
+    assert "\n" not in str(error.value)
     assert contents(run) == before
 
 
@@ -315,3 +323,26 @@ def test_an_update_keeps_its_own_settings_only_when_asked():
     for name, value in theirs.learner.loss.named_parameters():
         assert torch.equal(dict(forced.learner.loss.named_parameters())[name], value)
     assert_bitwise(forced.optimizer.state_dict()["state"], theirs.optimizer.state_dict()["state"])
+
+
+def test_stacked_states_go_on_online_and_resume_bit_for_bit(task, tmp_path, monkeypatch):
+    undrawn(monkeypatch)
+    out = tmp_path / "run"
+    train(
+        TrainConfig(
+            task=task, env=ENVIRONMENT, frame_stack=2, batch_size=8, hidden_dims=[8], log_interval=1, eval_interval=0,
+            eval_episodes=1, eval_workers=1, save_interval=7, offline_steps=2, online_steps=18, eval_max_steps=3, out=str(out),
+            algo=DeFlowConfig(flow_steps=2),
+        ), command="deflow train", show_progress=False,
+    )  # fmt: skip
+    stored = load_checkpoint(list_checkpoints(out / "checkpoints")[-1])["online"]["buffer"]["_storage"]["online"]
+    observation, following, done = (stored[name] for name in ("observation", "next.observation", "next.done"))
+    assert observation.shape == (18, 6)
+    starts = [0, *(done.flatten().nonzero().flatten() + 1).tolist()]
+    assert torch.equal(following[:, :3], observation[:, 3:]), "the older frame of s' is the newer one of s"
+    for row in range(18):
+        older = observation[row, 3:] if row in starts else following[row - 1, :3]
+        assert torch.equal(observation[row, :3], older), "before an episode's start its first frame is repeated"
+    other = shutil.copytree(out, tmp_path / "other")
+    go_on(other, step=14)
+    assert_equal_runs(out, other)

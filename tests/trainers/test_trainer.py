@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import itertools
 import json
@@ -5,20 +6,27 @@ import signal
 
 import pytest
 import torch
-from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+from torchrl.data import LazyTensorStorage, RandomSampler, SamplerWithoutReplacement, TensorDictReplayBuffer
+from torchrl.objectives import HardUpdate
 
 from deflow_torchrl.errors import InputError, NonFiniteLossError
 from deflow_torchrl.trainers import MetricsLog, StackedTrainer, StackedUpdate, Trainer, TrainerSchedule
-from deflow_torchrl.trainers.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from deflow_torchrl.trainers.checkpoint import (
+    best_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    read_header,
+    save_checkpoint,
+)
 from deflow_torchrl.trainers.graphed import GraphedUpdate
 from tests.support.networks import make_batch
 from tests.support.runs import without_time
 from tests.support.updates import make_update
 
 
-def make_buffer(rows=64, batch_size=8):
+def make_buffer(rows=64, batch_size=8, **options):
     torch.manual_seed(7)
-    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(rows), batch_size=batch_size)
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(rows), batch_size=batch_size, **options)
     buffer.extend(make_batch(rows, noise=False))
     return buffer
 
@@ -33,10 +41,14 @@ def make_trainer(
     eval_interval=6,
     validation=None,
     make_graphed=lambda update, sample: None,
+    updater=None,
+    **options,
 ):
     folder.mkdir(exist_ok=True)
     buffer = buffer or make_buffer()
     update = make_update()
+    if updater is not None:
+        update.learner = dataclasses.replace(update.learner, target_updater=updater(update.learner.loss))
     torch.manual_seed(3)
     schedule = TrainerSchedule(
         offline_steps=steps, log_interval=3, eval_interval=eval_interval, save_interval=save_interval
@@ -51,6 +63,7 @@ def make_trainer(
         evaluate=evaluate,
         show_progress=False,
         graphed=make_graphed(update, buffer.sample),
+        **options,
     )
 
 
@@ -108,6 +121,50 @@ def test_ctrl_c_saves_and_the_resumed_run_is_bit_for_bit_the_uninterrupted_one(t
         dict(resumed.update.learner.loss.state_dict()), dict(straight.update.learner.loss.state_dict()), rtol=0, atol=0
     )
     assert without_time(resumed.metrics.rows) == without_time(straight.metrics.rows)
+
+
+STATEFUL = {
+    "sampler": (lambda: make_buffer(sampler=SamplerWithoutReplacement()), None),
+    "generator": (lambda: make_buffer(generator=torch.Generator().manual_seed(4)), None),
+    "hard update": (make_buffer, lambda loss: HardUpdate(loss, value_network_update_interval=2)),
+}
+
+
+@pytest.mark.parametrize("kind", STATEFUL)
+def test_samplers_generators_and_hard_updates_go_on_where_they_were(tmp_path, kind):
+    new_buffer, updater = STATEFUL[kind]
+    first = make_trainer(tmp_path, buffer=new_buffer(), updater=updater)
+    first.run()
+    other = make_trainer(tmp_path, buffer=new_buffer(), updater=updater)
+    other.resume(list_checkpoints(tmp_path / "checkpoints")[0])
+    assert other.step == 4
+    other.run()
+    states = [dict(trainer.update.learner.loss.state_dict()) for trainer in (first, other)]
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+
+
+def test_a_checkpoint_of_another_sampler_and_a_state_that_cannot_be_saved_are_one_line(tmp_path):
+    make_trainer(tmp_path, buffer=make_buffer(sampler=SamplerWithoutReplacement())).run()
+    with pytest.raises(InputError, match="sampler is a SamplerWithoutReplacement, here a RandomSampler"):
+        make_trainer(tmp_path).restore(list_checkpoints(tmp_path / "checkpoints")[-1])
+
+    class Odd(RandomSampler):
+        def state_dict(self):
+            return {"rule": object()}
+
+    with pytest.raises(InputError, match="the state of Odd holds a object, which cannot be saved"):
+        make_trainer(tmp_path, buffer=make_buffer(sampler=Odd()))
+
+
+def test_a_checkpoint_that_is_rewritten_with_new_settings_keeps_its_score(tmp_path):
+    make_trainer(tmp_path, evaluate=lambda: {"eval/success": 0.5}, score="eval/success").run()
+    (*_, last) = list_checkpoints(tmp_path / "checkpoints")
+    other = make_trainer(tmp_path, steps=16, eval_interval=0, score="eval/success")
+    other.resume(last, keep_settings=True)
+    assert read_header(last)["score"] == 0.5
+    other.run()
+    assert read_header(list_checkpoints(tmp_path / "checkpoints")[-1])["score"] is None
+    assert best_checkpoint(tmp_path / "checkpoints") == last
 
 
 @pytest.mark.parametrize("moment", ["update", "evaluation"])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, Self
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -236,6 +236,19 @@ class OfflineOnlineReplayBuffer(TensorDictReplayBuffer):
         """Rows that hold a transition, as in ``buffer[:]``: discarded ones count."""
         return len(self._storage)
 
+    def share(self, shared: bool = True) -> Self:
+        """Refuse to be written by several processes, as collectors with worker processes would (``replay_buffer=``).
+
+        Raises:
+            InputError: if ``shared``.
+        """
+        if shared:
+            raise InputError(
+                "OfflineOnlineReplayBuffer is not shared: each process would write into a copy of its own; leave the "
+                "collector's replay_buffer= out, and call extend() with the batches that it yields"
+            )
+        return super().share(shared)
+
     # Writing.
 
     def add(self, data: TensorDictBase) -> int:
@@ -247,7 +260,8 @@ class OfflineOnlineReplayBuffer(TensorDictReplayBuffer):
 
         Args:
             tensordicts: ``[n]``, ``[B, T]`` or any other batch in TED, as a collector delivers it, on any device; flattened
-                in this order. It is left as it is.
+                in this order, without the padding of collectors with ``split_trajs`` (``("collector", "mask")``). It is left
+                as it is. One flag or, where ``done`` is given, two may be missing: they follow from the others.
 
         Keyword Args:
             update_priority: as in TorchRL.
@@ -256,14 +270,16 @@ class OfflineOnlineReplayBuffer(TensorDictReplayBuffer):
             their rows ``[n]``, int64, on the buffer's device.
 
         Raises:
-            InputError: if an entry is missing, has another shape or type than the offline set's, or is not finite, or if
-                they are more than the online zone holds. Nothing is added then.
+            InputError: if an entry is missing, has another shape or type than the offline set's, or is not finite, if
+                ``steps_to_next_obs`` says another number of steps than the offline set's (n-step transitions), if flags
+                contradict one another, or if they are more than the online zone holds. Nothing is added then.
         """
         if not isinstance(tensordicts, TensorDictBase):
             raise InputError(f"new transitions: a TensorDict is needed, not a {type(tensordicts).__name__}")
-        if tensordicts.shape.numel() == 0:  # TensorDict.numel() is never 0
+        steps = _without_padding(tensordicts)
+        if len(steps) == 0:
             return torch.empty(0, dtype=torch.int64, device=self.device)
-        return super().extend(tensordicts.reshape(-1), update_priority=update_priority)
+        return super().extend(steps, update_priority=update_priority)
 
     def discard(self, index: torch.Tensor) -> None:
         """Never sample these online rows again, until they are overwritten (the transitions of a faulty episode).
@@ -469,13 +485,21 @@ def _offline_rows(offline: Any, device: torch.device | str | None) -> tuple[Colu
         raise InputError(
             f"{source}: a TransitionDataset, a replay buffer or a TensorDict is needed, not a {type(offline).__name__}"
         )
-    if transitions.shape.numel() == 0:
+    transitions = _without_padding(transitions)
+    if len(transitions) == 0:
         raise InputError(f"{source}: there is no transition")
-    columns = columns_of(transitions.reshape(-1), source=source)
+    columns = columns_of(transitions, source=source)
     where = columns[0].device if device is None else torch.device(device)
     # The caller may write into this buffer later; an immutable data set need not be copied.
     columns = [column.as_subclass(torch.Tensor).to(where, copy=not owned) for column in columns]
     return ColumnRows(columns), columns[0].device
+
+
+def _without_padding(transitions: TensorDictBase) -> TensorDictBase:
+    """Flatten a batch, without the rows that fill up the trajectories of a collector with ``split_trajs``; ``[n]``."""
+    flat = transitions.reshape(transitions.shape.numel())  # -1 is ambiguous where there is nothing
+    mask = transitions.get(("collector", "mask"), None)
+    return flat if mask is None else flat[mask.reshape(-1)]
 
 
 def _is_on(device: torch.device, wanted: torch.device) -> bool:

@@ -22,6 +22,7 @@ from torchrl.data.replay_buffers.storages import Storage
 from torchrl.data.replay_buffers.writers import Writer
 
 from deflow_torchrl.data.checks import check_pictures
+from deflow_torchrl.data.chunks import ChunkedDataset
 from deflow_torchrl.data.columns import allocate
 from deflow_torchrl.data.returns import OnlineReturns, ReturnsToGo
 from deflow_torchrl.data.schema import TRANSITION_KEYS, Rows
@@ -39,19 +40,38 @@ Schema = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 """Shape of one row and type of every column, by its name."""
 
 
-def columns_of(transitions: TensorDictBase, *, source: str, schema: Schema | None = None) -> Columns:
-    """Take the columns of a batch ``[n]``.
+def columns_of(transitions: TensorDictBase, *, source: str, schema: Schema | None = None, steps: int = 1) -> Columns:
+    """Take the columns of a batch ``[n]``, without the graph of an action.
+
+    Flags that TorchRL's environments may leave out follow from the others: ``terminated`` is ``done`` but not ``truncated``,
+    ``truncated`` is ``done`` but not ``terminated``, ``done`` is either.
+
+    Args:
+        transitions: the batch.
+
+    Keyword Args:
+        source: name of the data, for messages.
+        schema: shapes and types that are needed.
+        steps: environment steps of a transition, which ``steps_to_next_obs`` must say where it is given.
 
     Raises:
-        InputError: if one is missing, is no tensor, does not fit the ``schema`` or holds NaN or infinity.
+        InputError: if a column is missing, is no tensor, does not fit the ``schema`` or holds NaN or infinity, if ``done``
+            contradicts the other flags, or if a transition is of another number of steps.
     """
     columns = [transitions.get(key, None) for key in TRANSITION_KEYS]
+    columns[4:] = _completed_flags(*columns[4:])
     for name, column in zip(NAMES, columns, strict=True):
         if not isinstance(column, torch.Tensor):
             keys = transitions.keys(True, True)
             found = ", ".join(sorted(key if isinstance(key, str) else ".".join(key) for key in keys))
             raise InputError(f"{source}: {name} is {'missing' if column is None else 'no tensor'}; found {found}")
+    columns = [column.detach() for column in columns]
     check_schema(columns, schema or offline_schema(columns, source=source), source=source)
+    _check_steps(transitions, steps, source=source)
+    *_, terminated, truncated, done = columns
+    if bool((wrong := done != terminated | truncated).any()):
+        row = int(wrong.flatten().nonzero()[0])
+        raise InputError(f"{source}: next.done of transition {row} is not terminated or truncated; mend the flags")
     # Collectors may leave NaN behind a terminal row, where nobody looks.
     observation, _, following, _, terminated, *_ = columns
     if following.is_floating_point():
@@ -64,6 +84,28 @@ def columns_of(transitions: TensorDictBase, *, source: str, schema: Schema | Non
             row = int((~finite).flatten(1).any(1).nonzero()[0])
             raise InputError(f"{source}: {name} of transition {row} is not finite; drop its episode")
     return columns
+
+
+def _completed_flags(terminated: Any, truncated: Any, done: Any) -> tuple[Any, Any, Any]:
+    if isinstance(done, torch.Tensor):
+        if terminated is None:
+            terminated = done if truncated is None else done.logical_and(truncated.logical_not())
+        if truncated is None:
+            truncated = done.logical_and(terminated.logical_not())
+    elif done is None and terminated is not None and truncated is not None:
+        done = terminated.logical_or(truncated)
+    return terminated, truncated, done
+
+
+def _check_steps(transitions: TensorDictBase, steps: int, *, source: str) -> None:
+    for key in ("steps_to_next_obs", ("next", "steps_to_next_obs")):
+        found = transitions.get(key, None)
+        if found is not None and bool((wrong := found.reshape(-1) != steps).any()):
+            row = int(wrong.nonzero()[0])
+            raise InputError(
+                f"{source}: transition {row} spans {int(found.reshape(-1)[row])} steps (steps_to_next_obs), {steps} is needed: "
+                "leave MultiStepTransform out, and give chunks as a set's own, without transforms"
+            )
 
 
 def check_schema(columns: Columns, schema: Schema, *, source: str) -> None:
@@ -114,10 +156,15 @@ class ColumnRows:
         return Rows.of([column.index_select(0, rows) for column in self._columns])
 
     def next_actions(self, rows: torch.Tensor) -> torch.Tensor:
-        """Actions ``[n, A]`` that follow those of ``rows`` [n] in their trajectories; their own where ``done``."""
-        action, done = self._columns[1], self._columns[6].squeeze(1)
-        stays = done.index_select(0, rows) | (rows + 1 == len(action))
-        return action.index_select(0, torch.where(stays, rows, rows + 1))
+        """Actions ``[n, A]`` that follow those of ``rows`` [n] in their trajectories; their own where none does.
+
+        The following row does where ``done`` is not set and s' of the one is s of the other.
+        """
+        observation, action, next_observation, *_, done = self._columns
+        later = (rows + 1).clamp(max=len(action) - 1)
+        same = observation.index_select(0, later) == next_observation.index_select(0, rows)
+        follows = same.flatten(1).all(1) & ~done.squeeze(1).index_select(0, rows) & (later > rows)
+        return action.index_select(0, torch.where(follows, later, rows))
 
     def extras(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
         """More entries: none."""
@@ -159,6 +206,8 @@ class UnionStorage(Storage):
         super().__init__(self.num_offline + online_capacity)
         first = offline.gather(torch.zeros(1, dtype=torch.int64, device=device))
         self.schema = offline_schema(first.columns(), source="offline data")
+        self.steps = offline.length if isinstance(offline, ChunkedDataset) else 1
+        """Environment steps of a transition."""
         self.slots = self.max_size if fifo else online_capacity
         """Rows of the online columns: with ``fifo`` every row of the union may become an online one."""
         on_cpu = device.type == "cpu"
@@ -283,7 +332,7 @@ class UnionStorage(Storage):
             InputError: if they do not fit the schema, hold NaN or infinity, or are more than the online columns hold.
         """
         source, count = "new transitions", len(transitions)
-        columns = columns_of(transitions, source=source, schema=self.schema)
+        columns = columns_of(transitions, source=source, schema=self.schema, steps=self.steps)
         if count > self.slots:
             raise InputError(f"{source}: {count} at once, the online zone holds {self.slots}; add fewer")
         slots = (torch.arange(count) + self.written) % self.slots
@@ -292,7 +341,7 @@ class UnionStorage(Storage):
             self._set_discarded(self._discarded[~torch.isin(self._discarded, slots)])
         self.written += count
         if self.returns is not None:
-            self.returns.written(slots, self.written)
+            self.returns.written(slots, self.written, self._discarded)
         return ((self.num_offline + slots) % self.max_size).to(self.device, non_blocking=True)
 
     def _write(self, slots: torch.Tensor, columns: Columns) -> None:
@@ -407,11 +456,10 @@ class UnionStorage(Storage):
         self.check_state(state_dict)
         self.written = state_dict["written"]
         self._write(torch.arange(self.held_online), [state_dict["online"][name] for name in NAMES])
-        if self.returns is not None:  # in the order in which they were written
-            self.returns.written(
-                (torch.arange(self.held_online) + self.written - self.held_online) % self.slots, self.written
-            )
         self._set_discarded(state_dict["discarded"].cpu().clone())
+        if self.returns is not None:  # in the order in which they were written
+            slots = (torch.arange(self.held_online) + self.written - self.held_online) % self.slots
+            self.returns.written(slots, self.written, self._discarded)
 
 
 class UnionWriter(Writer):

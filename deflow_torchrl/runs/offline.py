@@ -98,7 +98,7 @@ def evaluate_offline(
     with generators_set_aside(seed):
         found = {
             "step": loaded.state["step"],
-            "held_out": {"data": name, "episodes": held.num_episodes, "transitions": len(held)},
+            "held_out": {"data": name, "episodes": len(held.start_rows), "transitions": len(held)},
             "gamma": gamma,
             "cloning": _cloning(loaded.learner, transitions),
             "actions": _actions(loaded.learner, transitions),

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from deflow_torchrl.deploy import FORMAT, MANIFEST, Graph, load_policy, open_graph
-from deflow_torchrl.errors import ExportParityError, InputError, MissingExtraError
+from deflow_torchrl.errors import ExportParityError, InputError, MissingExtraError, one_line
 from deflow_torchrl.modules.flow import FlowMatchingModel
 from deflow_torchrl.modules.networks import MLP, is_wrapped
 from deflow_torchrl.modules.policies import BoundedModel
@@ -167,8 +167,14 @@ def export_policy(
     shapes = {"observation": (observation_dim,) if isinstance(observation_dim, int) else tuple(observation_dim)}
     if noise_key in policy.in_keys:
         shapes["noise"] = noise_shape
+    chunk = (about or {}).get("chunk", 1)
+    if chunk < 1 or action_dim % chunk:
+        raise InputError(f"action_dim={action_dim} is no whole number of actions of a chunk of {chunk}")
+    if action_key not in policy.out_keys:
+        raise InputError(f"the policy writes {policy.out_keys}, not {action_key!r}; name its action with action_key")
     units = _units(action_bounds, action_dim)
     eager = _Actor(copy.deepcopy(policy).to("cpu", torch.float32), keys, action_key, units).eval().requires_grad_(False)
+    _try(eager, _random_inputs(shapes, rows=2), action_dim)
     program = _trace(eager, _random_inputs(shapes, rows=2))
     write = {"onnx": _onnx_writer, "pt2": _pt2_writer}[format](program, list(shapes))
     parity = _parity(eager, open_graph(write("{}"), str(out)), shapes)
@@ -274,6 +280,18 @@ def _unroll(policy: nn.Module) -> None:
                 setattr(parent, name, _UnrolledFlow(child, network))
 
 
+def _try(eager: _Actor, inputs: Mapping[str, Tensor], action_dim: int) -> None:
+    """Act once before tracing, whose messages are long."""
+    try:
+        with torch.no_grad():
+            shape = list(eager(*inputs.values()).shape)
+    except Exception as error:
+        given = ", ".join(f"{name} {list(value.shape[1:])}" for name, value in inputs.items())
+        raise InputError(f"the policy cannot be called with {given}: {one_line(error)}") from error
+    if shape[1:] != [action_dim]:
+        raise InputError(f"the policy's actions are {shape[1:]}, not [{action_dim}] as action_dim says")
+
+
 def _trace(eager: _Actor, inputs: Mapping[str, Tensor]) -> ExportedProgram:
     actor = copy.deepcopy(eager)
     _unroll(actor)
@@ -329,6 +347,10 @@ def _units(bounds: Sequence[Any] | None, action_dim: int) -> Units | None:
     if bounds is None:
         return None
     low, high = (torch.as_tensor(bound, dtype=torch.float64).reshape(-1) for bound in bounds)
+    if len(low) != len(high) or not len(low) or action_dim % len(low):
+        raise InputError(
+            f"action_bounds are of {len(low)} and {len(high)} numbers, the policy's actions of {action_dim}"
+        )
     repeats = action_dim // len(low)
     return low.repeat(repeats).float(), ((high - low) / 2).repeat(repeats).float()
 

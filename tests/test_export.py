@@ -290,3 +290,25 @@ def test_nested_keys_and_double_precision(tmp_path):
         load_policy(tmp_path / "a.pt2", trusted=True)(observation, noise=noise), expected, atol=1e-6
     )
     assert flow.module.low.dtype == torch.float64, "the policy itself is left as it was"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"about": {"chunk": 2}}, "action_dim=3 is no whole number of actions of a chunk of 2"),
+        (
+            {"action_bounds": ([0.0, 0.0], [1.0, 1.0])},
+            "action_bounds are of 2 and 2 numbers, the policy's actions of 3",
+        ),
+        (
+            {"observation_dim": OBSERVATION_DIM + 1},
+            r"the policy cannot be called with observation \[5\], noise \[3\]: ",
+        ),
+        ({"action_key": "act"}, r"the policy writes .*'action'.*, not 'act'"),
+    ],
+)
+def test_arguments_that_do_not_fit_the_policy_are_one_line(options, said, tmp_path):
+    with pytest.raises(InputError, match=said) as refused:
+        export_policy(make_actor(), tmp_path / "policy.pt2", **{**SIZES, **options})
+    assert "\n" not in str(refused.value)
+    assert not list(tmp_path.iterdir())

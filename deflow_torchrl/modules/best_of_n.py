@@ -6,6 +6,7 @@ The best of N of a flow by the minimum of the critics is how IFQL acts (FQL, app
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -77,7 +78,9 @@ class BestOfNModel(nn.Module):
         """Of ``actions [..., N, A]`` of each ``state [...]`` the one at which ``scored [..., N, A]`` has the best value."""
         candidates = scored.shape[:-1]
         state = self.critics.state_of(self.critics.encode(state))  # encoders run once per state, not per candidate
-        rows = state.unsqueeze(-1).expand(*candidates).reshape(-1)
+        rows = (
+            state.unsqueeze(-1).expand(*candidates).reshape(candidates.numel())
+        )  # -1 is ambiguous where there is no state
         rows.set(self.critics.action_key, scored.flatten(0, -2))
         best = self.rank(self.critics.values(rows)).reshape(candidates).argmax(-1)
         chosen = best[..., None, None].expand(*best.shape, 1, actions.shape[-1])
@@ -211,7 +214,7 @@ class BestOfNPolicy(TensorDictModule):
             raise ValueError(
                 f"noise of shape {list(shape)} is needed, one row for each candidate, got {list(noise.shape)}"
             )
-        rows = states.unsqueeze(-1).expand(*candidates).reshape(-1)
+        rows = states.unsqueeze(-1).expand(*candidates).reshape(math.prod(candidates))
         rows.set(self._noise_key, noise.flatten(0, len(candidates) - 1))
         acted = policy(rows)
         scored, actions = (acted[key].reshape(*candidates, -1) for key in (self._scored_key, self.out_keys[0]))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase
@@ -49,6 +50,20 @@ class BoundedModel(nn.Module):
         return action.clamp(self.low, self.high)
 
 
+def check_bounds(action_dim: int, **bounds: Any) -> None:
+    """Refuse bounds that are neither one number nor one for each action dimension.
+
+    Raises:
+        ValueError: naming the bound.
+    """
+    for name, bound in bounds.items():
+        shape = list(torch.as_tensor(bound).shape)
+        if shape not in ([], [1], [action_dim]):
+            raise ValueError(
+                f"{name} has the shape {shape}; it is one number, or one for each of {action_dim} dimensions"
+            )
+
+
 class NoiseModel(BoundedModel):
     """Base of the models that map noise to an action.
 
@@ -58,12 +73,13 @@ class NoiseModel(BoundedModel):
         high: upper action bound.
 
     Raises:
-        ValueError: if ``action_dim`` is not positive or the bounds are not ordered.
+        ValueError: if ``action_dim`` is not positive or the bounds are not ordered or of another width.
     """
 
     def __init__(self, action_dim: int, low: float | Tensor, high: float | Tensor) -> None:
         if action_dim < 1:
             raise ValueError(f"action_dim must be positive, got {action_dim}")
+        check_bounds(action_dim, low=low, high=high)
         super().__init__(low, high)
         self.action_dim = action_dim
 

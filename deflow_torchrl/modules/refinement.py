@@ -10,7 +10,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
 from deflow_torchrl.modules.networks import CheckedModule
-from deflow_torchrl.modules.policies import BoundedModel
+from deflow_torchrl.modules.policies import BoundedModel, check_bounds
 
 
 class RefinementModel(BoundedModel):
@@ -40,7 +40,8 @@ class RefinementPolicy(CheckedModule):
         out_keys: keys of the unclipped shift and of the clipped action.
 
     Raises:
-        ValueError: if ``action_dim`` is not positive, the bounds are not ordered or the keys are not two and two.
+        ValueError: if ``action_dim`` is not positive, the bounds are not ordered or of another width, or the keys are not two
+            and two.
         TypeError: by calls, if an input's dtype does not fit the network's.
 
     Examples:
@@ -71,6 +72,7 @@ class RefinementPolicy(CheckedModule):
                 "in_keys must be (observation, base_action) and out_keys (refinement, action), "
                 f"got {in_keys} and {out_keys}"
             )
+        check_bounds(action_dim, low=low, high=high)
         model = RefinementModel(refinement_network, low=low, high=high)
         super().__init__(model, in_keys=list(in_keys), out_keys=list(out_keys))
         self.action_dim = action_dim

@@ -17,8 +17,9 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 from torchrl.objectives.common import LossModule
 from torchrl.objectives.utils import ValueEstimators, dispatch_value_estimator
-from torchrl.objectives.value import ValueEstimatorBase
+from torchrl.objectives.value import TD0Estimator, ValueEstimatorBase
 
+from deflow_torchrl.modules.actor import DeFlowActor
 from deflow_torchrl.modules.critics import CriticEnsemble, TwinCritic, aggregate, copies
 from deflow_torchrl.objectives import acting, terms
 
@@ -163,8 +164,40 @@ class OffPolicyLoss(LossModule):
 
     # -- networks and coefficients ------------------------------------------------------------------------------------
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if (
+            isinstance(value, (int, float))
+            and name in type(self)._all_schedulable_buffers
+            and getattr(self, name, value) is None
+        ):  # a coefficient that was not set so far
+            self.__dict__.pop(name, None)
+            self._buffers.pop(name, None)
+            self._register_coefficient(name, float(value))
+            return
+        super().__setattr__(name, value)
+
+    def _keep_apart(self, name: str, part: nn.Module) -> None:
+        """Note a part's parameters.
+
+        Raises:
+            ValueError: if another part would train one of them too: the gradient of one would move the other.
+        """
+        owners = self.__dict__.setdefault("_owners", {})
+        for parameter in part.parameters():
+            owner = owners.setdefault(id(parameter), name)
+            if owner != name and parameter.requires_grad:
+                raise ValueError(
+                    f"{owner} and {name} share parameters, and what trains the one would move the other; give each a copy "
+                    "(an encoder too: copy.deepcopy)"
+                )
+
     def _add_policy(self, policy: nn.Module, name: str, *, create_target_params: bool = False) -> None:
         """Convert a policy or value network; it computes with ``NAME_params`` inside :meth:`_functional_policies`."""
+        if isinstance(policy, DeFlowActor):
+            self._keep_apart("flow_policy", policy.flow_policy)
+            self._keep_apart("refinement_policy", policy.refinement_policy)
+        else:
+            self._keep_apart(name, policy)
         self.convert_to_functional(policy, name, create_target_params=create_target_params)
         self._functional = (*self._functional, name)
 
@@ -199,6 +232,7 @@ class OffPolicyLoss(LossModule):
                 f"a {type(critics).__name__} wants {critics.next_samples} actions of each next state, and {type(self).__name__} "
                 "gives one"
             )
+        self._keep_apart("the critics", critics)
         critics.bind(self, create_target_params=create_target_params)
         self.__dict__["_critics"] = [critics]  # in a list: a module here would be listed among the networks
         own = [*critics.loss_names, *critics.metadata_names]
@@ -214,6 +248,7 @@ class OffPolicyLoss(LossModule):
         """Keep an ensemble beside the critics, without targets, with its parameters under ``NAME_params``."""
         ensemble = _ensemble(critics, num_qvalue_nets=num_qvalue_nets, deactivate_vmap=deactivate_vmap)
         ensemble.network_name = name
+        self._keep_apart(name, ensemble)
         ensemble.bind(self, create_target_params=False)
         self.__dict__["_critics"].append(ensemble)
         self._forward_value_estimator_keys()
@@ -241,9 +276,12 @@ class OffPolicyLoss(LossModule):
         """
         if value is not None and not value >= 0:
             raise ValueError(f"{name} must not be negative, got {value}")
+        self._register_coefficient(name, None if value is None else float(value), exact=exact)
+
+    def _register_coefficient(self, name: str, value: float | None, *, exact: bool = True) -> None:
         example = next(iter(self.parameters()))
         dtype = torch.float64 if exact and example.device.type != "mps" else example.dtype
-        self.register_coeff_buffer(name, None if value is None else float(value), device=example.device, dtype=dtype)
+        self.register_coeff_buffer(name, value, device=example.device, dtype=dtype)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # In states of before 0.2 some coefficients were no buffers: those stay as they are here.
@@ -311,8 +349,11 @@ class OffPolicyLoss(LossModule):
         """Set gamma: ``make_value_estimator(ValueEstimators.TD0, gamma=0.99)``.
 
         Raises:
-            NotImplementedError: for any estimator of the enumeration but TD0.
+            NotImplementedError: for any estimator but TD0.
         """
+        kind = value_type if isinstance(value_type, type) else type(value_type)
+        if issubclass(kind, ValueEstimatorBase) and not issubclass(kind, TD0Estimator):
+            raise NotImplementedError(f"{kind.__name__} is not for {type(self).__name__}, whose targets are TD0's")
         value_type, hyperparams = self._prepare_value_estimator_kwargs(value_type, **hyperparams)
         if value_type is not None:
             dispatch_value_estimator(
@@ -366,8 +407,8 @@ class OffPolicyLoss(LossModule):
 
     def _draw(self, tensordict: TensorDictBase, key: NestedKey) -> Tensor:
         """Noise N(0, I) given under ``key``, or drawn: shape and type of the data's action."""
-        noise = tensordict.get(key, None)
-        return torch.randn_like(tensordict[self.tensor_keys.action]) if noise is None else noise
+        noise, action = tensordict.get(key, None), tensordict[self.tensor_keys.action]
+        return torch.randn_like(action) if noise is None else _as_wide(noise, key, action.shape[-1])
 
     def _draw_next(self, tensordict: TensorDictBase) -> Tensor:
         """Noise of the target's actions a', given or drawn: one ``[*B, A]``, or as many as the critics want ``[*B, n, A]``."""
@@ -384,7 +425,7 @@ class OffPolicyLoss(LossModule):
         action = tensordict[keys.action]
         noise = self._draw(tensordict, keys.flow_noise)
         time = tensordict.get(keys.flow_time, None)
-        time = torch.rand_like(action[..., :1]) if time is None else time
+        time = torch.rand_like(action[..., :1]) if time is None else _as_wide(time, keys.flow_time, 1)
         velocity = acting.velocity(flow_policy, tensordict)
         return terms.flow_matching(velocity, action, noise, time, tensordict.get(keys.valid, None))
 
@@ -406,6 +447,14 @@ class OffPolicyLoss(LossModule):
 
     def _bootstrap(self, tensordict: TensorDictBase, next_value: Tensor) -> Tensor:
         """Target y = r + gamma (1 - terminated) V(s') ``[*B]``; gamma to the power of ``steps_to_next_obs``, where given."""
+        flags = (next_key(key) for key in (self.tensor_keys.done, self.tensor_keys.terminated))
+        numbers = {
+            key: flag for key in flags if (flag := tensordict.get(key, None)) is not None and flag.dtype != torch.bool
+        }
+        if numbers:  # of which the estimator would take the bits' complement
+            tensordict = tensordict.copy()
+            for key, flag in numbers.items():
+                tensordict.set(key, flag.bool())
         return self.value_estimator.value_estimate(tensordict, next_value=next_value.unsqueeze(-1)).squeeze(-1)
 
     def _td_terms(
@@ -477,6 +526,11 @@ class OffPolicyLoss(LossModule):
         mask = self._mask(tensordict)
         return tensordict if mask is None else tensordict.apply(lambda entry: _zero(entry, ~mask))
 
+    def _maybe_get_priority_weight(self, tensordict: TensorDictBase) -> Tensor | None:
+        # TorchRL's looks a nested key up in a way that raises.
+        asked = self.use_prioritized_weights in (True, "auto")
+        return tensordict.get(self.tensor_keys.priority_weight, None) if asked else None
+
     def _reduce(self, value: Tensor, tensordict: TensorDictBase) -> Tensor:
         """Reduce a term of every sample, honouring masks and priority weights."""
         weights = self._maybe_get_priority_weight(tensordict)
@@ -517,6 +571,13 @@ def _ensemble(critics: Critics, *, num_qvalue_nets: int, deactivate_vmap: bool) 
 def tiny(tensor: Tensor) -> float:
     """Smallest normal number of the tensor's type, a divisor's lower bound that changes no quotient worth having."""
     return torch.finfo(tensor.dtype).tiny
+
+
+def _as_wide(draw: Tensor, key: NestedKey, width: int) -> Tensor:
+    """A draw of the input, refused where broadcasting would hide that it has another last dimension."""
+    if draw.shape[-1:] != (width,):
+        raise ValueError(f"{key!r} has the shape {list(draw.shape)}, and its last dimension must be {width}")
+    return draw
 
 
 def _drop_last(flags: Tensor, ndim: int) -> Tensor:

@@ -15,6 +15,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 
 from deflow_torchrl.modules.edited_flow import EditedFlowPolicy
+from deflow_torchrl.modules.policies import last_policy
 from deflow_torchrl.objectives import acting
 from deflow_torchrl.objectives.base import Critics, Reduction, Terms, next_key, term
 from deflow_torchrl.objectives.best_of_n import EDIT_NOISE, BestOfNLoss
@@ -118,7 +119,15 @@ class FEditLoss(BestOfNLoss):
     @property
     def actor_network(self) -> EditedFlowPolicy:
         """The policy that acts with one candidate."""
-        return EditedFlowPolicy(self.flow_policy, self.edit_policy, edit_scale=float(self.edit_scale))
+        flow, edit = last_policy(self.flow_policy), last_policy(self.edit_policy)
+        return EditedFlowPolicy(
+            self.flow_policy,
+            self.edit_policy,
+            edit_scale=float(self.edit_scale),
+            noise_key=flow.in_keys[1] if len(flow.in_keys) == 2 else self.tensor_keys.noise,
+            base_action_key=edit.in_keys[1],
+            action_key=self.tensor_keys.action,
+        )
 
     def _state_keys(self) -> list[NestedKey]:
         edit = acting.edit_state_keys(self.edit_policy)

@@ -132,4 +132,5 @@ class IDQLLoss(DenoisingValueLoss):
         """The averaged policy, with one candidate; the best of several is :class:`~deflow_torchrl.modules.ValueChosenPolicy`."""
         average = self.target_diffusion_policy_params
         critics = self.qvalue_network, self.target_qvalue_network_params
-        return ValueChosenPolicy(self.diffusion_policy, *critics, 1, policy_params=average)
+        keys = {"action_key": self.tensor_keys.action, "value_key": self.tensor_keys.state_action_value}
+        return ValueChosenPolicy(self.diffusion_policy, *critics, 1, policy_params=average, keys=keys)

@@ -16,6 +16,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 
 from deflow_torchrl.modules.best_of_n import BestOfNPolicy
+from deflow_torchrl.modules.policies import last_policy
 from deflow_torchrl.objectives import acting
 from deflow_torchrl.objectives.base import Critics, Reduction, Terms, term
 from deflow_torchrl.objectives.implicit_q import ImplicitQLoss
@@ -89,7 +90,17 @@ class IFQLLoss(ImplicitQLoss):
     @property
     def actor_network(self) -> BestOfNPolicy:
         """The policy that acts, the best of ``num_samples`` actions of the flow; its parameters are the loss's."""
-        return BestOfNPolicy(self.flow_policy, self.qvalue_network, self.qvalue_network_params, self.num_samples)
+        flow, keys = self.flow_policy, self.tensor_keys
+        return BestOfNPolicy(
+            flow,
+            self.qvalue_network,
+            self.qvalue_network_params,
+            self.num_samples,
+            in_keys=flow.in_keys if len(flow.in_keys) == 2 else None,
+            out_keys=last_policy(flow).out_keys,
+            critic_action_key=keys.action,
+            value_key=keys.state_action_value,
+        )
 
     def _required_keys(self, tensordict: TensorDictBase | None = None) -> list[NestedKey]:
         return [*super()._required_keys(tensordict), *acting.state_keys(self.flow_policy)]

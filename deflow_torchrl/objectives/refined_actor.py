@@ -179,7 +179,8 @@ class RefinedActorLoss(OffPolicyLoss):
                 return acting.act(prior, state, noise)
             # A prior of another kind explores in its own way; under the deterministic mode of losses it would not.
             with set_exploration_type(ExplorationType.RANDOM):
-                return prior(acting.each_state(state, noise).copy())[self.actor_network.base_action_key]
+                action = prior(acting.each_state(state, noise).copy())[self.actor_network.base_action_key]
+                return action.to(noise.dtype)  # under autocast the shift's size is a difference of large numbers
 
     def _base_action(self, tensordict: TensorDictBase) -> Tensor:
         """Base action of s, given or drawn."""

@@ -117,6 +117,16 @@ def test_wrong_arguments_of_the_prior_are_refused(kwargs, message):
         FlowMatchingPolicy(nn.Linear(3, 1), **{"action_dim": 1, **kwargs})
 
 
+@pytest.mark.parametrize(
+    "bound", [torch.full((ACTION_DIM - 1,), -1.0), torch.full((5, 1), -1.0)], ids=["narrow", "rows"]
+)
+def test_bounds_of_another_width_are_refused(bound):
+    with pytest.raises(ValueError, match=rf"low has the shape .*; it is one number, or one for each of {ACTION_DIM}"):
+        FlowMatchingPolicy(make_velocity_network(OBSERVATION_DIM, ACTION_DIM, (8,)), ACTION_DIM, low=bound)
+    with pytest.raises(ValueError, match="low has the shape"):
+        RefinementPolicy(nn.Identity(), ACTION_DIM, low=bound, high=1.0)
+
+
 def test_refinement_adds_its_shift_and_clips_the_action_but_not_the_shift():
     network = nn.Linear(2, 1)
     nn.init.zeros_(network.weight)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 from torchrl.objectives import SoftUpdate, ValueEstimators
+from torchrl.objectives.value import TDLambdaEstimator
 
 from deflow_torchrl.modules import (
     DeFlowActor,
@@ -436,3 +437,52 @@ def test_compiled_equals_eager_over_optimiser_and_target_updates(kind, backend, 
         return loss, SoftUpdate(loss, tau=0.1)
 
     assert_compiled_equals_eager(make, [batch_of(kind, 16) for _ in range(20)], backend)
+
+
+@CRITICS
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float32], ids=str)
+def test_flags_that_are_numbers_mean_what_booleans_do(kind, dtype):
+    batch = batch_of(kind)
+    batch["next", "terminated"][0] = batch["next", "done"][0] = True
+    numbers = batch.clone()
+    for key in ("terminated", "done"):
+        numbers["next", key] = batch["next", key].to(dtype)
+    loss, results = build(kind), []
+    for td in (batch, numbers):
+        torch.manual_seed(1)
+        results.append(loss(td).to_dict())
+    torch.testing.assert_close(*results)
+
+
+def test_a_coefficient_that_was_not_set_can_be_set_in_mid_training():
+    loss = build(DeFlowLoss)
+    loss.max_alpha = 0.5
+    assert loss(batch_of(DeFlowLoss))["alpha"] == 0.5
+    assert "max_alpha" in loss.state_dict()
+    loss.max_alpha = None
+    loss.max_alpha = 0.25
+    assert float(loss.alpha) == 0.25
+
+
+def test_nested_weights_are_found_and_may_be_missing():
+    loss, batch = build(DeFlowLoss), batch_of(DeFlowLoss)
+    loss.set_keys(priority_weight=("replay", "weight"))
+    plain = loss(batch.clone())
+    batch["replay", "weight"] = torch.ones(batch.batch_size)
+    torch.testing.assert_close(loss(batch).to_dict(), plain.to_dict())
+    batch["replay", "weight"] = torch.arange(len(batch)).float()
+    assert not torch.allclose(loss(batch)["loss_qvalue"], plain["loss_qvalue"])
+
+
+@pytest.mark.parametrize("key", ["noise", "flow_noise", "flow_time"])
+def test_draws_of_another_width_are_refused(key):
+    batch = batch_of(DeFlowLoss)
+    wrong = batch["flow_noise"][:, :2] if key == "flow_time" else batch[key][:, :1]
+    with pytest.raises(ValueError, match=rf"'{key}' has the shape .*, and its last dimension must be"):
+        build(DeFlowLoss)(batch.set(key, wrong))
+
+
+def test_an_estimator_over_time_is_refused_as_an_object_too():
+    for estimator in (TDLambdaEstimator, TDLambdaEstimator(gamma=0.9, lmbda=0.9, value_network=None)):
+        with pytest.raises(NotImplementedError, match="TDLambdaEstimator is not for DeFlowLoss"):
+            build(DeFlowLoss).make_value_estimator(estimator)

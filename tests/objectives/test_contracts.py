@@ -407,6 +407,32 @@ def test_an_encoder_that_the_critics_do_not_read_is_refused_with_both_names():
         EncodedCritics(encoder("other"), members)
 
 
+@pytest.mark.parametrize("kind", [IFQLLoss, IDQLLoss, FEditLoss], ids=lambda kind: kind.__name__)
+def test_the_policy_that_acts_has_the_keys_of_its_loss(kind):
+    critics = [
+        TensorDictModule(critic.module, in_keys=["obs", "act"], out_keys=["q"])
+        for critic in make_qvalue_networks(OBSERVATION_DIM, ACTION_DIM, HIDDEN)
+    ]
+    keys = {"in_keys": ("obs", "z"), "out_keys": ("act",)}
+    flow = FlowMatchingPolicy(make_velocity_network(OBSERVATION_DIM, ACTION_DIM, HIDDEN), ACTION_DIM, **keys)
+    value = TensorDictModule(make_value_network(OBSERVATION_DIM, HIDDEN).module, in_keys=["obs"], out_keys=["v"])
+    if kind is IFQLLoss:
+        loss = kind(flow, critics, value, num_samples=3)
+    elif kind is IDQLLoss:
+        noise = NoiseNetwork(OBSERVATION_DIM, ACTION_DIM, width=8, dropout=0.0)
+        loss = kind(DiffusionPolicy(noise, ACTION_DIM, **keys), critics, value)
+    else:
+        network = make_tanh_gaussian_network(OBSERVATION_DIM + ACTION_DIM, ACTION_DIM, HIDDEN)
+        edit = TanhGaussianPolicy(network, in_keys=("obs", "base"), out_keys=("edit",))
+        loss = kind(flow, edit, critics, edit_scale=0.2)
+    loss.set_keys(action="act", state_action_value="q")
+    policy = loss.actor_network
+    assert (policy.in_keys, policy.out_keys[-1]) == (["obs", "z"], "act")
+    acted = policy(TensorDict(obs=torch.zeros(2, OBSERVATION_DIM), batch_size=[2]))
+    assert acted["act"].shape == (2, ACTION_DIM)
+    assert {"action", "noise", "base_action"}.isdisjoint(acted.keys())
+
+
 # -- layouts and types ------------------------------------------------------------------------------------------------
 
 

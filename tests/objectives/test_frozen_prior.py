@@ -336,3 +336,14 @@ def test_compiled_equals_eager_with_given_base_actions():
     assert [set(out) for out in results[1]] == [set(out) for out in results[0]]
     assert "loss_flow" not in results[1][1]
     torch.testing.assert_close(results[1], results[0], rtol=2e-4, atol=1e-5)
+
+
+def test_the_shift_of_a_prior_of_another_kind_is_measured_in_full_precision_under_autocast():
+    prior = TensorDictModule(nn.Linear(OBSERVATION_DIM, ACTION_DIM), in_keys=["observation"], out_keys=["base_action"])
+    refinement = RefinementPolicy(
+        make_refinement_network(OBSERVATION_DIM, ACTION_DIM, HIDDEN), ACTION_DIM, low=-1.0, high=1.0
+    )
+    loss = RefinementLoss(DeFlowActor(prior, refinement), make_critics(), target_divergence=1e-3, freeze_prior=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = loss(make_batch(8))
+    assert {out[name].dtype for name in ("divergence", "loss_alpha", "alpha")} == {torch.float32}

@@ -447,14 +447,12 @@ class OffPolicyLoss(LossModule):
 
     def _bootstrap(self, tensordict: TensorDictBase, next_value: Tensor) -> Tensor:
         """Target y = r + gamma (1 - terminated) V(s') ``[*B]``; gamma to the power of ``steps_to_next_obs``, where given."""
-        flags = (next_key(key) for key in (self.tensor_keys.done, self.tensor_keys.terminated))
-        numbers = {
-            key: flag for key in flags if (flag := tensordict.get(key, None)) is not None and flag.dtype != torch.bool
-        }
-        if numbers:  # of which the estimator would take the bits' complement
-            tensordict = tensordict.copy()
-            for key, flag in numbers.items():
-                tensordict.set(key, flag.bool())
+        for name in (self.tensor_keys.done, self.tensor_keys.terminated):
+            flag = tensordict.get(next_key(name), None)
+            if (
+                flag is not None and flag.dtype != torch.bool
+            ):  # of a number the estimator would take the bits' complement
+                tensordict = tensordict.copy().set(next_key(name), flag.bool())
         return self.value_estimator.value_estimate(tensordict, next_value=next_value.unsqueeze(-1)).squeeze(-1)
 
     def _td_terms(

@@ -77,6 +77,7 @@ def task(tmp_path_factory):
     return record_pendulum(tmp_path_factory.mktemp("data"))
 
 
+@pytest.mark.slow  # half a minute, and wandb is optional
 def test_without_a_key_it_logs_offline_and_after_kills_the_run_is_the_same_and_no_step_comes_twice(task, tmp_path):
     out = tmp_path / "run"
     arguments = [

@@ -33,7 +33,7 @@ from deflow_torchrl.errors import InputError
 from deflow_torchrl.reports.records import METRICS
 from deflow_torchrl.reports.runs import FinishedRun, find_runs, score_of, standard_error
 from deflow_torchrl.reports.statistics import careful_standard_error
-from deflow_torchrl.reports.tables import shared
+from deflow_torchrl.reports.tables import common_settings
 from deflow_torchrl.runs.evaluate import ACTING, load_run
 from deflow_torchrl.runs.landscape import effective_modes, nearest_states, sample_actions
 from deflow_torchrl.tasks.data import load_task_data
@@ -118,9 +118,9 @@ def score_rows(runs: Sequence[FinishedRun], delta: float | None, last: int | Non
             column = f"online {run.record['config']['freeze_prior']}"
         other = cells.setdefault((run.task, column), {}).setdefault(run.seed, run)
         first = next(iter(cells[run.task, column].values()))
-        if other is not run or shared(first.record) != shared(run.record):
+        if other is not run or common_settings(first.record) != common_settings(run.record):
             raise InputError(
-                f"{first.folder} and {run.folder} are both {column} on {run.task}, of other settings; leave one out"
+                f"{first.folder} and {run.folder} are both {column} on {run.task}, of one seed or other settings; leave one out"
             )
     for said, ours, other in [*columns(delta), (ONLINE, "online False", "online True")]:
         sides = ours.replace(":", "-"), other.replace(":", "-")
@@ -153,8 +153,9 @@ def paired(ours: Mapping[int, FinishedRun], other: Mapping[int, FinishedRun], *,
     found, variance = [], 0.0
     for seed in sorted(ours.keys() & other.keys()):
         first, second = ours[seed], other[seed]
-        if shared(first.record) != shared(second.record):
-            unlike = ", ".join(name for name, it in shared(first.record).items() if it != shared(second.record)[name])
+        settings, others = (common_settings(run.record) for run in (first, second))
+        if settings != others:
+            unlike = ", ".join(name for name, it in settings.items() if it != others[name])
             raise InputError(f"{first.folder} and {second.folder} cannot be compared: they differ in {unlike}")
         metric = METRICS[first.record["metric"]]
         scores = [score_of(run.record, last=last) for run in (first, second)]

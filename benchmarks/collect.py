@@ -28,7 +28,7 @@ from deflow_torchrl.reports.check import check_file, write_file
 from deflow_torchrl.reports.page import draw_curves
 from deflow_torchrl.reports.records import RECORD_FILE
 from deflow_torchrl.reports.runs import FinishedRun, find_runs
-from deflow_torchrl.reports.tables import shared
+from deflow_torchrl.reports.tables import common_settings
 from deflow_torchrl.runs.folder import CONFIG_FILE
 from deflow_torchrl.tasks.protocols import get_protocol, protocol_names
 
@@ -88,7 +88,9 @@ def collect(arguments: argparse.Namespace) -> None:
 
 def same_settings(kept: dict[str, Any], new: dict[str, Any]) -> bool:
     """Whether two records are of one run, or of one made once more."""
-    return shared(kept) == shared(new) and all(kept[name] == new[name] for name in ("algo", "variant", "seeds"))
+    return common_settings(kept) == common_settings(new) and all(
+        kept[name] == new[name] for name in ("algo", "variant", "seeds")
+    )
 
 
 def without_table(page: Path, runs: Sequence[FinishedRun]) -> list[Path]:

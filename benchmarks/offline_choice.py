@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,11 @@ from deflow_torchrl.errors import InputError
 from deflow_torchrl.paths import write_text
 from deflow_torchrl.progress import progress_bar
 from deflow_torchrl.reports.runs import find_runs, score_of
+from deflow_torchrl.reports.statistics import kendall_tau
 from deflow_torchrl.runs.offline import evaluate_offline
 from deflow_torchrl.tasks.protocols import get_protocol
 
-SHUFFLES = 2_000
+SHUFFLES = 999
 NUMBERS = {
     "fitted Q": ("fitted_q", "value"),
     "ranks of Q and observed returns": ("critics", "kendall_tau", "value"),
@@ -78,18 +79,18 @@ def number(run: Mapping[str, Any], name: str) -> float | None:
 
 def association(groups: Sequence[Sequence[tuple[float, float]]]) -> tuple[float, float] | None:
     """Kendall's tau-b within groups, a mean weighted by their pairs, and its p-value; None where no group can be ordered."""
-    generator, taus, weights = np.random.default_rng(0), [], []
-    for group in groups:
-        number, success = (np.asarray(it, np.float64) for it in zip(*group, strict=True))
-        signs = [np.sign(it[:, None] - it) for it in (number, success)]
-        size = np.sqrt(np.prod([np.abs(it).sum() for it in signs]))
-        if size > 0:
-            orders = [np.arange(len(group)), *(generator.permutation(len(group)) for _ in range(SHUFFLES))]
-            taus.append([(signs[0] * signs[1][order][:, order]).sum() / size for order in orders])
-            weights.append(len(group) * (len(group) - 1) / 2)
-    if not taus:
+    pairs = [np.asarray(group, np.float64).T for group in groups]
+    able = [(number, success) for number, success in pairs if kendall_tau(number, success) is not None]
+    if not able:
         return None
-    found, *shuffled = np.average(taus, axis=0, weights=weights).tolist()
+    generator, weights = np.random.default_rng(0), [len(number) * (len(number) - 1) / 2 for number, _ in able]
+
+    def tau(order: Callable[[np.ndarray], np.ndarray]) -> float:
+        return float(
+            np.average([kendall_tau(number, order(success)) or 0.0 for number, success in able], weights=weights)
+        )
+
+    found, shuffled = tau(np.asarray), [tau(generator.permutation) for _ in range(SHUFFLES)]
     return found, float(np.mean(np.abs([found, *shuffled]) >= abs(found) - 1e-12))
 
 

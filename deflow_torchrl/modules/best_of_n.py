@@ -217,7 +217,7 @@ class BestOfNPolicy(TensorDictModule):
         rows = states.unsqueeze(-1).expand(*candidates).reshape(math.prod(candidates))
         rows.set(self._noise_key, noise.flatten(0, len(candidates) - 1))
         acted = policy(rows)
-        scored, actions = (acted[key].reshape(*candidates, -1) for key in (self._scored_key, self.out_keys[0]))
+        scored, actions = (acted[key].unflatten(0, candidates) for key in (self._scored_key, self.out_keys[0]))
         return self.module.pick(tensordict, scored, actions)
 
     @property

@@ -407,13 +407,13 @@ def _integrate_together(
     condition = torch.cat([_rows(observation, action).expand(rows), action], -1).flatten(0, -2)
     returns = kernels.integrate_returns(
         condition,
-        model.starts(u).reshape(len(condition), math.prod(u.shape[action.ndim - 1 :])),
+        model.starts(u).reshape(len(condition), -1),
         parameters,
         num_steps=model.num_steps,
         embed=model.embed,
         embed_time=model.embed_time,
     )
-    return returns.reshape(len(returns), *u.shape)
+    return returns.reshape(-1, *u.shape)
 
 
 _TOGETHER: dict[str, Callable[..., Tensor]] = {"velocity": _velocity_together, "integrate": _integrate_together}

@@ -391,14 +391,16 @@ def unlike_notes(runs: Sequence[FinishedRun]) -> list[str]:
     for (task, _), methods in groups.items():
         unlike = []
         for name in _ALIKE:
-            values = {method: sorted({shared(it)[name] for it in records}) for method, records in methods.items()}
+            values = {
+                method: sorted({common_settings(it)[name] for it in records}) for method, records in methods.items()
+            }
             if any(each != next(iter(values.values())) for each in values.values()):
                 unlike.append(f"{name} " + ", ".join(f"{' and '.join(each)} of {it}" for it, each in values.items()))
         lines += [f"Not alike on {task}: {'; '.join(unlike)}."] if unlike else []
     return lines
 
 
-def shared(record: Mapping[str, Any]) -> dict[str, str]:
+def common_settings(record: Mapping[str, Any]) -> dict[str, str]:
     """What runs of one task must have alike for a comparison: data, steps, batch, networks, chunks, precision; as texts."""
     settings = {name: as_setting(record["config"].get(name, usual)) for name, usual in _ALIKE.items()}
     return settings | {"data": (record["data"]["sha256"] or "unknown")[:8]}

@@ -37,6 +37,15 @@ def test_of_a_deflow_actor_the_best_final_or_base_action_is_taken(selection, how
         torch.testing.assert_close(chosen[row], max(acted, key=value)["action"])
 
 
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (2, 3)], ids=str)
+@torch.no_grad()
+def test_batches_of_any_shape_are_acted_in_also_empty_ones(shape):
+    for policy in (make_actor(), make_actor().flow_policy):
+        key = "action" if "action" in policy.out_keys else policy.out_keys[-1]
+        chosen = best_of(policy, make_loss(), out_keys=(key,))(states(*shape))[key]
+        assert chosen.shape == (*shape, ACTION_DIM)
+
+
 def test_any_policy_with_noise_has_candidates_and_draws_them_where_none_are_given():
     torch.manual_seed(0)
     loss, batch = make_loss(), states(3, 2)

@@ -4,6 +4,7 @@
 Markers are HTML comments, each closed by ``<!-- /deflow-report -->``; folders are relative to the file of the marker::
 
     <!-- deflow-report: table DIR... [last=K] -->       a block: the tables of the runs below the folders
+    <!-- deflow-report: results DIR... [last=K] -->     a block: the first of these tables, of results alone
     <!-- deflow-report: paper DIR... -->                a block: the paper's figures for the tasks of these runs
     <!-- deflow-report: online DIR... -->               a block: what each run gained online
     <!-- deflow-report: value DIR NAME=VALUE... -->0.53  a number in a line, compared to as many decimals as it has
@@ -30,7 +31,7 @@ from deflow_torchrl.reports.paper import paper_runtime
 from deflow_torchrl.reports.runs import FinishedRun, as_setting, find_runs, flat_settings, score_of
 from deflow_torchrl.reports.tables import make_cell, online_progress
 
-KINDS = ("table", "paper", "online", "value")
+KINDS = ("table", "results", "paper", "online", "value")
 STATS = ("mean", "std", "stderr", "seeds", "episodes")
 _OPEN = re.compile(r"<!--\s*deflow-report:(?P<words>.*?)-->")
 _CLOSE = re.compile(r"<!--\s*/deflow-report\s*-->")
@@ -253,7 +254,9 @@ def _block_lines(kind: str, folders: Sequence[Path], last: int | None) -> list[s
         return online_progress([run.record for run in find_runs(folders) if run.online])
     summary = summarize_runs(folders, last=last)
     lines = [line for note in summary.notes for line in (f"**{note}**", "")] if kind == "table" else []
-    for grid in summary.results if kind == "table" else summary.copied:
+    for grid in summary.copied if kind == "paper" else summary.results:
+        if kind == "results" and grid.kind != "results":
+            continue
         # Times differ between machines; they are in the records and left out here.
         if grid.title not in ("Time", paper_runtime().title):
             lines += [f"**{grid.title}**: {grid.caption}.", "", *grid.markdown(), ""]

@@ -45,14 +45,19 @@ class Grid:
         caption: what the figures are.
         headers: of the columns.
         rows: as many entries each.
-        copied: whether its figures are the paper's.
+        kind: a key of ``grids.json``; of tables copied from the paper it begins with ``paper``.
     """
 
     title: str
     caption: str
     headers: Sequence[str]
     rows: Sequence[GridRow]
-    copied: bool = False
+    kind: str
+
+    @property
+    def copied(self) -> bool:
+        """Whether its figures are the paper's."""
+        return self.kind.startswith("paper")
 
     def markdown(self) -> list[str]:
         """The table's lines, without its title."""
@@ -72,7 +77,7 @@ def make_grid(kind: str, rows: Sequence[GridRow], *, columns: Sequence[str] = ()
     """A table with the title, caption and headers that ``grids.json`` has for its kind.
 
     Args:
-        kind: a key of the file; of tables copied from the paper it begins with ``paper``.
+        kind: see :class:`Grid`.
         rows: of the table.
 
     Keyword Args:
@@ -82,7 +87,7 @@ def make_grid(kind: str, rows: Sequence[GridRow], *, columns: Sequence[str] = ()
     text = _texts()[kind]
     headers = (*(header.format(**values) for header in text["headers"]), *columns)
     title, caption = (text[name].format(**values) for name in ("title", "caption"))
-    return Grid(title, caption, headers, rows, copied=kind.startswith("paper"))
+    return Grid(title, caption, headers, rows, kind)
 
 
 def grid_row(*cells: Entry | str | int, kind: str = "task") -> GridRow:

@@ -473,6 +473,7 @@ def _results(title: str, table: Table, rows: Sequence[Row], columns: Sequence[st
         title=title,
         arrow="end of the offline phase → end of the run; " if table.online else "",
         units=" or ".join(units),
+        seeds=_number_of_seeds(rows, columns),
         bold=BOLD_FROM,
         near=NEAR,
         evaluations=_evaluations(rows, columns),
@@ -491,6 +492,12 @@ def _entry(row: Row, cell: Cell, best: Cell) -> Entry:
     near = NEAR if cell is not best and cell.near(best) else ""
     seeds = ", ".join(f"seed {seed}: {score * scale:.1f}" for seed, score in cell.scores.items())
     return Entry(f"{before}{numbers(cell)} ({cell.error * scale:.1f}){near}", cell.mean, bold=bold, hint=seeds)
+
+
+def _number_of_seeds(rows: Sequence[Row], columns: Sequence[str]) -> str:
+    numbers = {len(row.cells[column].scores) for row in rows for column in columns if column in row.cells}
+    text = " to ".join(map(str, sorted({min(numbers), max(numbers)})))
+    return f"{text} seed{'' if text == '1' else 's'}"
 
 
 def _evaluations(rows: Sequence[Row], columns: Sequence[str]) -> str:

@@ -72,6 +72,20 @@ def test_written_blocks_pass_the_check_and_a_changed_number_fails_it(results, ca
     assert last == "1 blocks and 0 values in 1 files checked; 1 lines differ"
 
 
+def test_a_block_of_results_is_the_results_of_a_table_alone(results, capsys):
+    path = document(
+        results, f"<!-- deflow-report: results results -->\n{END}\n<!-- deflow-report: table results -->\n{END}\n"
+    )
+    run(capsys, "--write", path)
+    _, alone, whole = path.read_text(encoding="utf-8").split("<!-- deflow-report: ")
+    lines = [line for line in alone.splitlines()[1:] if line.startswith("|")]
+    assert len(lines) == 3
+    assert alone.startswith("results results -->\n**Offline**: ")
+    assert set(lines) < set(whole.splitlines())
+    assert alone.count("**:") == 1
+    assert whole.count("**:") > 1
+
+
 def test_a_changed_record_fails_the_check(results, capsys):
     path = document(results, f"success {value('algo=deflow', '0.85')}\n")
     assert run(capsys, "--check", path)[0] == 0

@@ -16,7 +16,7 @@ import pytest
 from deflow_torchrl.sweep import parse_sweep
 from deflow_torchrl.tasks import protocols
 from deflow_torchrl.tasks.protocols import get_protocol
-from tests.support.command_line import benchmark, benchmark_apart, deflow, heed_ctrl_c
+from tests.support.command_line import BENCHMARKS, benchmark, benchmark_apart, deflow, heed_ctrl_c
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "data_memory.py"
 REPLAY_BUFFER = SCRIPT.with_name("replay_buffer.py")
@@ -771,6 +771,14 @@ def test_a_claim_holds_where_the_interval_over_seeds_leaves_out_zero(script, tmp
     write_run(tmp_path / CUBE2 / "fql" / "seed3", record)
     code, _, err = script(*arguments)
     assert (code, err.count("\n")) == (2, 1), "another precision, of a seed of its own"
+
+
+def test_the_claims_in_readme_are_what_the_kept_records_say(script):
+    code, out, err = script("claims", "render", "--runs", BENCHMARKS / "results" / "small")
+    assert code == 0, err
+    readme = (BENCHMARKS.parent / "README.md").read_text(encoding="utf-8")
+    block = readme.partition("<!-- claims -->\n")[2].partition("<!-- /claims -->")[0]
+    assert block.splitlines() == [line for line in out.splitlines() if line and "| not run |" not in line]
 
 
 def test_over_several_tasks_a_claim_is_held_against_the_tasks_means_in_their_unit(script, tmp_path):

@@ -449,9 +449,8 @@ class OffPolicyLoss(LossModule):
         """Target y = r + gamma (1 - terminated) V(s') ``[*B]``; gamma to the power of ``steps_to_next_obs``, where given."""
         for name in (self.tensor_keys.done, self.tensor_keys.terminated):
             flag = tensordict.get(next_key(name), None)
-            if (
-                flag is not None and flag.dtype != torch.bool
-            ):  # of a number the estimator would take the bits' complement
+            # Of a number the estimator would take the bits' complement.
+            if flag is not None and flag.dtype != torch.bool:
                 tensordict = tensordict.copy().set(next_key(name), flag.bool())
         return self.value_estimator.value_estimate(tensordict, next_value=next_value.unsqueeze(-1)).squeeze(-1)
 

@@ -344,6 +344,10 @@ def test_unequal_numbers_of_episodes_are_said(tmp_path):
     few = record_of(20, seed=1, evaluations={"deflow": outcome(5, episodes=5)})
     (table,) = make_tables(find_runs([write_all(tmp_path / "runs", record_of(20), few)]))
     assert "of 5 to 20 episodes each" in results_grid(table).caption
+    assert "over 2 seeds (by S - 1)" in results_grid(table).caption
+    one = record_of(20, algo="fql", seed=1)
+    (table,) = make_tables(find_runs([write_all(tmp_path / "more", record_of(20), few, one)]))
+    assert "over 1 to 2 seeds (by S - 1)" in results_grid(table).caption
 
 
 def test_other_starts_are_not_paired(tmp_path):

@@ -1,15 +1,16 @@
-"""The paper's claims, each held against runs on our own tasks: what the runs say, with an interval, and a verdict.
+"""The paper's claims, each tested on runs of our own tasks: what the runs say, with an interval, and a verdict.
 
     python benchmarks/claims.py run --delta-iav 0.01 --dry-run    # the sweeps that it takes, and their cost
     python benchmarks/claims.py run --delta-iav 0.01 --out runs/claims
     python benchmarks/claims.py render --delta-iav 0.01 --runs runs/small runs/claims
 
-A claim of the form "A is better than B" is held against the differences of their scores on the same task with the same seed of
-training; a score is the mean of the protocol's last evaluations. The interval is Student's, 95%, over these differences, so that
-it holds the noise of training as well as that of the episodes; it is never narrower than the episodes' noise alone makes it. Over
-several tasks it is taken over the tasks' means. The verdict is "holds" or "the opposite" where the interval leaves out 0, and
-"cannot tell" where it does not. That something hardly helps holds where the interval ends below 5 points, and the opposite is
-said where it begins above them. No correction is made for the number of claims.
+A claim of the form "A is better than B" is tested by the differences of their scores on the same task with the same seed of
+training; a score is the mean of the protocol's last evaluations. The interval is Student's, 95%, over seeds, so that it holds the
+noise of training. It is at least as wide as the noise of the episodes alone makes it. Over several tasks a seed's difference is
+its mean over the tasks, for these tasks and no others: a seed's runs share data and draws, so tasks are no independent samples.
+The verdict is "holds" or "the opposite" where the interval excludes 0, and "cannot tell" where it does not. The claim that
+something hardly helps holds where the whole interval lies below 5 points; where it lies above, the verdict is "the opposite". No
+correction is made for the number of claims.
 
 What more computation at test time does is measured with `benchmarks/test_time.py`, how many modes a policy keeps with the numbers
 of `deflow landscape`, at the states whose neighbours in the data have the most modes: one half of the neighbours chooses the
@@ -20,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,7 +42,8 @@ from deflow_torchrl.tasks.protocols import get_protocol
 ALPHAS = (0.03, 0.1, 0.3, 1.0, 3.0)  # Table 5
 STATES, CANDIDATES, ACTIONS = 20, 1000, 64
 HARDLY = 5.0  # points
-HEADER = ("| claim | task | what we see | 95% interval | runs | verdict |", "|---|---|---|---|---|---|")
+NORMAL = 1.96  # standard errors on each side of a 95% interval
+HEADER = ("| claim | task | what we see | 95% interval | seeds | verdict |", "|---|---|---|---|---|---|")
 
 
 @dataclass(frozen=True)
@@ -100,11 +101,11 @@ def commands(arguments: argparse.Namespace) -> list[Command]:
 
 
 @dataclass(frozen=True)
-class Gaps:
-    """Differences of scores, a seed each, in the unit of a table, and the episodes' standard error of their mean."""
+class Gap:
+    """Difference of two scores in the unit of a table, and its variance by the noise of the episodes."""
 
-    values: np.ndarray
-    error: float
+    value: float
+    variance: float = 0.0
 
 
 def score_rows(runs: Sequence[FinishedRun], delta: float | None, last: int | None) -> Iterator[list[str]]:
@@ -124,12 +125,12 @@ def score_rows(runs: Sequence[FinishedRun], delta: float | None, last: int | Non
             )
     for said, ours, other in [*columns(delta), (ONLINE, "online False", "online True")]:
         sides = ours.replace(":", "-"), other.replace(":", "-")
-        gaps: dict[str, Gaps] = {}
+        gaps: dict[str, dict[int, Gap]] = {}
         for task in sorted({task for task, _ in cells}):
             both = [cells.get((task, side), {}) for side in sides]
             if both[0].keys() & both[1].keys():
                 gaps[task] = paired(*both, last=last)
-                yield [said, task, *judged(gaps[task])]
+                yield [said, task, *judged([*gaps[task].values()])]
         if not gaps:
             yield [said, "", "not run", "", "0", ""]
         units = {
@@ -139,18 +140,19 @@ def score_rows(runs: Sequence[FinishedRun], delta: float | None, last: int | Non
             for run in cells[task, sides[0]].values()
         }
         if len(gaps) > 1 and len(units) == 1:
-            errors = [it.error for it in gaps.values()]
-            means = Gaps(np.array([it.values.mean() for it in gaps.values()]), math.hypot(*errors) / len(errors))
-            yield [said, f"mean of {len(gaps)} tasks", *judged(means)]
+            shared = sorted(set.intersection(*map(set, gaps.values())))
+            means = [mean_gap([of_task[seed] for of_task in gaps.values()]) for seed in shared]
+            if means:
+                yield [said, f"mean of {len(gaps)} tasks", *judged(means)]
 
 
-def paired(ours: Mapping[int, FinishedRun], other: Mapping[int, FinishedRun], *, last: int | None) -> Gaps:
+def paired(ours: Mapping[int, FinishedRun], other: Mapping[int, FinishedRun], *, last: int | None) -> dict[int, Gap]:
     """Differences of the seeds that both have.
 
     Raises:
         InputError: if the two differ in what a comparison takes to be alike.
     """
-    found, variance = [], 0.0
+    found = {}
     for seed in sorted(ours.keys() & other.keys()):
         first, second = ours[seed], other[seed]
         settings, others = (common_settings(run.record) for run in (first, second))
@@ -159,29 +161,34 @@ def paired(ours: Mapping[int, FinishedRun], other: Mapping[int, FinishedRun], *,
             raise InputError(f"{first.folder} and {second.folder} cannot be compared: they differ in {unlike}")
         metric = METRICS[first.record["metric"]]
         scores = [score_of(run.record, last=last) for run in (first, second)]
-        found.append(metric.scale * (scores[0].value - scores[1].value))
+        variance = 0.0
         for score in scores:
             error = standard_error(first.record["metric"], score.episodes)
             if first.record["metric"] == "success":
                 error = careful_standard_error(score.value, len(score.episodes))
             variance += (metric.scale * error) ** 2
-    return Gaps(np.array(found), math.sqrt(variance) / len(found))
+        found[seed] = Gap(metric.scale * (scores[0].value - scores[1].value), variance)
+    return found
 
 
-def judged(gaps: Gaps, *, threshold: float = 0.0, hardly: bool = False) -> list[str]:
+def mean_gap(gaps: Sequence[Gap]) -> Gap:
+    return Gap(sum(it.value for it in gaps) / len(gaps), sum(it.variance for it in gaps) / len(gaps) ** 2)
+
+
+def judged(gaps: Sequence[Gap], *, threshold: float = 0.0, hardly: bool = False) -> list[str]:
     """Mean difference, 95% interval, number of differences, and the verdict on "is above the threshold", or "is hardly above"."""
     from scipy import stats
 
-    values = gaps.values
-    mean = f"{values.mean():+.1f}"
+    values, mean = np.array([it.value for it in gaps]), mean_gap(gaps)
+    said = f"{mean.value:+.1f}"
     if len(values) < 2:
-        return [mean, "", str(len(values)), "cannot tell"]
+        return [said, "", str(len(values)), "cannot tell"]
     spread = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
-    half = max(spread, 1.96 * gaps.error)
-    low, high = values.mean() - half, values.mean() + half
+    half = max(spread, NORMAL * mean.variance**0.5)
+    low, high = mean.value - half, mean.value + half
     above, below = ("the opposite", "holds") if hardly else ("holds", "the opposite")
     verdict = above if low > threshold else below if high < threshold else "cannot tell"
-    return [mean, f"{low:+.1f} to {high:+.1f}", str(len(values)), verdict]
+    return [said, f"{low:+.1f} to {high:+.1f}", str(len(values)), verdict]
 
 
 def modes(run: Path) -> tuple[float, float, float | None]:
@@ -225,21 +232,29 @@ def mode_rows(folders: Sequence[Path]) -> Iterator[list[str]]:
         means = {"data": deflow, "prior": deflow, "DeFlow": deflow, "FQL": fql}
         places = {"data": 0, "prior": 2, "DeFlow": 1, "FQL": 1}
         seen = ", ".join(f"{name} {np.mean([it[places[name]] for it in rows]):.2f}" for name, rows in means.items())
-        gaps = Gaps(np.array([ours[1] - other[1] for ours, other in zip(deflow, fql, strict=True)]), 0.0)
+        gaps = [Gap(ours[1] - other[1]) for ours, other in zip(deflow, fql, strict=True)]
         _, *rest = judged(gaps)
         yield ["DeFlow keeps modes that FQL loses (Figure 2)", task, f"effective modes: {seen}", *rest]
 
 
 def test_time_rows(files: Sequence[Path]) -> Iterator[list[str]]:
-    """What `benchmarks/test_time.py --json` wrote: a line of JSON a run."""
-    gains: dict[tuple[str, str], list[float]] = {}
+    """What `benchmarks/test_time.py --json` wrote, a line of JSON a run, without the released choice of the worst."""
+    gains: dict[tuple[str, str], list[Gap]] = {}
+    read: set[str] = set()
     for file in files:
         run = json.loads(file.read_text(encoding="utf-8").splitlines()[-1])
+        if run["run"] in read:
+            raise InputError(f"{file} is of {run['run']}, as another file is; leave one out")
+        read.add(run["run"])
+        scale = METRICS[run["metric"]].scale
         for name, difference in run["differences"].items():
             how = name.removeprefix(f"{run['plain']}, ")
-            gains.setdefault((how, run["task"]), []).append(METRICS[run["metric"]].scale * difference["mean"])
+            if how.startswith("worst of"):
+                continue
+            error = scale * (difference["high"] - difference["low"]) / (2 * NORMAL)
+            gains.setdefault((how, run["task"]), []).append(Gap(scale * difference["mean"], error**2))
     for (how, task), each in gains.items():
-        row = judged(Gaps(np.array(each), 0.0), threshold=HARDLY, hardly=True)
+        row = judged(each, threshold=HARDLY, hardly=True)
         yield [f"more computation where it acts hardly helps: {how}", task, *row]
 
 

@@ -1,6 +1,6 @@
 """The authors' JAX agents, for against_jax.py and throughput.py, which start it under the Python that has jax, flax and optax.
 
-    jax_worker.py time PATH ...      milliseconds of one update, or of one action, for every line on stdin
+    jax_worker.py time PATH ...      milliseconds of one of the N updates, or of one action, for every line N on stdin
     jax_worker.py losses PATH ...    losses, gradients and draws of one update, as an npz on stdout
     jax_worker.py train PATH ...     updates and actions as asked for on stdin
 
@@ -115,20 +115,26 @@ def turned(name: str, value: np.ndarray) -> np.ndarray:
 
 
 def clock(worker: Worker) -> None:
-    """Milliseconds of an update, or with ``--latency`` of an action, for every line read."""
+    """For every line N that is read, the milliseconds of one of N updates in a row, or with ``--latency`` of one action.
+
+    The device is synchronised at both ends of a row alone, and one update before it is not timed.
+    """
     batch = worker.random_batch()
     agent, key = worker.create(batch), worker.jax.random.PRNGKey(worker.arguments.seed)
     print(json.dumps(worker.about()), flush=True)
-    for _ in sys.stdin:
-        batch = worker.random_batch()
+    for line in sys.stdin:
+        batches = [worker.random_batch() for _ in range(int(line))]
+        if len(batches) > 1:
+            worker.wait_for(*agent.update(worker.random_batch()))
         began = time.perf_counter()
         if worker.arguments.latency:
             key, now = worker.jax.random.split(key)
-            np.asarray(agent.sample_actions(batch["observations"], seed=now))
+            np.asarray(agent.sample_actions(batches[0]["observations"], seed=now))
         else:
-            agent, info = agent.update(batch)
+            for batch in batches:
+                agent, info = agent.update(batch)
             worker.wait_for(agent, info)
-        print((time.perf_counter() - began) * 1e3, flush=True)
+        print((time.perf_counter() - began) * 1e3 / len(batches), flush=True)
 
 
 def losses(worker: Worker) -> None:

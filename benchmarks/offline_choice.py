@@ -4,11 +4,11 @@
     python benchmarks/offline_choice.py --read benchmarks/results/small/offline_choice.json
 
 Every run below the folders is judged by held-out episodes (its checkpoint and data have to be there) and written to the file at
-once, so that the same command goes on after an interruption; success is the mean of the protocol's last evaluations. Kendall's
-tau-b between each number and success is taken over the runs of a task: over all of them, and among the runs of each method,
-where it is asked which of several seeds to keep. The p-value is two-sided, by shuffling success among these runs; from 5% on a
-cell says "cannot tell", and no correction is made for the number of cells. Runs in chunks of actions are left out: `--offline`
-reads single steps. The protocol's data have few validation episodes; `--held-out` names more.
+once, so that the same command goes on after an interruption. Success is that of the run's last evaluation, which is of the same
+policy. Kendall's tau-b between each number and success is taken over the runs of a task: over all of them, and among the runs of
+each method, where it is asked which of several seeds to keep. The p-value is two-sided, by shuffling success among these runs;
+from 5% on a cell says "cannot tell", and no correction is made for the number of cells. Runs in chunks of actions are left out:
+`--offline` reads single steps. The protocol's data have few validation episodes; `--held-out` names more.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from deflow_torchrl.progress import progress_bar
 from deflow_torchrl.reports.runs import find_runs, score_of
 from deflow_torchrl.reports.statistics import kendall_tau
 from deflow_torchrl.runs.offline import evaluate_offline
-from deflow_torchrl.tasks.protocols import get_protocol
 
 SHUFFLES = 999
 NUMBERS = {
@@ -43,7 +42,7 @@ NUMBERS = {
 
 def judge(arguments: argparse.Namespace) -> None:
     """Add the runs that the file does not have yet."""
-    out, last = arguments.out, get_protocol(arguments.protocol).averaged
+    out = arguments.out
     known = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
     how = {"data": arguments.held_out, "updates": arguments.fit_updates}
     runs = [run for run in find_runs(arguments.runs) if "code" not in run.record["variant"]]
@@ -63,7 +62,7 @@ def judge(arguments: argparse.Namespace) -> None:
                 "column": column,
                 "seed": run.seed,
                 "about": about,
-                "success": score_of(run.record, last=last).value,
+                "success": score_of(run.record, last=1).value,
                 "offline": evaluate_offline(run.folder, **how, show_progress=False),
             }
             write_text(out, json.dumps(known, indent=1))
@@ -125,7 +124,6 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="*", help="folders of finished runs")
     parser.add_argument("--out", type=Path, default=Path("runs/offline_choice.json"), help="[default: %(default)s]")
     parser.add_argument("--read", type=Path, help="print the table of this file, and judge nothing")
-    parser.add_argument("--protocol", default="small", help="of the runs [default: %(default)s]")
     parser.add_argument("--held-out", metavar="DATA", help="as of deflow eval [default: the validation split]")
     parser.add_argument("--fit-updates", type=int, help="as of deflow eval [default: 50 / (1 - gamma)]")
     arguments = parser.parse_args()

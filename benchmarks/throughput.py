@@ -147,8 +147,11 @@ def stopwatch(
 
 def graphed(
     update: StackedUpdate | UpdateStep, transitions: TensorDict, arguments: argparse.Namespace, *shape: int
-) -> tuple[Callable[[], float], GraphedUpdate]:
-    """The same of updates that draw batches ``[*shape, B]`` themselves, several a replay, as `deflow train` does on a GPU."""
+) -> Callable[[], float]:
+    """The same of updates that draw batches ``[*shape, B]`` themselves, several a replay, as `deflow train` does on a GPU.
+
+    The call raises RuntimeError where a GPU made no graph of them.
+    """
     size, device = (*shape, arguments.batch_size), torch.device(arguments.device)
 
     def draw() -> TensorDict:
@@ -160,16 +163,9 @@ def graphed(
 
     def once() -> float:
         replayed(per_replay)
+        if replayed.fell_back is not None:
+            raise RuntimeError(f"no graph: {replayed.fell_back}")
         return clock(lambda: replayed(row), device) / row
-
-    return once, replayed
-
-
-def jax_rows(jax: JaxAgent, in_a_row: int) -> Callable[[], float]:
-    """As :func:`stopwatch`."""
-
-    def once() -> float:
-        return statistics.mean(jax.several(in_a_row + 1)[1:]) if in_a_row > 1 else jax()
 
     return once
 
@@ -217,11 +213,11 @@ def run_update(arguments: argparse.Namespace) -> dict[str, object]:
     row = arguments.in_a_row
     timed = {name: stopwatch(update, buffer, device, in_a_row=row) for name, update in updates.items()}
     if arguments.updates_per_replay:
-        timed["replayed"], _ = graphed(make_update(arguments), buffer[:], arguments)
+        timed["replayed"] = graphed(make_update(arguments), buffer[:], arguments)
     jax = None
     if arguments.against_jax:
         jax = JaxAgent(arguments)
-        timed["jax"] = jax_rows(jax, row)
+        timed["jax"] = functools.partial(jax, row)
     try:
         times = time_updates(timed, steps=arguments.steps, warmup=arguments.warmup)
     finally:
@@ -295,8 +291,8 @@ def run_seeds(arguments: argparse.Namespace) -> dict[str, object]:
     timed = {name: functools.partial(clock, kind, device) for name, kind in kinds.items()}
     if device.type == "cuda":
         transitions = buffer[:]
-        single, _ = graphed(separate[0], transitions, arguments)
-        several, _ = graphed(stacked, transitions, arguments, count)
+        single = graphed(separate[0], transitions, arguments)
+        several = graphed(stacked, transitions, arguments, count)
         timed = {"stacked": several, "separate": lambda: count * single(), "one": single}
     times = time_updates(timed, steps=arguments.steps, warmup=arguments.warmup)
     result: dict[str, object] = {f"{name}_ms": statistics.median(each) for name, each in times.items()}

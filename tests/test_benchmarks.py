@@ -739,8 +739,9 @@ def test_a_claim_holds_where_the_interval_over_seeds_leaves_out_zero(script, tmp
     page = tmp_path / "claims.md"
     files = [tmp_path / f"test_time{seed}.json" for seed in range(2)]
     for file, gain in zip(files, (0.01, 0.012), strict=True):
-        gains = {"deflow, best of 10": {"mean": gain}, "deflow, 5 iterations": {"mean": 20 * gain}}
-        found = {"plain": "deflow", "task": CUBE2, "metric": "success", "differences": gains}
+        said = {"deflow, best of 10": gain, "deflow, 5 iterations": 20 * gain, "deflow, worst of 10": -1.0}
+        gains = {name: {"mean": mean, "low": mean - 0.001, "high": mean + 0.001} for name, mean in said.items()}
+        found = {"run": file.stem, "plain": "deflow", "task": CUBE2, "metric": "success", "differences": gains}
         file.write_text(f"a line for people\n{json.dumps(found)}\n", encoding="utf-8")
     arguments = ("claims", "render", "--runs", tmp_path, "--delta-iav", "0.01")
     code, out, err = script(*arguments, "--test-time", *files, "--out", page)
@@ -781,13 +782,13 @@ def test_the_claims_in_readme_are_what_the_kept_records_say(script):
     assert block.splitlines() == [line for line in out.splitlines() if line and "| not run |" not in line]
 
 
-def test_over_several_tasks_a_claim_is_held_against_the_tasks_means_in_their_unit(script, tmp_path):
+def test_over_several_tasks_a_claim_is_tested_by_the_means_of_seeds_in_their_unit(script, tmp_path):
     from tests.support.synthetic import outcome, record_of, write_run
 
-    for task, gap in (("door-human-v1", 1.0), ("pen-human-v1", 21.0)):
-        for seed in range(3):
-            for algo, mean in (("deflow", 50.0 + gap), ("fql", 50.0)):
-                scored = {algo: outcome(5, mean_score=mean + seed, score=[mean + seed] * 20)}
+    for task, gap, seeds in (("door-human-v1", 1.0, 3), ("pen-human-v1", 21.0, 4)):
+        for seed in range(seeds):
+            for algo, mean in (("deflow", 50.0 + gap + 2 * seed), ("fql", 50.0)):
+                scored = {algo: outcome(5, mean_score=mean, score=[mean] * 20)}
                 record = record_of(5, task=task, algo=algo, seed=seed, metric="score", evaluations=scored, history=[
                     {"step": step, "phase": "offline", "policies": scored} for step in (80, 90, 100)
                 ])  # fmt: skip
@@ -795,8 +796,9 @@ def test_over_several_tasks_a_claim_is_held_against_the_tasks_means_in_their_uni
     code, out, err = script("claims", "render", "--runs", tmp_path)
     assert code == 0, err
     first = [[it.strip() for it in line.split("|")[2:-1]] for line in out.splitlines()[2:5]]
-    assert [row[1] for row in first] == ["+1.0", "+21.0", "+11.0"]
-    assert first[2] == ["mean of 2 tasks", "+11.0", "-116.1 to +138.1", "2", "cannot tell"]
+    assert [(row[1], row[3]) for row in first] == [("+3.0", "3"), ("+24.0", "4"), ("+13.0", "3")]
+    # Means over tasks of 11, 13 and 15 for the seeds that both tasks have: 13 +- 4.303 x 2 / sqrt(3).
+    assert first[2] == ["mean of 2 tasks", "+13.0", "+8.0 to +18.0", "3", "holds"]
 
 
 def test_claims_take_no_methods(script):

@@ -120,6 +120,7 @@ SETTINGS = {
         "critic_steps": 2,
         "noise_coverage": 0.02,
     },
+    "flow_bc": {"lr": 1e-2, "flow_steps": 5},
 }
 
 
@@ -136,6 +137,10 @@ def train(method, *, seed, updates=300):
 
 def _descend_q(scale):
     return lambda *arguments: -scale(*arguments)
+
+
+def _no_q(scale):
+    return lambda *arguments: 0 * scale(*arguments)
 
 
 def _unfrozen(values):
@@ -168,6 +173,7 @@ _EVERY = {
 }
 _ACTORS = {
     "the actor descends Q": (OffPolicyLoss, "_q_scale", _descend_q),
+    "the actor has no gradient of Q": (OffPolicyLoss, "_q_scale", _no_q),
     "the actor's gradient reaches the critics": (TwinCritic, "values", _unfrozen),
 }
 _CHOOSERS = {
@@ -182,14 +188,14 @@ UNSEEN = {
     "ifql": ("the flow's velocity has the other sign", "the value's gradient reaches the critics"),
     "floq": (_TARGET_OF_S,),
 }
-FAULTS = {method: {**_EVERY, **(_CHOOSERS if method == "ifql" else _ACTORS)} for method in SETTINGS}
+FAULTS = {method: {**_EVERY, **(_CHOOSERS if method == "ifql" else _ACTORS)} for method in UNSEEN}
 
 
 def main():
     """Print the scores of every method, whole and with each fault."""
     seeds = [int(seed) for seed in sys.argv[1].split(",")]
     for method in sys.argv[2:] or SETTINGS:
-        for fault, place in {"whole": None, **FAULTS[method]}.items():
+        for fault, place in {"whole": None, **FAULTS.get(method, {})}.items():
             scores = []
             for seed in seeds:
                 with faulty(place):

@@ -1,4 +1,7 @@
-"""Learning regressions: each method solves a task whose optimum is known, and with a fault in its losses it does not."""
+"""Learning regressions: each method gets well beyond a clone of its data where the optimum is known; with a fault it does not.
+
+The task does not show every fault: ``UNSEEN`` of the support module names those that it misses, and why.
+"""
 
 import pytest
 
@@ -6,11 +9,15 @@ from deflow_torchrl.errors import NonFiniteLossError
 from tests.support.obstacle import FAULTS, UNSEEN, faulty, logged_score, score, train
 
 # Shares of the shortest way's return; `python -m tests.support.obstacle 0,1,2` prints what seeds reach, whole and with faults.
-REACHED = {"deflow": 0.45, "fql": 0.5, "ifql": 0.42, "floq": 0.4}
+REACHED = {"deflow": 0.5, "fql": 0.5, "ifql": 0.42, "floq": 0.45}
 
 
 def test_the_driver_is_far_from_the_shortest_way():
     assert logged_score() == pytest.approx(0.491, abs=1e-3)
+
+
+def test_a_clone_of_the_data_is_not_enough():
+    assert score(train("flow_bc", seed=0).policy) < min(REACHED.values()) - 0.05
 
 
 @pytest.mark.parametrize("method", REACHED)

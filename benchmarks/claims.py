@@ -30,6 +30,7 @@ import numpy as np
 from _family import Command, add_run, execute, sweeps
 
 from deflow_torchrl.errors import InputError
+from deflow_torchrl.paths import write_text
 from deflow_torchrl.reports.records import METRICS
 from deflow_torchrl.reports.runs import FinishedRun, find_runs, score_of, standard_error
 from deflow_torchrl.reports.statistics import careful_standard_error
@@ -268,11 +269,17 @@ def render(arguments: argparse.Namespace) -> list[Command]:
     lines = [*HEADER, *(f"| {' | '.join(row)} |" for row in rows)]
     print("\n".join(lines))
     if arguments.out:
-        command = " ".join(["python", "benchmarks/claims.py", *sys.argv[1:]])
-        text = "\n".join(
-            ["# The paper's claims on our tasks", "", *__doc__.split("\n\n")[2:], f"`{command}`", "", *lines, ""]
-        )
-        arguments.out.write_text(text, encoding="utf-8")
+        old = arguments.out.read_text(encoding="utf-8") if arguments.out.is_file() else ""
+        head, begin, rest = old.partition("<!-- claims -->\n")
+        _, end, tail = rest.partition("<!-- /claims -->")
+        if begin and end:
+            made = "".join(f"{line}\n" for line in lines if "| not run |" not in line)
+            text = f"{head}{begin}{made}{end}{tail}"
+        else:
+            command = " ".join(["python", "benchmarks/claims.py", *sys.argv[1:]])
+            about = __doc__.split("\n\n")[2:]
+            text = "\n".join(["# The paper's claims on our tasks", "", *about, f"`{command}`", "", *lines, ""])
+        write_text(arguments.out, text)
     return []
 
 
@@ -291,7 +298,9 @@ def main() -> None:
     table.add_argument(
         "--test-time", type=Path, nargs="*", default=[], help="outputs of benchmarks/test_time.py --json"
     )
-    table.add_argument("--out", type=Path, help="Markdown file")
+    table.add_argument(
+        "--out", type=Path, help="Markdown file; of one with <!-- claims --> and <!-- /claims --> what is between"
+    )
     for verb in (run, table):
         verb.add_argument(
             "--delta-iav",

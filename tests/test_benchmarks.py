@@ -774,12 +774,14 @@ def test_a_claim_holds_where_the_interval_over_seeds_leaves_out_zero(script, tmp
     assert (code, err.count("\n")) == (2, 1), "another precision, of a seed of its own"
 
 
-def test_the_claims_in_readme_are_what_the_kept_records_say(script):
-    code, out, err = script("claims", "render", "--runs", BENCHMARKS / "results" / "small")
+def test_the_claims_in_readme_are_what_the_kept_records_say(script, tmp_path):
+    readme, copy = (BENCHMARKS.parent / "README.md").read_text(encoding="utf-8"), tmp_path / "README.md"
+    begin, end = "<!-- claims -->\n", "<!-- /claims -->"
+    assert "| DeFlow is better than FQL " in readme.partition(begin)[2].partition(end)[0]
+    copy.write_text(readme.partition(begin)[0] + begin + end + readme.partition(end)[2], encoding="utf-8")
+    code, _, err = script("claims", "render", "--runs", BENCHMARKS / "results" / "small", "--out", copy)
     assert code == 0, err
-    readme = (BENCHMARKS.parent / "README.md").read_text(encoding="utf-8")
-    block = readme.partition("<!-- claims -->\n")[2].partition("<!-- /claims -->")[0]
-    assert block.splitlines() == [line for line in out.splitlines() if line and "| not run |" not in line]
+    assert copy.read_text(encoding="utf-8") == readme
 
 
 def test_over_several_tasks_a_claim_is_tested_by_the_means_of_seeds_in_their_unit(script, tmp_path):

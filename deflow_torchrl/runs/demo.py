@@ -134,13 +134,15 @@ def demo_config(scale: DemoScale, *, seed: int, root: Path, out: Path, video: bo
     """The demo's settings: plain DeFlow, sized and tuned for minutes on two CPU cores instead of the paper's 1M steps.
 
     Against the paper: smaller networks, a larger learning rate and faster targets (values must travel back some 80 steps
-    in a few thousand updates), a shorter horizon, and delta 0.005, since the noisy data's actions vary more than play data's.
+    in a few thousand updates), a shorter horizon, bfloat16 products where the processor has them, and delta 0.005, since the
+    noisy data's actions vary more than play data's.
     """
     return TrainConfig(
         task=TASK,
         seed=seed,
         offline_steps=scale.steps,
         hidden_dims=list(scale.hidden_dims),
+        precision="medium",
         log_interval=scale.log_interval,
         eval_interval=scale.eval_interval,
         eval_episodes=scale.eval_episodes,

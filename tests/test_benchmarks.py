@@ -676,6 +676,13 @@ def test_runs_of_two_precisions_are_compared_seed_by_seed(script, tmp_path):
     assert "are of one task, method and seed" in err
 
 
+def test_the_kept_runs_in_both_precisions_say_what_their_page_says(script):
+    results = BENCHMARKS / "results"
+    code, out, err = script("precision", results / "precision", results / "small")
+    assert code == 0, err
+    assert out.strip() in (BENCHMARKS.parent / "docs" / "performance.md").read_text(encoding="utf-8")
+
+
 def test_numbers_without_a_simulator_are_ranked_against_success_over_all_runs_and_within_methods(script, tmp_path):
     values = {
         ("deflow", 0): (0.9, -10.0),

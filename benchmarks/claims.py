@@ -272,7 +272,11 @@ def render(arguments: argparse.Namespace) -> list[Command]:
         old = arguments.out.read_text(encoding="utf-8") if arguments.out.is_file() else ""
         head, begin, rest = old.partition("<!-- claims -->\n")
         _, end, tail = rest.partition("<!-- /claims -->")
-        if begin and end:
+        if old and not (begin and end):
+            raise InputError(
+                f"{arguments.out} is there and has no <!-- claims --> and <!-- /claims -->; take another --out"
+            )
+        if old:
             made = "".join(f"{line}\n" for line in lines if "| not run |" not in line)
             text = f"{head}{begin}{made}{end}{tail}"
         else:
@@ -299,7 +303,7 @@ def main() -> None:
         "--test-time", type=Path, nargs="*", default=[], help="outputs of benchmarks/test_time.py --json"
     )
     table.add_argument(
-        "--out", type=Path, help="Markdown file; of one with <!-- claims --> and <!-- /claims --> what is between"
+        "--out", type=Path, help="Markdown file: a new one, or the text between <!-- claims --> and <!-- /claims -->"
     )
     for verb in (run, table):
         verb.add_argument(

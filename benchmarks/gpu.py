@@ -169,7 +169,7 @@ def kinds_of_updates(task: Task, emit: Emit, names: list[str], **others: Any) ->
 
 
 def time_in_turns(task: Task, emit: Emit, clocks: dict[str, Callable[[], float]], *, to: str) -> None:
-    """Milliseconds of an update of each kind, and the ratio to one of them within a round; kept anew after every round."""
+    """Milliseconds of an update of each kind, and the ratio to one of them within a round; written after every round."""
     times: dict[str, list[float]] = {name: [] for name in clocks}
     for number in range(task.scale.rounds):
         for name, taken in time_updates(clocks, steps=1, warmup=int(number == 0)).items():

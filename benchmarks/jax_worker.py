@@ -115,7 +115,7 @@ def turned(name: str, value: np.ndarray) -> np.ndarray:
 
 
 def clock(worker: Worker) -> None:
-    """For every line N that is read, the milliseconds of one of N updates in a row, or with ``--latency`` of one action.
+    """For every line N that is read, the milliseconds of one of N updates in a row, or with ``--latency`` of an action (N is 1).
 
     The device is synchronised at both ends of a row alone, and one update before it is not timed.
     """

@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace, acts: dict[str, Act], rows: int) -> dict[
     jax = None
     if arguments.against_jax:
         jax = JaxAgent(argparse.Namespace(**(vars(arguments) | {"batch_size": rows})), latency=True)
-        turns["jax"] = functools.partial(jax.several, arguments.in_a_row)
+        turns["jax"] = functools.partial(jax_turn, jax, arguments.in_a_row)
     try:
         times = time_updates(turns, steps=arguments.turns, warmup=1)
     finally:
@@ -102,6 +102,10 @@ def run(arguments: argparse.Namespace, acts: dict[str, Act], rows: int) -> dict[
         }
         for name in times
     }
+
+
+def jax_turn(jax: JaxAgent, number: int) -> list[float]:
+    return [jax() for _ in range(number)]
 
 
 def take_turn(act: Callable[[], np.ndarray], number: int) -> list[float]:

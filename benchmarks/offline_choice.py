@@ -51,7 +51,7 @@ def judge(arguments: argparse.Namespace) -> None:
             continue
         column = run.folder.parent.name
         name = f"{run.task}/{column}/seed{run.seed}"
-        about = {"config_sha256": run.record["config_sha256"], **how}
+        about = {"config_sha256": run.record["config_sha256"], "success": "last evaluation", **how}
         if name in known and known[name]["about"] != about:
             raise InputError(
                 f"{out} has {name} of another run or judged in another way than {run.folder}; take another --out"

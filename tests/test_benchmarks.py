@@ -307,6 +307,13 @@ def test_stacked_seeds_are_timed_against_separate_updates_in_turns(script, throu
     assert code == 2
 
 
+CLOCK = """#!{python}
+import sys
+print('{{"jax": "0", "device": "none"}}', flush=True)
+for line in sys.stdin:
+    assert int(line) == (1 if "--latency" in sys.argv else 5)
+    print(1e9, flush=True)
+"""
 STAND_IN = """#!{python}
 import json, sys
 import numpy as np
@@ -332,8 +339,29 @@ for line in sys.stdin.buffer:
 """
 
 
+def authors_code(folder, worker):
+    """A checkout, and a stand-in for an interpreter with JAX, which the tests have not; the real agents: docs/performance.md."""
+    checkout, python = folder / "checkout", folder / "python"
+    (checkout / "agents").mkdir(parents=True)
+    (checkout / "agents" / "deflow.py").touch()
+    python.write_text(worker.format(python=sys.executable))
+    python.chmod(0o755)
+    return "--against-jax", checkout, "--jax-python", python
+
+
+def test_the_authors_agent_is_asked_for_a_row_of_updates_or_for_single_actions(script, throughput, tmp_path):
+    pytest.importorskip("onnxscript", reason="needs the extra export")
+    against = authors_code(tmp_path, CLOCK)
+    code, out, err = throughput("update", *against, "--in-a-row", "5")
+    assert code == 0, err
+    assert 0 < json.loads(out.splitlines()[-1])["to_jax"] < 1
+    tiny = "--obs-dim 4 --action-dim 2 --hidden-dims 8 8 --batch-sizes 1 --turns 2 --in-a-row 3 --json"
+    code, out, err = script("latency", *tiny.split(), *against)
+    assert code == 0, err
+    assert json.loads(out.splitlines()[-1])["batch"]["1"]["jax"]["ms"] == 1e9
+
+
 def test_the_authors_agent_is_trained_like_a_run_of_ours_and_recorded_beside_it(script, generated, tmp_path):
-    # A stand-in for an interpreter with JAX, which the tests have not; the real agents: docs/performance.md.
     task = "cube-single-play-singletask-task2-v0"
     ours = tmp_path / "runs" / task / "deflow" / "seed1"
     settings = (
@@ -342,12 +370,9 @@ def test_the_authors_agent_is_trained_like_a_run_of_ours_and_recorded_beside_it(
     settings += " hidden_dims=[8] algo.gamma=0.9 algo.target_divergence=0.02 algo.q_aggregation=min eval_workers=1"
     trained = deflow("train", *settings.split(), f"data_root={generated}", f"out={ours}")
     assert trained.returncode == 0, trained.stderr
-    checkout, python = tmp_path / "checkout", tmp_path / "python"
-    (checkout / "agents").mkdir(parents=True)
-    (checkout / "agents" / "deflow.py").touch()
-    python.write_text(STAND_IN.format(python=sys.executable))
-    python.chmod(0o755)
-    command = ("train", ours, "--against-jax", checkout, "--jax-python", python, "--at-once", "2")
+    against = authors_code(tmp_path, STAND_IN)
+    _, checkout, _, python = against
+    command = ("train", ours, *against, "--at-once", "2")
     code, out, err = script("against_jax", *command)
     assert code == 0, err
     assert re.search(r"^\| 6 \| \d+ \| \d+ \| \d+ / \d+ \|$", out, re.MULTILINE)

@@ -746,6 +746,12 @@ def test_numbers_without_a_simulator_are_ranked_against_success_over_all_runs_an
     assert (code, err.count("\n")) == (2, 1)
 
 
+def test_the_page_says_how_the_numbers_without_a_simulator_ranked_the_kept_runs(script):
+    code, out, err = script("offline_choice", "--read", BENCHMARKS / "results" / "offline_choice.json")
+    assert code == 0, err
+    assert out.strip() in (BENCHMARKS.parent / "docs" / "train.md").read_text(encoding="utf-8")
+
+
 def test_a_claim_holds_where_the_interval_over_seeds_leaves_out_zero(script, tmp_path):
     from tests.support.synthetic import CUBE2, record_of, write_run
 

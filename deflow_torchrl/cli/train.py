@@ -165,7 +165,7 @@ def evaluate(
 
     --offline judges the acting policy by held-out episodes and steps no simulator: how well its flow predicts their actions, how
     far it shifts them, its critics against the observed returns, and fitted Q evaluation. None of these is a success rate,
-    and how well they rank runs by success has not been measured.
+    and over eleven runs of one task none of them ranked the runs by success (docs/train.md).
 
     Example: deflow eval runs/offline runs/online --paired --episodes 200
 

@@ -1,7 +1,7 @@
 # Copyright (c) 2026 The deflow_torchrl authors. MIT licence: see LICENSE.
 """Numbers of a run from held-out data alone, where there is no simulator to try the policy in.
 
-They help to choose among runs. None of them is a success rate, and how well each ranks runs by success has not been measured yet.
+None of them is a success rate, and over eleven runs of one task none ranked the runs by success (docs/train.md).
 
 * **Cloning**: of a flow, the matching loss of DeFlow Eq. 5 on held-out actions and their negative log-likelihood under the
   continuous flow, by its divergence (instantaneous change of variables, Chen et al. 2018); of a Gaussian policy its

@@ -186,7 +186,9 @@ def test_a_table_beside_records_without_markers_fails_the_check(results, capsys)
 def test_this_checkouts_numbers_are_those_of_its_records(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     names = [str(path) for path in default_files(Path())]
-    pages = [f"benchmarks/results/{name}/README.md" for name in ("claims", "lite", "offline_to_online", "precision", "small")]
+    pages = [
+        f"benchmarks/results/{name}/README.md" for name in ("claims", "lite", "offline_to_online", "precision", "small")
+    ]
     assert names[:6] == ["README.md", *pages]
     code, out, _ = run(capsys, "--check", "--json")
     assert code == 0, out

@@ -2,7 +2,7 @@
 
     python benchmarks/claims.py run --delta-iav 0.01 --dry-run    # the sweeps that it takes, and their cost
     python benchmarks/claims.py run --delta-iav 0.01 --out runs/claims
-    python benchmarks/claims.py render --delta-iav 0.01 --runs runs/small runs/claims
+    python benchmarks/claims.py render --delta-iav 0.01 --runs benchmarks/results/small runs/claims
 
 A claim of the form "A is better than B" is tested by the differences of their scores on the same task with the same seed of
 training; a score is the mean of the protocol's last evaluations. The interval is Student's, 95%, over seeds, so that it holds the
@@ -42,6 +42,7 @@ from deflow_torchrl.tasks.protocols import get_protocol
 
 ALPHAS = (0.03, 0.1, 0.3, 1.0, 3.0)  # Table 5
 STATES, CANDIDATES, ACTIONS = 20, 1000, 64
+TITLE = "# The paper's claims on our tasks"
 HARDLY = 5.0  # points
 NORMAL = 1.96  # standard errors on each side of a 95% interval
 HEADER = ("| claim | task | what we see | 95% interval | seeds | verdict |", "|---|---|---|---|---|---|")
@@ -272,17 +273,15 @@ def render(arguments: argparse.Namespace) -> list[Command]:
         old = arguments.out.read_text(encoding="utf-8") if arguments.out.is_file() else ""
         head, begin, rest = old.partition("<!-- claims -->\n")
         _, end, tail = rest.partition("<!-- /claims -->")
-        if old and not (begin and end):
-            raise InputError(
-                f"{arguments.out} is there and has no <!-- claims --> and <!-- /claims -->; take another --out"
-            )
-        if old:
+        if begin and end:
             made = "".join(f"{line}\n" for line in lines if "| not run |" not in line)
             text = f"{head}{begin}{made}{end}{tail}"
+        elif old and not old.startswith(TITLE):
+            raise InputError(f"{arguments.out} has no <!-- claims --> and <!-- /claims -->; take another --out")
         else:
             command = " ".join(["python", "benchmarks/claims.py", *sys.argv[1:]])
             about = __doc__.split("\n\n")[2:]
-            text = "\n".join(["# The paper's claims on our tasks", "", *about, f"`{command}`", "", *lines, ""])
+            text = "\n".join([TITLE, "", *about, f"`{command}`", "", *lines, ""])
         write_text(arguments.out, text)
     return []
 

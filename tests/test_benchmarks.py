@@ -798,6 +798,15 @@ def test_a_claim_holds_where_the_interval_over_seeds_leaves_out_zero(script, tmp
     assert -45 < low < -30 < -20 < high < 0
     assert sum(cells[1] == "not run" for cells in rows.values()) == 11
     assert out.strip() in page.read_text(encoding="utf-8")
+    assert script(*arguments, "--test-time", *files, "--out", page)[0] == 0, "its own page is written anew"
+    (other := tmp_path / "notes.md").write_text("<!-- claims -->\nmine\n", encoding="utf-8")
+    for wrong, said in (
+        (("--out", other), "has no <!-- claims --> and"),
+        (("--test-time", files[0], files[0]), "leave one out"),
+    ):
+        code, _, err = script(*arguments, *wrong)
+        assert (code, err.count("\n"), said in err) == (2, 1, True), err
+    assert other.read_text(encoding="utf-8") == "<!-- claims -->\nmine\n"
 
     other = record_of(2, seed=0, before=(2, 2), settings={"precision": "high"})
     second = write_run(tmp_path / "again" / CUBE2 / "deflow" / "seed0", other)

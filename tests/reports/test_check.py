@@ -187,9 +187,10 @@ def test_this_checkouts_numbers_are_those_of_its_records(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     names = [str(path) for path in default_files(Path())]
     pages = [
-        f"benchmarks/results/{name}/README.md" for name in ("claims", "lite", "offline_to_online", "precision", "small")
+        f"benchmarks/results/{name}/README.md"
+        for name in ("choice", "claims", "lite", "offline_to_online", "precision", "small")
     ]
-    assert names[:6] == ["README.md", *pages]
+    assert names[:7] == ["README.md", *pages]
     code, out, _ = run(capsys, "--check", "--json")
     assert code == 0, out
     assert json.loads(out.splitlines()[-1])["blocks"] >= 1
